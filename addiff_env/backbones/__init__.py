@@ -1,0 +1,22 @@
+"""Backbones: frozen text-to-image models behind one protocol, loaded once and shared."""
+
+from __future__ import annotations
+
+from addiff_env.backbones.base import Backbone, Conditioning, resolve_model
+from addiff_env.backbones.stable_diffusion import StableDiffusionBackbone
+
+__all__ = ["Backbone", "Conditioning", "StableDiffusionBackbone", "load_backbone", "resolve_model"]
+
+_CACHE: dict[tuple[str | int | None, ...], Backbone] = {}
+
+
+def load_backbone(model: str, revision: str | None, device: str, dtype: str, attention_stride: int) -> Backbone:
+    """Load a model folder or Hub id; the same arguments give the same object, so weights are in memory once.
+
+    Raises:
+        FileNotFoundError, ValueError: as `StableDiffusionBackbone`.
+    """
+    key = (model, revision, device, dtype, attention_stride)
+    if key not in _CACHE:
+        _CACHE[key] = StableDiffusionBackbone(model, revision, device, dtype, attention_stride)
+    return _CACHE[key]

@@ -1,0 +1,84 @@
+"""What an environment needs of a text-to-image model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Conditioning:
+    """Encoded prompts of B lanes."""
+
+    embeddings: torch.Tensor  # (B, tokens, width) of the prompt
+    negative: torch.Tensor  # (B, tokens, width) of the empty prompt
+    content: torch.Tensor  # (B, tokens) bool: the prompt's own words, without BOS, EOS and padding
+
+    def __getitem__(self, lanes: torch.Tensor) -> Conditioning:
+        """The conditioning of some lanes, by index."""
+        return Conditioning(*(getattr(self, f.name)[lanes] for f in fields(self)))
+
+    def put(self, lanes: torch.Tensor, other: Conditioning) -> None:
+        """Overwrite some lanes."""
+        for f in fields(self):
+            getattr(self, f.name)[lanes] = getattr(other, f.name)
+
+
+@dataclass
+class Prediction:
+    """One denoiser evaluation of B lanes."""
+
+    x0: torch.Tensor  # (B, C, h, w) clean prediction, latents' dtype
+    maps: torch.Tensor  # (B, tokens, h', w') float32 cross-attention of the conditional half
+    features: torch.Tensor  # (B, channels) float32, pooled mid-block activations
+
+
+class Backbone(Protocol):
+    """A frozen model; its conventions (prediction type, scaling, guidance) end here."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    scheduler_config: dict[str, Any]
+    latent_channels: int
+    spatial_factor: int  # picture pixels per latent cell
+    feature_width: int  # channels of the U-Net's middle
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Encode texts; a text that is too long is truncated as the tokenizer does, with one warning."""
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        alphas_cumprod: torch.Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float,
+    ) -> Prediction:
+        """Evaluate the denoiser at (``latents``, ``timesteps``), each lane at its own level."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Full decode to pictures (B, 3, H, W) float32 in [0, 1]."""
+
+    def flops(self, component: str, latents_shape: tuple[int, ...]) -> float:
+        """Floating-point operations of ``denoiser`` (one pass), ``decode`` or ``text``, per lane."""
+
+
+def resolve_model(model: str) -> str:
+    """Turn ``addiff_env:<path>`` into the folder inside the package; other ids and paths stay as they are.
+
+    Raises:
+        FileNotFoundError: the packaged folder does not exist.
+    """
+    if not model.startswith(PACKAGE_PREFIX):
+        return model
+    folder = Path(__file__).resolve().parent.parent / model.removeprefix(PACKAGE_PREFIX)
+    if not folder.exists():
+        raise FileNotFoundError(f"packaged model {model!r} is missing ({folder}); retrain it with: make tiny")
+    return str(folder)

@@ -1,0 +1,93 @@
+"""What the policy sees: looks at previews, and the observation made of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from addiff_env.backbones.base import resolve_model
+from addiff_env.backbones.stable_diffusion import count_flops
+from addiff_env.encoders import check_pictures, load_clip, load_dino
+from addiff_env.scorers import load_pixel_text_reward
+
+QUALITY = (
+    "clip_score",
+    "clip_delta",
+    "reward_score",
+    "reward_delta",
+    "dino_similarity",
+    "step_ratio",
+    "nfe_ratio",
+    "attention_entropy",
+)
+TIMESTEP_WIDTH = 128
+SCORE_LIMIT = 30.0  # reward-model scores are clamped to this, so that the observation space is bounded
+
+
+def timestep_embedding(timesteps: torch.Tensor, width: int = TIMESTEP_WIDTH) -> torch.Tensor:
+    """Sinusoidal embedding (B, width) of timesteps (B,), cosines first (as diffusers' U-Nets have it)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=timesteps.device) / half)
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+@dataclass
+class Look:
+    """What looking at pictures of B lanes showed; float32 on the device."""
+
+    clip_image: torch.Tensor  # (B, clip width) unit vectors
+    dino: torch.Tensor  # (B, dino width) unit vectors
+    clip_score: torch.Tensor  # (B,) cosine of picture and prompt
+    reward_score: torch.Tensor  # (B,) the reward model's score
+
+    @classmethod
+    def blank(cls, lanes: int, clip_width: int, dino_width: int, device: torch.device) -> Look:
+        """Zeros, for lanes not looked at yet."""
+        sizes = ((lanes, clip_width), (lanes, dino_width), (lanes,), (lanes,))
+        return cls(*(torch.zeros(size, device=device) for size in sizes))
+
+    def put(self, lanes: torch.Tensor, other: Look) -> None:
+        """Overwrite some lanes, by index."""
+        for name, value in vars(other).items():
+            getattr(self, name)[lanes] = value
+
+
+class Perception:
+    """The frozen encoders and the reward model of one environment.
+
+    Args:
+        clip, dino, scorer: model folders (or ``addiff_env:<path>``).
+        device: where they live.
+
+    Raises:
+        FileNotFoundError, ValueError: a model is missing or damaged; the message names it.
+    """
+
+    def __init__(self, clip: str, dino: str, scorer: str, device: torch.device) -> None:
+        self.device = device
+        self.clip = load_clip(resolve_model(clip), str(device))
+        self.dino = load_dino(resolve_model(dino), str(device))
+        self.scorer = load_pixel_text_reward(resolve_model(scorer), str(device))
+        self._flops: dict[tuple[int, ...], float] = {}
+
+    def look(self, pictures: torch.Tensor, prompts: list[str]) -> Look:
+        """Encode and score pictures (B, 3, H, W) in [0, 1] of ``prompts`` (B)."""
+        check_pictures(pictures)
+        features = self.clip.image_features(pictures)
+        return Look(
+            features,
+            self.dino.image_features(pictures),
+            (features * self.clip.text_features(prompts)).sum(1),
+            self.scorer.score(pictures, prompts).to(self.device).clamp(-SCORE_LIMIT, SCORE_LIMIT),
+        )
+
+    def flops(self, height: int, width: int) -> float:
+        """FLOPs of one look at one picture, preview decode not included; measured once per size."""
+        if (height, width) not in self._flops:
+            picture = torch.zeros(1, 3, height, width, device=self.device)
+            self.look(picture, [""])  # caches the text, which an episode pays for at reset
+            self._flops[height, width] = count_flops(lambda: self.look(picture, [""]))
+        return self._flops[height, width]

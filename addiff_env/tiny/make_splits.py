@@ -1,0 +1,40 @@
+"""Write the shipped prompt files: ``python -m addiff_env.tiny.make_splits``.
+
+``splits/dev.jsonl`` and ``splits/test.jsonl`` are the evaluation splits; ``splits/train.txt`` lists
+distinct training captions, one a line, for training agents.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from addiff_env.tiny.recipes.data import SHARES
+from addiff_env.tiny.scenes import CATEGORIES, build_split, sample_train_prompt
+
+SPLITS = Path(__file__).resolve().parent / "splits"
+
+
+def train_captions(number: int = 6000, seed: int = 0) -> list[str]:
+    """Distinct training captions, categories drawn by `SHARES`; the few single objects run out early."""
+    rng = np.random.default_rng(seed)
+    captions: dict[str, None] = {}
+    while len(captions) < number:
+        category = str(rng.choice(CATEGORIES, p=SHARES))
+        captions.setdefault(sample_train_prompt(rng, category).caption)
+    return list(captions)
+
+
+def main() -> None:
+    """Command line."""
+    SPLITS.mkdir(exist_ok=True)
+    for name in ("dev", "test"):
+        text = "".join(json.dumps(row) + "\n" for row in build_split(name))
+        (SPLITS / f"{name}.jsonl").write_text(text)
+    (SPLITS / "train.txt").write_text("".join(caption + "\n" for caption in train_captions()))
+
+
+if __name__ == "__main__":
+    main()

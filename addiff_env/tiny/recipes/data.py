@@ -1,0 +1,73 @@
+"""The training set: scenes of training prompts, rendered once.
+
+``python -m addiff_env.tiny.recipes.data`` writes ``<work>/pictures.npy`` (N, 64, 64, 3) uint8 and
+``<work>/captions.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from addiff_env.tiny.recipes import common
+from addiff_env.tiny.scenes import CATEGORIES, render, sample_scene, sample_train_prompt
+
+# Shares of the categories; the harder ones come more often.
+SHARES = (0.06, 0.13, 0.17, 0.07, 0.18, 0.13, 0.13, 0.13)
+_CHUNK = 1000
+
+
+def _render_chunk(seed_and_index: tuple[int, int]) -> tuple[list[str], np.ndarray]:
+    rng = np.random.default_rng(seed_and_index)
+    captions, pictures = [], np.empty((_CHUNK, 64, 64, 3), np.uint8)
+    for row in range(_CHUNK):
+        prompt = sample_train_prompt(rng, str(rng.choice(CATEGORIES, p=SHARES)))
+        captions.append(prompt.caption)
+        pictures[row] = render(sample_scene(rng, prompt))
+    return captions, pictures
+
+
+def prepare(work: Path, number: int = 80_000, seed: int = 0) -> None:
+    """Render ``number`` scenes into ``work``, on all cores; nothing happens if they are there."""
+    if (work / "captions.json").exists():
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    jobs = [(seed, chunk) for chunk in range(-(-number // _CHUNK))]
+    pictures = np.lib.format.open_memmap(
+        work / "pictures.npy", mode="w+", dtype=np.uint8, shape=(len(jobs) * _CHUNK, 64, 64, 3)
+    )
+    captions: list[str] = []
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for chunk, (texts, block) in enumerate(pool.imap(_render_chunk, jobs)):
+            pictures[chunk * _CHUNK : (chunk + 1) * _CHUNK] = block
+            captions += texts
+    pictures.flush()
+    (work / "captions.json").write_text(json.dumps(captions))  # written last: marks the set complete
+
+
+def load(work: Path) -> tuple[torch.Tensor, list[str]]:
+    """Pictures (N, 64, 64, 3) uint8, memory-mapped, and their captions.
+
+    Raises:
+        FileNotFoundError: the set was not rendered yet.
+    """
+    if not (work / "captions.json").exists():
+        raise FileNotFoundError(f"{work / 'captions.json'}; run: python -m addiff_env.tiny.recipes.data --work {work}")
+    pictures = np.load(work / "pictures.npy", mmap_mode="c")
+    return torch.from_numpy(pictures), json.loads((work / "captions.json").read_text())
+
+
+def main() -> None:
+    """Command line."""
+    args: argparse.Namespace = common.arguments(__doc__ or "", number=80_000)
+    prepare(args.work, args.number, args.seed)
+
+
+if __name__ == "__main__":
+    main()

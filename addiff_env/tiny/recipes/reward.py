@@ -1,0 +1,167 @@
+"""Train the reward model: which generated pictures satisfy their prompt, as the checker sees it.
+
+``python -m addiff_env.tiny.recipes.reward`` needs `generate`'s previews and samples and writes ``<out>/reward``.
+First it learns to read pictures (rendered scenes and previews against right and wrong captions), then what
+the diffusion model gets wrong (its samples with the checker's verdicts).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import rankdata
+
+from addiff_env.scorers import PixelTextReward
+from addiff_env.tiny.recipes import common, pairs
+from addiff_env.tiny.recipes.pairs import Pairs, Samples
+from addiff_env.tiny.scenes import parse_caption
+from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
+
+HELD_OUT = 1500  # samples, the last ones
+STAGE_WEIGHTS = (0.1, 0.2, 0.2, 0.5)  # how often each kept stage of a sample is drawn, the finished picture last
+GENERATED_SHARE = 0.7  # of a batch, in the second half of training
+
+Labelled = tuple[Pairs, torch.Tensor]
+
+
+def _join(parts: list[Labelled]) -> Labelled:
+    pairs_, labels = parts[0]
+    for more, more_labels in parts[1:]:
+        pairs_, labels = pairs_ + more, torch.cat([labels, more_labels])
+    return pairs_, labels
+
+
+def rendered_batch(scenes: Pairs, previews: Pairs, number: int, generator: torch.Generator) -> Labelled:
+    """Scenes and previews, half with their own caption (label 1), the rest with a wrong one (0)."""
+    clean = number // 3
+    batch = scenes.take(common.batch_indices(generator, len(scenes.captions), clean))
+    batch = batch + previews.take(common.batch_indices(generator, len(previews.captions), number - clean))
+    labels = (torch.rand(number, generator=generator) < 0.5).float()
+    wrong = pairs.negatives(batch.captions, generator)
+    strangers = torch.rand(number, generator=generator) < 0.15
+    counts = pairs.shape_counts(batch.captions)
+    captions = list(batch.captions)
+    for row in (labels == 0).nonzero().flatten().tolist():
+        other = (row + 1) % number
+        # A stranger's caption is surely wrong only if it asks for other shapes.
+        strange = bool(strangers[row]) and not torch.equal(counts[row], counts[other])
+        captions[row] = batch.captions[other] if strange else wrong[row]
+    return Pairs(batch.pictures, captions, batch.objects), labels
+
+
+def generated_batch(samples: Samples, train: int, number: int, generator: torch.Generator) -> Labelled:
+    """Samples and their previews under the checker's verdict; a fifth of the satisfied get a wrong caption (0)."""
+    index = common.batch_indices(generator, train, number)
+    stage = torch.multinomial(torch.tensor(STAGE_WEIGHTS), number, replacement=True, generator=generator)
+    captions, labels = [samples.captions[i] for i in index.tolist()], samples.satisfied[index].float()
+    wrong = pairs.negatives(captions, generator)
+    swap = (torch.rand(number, generator=generator) < 0.2) & (labels == 1)
+    captions = [w if s else c for c, w, s in zip(captions, wrong, swap.tolist(), strict=True)]
+    return Pairs(samples.pictures[index, stage], captions, samples.objects[index]), labels * ~swap
+
+
+# --------------------------------------------------------------------------- evaluation
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a satisfied picture outscores a failed one (ties count half)."""
+    positive = labels.astype(bool)
+    number, rest = int(positive.sum()), int((~positive).sum())
+    if number == 0 or rest == 0:
+        return float("nan")
+    return float((rankdata(scores)[positive].sum() - number * (number + 1) / 2) / (number * rest))
+
+
+def category_baseline(samples: Samples, train: int) -> np.ndarray:
+    """What the text alone says: every held-out prompt's category's success rate among the training samples."""
+    outcomes: dict[str, list[float]] = defaultdict(list)
+    categories = [parse_caption(caption).category for caption in samples.captions]
+    for category, satisfied in zip(categories[:train], samples.satisfied[:train].tolist(), strict=True):
+        outcomes[category].append(satisfied)
+    rates = {category: float(np.mean(values)) for category, values in outcomes.items()}
+    return np.asarray([rates.get(category, 0.5) for category in categories[train:]])
+
+
+def held_out_scores(model: PixelTextReward, samples: Samples, train: int, stage: int) -> np.ndarray:
+    """Logits of the held-out samples as they looked at ``stage``."""
+    scores = []
+    for rows in torch.arange(train, len(samples.captions)).split(256):
+        pictures = common.to_input(samples.pictures[rows, stage], model.readout.device)
+        scores.append(model.score(pictures, [samples.captions[i] for i in rows.tolist()]).cpu())
+    return torch.cat(scores).numpy()
+
+
+def report(model: PixelTextReward, samples: Samples, train: int) -> dict[str, float]:
+    """AUC at every kept stage and of the text-only baseline, and the final logits' statistics."""
+    labels = samples.satisfied[train:].numpy()
+    result = {"held_out": float(len(labels)), "satisfied": float(labels.mean())}
+    for stage, share in enumerate(samples.shares):
+        scores = held_out_scores(model, samples, train, stage)
+        result[f"auc_at_{share:.0%}"] = auc(scores, labels)
+    result["auc_category_only"] = auc(category_baseline(samples, train), labels)
+    result |= {"score_mean": float(scores.mean()), "score_std": float(scores.std())}  # of the last, finished, stage
+    return result
+
+
+# --------------------------------------------------------------------------- training
+
+
+def train(args: argparse.Namespace, scenes: Pairs, previews: Pairs, samples: Samples, first_held: int) -> common.EMA:
+    """Run the loop; returns the averaged model."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(args.seed)
+    model = PixelTextReward(len(tokenizer), MAX_LENGTH).to(args.device, memory_format=torch.channels_last)
+    model.tokenizer = tokenizer
+    width = model.config["width"]
+    detector, grounder = pairs.Detector(width).to(args.device), pairs.Grounder(width).to(args.device)
+    ema = common.EMA(model, 0.998)
+    modules = {"model": model, "detector": detector, "grounder": grounder, "ema": ema.model}
+    loop = common.Loop("reward", args, modules, args.lr)
+
+    def loss_at(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        generated = round(GENERATED_SHARE * args.batch) if loop.step >= args.steps // 2 else 0
+        parts = [rendered_batch(scenes, previews, args.batch - generated, generator)]
+        if generated:
+            parts.append(generated_batch(samples, first_held, generated, generator))
+        batch, labels = _join(parts)
+        batch, labels = pairs.shift_and_mirror(batch, generator), labels.to(args.device)
+        ids, mask = model.tokenize(batch.captions)
+        seen = model.see(common.to_input(batch.pictures, args.device))
+        mixed = model.mix(seen, ids.to(args.device), mask.to(args.device))
+        logits = model.head(mixed[:, 0]).squeeze(-1).float()
+        verdict = F.binary_cross_entropy_with_logits(logits, labels)
+        detection = detector.loss(seen, pairs.grid_targets(batch.objects).to(args.device))
+        told = pairs.word_targets(batch.captions, batch.objects, ids.shape[1]).to(args.device)
+        grounding = grounder.loss(mixed[:, -ids.shape[1] :], told)
+        right = ((logits > 0) == (labels > 0.5)).float().mean()
+        losses = {"verdict": verdict, "detection": detection, "grounding": grounding, "right": right}
+        return {"loss": verdict + 0.3 * detection + 0.5 * grounding, **losses}
+
+    loop.run(loss_at, ema.update)
+    print(f"reward: {loop.step} steps in {loop.seconds:.0f} s", flush=True)
+    return ema
+
+
+def main() -> None:
+    """Command line."""
+    args = common.arguments(__doc__ or "", steps=1800, batch=96, lr=1.2e-3)
+    scenes = pairs.load_scenes(args.work, args.seed)
+    previews, samples = pairs.load_previews(args.work, scenes), pairs.load_samples(args.work)
+    first_held = len(samples.captions) - min(HELD_OUT, len(samples.captions) // 4)
+    model = train(args, scenes, previews, samples, first_held).model
+    result = report(model, samples, first_held)
+    model.config |= {"score_mean": result["score_mean"], "score_std": max(result["score_std"], 1e-3)}
+    model.save_pretrained(args.out / "reward", build_tokenizer())
+    (args.work / "reward.json").write_text(json.dumps(result, indent=2) + "\n")
+    for key, value in result.items():
+        print(f"  {key:20s} {value:.4f}")
+    print(f"reward -> {args.out / 'reward'}")
+
+
+if __name__ == "__main__":
+    main()

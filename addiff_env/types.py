@@ -1,0 +1,55 @@
+"""The vocabulary that every other module shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+
+class Action(IntEnum):
+    """What the policy may do at each decision."""
+
+    CONTINUE = 0  # one denoiser evaluation, one solver step
+    STOP = 1  # finish the image from where the lane is
+    REFINE = 2  # re-denoise the regions that came out badly
+
+
+ACTIONS = tuple(action.name.lower() for action in Action)
+
+
+@dataclass
+class ResultRow:
+    """One image of an evaluation, as written to ``rows.jsonl`` (one JSON object a line)."""
+
+    method: str  # e.g. "ddim-50" or the agent's name
+    prompt: str
+    seed: int
+    category: str
+    backbone: str  # model id or path, with revision
+    solver: str
+    policy: str  # hash of the agent's weights, or the method's name
+    dtype: str
+    code_version: str
+    actions: list[int] = field(default_factory=list)  # decisions taken, in order
+    nfe: int = 0  # denoiser evaluations (a guidance pair is one)
+    forward_passes: int = 0  # network passes (a guidance pair is two)
+    net_flops: float = 0.0  # everything spent on this lane, floating-point operations
+    seconds: float = 0.0  # wall-clock of this image's batch divided by the batch size
+    scores: dict[str, float] = field(default_factory=dict)  # per metric
+    reason: str = ""  # the checker's words
+    image: str = ""  # path of the picture relative to the run folder, "" if not kept
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two rows the same measurement."""
+        return (
+            self.method,
+            self.prompt,
+            self.seed,
+            self.backbone,
+            self.solver,
+            self.policy,
+            self.dtype,
+            self.code_version,
+        )

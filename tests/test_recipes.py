@@ -1,0 +1,127 @@
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from addiff_env.tiny.recipes import common, data
+
+STEPS = 24
+
+
+def make_loop(work: Path) -> tuple[common.Loop, nn.Linear, common.EMA]:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    ema = common.EMA(model, 0.9)
+    args = argparse.Namespace(work=work, steps=STEPS, seed=3, device="cpu")
+    return common.Loop("toy", args, {"model": model, "ema": ema.model}, lr=0.05, warmup=5), model, ema
+
+
+def train(work: Path, kill_at: int | None = None) -> dict[str, torch.Tensor]:
+    """Fit a random plane; ``kill_at`` dies in that step, after the update and before its checkpoint."""
+    loop, model, ema = make_loop(work)
+
+    def loss_at(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        x = torch.randn(8, 4, generator=generator)
+        return {"loss": ((model(x).float() - x.sum(1, keepdim=True)) ** 2).mean()}
+
+    def after(step: int) -> None:
+        ema.update(step)
+        if step == kill_at:
+            raise KeyboardInterrupt
+
+    loop.run(loss_at, after)
+    return {**model.state_dict(), **{f"ema.{k}": v for k, v in ema.model.state_dict().items()}}
+
+
+def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "CHECKPOINT_SECONDS", -1.0)  # a checkpoint after every step
+    whole = train(tmp_path / "whole")
+    for kill_at in (7, 15, STEPS):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "killed", kill_at)
+    resumed = train(tmp_path / "killed")
+    assert resumed.keys() == whole.keys()
+    for key, value in whole.items():
+        assert torch.equal(resumed[key], value), key
+
+
+def test_a_resumed_loop_starts_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tmp_path)
+    loop, model, _ = make_loop(tmp_path)
+    assert loop.step == STEPS and loop.seconds > 0
+    assert f"resumed at step {STEPS} of {STEPS}" in capsys.readouterr().out
+    before = model.weight.clone()
+    loop.run(lambda generator: pytest.fail("a finished run took another step"))
+    assert torch.equal(model.weight, before)
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    start = (nn.Linear(4, 1).weight - 1).norm()
+    assert (train(tmp_path)["weight"] - 1).norm() < 0.7 * start
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path)
+    loop, model, _ = make_loop(tmp_path)
+    before = loop.path.read_bytes()
+
+    def torn(state: object, path: Path) -> None:
+        path.write_bytes(before[: len(before) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", torn)
+    nn.init.zeros_(model.weight)
+    with pytest.raises(KeyboardInterrupt):
+        loop.save()
+    assert loop.path.read_bytes() == before
+    resumed, model, _ = make_loop(tmp_path)
+    assert resumed.step == STEPS and model.weight.abs().sum() > 0
+
+
+def test_learning_rate_warms_up_and_decays(tmp_path: Path) -> None:
+    loop, _, _ = make_loop(tmp_path)
+    factors = [loop._lr_factor(step) for step in range(STEPS + 1)]
+    assert factors[0] == pytest.approx(1 / 5) and max(factors) == pytest.approx(1)
+    assert factors[:5] == sorted(factors[:5]) and factors[5:] == sorted(factors[5:], reverse=True)
+    assert factors[-1] == pytest.approx(0.02)
+
+
+def test_a_step_with_an_infinite_gradient_is_left_out(tmp_path: Path) -> None:
+    loop, model, _ = make_loop(tmp_path)
+    loop.run(lambda generator: {"loss": model.weight.sum() * (float("inf") if loop.step == 4 else 1.0)})
+    assert torch.isfinite(model.weight).all()
+
+
+def test_ema_by_hand() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 0.0)
+    ema = common.EMA(model, decay=0.5)
+    nn.init.constant_(model.weight, 1.0)
+    ema.update(1)  # warm-up: decay is min(0.5, 2 / 11)
+    assert ema.model.weight.item() == pytest.approx(9 / 11)
+    ema.update(1000)
+    assert ema.model.weight.item() == pytest.approx(10 / 11)
+    assert not ema.model.weight.requires_grad
+
+
+def test_missing_data_names_the_file_and_the_command(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"captions\.json.*recipes\.data"):
+        data.load(tmp_path)
+
+
+def test_rendered_chunks_are_reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_CHUNK", 16)
+    captions, pictures = data._render_chunk((0, 5))
+    again, same = data._render_chunk((0, 5))
+    assert captions == again and (pictures == same).all()
+    assert captions != data._render_chunk((0, 6))[0]
+
+
+def test_pictures_become_inputs() -> None:
+    pictures = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8)
+    inputs = common.to_input(pictures)  # (2, 3, 64, 64)
+    assert inputs.shape == (2, 3, 64, 64) and inputs.dtype == torch.float32
+    assert torch.equal((inputs.permute(0, 2, 3, 1) * 255).round().to(torch.uint8), pictures)
