@@ -20,6 +20,7 @@ TINY: dict[str, Any] = {
     "prompts": "addiff_env:tiny/splits/train.txt",
     "height": 64,
     "width": 64,
+    "dtype": "auto",
     "num_inference_steps": 10,
     "guidance_scale": 4.0,
     "max_nfe": 40,

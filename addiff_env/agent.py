@@ -17,17 +17,19 @@ from torch import nn
 from addiff_env.types import Action
 
 FORMAT_VERSION = 1
+PART_NORM = 2.0  # root-mean-square length of every normalised part
 WEIGHTS, CONFIG = "agent.safetensors", "agent.json"
 
 
 class PartNorm(nn.Module):
-    """Standardise an observation with fixed statistics, then scale each part by 1/sqrt of its width.
+    """Standardise an observation with fixed statistics, then scale each part to length `PART_NORM`.
 
     768-wide features and 8 quality numbers then reach the first layer with the same total power.
     """
 
     mean: torch.Tensor
     scale: torch.Tensor
+    root_widths: torch.Tensor
 
     def __init__(self, parts: dict[str, int]) -> None:
         super().__init__()
@@ -35,18 +37,19 @@ class PartNorm(nn.Module):
         self.parts = dict(parts)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
+        widths = torch.cat([torch.full((n,), float(n)) for n in parts.values()])
+        self.register_buffer("root_widths", widths.sqrt(), persistent=False)
 
     def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Fix the statistics (width,) of the observations; a slot that never varies is left out (scale 0)."""
-        widths = torch.cat([torch.full((n,), float(n)) for n in self.parts.values()]).to(std)
         varies = std > 1e-6
         self.mean.copy_(mean)
-        self.scale.copy_(torch.where(varies, 1 / (std.clamp_min(1e-6) * widths.sqrt()), torch.zeros_like(std)))
+        scale = PART_NORM / (std.clamp_min(1e-6) * self.root_widths)
+        self.scale.copy_(torch.where(varies, scale, torch.zeros_like(std)))
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         """Observations (B, width) to normalised ones, clipped to 10 standard deviations."""
-        widths = torch.cat([torch.full((n,), float(n)) for n in self.parts.values()]).to(observations)
-        limit = 10 / widths.sqrt()
+        limit = 10 * PART_NORM / self.root_widths
         return ((observations - self.mean) * self.scale).clamp(-limit, limit)
 
 
@@ -158,7 +161,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold one JSON object, got {str(config)[:80]!r}")
     version = config.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}")
+    if missing := {"observation", "hidden"} - set(config):
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
     return config

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from addiff_env.loading import quiet_loading
+
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def _load(loader: Any, model: str, what: str) -> Any:
+def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
     try:
-        return loader.from_pretrained(model)
+        with quiet_loading():
+            return loader.from_pretrained(model, **options)
     except Exception as error:
         missing = not Path(model).exists()
         kind = FileNotFoundError if missing else ValueError
@@ -97,9 +100,12 @@ class DINOEncoder:
     """
 
     def __init__(self, model: str, device: str = "cpu") -> None:
-        from transformers import AutoModel
+        from transformers import AutoConfig, AutoModel
 
-        self.model = _load(AutoModel, model, "a DINO model").float().to(device).eval().requires_grad_(False)
+        # DINO has no pooler; DINOv2 models take no such option.
+        config = _load(AutoConfig, model, "a DINO configuration")
+        options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+        self.model = _load(AutoModel, model, "a DINO model", **options).float().to(device).eval().requires_grad_(False)
         self.size, self.width = self.model.config.image_size, self.model.config.hidden_size
 
     @torch.no_grad()

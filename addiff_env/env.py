@@ -165,10 +165,10 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
     See `addiff_env.reward`; ``info["reward"]`` carries every component.
 
     ## Start, end
-    ``reset(options={"prompt": [...], "seed": [...], "latents": ...})`` names the lanes' prompts (B strings), seeds (B ints)
-    or initial latents (B, C, h, w), as diffusers' pipelines take them; what is left out is drawn. An
-    episode is ``terminated`` by *stop*, by the last solver step, or when the budget is spent;
-    ``truncated`` is left to wrappers. With ``AutoresetMode.DISABLED`` an ended lane waits, at no cost,
+    ``reset(options={"prompt": [...], "seed": [...], "latents": ...})`` names the lanes' prompts
+    (B strings), seeds (B ints) or initial latents (B, C, h, w), as diffusers' pipelines take them;
+    what is left out is drawn. An episode is ``terminated`` by *stop*, by the last solver step, or when the
+    budget is spent; ``truncated`` is left to wrappers. With ``AutoresetMode.DISABLED`` an ended lane waits, at no cost,
     until ``reset(options={"reset_mask": ...})`` names it.
 
     ## Info
@@ -224,8 +224,8 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
         self._grid = self.schedule.timesteps.cpu().numpy()
         self.perception = Perception(c.clip, c.dino, c.scorer, self.backbone.device)
         self.latent_shape = (self.backbone.latent_channels, c.height // factor, c.width // factor)
-        self._price = {name: self.backbone.flops(name, self.latent_shape) for name in ("denoiser", "decode", "text")}
-        self._price["look"] = self._price["decode"] + self.perception.flops(c.height, c.width)
+        self.price = {name: self.backbone.flops(name, self.latent_shape) for name in ("denoiser", "decode", "text")}
+        self.price["look"] = self.price["decode"] + self.perception.flops(c.height, c.width)
         self.passes_per_nfe = 2 if c.guidance_scale > 1 else 1
 
     def _make_spaces(self) -> None:
@@ -262,7 +262,10 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
     def _make_lanes(self) -> None:
         n, device = self.num_envs, self.backbone.device
         conditioning = self.backbone.encode_prompts([""] * n)
-        grid = (self.latent_shape[1] // self.config.attention_stride, self.latent_shape[2] // self.config.attention_stride)
+        grid = (
+            self.latent_shape[1] // self.config.attention_stride,
+            self.latent_shape[2] // self.config.attention_stride,
+        )
         self.latents = torch.zeros(n, *self.latent_shape, device=device, dtype=self.backbone.dtype)
         self.x0 = torch.zeros_like(self.latents)
         self.conditioning: Conditioning = conditioning
@@ -325,7 +328,7 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
         self.clip_text[index] = self.perception.clip.text_features(texts)
         for counter in (self.step_index, self.nfe, self.refines, self.decisions):
             counter[lanes] = 0
-        self.net_flops[lanes] = 2 * self._price["text"]  # the prompt and the empty prompt of guidance
+        self.net_flops[lanes] = 2 * self.price["text"]  # the prompt and the empty prompt of guidance
         self.refine_masks[index] = 0
         self.done[lanes] = False
         for _ in range(self.config.warmup_steps):
@@ -405,9 +408,7 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
         self._finish(broke)
         looked = self.done[lanes] | (self.decisions[lanes] % self.config.observe_every == 0)
         self._look(lanes[looked])
-        parts = step_reward(
-            self.reward_config, phi, self._phi(), self.similarity, self.nfe - spent, self.done
-        )
+        parts = step_reward(self.reward_config, phi, self._phi(), self.similarity, self.nfe - spent, self.done)
         idle = np.ones(self.num_envs, bool)
         idle[lanes] = False
         return taken, {name: np.where(idle, 0.0, value) for name, value in parts.items()}
@@ -448,7 +449,7 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
                 prediction.features,
             )
         self.nfe[lanes] += 1
-        self.net_flops[lanes] += self.passes_per_nfe * self._price["denoiser"]
+        self.net_flops[lanes] += self.passes_per_nfe * self.price["denoiser"]
 
     def _continue(self, lanes: np.ndarray) -> None:
         """One solver step of ``lanes`` along the grid; a lane that reaches its end is finished."""
@@ -584,9 +585,9 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
             self.similarity[lanes] = 1.0
         self.seen.put(index, look)
         # A finished lane pays for its decode only: nobody acts on the scores of a final picture.
-        self.net_flops[lanes] += np.where(finished, self._price["decode"], self._price["look"])
+        self.net_flops[lanes] += np.where(finished, self.price["decode"], self.price["look"])
         for row in np.flatnonzero(finished):
-            self.pictures[lanes[row]] = _to_uint8(pictures[row : row + 1])[0]
+            self.pictures[lanes[row]] = to_uint8(pictures[row : row + 1])[0]
 
     def _phi(self) -> np.ndarray:
         """Quality (B,) of what was last seen."""
@@ -667,7 +668,7 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
 
     def preview_images(self) -> np.ndarray:
         """Decoded latest clean predictions of all lanes: uint8 (B, H, W, 3)."""
-        return _to_uint8(self.backbone.decode(self.x0))
+        return to_uint8(self.backbone.decode(self.x0))
 
     def final_image(self, lane: int) -> np.ndarray:
         """The final picture of a terminated lane: uint8 (H, W, 3).
@@ -758,7 +759,7 @@ class DiffusionDenoiseEnv(gym.Env):
         return None if pictures is None else pictures[0]
 
 
-def _to_uint8(pictures: torch.Tensor) -> np.ndarray:
+def to_uint8(pictures: torch.Tensor) -> np.ndarray:
     """Pictures (B, 3, H, W) in [0, 1] to uint8 (B, H, W, 3)."""
     return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 

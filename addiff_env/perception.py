@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from addiff_env.backbones.base import resolve_model
 from addiff_env.backbones.stable_diffusion import count_flops
 from addiff_env.encoders import check_pictures, load_clip, load_dino
+from addiff_env.loading import resolve_model
 from addiff_env.scorers import load_pixel_text_reward
 
 QUALITY = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from addiff_env.backbones.base import resolve_model
+from addiff_env.loading import resolve_model
 
 
 def check_prompt(prompt: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 
 SOLVERS = ("ddim",)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+UNSUPPORTED = ("clip_sample", "thresholding", "rescale_betas_zero_snr", "trained_betas")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ def make_schedule(config: Mapping[str, Any], num_inference_steps: int, device: t
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+    for name in UNSUPPORTED:  # refused, as leaving them out would give other pictures than diffusers'
+        if config.get(name):
+            raise ValueError(f"the scheduler option {name} = {config[name]!r} is not supported")
     alphas_cumprod = _alphas_cumprod(config)
     timesteps = _timesteps(config, num_inference_steps)
     following = timesteps - total // num_inference_steps  # diffusers' own notion of the next level

@@ -4,6 +4,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -27,3 +30,85 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_kwargs() -> dict[str, Any]:
+    """Where the embedded world's models are: in the package, or in the folder ``ADDIFF_TEST_WEIGHTS``."""
+    folder = os.environ.get("ADDIFF_TEST_WEIGHTS")
+    if not folder:
+        return {}
+    parts = {"model": "pipeline", "clip": "clip", "dino": "dino", "scorer": "reward"}
+    return {name: str(Path(folder, part)) for name, part in parts.items()}
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder laid out like the embedded world's, with few and random weights: a millisecond a pass."""
+    import torch
+    from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text = CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=MAX_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(16, 32, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=2,
+            norm_num_groups=8,
+        )
+        vae = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+        )
+        text_encoder = CLIPTextModel(text)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler}
+    folder = tmp_path_factory.mktemp("models") / "pipeline"
+    pipeline = StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_kwargs(tiny_kwargs: dict[str, Any], small_model: Path) -> dict[str, Any]:
+    """The embedded world around `small_model`: short schedule, small budget."""
+    return {
+        **tiny_kwargs,
+        "model": str(small_model),
+        "dtype": "float32",
+        "num_inference_steps": 6,
+        "warmup_steps": 2,
+        "max_nfe": 12,
+    }

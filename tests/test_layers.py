@@ -12,6 +12,7 @@ LAYERS = (  # low to high; a module imports from strictly lower layers, or from 
     "types",
     "samplers",
     "attention",
+    "loading",
     "encoders",
     "scorers",
     "reward",

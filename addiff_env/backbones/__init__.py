@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from addiff_env.backbones.base import Backbone, Conditioning, resolve_model
+from addiff_env.backbones.base import Backbone, Conditioning
 from addiff_env.backbones.stable_diffusion import StableDiffusionBackbone
+from addiff_env.loading import resolve_dtype
 
-__all__ = ["Backbone", "Conditioning", "StableDiffusionBackbone", "load_backbone", "resolve_model"]
+__all__ = ["Backbone", "Conditioning", "StableDiffusionBackbone", "load_backbone"]
 
 _CACHE: dict[tuple[str | int | None, ...], Backbone] = {}
 
@@ -16,6 +17,7 @@ def load_backbone(model: str, revision: str | None, device: str, dtype: str, att
     Raises:
         FileNotFoundError, ValueError: as `StableDiffusionBackbone`.
     """
+    dtype = resolve_dtype(dtype, device)
     key = (model, revision, device, dtype, attention_stride)
     if key not in _CACHE:
         _CACHE[key] = StableDiffusionBackbone(model, revision, device, dtype, attention_stride)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-
-PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass
@@ -60,25 +56,15 @@ class Backbone(Protocol):
         alphas_cumprod: torch.Tensor,
         conditioning: Conditioning,
         guidance_scale: float,
+        capture: bool = True,
     ) -> Prediction:
-        """Evaluate the denoiser at (``latents``, ``timesteps``), each lane at its own level."""
+        """Evaluate the denoiser at (``latents``, ``timesteps``), each lane at its own level.
+
+        Without ``capture`` no attention is recorded and the maps are empty.
+        """
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Full decode to pictures (B, 3, H, W) float32 in [0, 1]."""
 
     def flops(self, component: str, latents_shape: tuple[int, ...]) -> float:
         """Floating-point operations of ``denoiser`` (one pass), ``decode`` or ``text``, per lane."""
-
-
-def resolve_model(model: str) -> str:
-    """Turn ``addiff_env:<path>`` into the folder inside the package; other ids and paths stay as they are.
-
-    Raises:
-        FileNotFoundError: the packaged folder does not exist.
-    """
-    if not model.startswith(PACKAGE_PREFIX):
-        return model
-    folder = Path(__file__).resolve().parent.parent / model.removeprefix(PACKAGE_PREFIX)
-    if not folder.exists():
-        raise FileNotFoundError(f"packaged model {model!r} is missing ({folder}); retrain it with: make tiny")
-    return str(folder)

@@ -13,7 +13,8 @@ from diffusers import StableDiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from addiff_env.attention import capture_cross_attention, cross_attention_layers
-from addiff_env.backbones.base import DTYPES, Conditioning, Prediction, resolve_model
+from addiff_env.backbones.base import Conditioning, Prediction
+from addiff_env.loading import DTYPES, quiet_loading, resolve_dtype, resolve_model
 from addiff_env.samplers import to_x0
 
 
@@ -21,9 +22,10 @@ def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Stab
     folder = resolve_model(model)
     try:
         # The safety checker replaces pictures by black ones, which an agent must not be rewarded or blamed for.
-        return StableDiffusionPipeline.from_pretrained(
-            folder, revision=revision, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
-        )
+        with quiet_loading():
+            return StableDiffusionPipeline.from_pretrained(
+                folder, revision=revision, dtype=dtype, safety_checker=None, requires_safety_checker=False
+            )
     except Exception as error:
         where = f"folder {folder}" if Path(folder).exists() else f"model {model!r} (not a local folder, nor loadable)"
         hint = "retrain it with: make tiny" if folder != model else "download it, or pass model=<pipeline folder>"
@@ -38,7 +40,7 @@ class StableDiffusionBackbone:
         model: Hub id, local folder, or ``addiff_env:<path>`` for a packaged folder.
         revision: Hub revision; None is the default branch.
         device: where the networks live.
-        dtype: ``float32``, ``float16`` or ``bfloat16``, of weights and latents.
+        dtype: ``float32``, ``float16``, ``bfloat16``, of weights and latents, or ``auto`` (`resolve_dtype`).
         attention_stride: latent cells per attention cell, of the layers whose cross-attention is read.
 
     Raises:
@@ -49,8 +51,7 @@ class StableDiffusionBackbone:
     def __init__(
         self, model: str, revision: str | None = None, device: str = "cpu", dtype: str = "float32", attention_stride=4
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        dtype = resolve_dtype(dtype, device)
         pipeline = _load_pipeline(model, revision, DTYPES[dtype])
         self.name, self.revision = model, revision
         self.device, self.dtype, self.dtype_name = torch.device(device), DTYPES[dtype], dtype
@@ -137,11 +138,13 @@ class StableDiffusionBackbone:
         alphas_cumprod: torch.Tensor,
         conditioning: Conditioning,
         guidance_scale: float,
+        capture: bool = True,
     ) -> Prediction:
         """Evaluate the U-Net for lanes (B, C, h, w), each at its own ``timesteps`` (B,) int64.
 
         ``alphas_cumprod`` (B,) float64 are the signal powers there. With ``guidance_scale`` above 1,
-        classifier-free guidance (Ho & Salimans 2022) costs a second pass.
+        classifier-free guidance (Ho & Salimans 2022) costs a second pass. Without ``capture`` no
+        attention is recorded and ``maps`` is empty.
         """
         lanes, guided = len(latents), guidance_scale > 1
         context = conditioning.embeddings
@@ -155,7 +158,8 @@ class StableDiffusionBackbone:
             lambda module, args, output: features.append(output[conditional].float().mean((2, 3)))
         )
         try:
-            with capture_cross_attention(self.unet, self._attention_layers, conditional) as record:
+            layers = self._attention_layers if capture else []
+            with capture_cross_attention(self.unet, layers, conditional) as record:
                 output = self.unet(inputs, timesteps.repeat(repeat), encoder_hidden_states=context).sample
         finally:
             hook.remove()
@@ -164,7 +168,8 @@ class StableDiffusionBackbone:
             output = unconditional + guidance_scale * (text - unconditional)
         x0 = to_x0(output, latents, alphas_cumprod, self.scheduler_config["prediction_type"])
         side = (latents.shape[2] // self.attention_stride, latents.shape[3] // self.attention_stride)
-        return Prediction(x0, record.maps(*side), features[0])
+        maps = record.maps(*side) if capture else torch.zeros(lanes, 0, *side)
+        return Prediction(x0, maps, features[0])
 
     # ----------------------------------------------------------------- pictures
 

@@ -108,6 +108,17 @@ def judge_batch(pictures: np.ndarray, prompts: Sequence[str | Prompt]) -> list[V
     return [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
 
 
+def match_objects(objects: Sequence[Found], prompt: str | Prompt) -> list[Found | None]:
+    """Which found object stands for each one the prompt asks for, counts written out; None: nothing is left for it.
+
+    Raises:
+        ValueError: a caption that is not of this world.
+    """
+    prompt = parse_caption(prompt) if isinstance(prompt, str) else prompt
+    match = _assign(objects, [spec for spec in prompt.objects for _ in range(spec.count)])
+    return [None if index is None else objects[index] for index in match]
+
+
 def _as_float(picture: np.ndarray) -> np.ndarray:
     if picture.shape != (SIZE, SIZE, 3):
         raise ValueError(f"expected a picture of shape ({SIZE}, {SIZE}, 3), got {picture.shape}")

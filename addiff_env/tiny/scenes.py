@@ -404,9 +404,7 @@ def build_split(name: str, per_category: int = 128) -> list[dict[str, Any]]:
             if caption_split(prompt) == wanted:
                 prompts.append(prompt)
         base = 1_000_000 * (1 + ("dev", "test").index(name)) + 1_000 * CATEGORIES.index(category)
-        rows += [
-            {"prompt": prompt.caption, "seed": base + i, "category": category} for i, prompt in enumerate(prompts)
-        ]
+        rows += [{"prompt": prompt.caption, "seed": base + i, "category": category} for i, prompt in enumerate(prompts)]
     return rows
 
 

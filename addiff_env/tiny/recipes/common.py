@@ -85,7 +85,8 @@ class Loop:
 
     def run(self, loss_at: Callable[[torch.Generator], dict[str, torch.Tensor]], after: Any = None) -> None:
         """Train to ``args.steps``. ``loss_at`` gets the step's own CPU generator and returns named
-        losses, of which ``loss`` is minimised; ``after(step)`` runs once the weights are updated."""
+        losses, of which ``loss`` is minimised; ``after(step)`` runs once the weights are updated.
+        """
         device_type = torch.device(self.args.device).type
         started = saved = time.monotonic()
         before = self.seconds

@@ -110,7 +110,9 @@ def export(
 
 def main() -> None:
     """Command line."""
-    args: argparse.Namespace = common.arguments(__doc__ or "", steps=4200, batch=64, lr=8e-4, dropout=0.1, compile=1, pictures=60_000)
+    args: argparse.Namespace = common.arguments(
+        __doc__ or "", steps=4200, batch=64, lr=8e-4, dropout=0.1, compile=1, pictures=60_000
+    )
     data.prepare(args.work)
     pictures, captions = data.load(args.work)
     vae = AutoencoderTiny.from_pretrained(args.out / "pipeline" / "vae", torch_dtype=torch.float32)

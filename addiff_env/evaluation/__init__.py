@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, methods, metrics, rows, and the report."""

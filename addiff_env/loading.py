@@ -1,0 +1,64 @@
+"""Where frozen models come from: packaged folders, dtypes, and loading them without noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """The name of the dtype to use; ``auto`` is bfloat16 where the hardware multiplies it fast, else float32.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if dtype == "auto":
+        fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else _cpu_multiplies_bfloat16()
+        return "bfloat16" if fast else "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
+    return dtype
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep diffusers' and transformers' progress bars and notices off the screen while a model loads."""
+    libraries = (diffusers_logging, transformers_logging)
+    levels = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library, level, bar in zip(libraries, levels, bars, strict=True):
+            library.set_verbosity(level)
+            if bar:
+                library.enable_progress_bar()
+
+
+def resolve_model(model: str) -> str:
+    """Turn ``addiff_env:<path>`` into the folder inside the package; other ids and paths stay as they are.
+
+    Raises:
+        FileNotFoundError: the packaged folder does not exist.
+    """
+    if not model.startswith(PACKAGE_PREFIX):
+        return model
+    folder = Path(__file__).resolve().parent / model.removeprefix(PACKAGE_PREFIX)
+    if not folder.exists():
+        raise FileNotFoundError(f"packaged model {model!r} is missing ({folder}); retrain it with: make tiny")
+    return str(folder)

@@ -1,0 +1,154 @@
+"""Compare a trained agent with fixed-step inference on held-out prompts.
+
+    python evaluate.py                          the shipped agent, 256 prompts of the embedded world
+    python evaluate.py benchmark.limit=null     the whole test split
+    python evaluate.py agent=runs/train/.../agent hydra.run.dir=runs/mine
+
+Rows are appended to <run folder>/rows.jsonl as they are made; the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+from tqdm import tqdm
+
+import addiff_env
+from addiff_env.agent import Agent
+from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.evaluation.baselines import AgentMethod, FixedSteps, Made, Method, make_agent_env
+from addiff_env.evaluation.benchmarks import Item, load_benchmark
+from addiff_env.evaluation.metrics import score_pictures
+from addiff_env.evaluation.report import plot_filmstrips, plot_quality_against_compute, record_trajectory, summary_table
+from addiff_env.evaluation.rows import append_rows, read_rows
+from addiff_env.types import Action, ResultRow
+
+
+def code_version() -> str:
+    """The package version and, in a checkout, the commit."""
+    git = subprocess.run(
+        ["git", "rev-parse", "--short=10", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return addiff_env.__version__ + (f"+{git.stdout.strip()}" if git.returncode == 0 else "")
+
+
+class Evaluation:
+    """One run folder: which rows exist, and how new ones are made and kept."""
+
+    def __init__(self, folder: Path, env: DiffusionDenoiseVectorEnv, save_images: bool) -> None:
+        self.folder, self.env, self.save_images = folder, env, save_images
+        self.path, self.version = folder / "rows.jsonl", code_version()
+        self.rows = read_rows(self.path)
+
+    def blank_row(self, method: Method, item: Item) -> ResultRow:
+        """A row that names the measurement and holds no result yet."""
+        backbone = self.env.backbone
+        return ResultRow(
+            method=method.name,
+            prompt=item.prompt,
+            seed=item.seed,
+            category=item.category,
+            backbone=f"{backbone.name}@{backbone.revision or 'packaged'}",
+            solver=method.solver,
+            policy=method.policy,
+            dtype=backbone.dtype_name,
+            code_version=self.version,
+        )
+
+    def run(self, method: Method, items: Sequence[Item]) -> list[ResultRow]:
+        """Make what is missing; returns the method's rows for ``items``, in their order."""
+        done = {row.key: row for row in self.rows}
+        wanted = [self.blank_row(method, item) for item in items]
+        missing = [item for item, row in zip(items, wanted, strict=True) if row.key not in done]
+        with tqdm(total=len(items), initial=len(items) - len(missing), desc=method.name, unit="image") as bar:
+            for group in method.make(missing) if missing else ():
+                rows = self._keep(method, group)
+                done |= {row.key: row for row in rows}
+                bar.update(len(rows))
+        self.rows = list(done.values())
+        return [done[row.key] for row in wanted]
+
+    def _keep(self, method: Method, group: list[Made]) -> list[ResultRow]:
+        if not group:
+            return []
+        items = [made.item for made in group]
+        scored = score_pictures(self.env.perception, np.stack([made.picture for made in group]), items)
+        rows = []
+        for made, (scores, reason) in zip(group, scored, strict=True):
+            row = self.blank_row(method, made.item)
+            row.actions, row.nfe, row.forward_passes = made.actions, made.nfe, made.forward_passes
+            row.net_flops, row.seconds, row.scores, row.reason = made.net_flops, made.seconds, scores, reason
+            row.image = self._save_image(method, made) if self.save_images else ""
+            rows.append(row)
+        append_rows(self.path, rows)
+        return rows
+
+    def _save_image(self, method: Method, made: Made) -> str:
+        relative = Path("images") / method.name / f"{made.item.seed}.png"
+        (self.folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(made.picture).save(self.folder / relative)
+        return str(relative)
+
+
+def choose_filmstrips(rows: list[ResultRow], number: int) -> list[ResultRow]:
+    """Trajectories worth seeing: refined and satisfied, refined and failed, never refined, in turn."""
+    refined = [row for row in rows if Action.REFINE in row.actions]
+    groups = [
+        [row for row in refined if row.scores["success"]],
+        [row for row in rows if Action.REFINE not in row.actions],
+        [row for row in refined if not row.scores["success"]],
+    ]
+    turns = [group[k] for k in range(max(map(len, groups))) for group in groups if k < len(group)]
+    return turns[:number]
+
+
+def draw_filmstrips(rows: list[ResultRow], agent: Agent, env: DiffusionDenoiseVectorEnv, path: Path) -> None:
+    """Run the rows' items again, one by one, and draw what happened."""
+    strips = []
+    for row in rows:
+        item = Item(row.prompt, row.seed, row.category)
+        frames = record_trajectory(env, agent.act, item)
+        strips.append((item, row.reason, frames))
+    plot_filmstrips(strips, path)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    """Run every method, print the table, draw the pictures."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    items = load_benchmark(cfg.benchmark.name, cfg.benchmark.limit)
+    agent = Agent.load(cfg.agent)
+    overrides = OmegaConf.to_container(cfg.env)
+    env = make_agent_env(agent, cfg.num_envs, **overrides)  # type: ignore[arg-type]
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    evaluation = Evaluation(folder, env, cfg.save_images)
+    methods: list[Method] = [FixedSteps(env, steps) for steps in cfg.fixed_steps]
+    methods.append(AgentMethod(env, agent))
+    results = {method.name: evaluation.run(method, items) for method in methods}
+    rows = [row for group in results.values() for row in group]
+    table = summary_table(rows)
+    (folder / "table.txt").write_text(table + "\n")
+    written = [folder / "table.txt", evaluation.path, folder / "quality_vs_compute.png"]
+    plot_quality_against_compute(rows, written[-1])
+    if cfg.filmstrips:
+        written.append(folder / "filmstrips.png")
+        one_lane = make_agent_env(agent, 1, **overrides)  # type: ignore[arg-type]
+        draw_filmstrips(choose_filmstrips(results["agent"], cfg.filmstrips), agent, one_lane, written[-1])
+    print(f"\n{cfg.benchmark.name}, {len(items)} prompts, {env.backbone.dtype_name}; success (%) by the exact checker")
+    print(f"{table}\n\nwrote")
+    for path in written:
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    main()
