@@ -150,7 +150,7 @@ def refinement_mask(
     field = _mask_field(kind, maps.float(), content, noise)  # (B, 1, h', w'), low = renew
     field = F.interpolate(field, size=size, mode="bilinear", align_corners=False)
     level = torch.quantile(field.flatten(1), threshold, dim=1)[:, None, None, None]
-    return gaussian_blur((field < level).float(), blur_sigma)
+    return gaussian_blur((field <= level).float(), blur_sigma)
 
 
 def _mask_field(kind: str, maps: torch.Tensor, content: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:

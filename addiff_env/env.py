@@ -88,9 +88,10 @@ class EnvConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(allowed)}")
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+            value, kind = getattr(self, name), (int, float) if isinstance(least, float) else int
+            if value is not None and (not isinstance(value, kind) or not value >= least):
+                what = "a number" if isinstance(least, float) else "an integer"
+                raise ValueError(f"{name} must be {what} of at least {least}, got {value!r}")
         if not 0 < self.mask_threshold < 1:
             raise ValueError(f"mask_threshold must lie in (0, 1), got {self.mask_threshold!r}")
         if self.warmup_steps >= self.num_inference_steps:
@@ -408,7 +409,9 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
         self._finish(broke)
         looked = self.done[lanes] | (self.decisions[lanes] % self.config.observe_every == 0)
         self._look(lanes[looked])
-        parts = step_reward(self.reward_config, phi, self._phi(), self.similarity, self.nfe - spent, self.done)
+        similarity = np.ones(self.num_envs)  # without a new look there is no new picture to compare
+        similarity[lanes[looked]] = self.similarity[lanes[looked]]
+        parts = step_reward(self.reward_config, phi, self._phi(), similarity, self.nfe - spent, self.done)
         idle = np.ones(self.num_envs, bool)
         idle[lanes] = False
         return taken, {name: np.where(idle, 0.0, value) for name, value in parts.items()}
@@ -526,6 +529,7 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
         """Go back to the grid point nearest the re-noise level and step on, the outside held to its old x0."""
         index = self._index(lanes)
         nearest = np.abs(self._grid[None] - self._renoise_timesteps(lanes)[:, None]).argmin(1)
+        nearest = np.minimum(nearest, self.step_index[lanes])  # a refinement never skips steps
         self.step_index[lanes] = nearest
         old = self.x0[index].clone()
         noise = torch.stack([self._noise(lane) for lane in lanes])
@@ -663,7 +667,8 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
             final_obs[lane] = _row(observation, lane)
         self._reset_lanes(lanes, {})
         fresh = self._info(info["action_taken"], info["reward"])
-        final = {"final_obs": final_obs, "_final_obs": ended, "final_info": info, "_final_info": ended}
+        last = info | {name: ended for name in info if name.startswith("_")}
+        final = {"final_obs": final_obs, "_final_obs": ended, "final_info": last, "_final_info": ended}
         return self._observation(), fresh | final
 
     def preview_images(self) -> np.ndarray:

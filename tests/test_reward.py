@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from addiff_env.reward import COMPONENTS, RewardConfig, quality, step_reward
 
 
-def one_step(config: RewardConfig, phi: float, after: float, similarity: float, nfe: int, end: bool) -> dict[str, float]:
+def one_step(
+    config: RewardConfig, phi: float, after: float, similarity: float, nfe: int, end: bool
+) -> dict[str, float]:
     values = (np.array([value]) for value in (phi, after, similarity))
     parts = step_reward(config, *values, np.array([nfe]), np.array([end]))
     assert all(value.shape == (1,) and value.dtype == np.float64 for value in parts.values())

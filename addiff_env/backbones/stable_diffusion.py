@@ -116,7 +116,7 @@ class StableDiffusionBackbone:
         if len(pieces) > limit - 2:
             dropped = self.tokenizer.convert_tokens_to_string(pieces[limit - 2 :]).replace("</w>", " ").strip()
             self._warn_once(f"prompt truncated to {limit} tokens, dropped: {dropped!r}")
-        unknown = [w for w in re.findall(r"[^\W\d_]{2,}", prompt) if all(_is_letter(p) for p in self._pieces(w))]
+        unknown = [w for w in re.findall(r"[^\W\d_]{2,}", prompt) if _is_spelled_out(self._pieces(w))]
         for word in unknown:
             self._warn_once(f"the tokenizer does not know the word {word!r}; it is spelled out letter by letter")
 
@@ -202,8 +202,9 @@ class StableDiffusionBackbone:
         raise ValueError(f"unknown component {component!r}; known: denoiser, decode, text")
 
 
-def _is_letter(piece: str) -> bool:
-    return len(piece.removesuffix("</w>")) == 1
+def _is_spelled_out(pieces: list[str]) -> bool:
+    """At least half of a word's pieces are single letters."""
+    return 2 * sum(len(piece.removesuffix("</w>")) == 1 for piece in pieces) >= len(pieces)
 
 
 @torch.no_grad()

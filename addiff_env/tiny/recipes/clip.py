@@ -87,12 +87,13 @@ def contrast(
 def export(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     """Write an ordinary CLIP folder in fp16."""
     model.half().save_pretrained(folder)
+    common.edit_json(folder / "config.json", dtype="float32")  # fp16 on disk, float32 once loaded
     build_processor(tokenizer).save_pretrained(folder)
 
 
 def main() -> None:
     """Command line."""
-    args = common.arguments(__doc__ or "", steps=900, batch=128, lr=1e-3)
+    args = common.arguments(__doc__ or "", steps=600, batch=128, lr=1e-3)
     scenes = pairs.load_scenes(args.work, args.seed)
     previews = pairs.load_previews(args.work, scenes)
     tokenizer = build_tokenizer()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import os
 import time
@@ -135,6 +136,12 @@ class EMA:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         average, current = list(self.model.parameters()), list(self.module.parameters())
         torch._foreach_lerp_(average, [p.detach() for p in current], weight)
+
+
+def edit_json(path: Path, **values: Any) -> None:
+    """Set entries of a JSON file; None removes one."""
+    content = {k: v for k, v in (json.loads(path.read_text()) | values).items() if v is not None or k not in values}
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def batch_indices(generator: torch.Generator, number: int, batch: int) -> torch.Tensor:

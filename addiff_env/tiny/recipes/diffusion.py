@@ -105,6 +105,11 @@ def export(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(out)
+    # The files are fp16, but what loads them without being asked for a dtype should compute in float32
+    # throughout: diffusers does so by itself, transformers follows this entry.
+    common.edit_json(out / "text_encoder" / "config.json", dtype="float32")
+    # AutoencoderTiny writes an entry that it then warns about when it reads it.
+    common.edit_json(out / "vae" / "config.json", block_out_channels=None)
     return pipeline
 
 
@@ -115,7 +120,7 @@ def main() -> None:
     )
     data.prepare(args.work)
     pictures, captions = data.load(args.work)
-    vae = AutoencoderTiny.from_pretrained(args.out / "pipeline" / "vae", torch_dtype=torch.float32)
+    vae = AutoencoderTiny.from_pretrained(args.out / "pipeline" / "vae", dtype=torch.float32)
     latents = encode_all(vae, pictures[: args.pictures], args.work / "latents.pt", args.device)
     tokenizer = build_tokenizer()
     ids = tokenize(tokenizer, captions)

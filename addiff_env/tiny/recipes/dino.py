@@ -104,7 +104,7 @@ def retrieval(backbone: ViTModel, pictures: torch.Tensor, generator: torch.Gener
 
 def main() -> None:
     """Command line."""
-    args = common.arguments(__doc__ or "", steps=400, batch=96, lr=1e-3)
+    args = common.arguments(__doc__ or "", steps=250, batch=96, lr=1e-3)
     pictures, _ = data.load(args.work)
     torch.manual_seed(args.seed)
     student = Student().to(args.device)
@@ -124,6 +124,7 @@ def main() -> None:
     backbone = teacher.model.backbone
     found = retrieval(backbone, common.to_input(pictures[:512], args.device), torch.Generator().manual_seed(1))
     backbone.half().save_pretrained(args.out / "dino")
+    common.edit_json(args.out / "dino" / "config.json", dtype="float32")  # fp16 on disk, float32 once loaded
     print(f"dino: {loop.step} steps in {loop.seconds:.0f} s, retrieval among 512: {found:.3f} -> {args.out / 'dino'}")
 
 

@@ -33,7 +33,7 @@ class Generator:
     """The packaged diffusion model, driven directly: text embeddings, denoiser, decoder."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32).to(device)
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
         self.device, self.tokenizer = device, pipeline.tokenizer
         self.unet = pipeline.unet.to(memory_format=torch.channels_last).eval()
         self.vae = pipeline.vae.to(memory_format=torch.channels_last).eval()
@@ -186,7 +186,7 @@ def _save(path: Path, arrays: dict[str, Any]) -> None:
 
 def main() -> None:
     """Command line."""
-    args = common.arguments(__doc__ or "", guidance=4.0, number=12_000, previews=16_000, steps=10, batch=64)
+    args = common.arguments(__doc__ or "", guidance=4.0, number=5_000, previews=10_000, steps=10, batch=64)
     pairs.needs(args, "pipeline/vae", "pipeline/unet")
     model = Generator(args.out / "pipeline", args.device)
     device_type = torch.device(args.device).type

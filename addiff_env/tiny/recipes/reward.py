@@ -22,7 +22,7 @@ from addiff_env.tiny.recipes.pairs import Pairs, Samples
 from addiff_env.tiny.scenes import parse_caption
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
-HELD_OUT = 1500  # samples, the last ones
+HELD_OUT = 800  # samples, the last ones
 STAGE_WEIGHTS = (0.1, 0.2, 0.2, 0.5)  # how often each kept stage of a sample is drawn, the finished picture last
 GENERATED_SHARE = 0.7  # of a batch, in the second half of training
 
@@ -149,7 +149,7 @@ def train(args: argparse.Namespace, scenes: Pairs, previews: Pairs, samples: Sam
 
 def main() -> None:
     """Command line."""
-    args = common.arguments(__doc__ or "", steps=1800, batch=96, lr=1.2e-3)
+    args = common.arguments(__doc__ or "", steps=1300, batch=96, lr=1.2e-3)
     scenes = pairs.load_scenes(args.work, args.seed)
     previews, samples = pairs.load_previews(args.work, scenes), pairs.load_samples(args.work)
     first_held = len(samples.captions) - min(HELD_OUT, len(samples.captions) // 4)

@@ -1,0 +1,110 @@
+"""Rows on disk, intervals, the table, and the methods of the evaluation."""
+
+import numpy as np
+import pytest
+
+from addiff_env.evaluation.benchmarks import load_benchmark
+from addiff_env.evaluation.metrics import wilson_interval
+from addiff_env.evaluation.report import action_shares, overlay, plot_quality_against_compute, summary_table
+from addiff_env.evaluation.rows import append_rows, read_rows
+from addiff_env.types import ResultRow
+
+
+def row(method="ddim-5", seed=0, success=1.0, actions=(), nfe=5, category="colors"):
+    return ResultRow(
+        method,
+        "a red circle",
+        seed,
+        category,
+        "tiny@packaged",
+        "ddim",
+        "p",
+        "float32",
+        "0",
+        actions=list(actions),
+        nfe=nfe,
+        forward_passes=2 * nfe,
+        net_flops=nfe * 1e9,
+        seconds=0.1,
+        scores={"success": success},
+    )
+
+
+def test_rows_survive_the_disk(tmp_path):
+    path = tmp_path / "run" / "rows.jsonl"
+    append_rows(path, [row(seed=1), row(seed=2, actions=[0, 2, 1])])
+    append_rows(path, [row(seed=3)])
+    assert read_rows(path) == [row(seed=1), row(seed=2, actions=[0, 2, 1]), row(seed=3)]
+
+
+def test_torn_last_line_is_dropped_and_cut(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [row(seed=1), row(seed=2)])
+    whole = path.read_bytes()
+    for cut in range(1, len(whole) // 2, 37):
+        path.write_bytes(whole[:-cut])
+        assert read_rows(path) == [row(seed=1)]
+        append_rows(path, [row(seed=2)])
+        assert path.read_bytes() == whole
+
+
+def test_damaged_line_in_the_middle_is_refused_with_its_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [row(seed=1), row(seed=2)])
+    path.write_text(path.read_text().replace('"nfe": 5', '"nfe" 5', 1))
+    with pytest.raises(ValueError, match="rows.jsonl:1 is damaged"):
+        read_rows(path)
+    path.write_text('{"unheard_of": 1}\n')
+    with pytest.raises(ValueError, match="unheard_of"):
+        read_rows(path)
+
+
+def test_wilson_interval_against_published_values():
+    # Newcombe 1998, table I, method 3: 81/263 and 15/148 and 0/20.
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    with pytest.raises(ValueError, match="3 in 2"):
+        wilson_interval(3, 2)
+
+
+def test_table_says_what_the_rows_say():
+    rows = [row(seed=k, success=k % 2) for k in range(4)]
+    rows += [row("agent", k, 1.0, [0, 0, 2, 1], nfe=10 + k, category="counting") for k in range(4)]
+    lines = summary_table(rows).splitlines()
+    fixed, agent = lines[2].split(), lines[3].split()
+    assert fixed[:3] == ["ddim-5", "4", "50.0"] and fixed[8] == "-"
+    assert agent[:3] == ["agent", "4", "100.0"]
+    assert agent[4:6] == ["11.5", "1.1"]  # mean and standard deviation of 10, 11, 12, 13
+    assert agent[8] == "50/25/25"
+    assert fixed[9:] == ["50", "-"] and agent[9:] == ["-", "100"]
+
+
+def test_action_shares():
+    assert action_shares([row()]) is None
+    assert action_shares([row(actions=[0, 0, 0, 1])]) == pytest.approx([0.75, 0.25, 0.0])
+
+
+def test_plot_is_written(tmp_path):
+    path = tmp_path / "plot.png"
+    plot_quality_against_compute([row(), row("agent", nfe=7)], path)
+    assert path.stat().st_size > 5000
+
+
+def test_overlay_keeps_the_mask_and_darkens_the_rest():
+    picture = np.full((8, 8, 3), 200, np.uint8)
+    mask = np.zeros((2, 2))
+    mask[0, 0] = 1
+    shown = overlay(picture, mask)
+    assert (shown[1:3, 1:3] == 200).all()
+    assert (shown[4:, 4:] == 70).all()
+
+
+def test_benchmark_limit_is_balanced_and_fixed():
+    items = load_benchmark("tiny-test", 16)
+    assert [item.category for item in items[:8]] == [item.category for item in items[8:]]
+    assert len({(item.prompt, item.seed) for item in items}) == 16
+    with pytest.raises(ValueError, match="coco"):
+        load_benchmark("coco")
+    with pytest.raises(ValueError, match="0"):
+        load_benchmark("tiny-dev", 0)
