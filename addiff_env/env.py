@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from addiff_env.attention import MASKS, attention_entropy, refinement_mask
-from addiff_env.backbones import Conditioning, load_backbone
+from addiff_env.backbones import Conditioning, draw_noise, load_backbone, to_uint8
 from addiff_env.perception import QUALITY, SCORE_LIMIT, TIMESTEP_WIDTH, Look, Perception, timestep_embedding
 from addiff_env.prompts import check_prompt, load_prompts
 from addiff_env.reward import COMPONENTS, RewardConfig, quality, step_reward
@@ -357,9 +357,8 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
         return options
 
     def _noise(self, lane: int) -> torch.Tensor:
-        """Fresh noise (C, h, w) from the lane's generator, drawn on the CPU as diffusers does with CPU generators."""
-        noise = torch.randn(1, *self.latent_shape, generator=self.generators[lane], dtype=self.backbone.dtype)
-        return noise[0].to(self.backbone.device)
+        """Fresh noise (C, h, w) from the lane's own generator."""
+        return draw_noise(self.backbone, self.latent_shape, self.generators[lane])
 
     def _index(self, lanes: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(lanes, device=self.backbone.device)
@@ -762,11 +761,6 @@ class DiffusionDenoiseEnv(gym.Env):
         """The final picture, or the preview before the end: uint8 (H, W, 3)."""
         pictures = self.vector.render()
         return None if pictures is None else pictures[0]
-
-
-def to_uint8(pictures: torch.Tensor) -> np.ndarray:
-    """Pictures (B, 3, H, W) in [0, 1] to uint8 (B, H, W, 3)."""
-    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _row(observation: Any, lane: int) -> Any:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from addiff_env.backbones.base import Backbone, Conditioning
+from addiff_env.backbones.base import Backbone, Conditioning, draw_noise, initial_noise, to_uint8
 from addiff_env.backbones.stable_diffusion import StableDiffusionBackbone
 from addiff_env.loading import resolve_dtype
 
-__all__ = ["Backbone", "Conditioning", "StableDiffusionBackbone", "load_backbone"]
+__all__ = [
+    "Backbone",
+    "Conditioning",
+    "StableDiffusionBackbone",
+    "draw_noise",
+    "initial_noise",
+    "load_backbone",
+    "to_uint8",
+]
 
 _CACHE: dict[tuple[str | int | None, ...], Backbone] = {}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 
@@ -68,3 +70,19 @@ class Backbone(Protocol):
 
     def flops(self, component: str, latents_shape: tuple[int, ...]) -> float:
         """Floating-point operations of ``denoiser`` (one pass), ``decode`` or ``text``, per lane."""
+
+
+def draw_noise(backbone: Backbone, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Noise of one lane, ``shape`` (C, h, w), drawn on the CPU as diffusers does with CPU generators."""
+    noise = torch.randn(1, *shape, generator=generator, dtype=backbone.dtype)
+    return noise[0].to(backbone.device)
+
+
+def initial_noise(backbone: Backbone, shape: tuple[int, ...], seeds: Sequence[int]) -> torch.Tensor:
+    """Initial latents (B, C, h, w) of ``seeds``: the same for every method, whatever batch they travel in."""
+    return torch.stack([draw_noise(backbone, shape, torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def to_uint8(pictures: torch.Tensor) -> np.ndarray:
+    """Pictures (B, 3, H, W) in [0, 1] to uint8 (B, H, W, 3)."""
+    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -13,7 +13,8 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.agent import Agent
-from addiff_env.env import DiffusionDenoiseVectorEnv, to_uint8
+from addiff_env.backbones import initial_noise, to_uint8
+from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.samplers import ddim_step, make_schedule
 
@@ -58,7 +59,7 @@ class FixedSteps:
     def _batch(self, items: list[Item]) -> list[Made]:
         began, env = time.perf_counter(), self.env
         conditioning = env.backbone.encode_prompts([item.prompt for item in items])
-        latents = torch.stack([initial_noise(env, item.seed) for item in items])  # (B, C, h, w)
+        latents = initial_noise(env.backbone, env.latent_shape, [item.seed for item in items])
         for step in range(self.steps):
             at = torch.full((len(items),), step, device=latents.device)
             prediction = env.backbone.predict(
@@ -75,13 +76,6 @@ class FixedSteps:
         passes = self.steps * env.passes_per_nfe
         flops = passes * env.price["denoiser"] + env.price["decode"] + 2 * env.price["text"]
         return [Made(i, p, [], self.steps, passes, flops, seconds) for i, p in zip(items, pictures, strict=True)]
-
-
-def initial_noise(env: DiffusionDenoiseVectorEnv, seed: int) -> torch.Tensor:
-    """The initial latents (C, h, w) of a seed, as ``env`` and diffusers' pipelines draw them."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(1, *env.latent_shape, generator=generator, dtype=env.backbone.dtype)
-    return noise[0].to(env.backbone.device)
 
 
 def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDenoiseVectorEnv:

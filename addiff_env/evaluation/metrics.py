@@ -1,4 +1,4 @@
-"""Per-image metrics, and the intervals of their means."""
+"""Per-image metrics."""
 
 from __future__ import annotations
 
@@ -28,17 +28,3 @@ def score_pictures(
         ({"success": float(v.satisfied), "requirements": v.score, "clip_score": c, "reward_score": r}, v.reason)
         for v, c, r in zip(verdicts, clip, reward, strict=True)
     ]
-
-
-def wilson_interval(successes: int, number: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927), 95% by default.
-
-    Raises:
-        ValueError: no trials, or more successes than trials.
-    """
-    if number < 1 or not 0 <= successes <= number:
-        raise ValueError(f"no share of {successes} in {number}")
-    share, spread = successes / number, z * z / number
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * np.sqrt(share * (1 - share) / number + spread / (4 * number)) / (1 + spread)
-    return float(centre - half), float(centre + half)

@@ -14,7 +14,7 @@ import numpy as np
 
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.metrics import wilson_interval
+from addiff_env.stats import wilson_interval
 from addiff_env.types import ACTIONS, Action, ResultRow
 
 INK, AGENT, FIXED = "#1f2430", "#d9480f", "#1c7ed6"

@@ -32,11 +32,12 @@ from tqdm import tqdm
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 import addiff_env
-from addiff_env.backbones import StableDiffusionBackbone
+from addiff_env.backbones import StableDiffusionBackbone, initial_noise, to_uint8
 from addiff_env.encoders import CLIPEncoder
 from addiff_env.loading import DTYPES, quiet_loading, resolve_dtype
 from addiff_env.samplers import ddim_step, make_schedule
 from addiff_env.scorers import PixelTextReward
+from addiff_env.stats import wilson_interval
 from addiff_env.tiny.checker import MIN_CHROMA, Found, Verdict, judge, match_objects
 from addiff_env.tiny.scenes import (
     CATEGORIES,
@@ -75,16 +76,6 @@ _NOUNS = {ObjectSpec(shape, count=count).phrase().split()[-1] for shape in SHAPE
 
 
 # --------------------------------------------------------------------------- bars
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95% score interval of a share (Wilson 1927); (0, 1) when nothing was counted."""
-    if n == 0:
-        return 0.0, 1.0
-    z, share = 1.959964, hits / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True)
@@ -133,7 +124,7 @@ class Bar:
 def share(name: str, outcomes: Sequence[bool], least: float | None = None, **extra: Any) -> Bar:
     """The bar of a share of ``outcomes`` that are true; NaN, so failing, when there are none."""
     hits, n = sum(outcomes), len(outcomes)
-    return Bar(name, hits / n if n else math.nan, least, n=n, interval=wilson(hits, n), **extra)
+    return Bar(name, hits / n if n else math.nan, least, n=n, interval=wilson_interval(hits, n) if n else None, **extra)
 
 
 def worst_share(name: str, by_category: dict[str, list[bool]], least: float) -> Bar:
@@ -169,12 +160,10 @@ def early_step(num_inference_steps: int) -> int:
     return max(1, round(num_inference_steps / 3)) - 1
 
 
-def initial_noise(backbone: StableDiffusionBackbone, seeds: Sequence[int]) -> torch.Tensor:
-    """Initial latents (B, C, h, w): each seed's own noise, the very same as the environment draws."""
-    side = (addiff_env.TINY[name] // backbone.spatial_factor for name in ("height", "width"))
-    shape = (1, backbone.latent_channels, *side)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s), dtype=backbone.dtype) for s in seeds]
-    return torch.cat(noise).to(backbone.device)
+def latent_shape(backbone: StableDiffusionBackbone) -> tuple[int, int, int]:
+    """(C, h, w) of the embedded world's latents."""
+    height, width = (addiff_env.TINY[name] // backbone.spatial_factor for name in ("height", "width"))
+    return backbone.latent_channels, height, width
 
 
 @dataclass(frozen=True)
@@ -205,7 +194,7 @@ def _generate_batch(
 ) -> list[Sample]:
     schedule = make_schedule(backbone.scheduler_config, steps, backbone.device)
     conditioning = backbone.encode_prompts([row["prompt"] for row in rows])
-    latents = initial_noise(backbone, [row["seed"] for row in rows])
+    latents = initial_noise(backbone, latent_shape(backbone), [row["seed"] for row in rows])
     for index in range(steps):
         at = torch.full((len(rows),), index, device=backbone.device)
         now = backbone.predict(latents, schedule.timesteps[at], schedule.alpha_from[at], conditioning, guidance)
@@ -216,11 +205,6 @@ def _generate_batch(
     pictures, previews = to_uint8(backbone.decode(latents)), to_uint8(backbone.decode(early.x0))
     verdicts = [judge(picture, row["prompt"]) for picture, row in zip(pictures, rows, strict=True)]
     return list(map(Sample, rows, verdicts, previews, early.maps.cpu(), now.maps.cpu()))
-
-
-def to_uint8(pictures: torch.Tensor) -> np.ndarray:
-    """Pictures (B, 3, H, W) in [0, 1] to uint8 (B, H, W, 3)."""
-    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def coloured_region(picture: np.ndarray) -> np.ndarray:
@@ -318,7 +302,7 @@ def lane_milliseconds(backbone: StableDiffusionBackbone, clip: CLIPEncoder) -> f
     rows = pick(load_split("test"), LANES // len(CATEGORIES))
     schedule = make_schedule(backbone.scheduler_config, 50, backbone.device)
     conditioning = backbone.encode_prompts([row["prompt"] for row in rows])
-    latents = initial_noise(backbone, [row["seed"] for row in rows])
+    latents = initial_noise(backbone, latent_shape(backbone), [row["seed"] for row in rows])
     at, scale = torch.full((len(rows),), early_step(50), device=backbone.device), addiff_env.TINY["guidance_scale"]
 
     def look() -> list[float]:
@@ -512,7 +496,7 @@ def sweep(measurements: Measurements, scales: Sequence[float]) -> dict[str, dict
         satisfied = [sample.verdict.satisfied for sample in samples]
         groups = measurements._by_category(f"{scale:g}", [sample.row["category"] for sample in samples], satisfied)
         shares = {category: float(np.mean(group)) for category, group in groups.items()}
-        low, high = wilson(sum(satisfied), len(satisfied))
+        low, high = wilson_interval(sum(satisfied), len(satisfied))
         score = float(np.mean([sample.verdict.score for sample in samples]))
         results[f"{scale:g}"] = {"all": float(np.mean(satisfied)), "interval": (low, high), "score": score, **shares}
         parts = "  ".join(f"{name} {value:.2f}" for name, value in shares.items())

@@ -113,10 +113,17 @@ def export(
     return pipeline
 
 
+def load_exported(folder: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+    """Copy the weights of a pipeline folder into the models."""
+    unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder / "unet", dtype=torch.float32).state_dict())
+    exported = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    text_encoder.load_state_dict(exported.state_dict())
+
+
 def main() -> None:
     """Command line."""
     args: argparse.Namespace = common.arguments(
-        __doc__ or "", steps=4200, batch=64, lr=8e-4, dropout=0.1, compile=1, pictures=60_000
+        __doc__ or "", steps=4200, batch=64, lr=8e-4, dropout=0.1, compile=1, pictures=60_000, warm_start=0
     )
     data.prepare(args.work)
     pictures, captions = data.load(args.work)
@@ -129,6 +136,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     unet = build_unet().to(args.device, memory_format=torch.channels_last)
     text_encoder = build_text_encoder(tokenizer).to(args.device)
+    if args.warm_start:  # go on from the exported weights, with a new optimiser and schedule
+        load_exported(args.out / "pipeline", unet, text_encoder)
     ema_unet, ema_text = common.EMA(unet), common.EMA(text_encoder)
     modules = {"unet": unet, "text": text_encoder, "ema_unet": ema_unet.model, "ema_text": ema_text.model}
     loop = common.Loop("diffusion", args, modules, args.lr)
