@@ -24,12 +24,13 @@ from tqdm import tqdm
 import addiff_env
 from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.baselines import AgentMethod, FixedSteps, Made, Method, make_agent_env
+from addiff_env.evaluation.baselines import AgentMethod, FixedSteps, Method
 from addiff_env.evaluation.benchmarks import Item, load_benchmark
 from addiff_env.evaluation.metrics import score_pictures
 from addiff_env.evaluation.report import plot_filmstrips, plot_quality_against_compute, record_trajectory, summary_table
 from addiff_env.evaluation.rows import append_rows, read_rows
-from addiff_env.types import Action, ResultRow
+from addiff_env.pipeline import make_agent_env
+from addiff_env.types import Action, Generated, ResultRow
 
 
 def code_version() -> str:
@@ -76,14 +77,14 @@ class Evaluation:
         self.rows = list(done.values())
         return [done[row.key] for row in wanted]
 
-    def _keep(self, method: Method, group: list[Made]) -> list[ResultRow]:
+    def _keep(self, method: Method, group: list[tuple[Item, Generated]]) -> list[ResultRow]:
         if not group:
             return []
-        items = [made.item for made in group]
-        scored = score_pictures(self.env.perception, np.stack([made.picture for made in group]), items)
+        items = [item for item, _ in group]
+        scored = score_pictures(self.env.perception, np.stack([made.picture for _, made in group]), items)
         rows = []
-        for made, (scores, reason) in zip(group, scored, strict=True):
-            row = self.blank_row(method, made.item)
+        for (item, made), (scores, reason) in zip(group, scored, strict=True):
+            row = self.blank_row(method, item)
             row.actions, row.nfe, row.forward_passes = made.actions, made.nfe, made.forward_passes
             row.net_flops, row.seconds, row.scores, row.reason = made.net_flops, made.seconds, scores, reason
             row.image = self._save_image(method, made) if self.save_images else ""
@@ -91,8 +92,8 @@ class Evaluation:
         append_rows(self.path, rows)
         return rows
 
-    def _save_image(self, method: Method, made: Made) -> str:
-        relative = Path("images") / method.name / f"{made.item.seed}.png"
+    def _save_image(self, method: Method, made: Generated) -> str:
+        relative = Path("images") / method.name / f"{made.seed}.png"
         (self.folder / relative).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(made.picture).save(self.folder / relative)
         return str(relative)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
+
 
 class Action(IntEnum):
     """What the policy may do at each decision."""
@@ -16,6 +18,20 @@ class Action(IntEnum):
 
 
 ACTIONS = tuple(action.name.lower() for action in Action)
+
+
+@dataclass
+class Generated:
+    """A finished picture and what it cost."""
+
+    prompt: str
+    seed: int
+    picture: np.ndarray  # uint8 (H, W, 3)
+    actions: list[int] = field(default_factory=list)  # carried out, in order; empty where nobody decided
+    nfe: int = 0
+    forward_passes: int = 0
+    net_flops: float = 0.0
+    seconds: float = 0.0  # wall-clock, shared equally by the lanes of a batch
 
 
 @dataclass

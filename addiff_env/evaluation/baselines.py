@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-import gymnasium as gym
-import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
 
 from addiff_env.agent import Agent
 from addiff_env.backbones import initial_noise, to_uint8
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
+from addiff_env.pipeline import AdaptivePipeline
 from addiff_env.samplers import ddim_step, make_schedule
-
-
-@dataclass
-class Made:
-    """A picture and what it cost."""
-
-    item: Item
-    picture: np.ndarray  # uint8 (H, W, 3)
-    actions: list[int] = field(default_factory=list)
-    nfe: int = 0
-    forward_passes: int = 0
-    net_flops: float = 0.0
-    seconds: float = 0.0
+from addiff_env.types import Generated
 
 
 class Method(Protocol):
@@ -39,7 +24,7 @@ class Method(Protocol):
     solver: str
     policy: str
 
-    def make(self, items: list[Item]) -> Iterator[list[Made]]:
+    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Make one picture per item."""
 
 
@@ -51,12 +36,12 @@ class FixedSteps:
         self.name, self.solver, self.policy = f"ddim-{steps}", f"ddim-{steps}", f"ddim-{steps}"
         self.schedule = make_schedule(env.backbone.scheduler_config, steps, env.config.device)
 
-    def make(self, items: list[Item]) -> Iterator[list[Made]]:
+    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Denoise in batches; nothing but the final picture is decoded."""
         for start in range(0, len(items), self.batch_size):
             yield self._batch(items[start : start + self.batch_size])
 
-    def _batch(self, items: list[Item]) -> list[Made]:
+    def _batch(self, items: list[Item]) -> list[tuple[Item, Generated]]:
         began, env = time.perf_counter(), self.env
         conditioning = env.backbone.encode_prompts([item.prompt for item in items])
         latents = initial_noise(env.backbone, env.latent_shape, [item.seed for item in items])
@@ -75,62 +60,22 @@ class FixedSteps:
         seconds = (time.perf_counter() - began) / len(items)
         passes = self.steps * env.passes_per_nfe
         flops = passes * env.price["denoiser"] + env.price["decode"] + 2 * env.price["text"]
-        return [Made(i, p, [], self.steps, passes, flops, seconds) for i, p in zip(items, pictures, strict=True)]
-
-
-def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDenoiseVectorEnv:
-    """The environment an agent was trained on, with lanes that wait when they have ended."""
-    spec = agent.config["env"]
-    kwargs = spec["kwargs"] | overrides
-    envs = gym.make_vec(spec["id"], num_envs=num_envs, autoreset_mode=AutoresetMode.DISABLED, **kwargs)
-    unwrapped = envs.unwrapped
-    assert isinstance(unwrapped, DiffusionDenoiseVectorEnv)
-    return unwrapped
+        cost = (self.steps, passes, flops, seconds)
+        return [
+            (item, Generated(item.prompt, item.seed, picture, [], *cost))
+            for item, picture in zip(items, pictures, strict=True)
+        ]
 
 
 class AgentMethod:
-    """A trained agent on its environment, most likely action first."""
+    """A trained agent on its environment."""
 
     def __init__(self, env: DiffusionDenoiseVectorEnv, agent: Agent, name: str = "agent") -> None:
-        self.env, self.agent, self.name = env, agent, name
+        self.pipeline, self.name = AdaptivePipeline(env, agent), name
         self.solver = f"{env.config.solver}-{env.config.num_inference_steps}"
         self.policy = agent.fingerprint
 
-    def make(self, items: list[Item]) -> Iterator[list[Made]]:
-        """Fill the lanes with the items in order; a lane that ends takes the next item at once."""
-        env, waiting = self.env, list(items)
-        running: dict[int, Made] = {}
-        lanes = list(range(min(env.num_envs, len(waiting))))
-        observation, info = self._start(lanes, waiting, running)
-        while running:
-            began = time.perf_counter()
-            actions = np.zeros(env.num_envs, np.int64)
-            active = sorted(running)
-            actions[active] = self.agent.act(observation[active], info["action_mask"][active])
-            observation, _, terminated, _, info = env.step(actions)
-            for lane in active:
-                running[lane].actions.append(int(info["action_taken"][lane]))
-            share = (time.perf_counter() - began) / len(active)
-            for lane in active:
-                running[lane].seconds += share
-            ended = [lane for lane in active if terminated[lane]]
-            yield [self._finish(running.pop(lane), lane, info) for lane in ended]
-            if ended and waiting:
-                observation, info = self._start(ended[: len(waiting)], waiting, running)
-
-    def _start(self, lanes: list[int], waiting: list[Item], running: dict[int, Made]) -> tuple[Any, Any]:
-        began = time.perf_counter()
-        items = [waiting.pop(0) for _ in lanes]
-        mask = np.isin(np.arange(self.env.num_envs), lanes)
-        options = {"prompt": [i.prompt for i in items], "seed": [i.seed for i in items], "reset_mask": mask}
-        result = self.env.reset(options=options)
-        share = (time.perf_counter() - began) / len(lanes)
-        for lane, item in zip(lanes, items, strict=True):
-            running[lane] = Made(item, np.zeros(0, np.uint8), seconds=share)
-        return result
-
-    def _finish(self, made: Made, lane: int, info: dict[str, Any]) -> Made:
-        made.picture = self.env.final_image(lane)
-        made.nfe, made.forward_passes = int(info["nfe"][lane]), int(info["forward_passes"][lane])
-        made.net_flops = float(info["net_flops"][lane]) + len(made.actions) * self.agent.flops
-        return made
+    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
+        """Run the agent on every item."""
+        for group in self.pipeline.stream([item.prompt for item in items], [item.seed for item in items]):
+            yield [(items[index], made) for index, made in group]
