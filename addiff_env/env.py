@@ -236,7 +236,9 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
             low, high = (np.concatenate([parts[name][side] for name in names]) for side in (0, 1))
             self.single_observation_space: gym.Space[Any] = gym.spaces.Box(low, high, dtype=np.float32)
         else:
-            boxes = {name: gym.spaces.Box(low, high, dtype=np.float32) for name, (low, high) in parts.items()}
+            boxes: dict[str, gym.Space[Any]] = {
+                name: gym.spaces.Box(low, high, dtype=np.float32) for name, (low, high) in parts.items()
+            }
             self.single_observation_space = gym.spaces.Dict(boxes)
         self.single_action_space = gym.spaces.Discrete(len(Action))
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)

@@ -72,7 +72,7 @@ class DenoiseVecEnv(VecEnv):
         """Carry them out."""
         observations, rewards, terminated, truncated, info = self.env.step(self._actions)
         infos = [self._lane_info(info, lane) for lane in range(self.num_envs)]
-        for lane in np.flatnonzero(terminated):
+        for lane in map(int, np.flatnonzero(terminated)):
             infos[lane] = self._lane_info(info["final_info"], lane)
             infos[lane]["terminal_observation"] = info["final_obs"][lane]
             infos[lane]["TimeLimit.truncated"] = False
@@ -131,14 +131,13 @@ class DenoisePolicy(ActorCriticPolicy):
         self, *args: Any, parts: dict[str, int], hidden: int = 128, action_bias: Sequence[float] = (0, 0, 0), **kw: Any
     ) -> None:
         self.hidden = hidden
-        super().__init__(
-            *args,
-            **kw,
-            net_arch={"pi": [hidden, hidden], "vf": [hidden, hidden]},
-            activation_fn=torch.nn.Tanh,
-            features_extractor_class=PartNormExtractor,
-            features_extractor_kwargs={"parts": parts},
-        )
+        kw |= {
+            "net_arch": {"pi": [hidden, hidden], "vf": [hidden, hidden]},
+            "activation_fn": torch.nn.Tanh,
+            "features_extractor_class": PartNormExtractor,
+            "features_extractor_kwargs": {"parts": parts},
+        }
+        super().__init__(*args, **kw)
         with torch.no_grad():
             self.action_net.bias.copy_(torch.tensor([float(b) for b in action_bias]))
 
@@ -158,10 +157,10 @@ def calibrate(model: PPO, steps: int, probabilities: Sequence[float], seed: int)
     assert env is not None
     rng = np.random.default_rng(seed)
     env.seed(seed)
-    observations = [env.reset()]
+    observations = [np.asarray(env.reset())]
     for _ in range(steps):
         actions = rng.choice(len(ACTIONS), size=env.num_envs, p=probabilities)
-        observations.append(env.step(actions)[0])  # type: ignore[arg-type]
+        observations.append(np.asarray(env.step(actions)[0]))
     seen = torch.as_tensor(np.concatenate(observations))
     model.policy.features_extractor.norm.set_statistics(seen.mean(0), seen.std(0))
     model._last_obs = None  # so that learn() resets

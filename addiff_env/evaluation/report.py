@@ -94,7 +94,7 @@ def plot_quality_against_compute(rows: Sequence[ResultRow], path: Path) -> None:
     plt.close(figure)
 
 
-def _draw_points(axis, groups: dict[str, list[ResultRow]], cost, color: str, style: str) -> None:  # type: ignore[no-untyped-def]
+def _draw_points(axis, groups: dict[str, list[ResultRow]], cost, color: str, style: str) -> None:
     if not groups:
         return
     x = [float(np.mean([cost(row) for row in group])) for group in groups.values()]
@@ -112,7 +112,7 @@ def _draw_points(axis, groups: dict[str, list[ResultRow]], cost, color: str, sty
 # --------------------------------------------------------------------------- filmstrips
 
 
-def record_trajectory(env: DiffusionDenoiseVectorEnv, act, item: Item) -> list[dict]:  # type: ignore[no-untyped-def, type-arg]
+def record_trajectory(env: DiffusionDenoiseVectorEnv, act, item: Item) -> list[dict]:
     """Run one item on a one-lane environment; a frame per decision, and the final picture.
 
     A frame has ``picture`` uint8 (H, W, 3), ``action`` (None at the end), ``mask`` float (h, w) or None,
@@ -131,7 +131,7 @@ def record_trajectory(env: DiffusionDenoiseVectorEnv, act, item: Item) -> list[d
     return [*frames, _frame(env.final_image(0), info)]
 
 
-def _frame(picture: np.ndarray, info: dict) -> dict:  # type: ignore[type-arg]
+def _frame(picture: np.ndarray, info: dict) -> dict:
     scores = {"nfe": int(info["nfe"][0]), "step": int(info["step_index"][0]), "score": float(info["reward_score"][0])}
     return {"picture": picture, "action": None, "mask": None, **scores}
 
@@ -147,7 +147,7 @@ def overlay(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return tinted.clip(0, 255).astype(np.uint8)
 
 
-def plot_filmstrips(strips: Sequence[tuple[Item, str, list[dict]]], path: Path) -> None:  # type: ignore[type-arg]
+def plot_filmstrips(strips: Sequence[tuple[Item, str, list[dict]]], path: Path) -> None:
     """One row per (item, verdict, frames): previews with the action taken, masks overlaid, the final picture."""
     columns = max(len(frames) for _, _, frames in strips)
     figure, axes = plt.subplots(
@@ -165,7 +165,7 @@ def plot_filmstrips(strips: Sequence[tuple[Item, str, list[dict]]], path: Path) 
     plt.close(figure)
 
 
-def _draw_frame(axis, frame: dict) -> None:  # type: ignore[no-untyped-def, type-arg]
+def _draw_frame(axis, frame: dict) -> None:
     picture = frame["picture"] if frame["mask"] is None else overlay(frame["picture"], frame["mask"])
     axis.imshow(picture, interpolation="nearest")
     action = frame["action"]

@@ -11,8 +11,10 @@ import argparse
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +55,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def describe(objects: Scene | tuple[Found, ...]) -> np.ndarray:
     """Rows (6, 5) of a scene's drawn objects or of those the checker found."""
     rows = np.full((MAX_OBJECTS, 5), -1, np.float32)
-    items = objects.objects if isinstance(objects, Scene) else objects
+    items: Sequence[Any] = objects.objects if isinstance(objects, Scene) else objects
     for row, item in zip(rows, items, strict=False):  # a seventh object is beyond every prompt
         large = item.radius >= SIZE_BOUNDARY
         row[:] = item.x, item.y, _SHAPE_NAMES.index(item.shape), _COLOR_NAMES.index(item.color), large
