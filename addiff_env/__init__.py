@@ -22,7 +22,7 @@ TINY: dict[str, Any] = {
     "width": 64,
     "dtype": "auto",
     "num_inference_steps": 10,
-    "guidance_scale": 4.0,
+    "guidance_scale": 3.0,
     "max_nfe": 40,
     "attention_stride": 2,
     "mask": "neglected_token",

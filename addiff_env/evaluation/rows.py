@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from addiff_env.types import ResultRow
 
@@ -41,14 +42,14 @@ def append_rows(path: Path, rows: Iterable[ResultRow]) -> None:
     """Append rows and force them to disk; a torn last line left by a kill is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        _cut_torn_line(file)
+        _cut_torn_line(cast(BinaryIO, file))
         for row in rows:
             file.write((json.dumps(asdict(row)) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def _cut_torn_line(file) -> None:  # type: ignore[no-untyped-def]
+def _cut_torn_line(file: BinaryIO) -> None:
     file.seek(0)
     content = file.read()
     file.truncate(content.rfind(b"\n") + 1)

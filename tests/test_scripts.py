@@ -1,0 +1,70 @@
+"""The two scripts as a user runs them: train a little, evaluate the result, kill and go on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from addiff_env.agent import Agent
+from addiff_env.evaluation.rows import read_rows
+
+ROOT = Path(__file__).parent.parent
+LITTLE = ["num_envs=4", "algorithm.n_steps=4", "algorithm.batch_size=8", "algorithm.total_timesteps=32"]
+
+
+def run(script, *overrides):
+    command = [sys.executable, str(ROOT / script), *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def added(settings):
+    """Settings of the environment as additions to ``env.kwargs``."""
+    return [f"+env.kwargs.{name}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, small_kwargs):
+    folder = tmp_path_factory.mktemp("train")
+    options = [*LITTLE, *added(small_kwargs), "calibration_steps=3", "progress_bar=false", f"hydra.run.dir={folder}"]
+    result = run("train_sb3.py", *options)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_training_leaves_a_bundle_logs_and_its_configuration(trained):
+    folder, printed = trained
+    agent = Agent.load(folder / "agent")
+    assert agent.fingerprint in printed and str(folder / "agent") in printed
+    assert agent.config["training"]["timesteps"] == 32
+    assert list(folder.glob("events.out.tfevents.*")) and (folder / ".hydra" / "config.yaml").exists()
+    header = (folder / "progress.csv").read_text().splitlines()[0]
+    for key in ("action/refine", "reward/terminal", "reward/efficiency", "episode/nfe_std"):
+        assert key in header
+
+
+def test_evaluation_writes_rows_table_and_pictures_and_goes_on_after_a_kill(trained, tmp_path):
+    options = [f"agent={trained[0] / 'agent'}", "benchmark.limit=8", "fixed_steps=[2,3]", "num_envs=4", "filmstrips=2"]
+    first = run("evaluate.py", *options, f"hydra.run.dir={tmp_path}")
+    assert first.returncode == 0, first.stderr
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert len(rows) == 24 and len({row.key for row in rows}) == 24
+    assert {row.method for row in rows} == {"ddim-2", "ddim-3", "agent"}
+    assert all((tmp_path / row.image).exists() for row in rows)
+    for name in ("table.txt", "quality_vs_compute.png", "filmstrips.png"):
+        assert str(tmp_path / name) in first.stdout and (tmp_path / name).stat().st_size > 100
+
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:10]) + lines[10][:40])  # as a kill leaves it
+    assert run("evaluate.py", *options, f"hydra.run.dir={tmp_path}").returncode == 0
+    again = read_rows(tmp_path / "rows.jsonl")
+    assert again[:10] == rows[:10]
+    assert {(r.key, r.nfe, json.dumps(r.scores)) for r in again} == {(r.key, r.nfe, json.dumps(r.scores)) for r in rows}
+
+
+def test_mistakes_are_named(tmp_path):
+    result = run("evaluate.py", "agent=/nowhere/agent", f"hydra.run.dir={tmp_path}")
+    assert result.returncode != 0 and "/nowhere/agent" in result.stderr and "make train" in result.stderr
+    result = run("train_sb3.py", "+env.kwargs.mask=nose", f"hydra.run.dir={tmp_path}")
+    assert result.returncode != 0 and "nose" in result.stderr and "low_attention" in result.stderr
