@@ -46,7 +46,7 @@ def losses(model: AutoencoderTiny, pictures: torch.Tensor, noise: torch.Tensor) 
 
 def main() -> None:
     """Command line."""
-    args = common.arguments(__doc__ or "", steps=5200, batch=32, lr=1.5e-3)
+    args = common.arguments(__doc__ or "", steps=2900, batch=32, lr=1.5e-3)
     data.prepare(args.work)
     pictures, _ = data.load(args.work)
     torch.manual_seed(args.seed)
