@@ -218,9 +218,8 @@ def test_given_latents_are_the_pipelines(small_kwargs: Kwargs) -> None:
         while not env.step(CONTINUE)[2]:
             pass
         finals.append(env.latents.clone())
-    expected = pipeline_of(env.vector)(
-        PROMPTS[1], num_inference_steps=6, guidance_scale=4.0, height=64, width=64, latents=noise, output_type="latent"
-    ).images
+    settings = {"guidance_scale": env.config.guidance_scale, "height": 64, "width": 64, "output_type": "latent"}
+    expected = pipeline_of(env.vector)(PROMPTS[1], num_inference_steps=6, latents=noise, **settings).images
     assert torch.equal(finals[0], finals[1]) and torch.equal(finals[0], finals[2])
     close(finals[0], expected)
 
