@@ -690,7 +690,7 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
     @property
     def refine_mask(self) -> np.ndarray:
         """Mask of each lane's latest refinement, float32 (B, h, w) in [0, 1]; zeros if there was none."""
-        return self.refine_masks[:, 0].float().cpu().numpy()
+        return self.refine_masks[:, 0].float().cpu().numpy().copy()
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Each lane's final picture, or its preview before the end: uint8 (H, W, 3) each."""

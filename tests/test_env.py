@@ -209,6 +209,15 @@ def test_continuing_is_diffusers_pipeline_small(small_kwargs: Kwargs, number: in
     assert_parity(vector(small_kwargs, 1, **more), PROMPTS[0], SEEDS[0])
 
 
+def test_a_mask_that_was_handed_out_survives_the_next_reset(small_kwargs: Kwargs) -> None:
+    envs = vector(small_kwargs, 1, mask="full")
+    start(envs)
+    envs.step(np.array([REFINE]))
+    mask = envs.refine_mask
+    start(envs)
+    assert (mask == 1).all() and (envs.refine_mask == 0).all()
+
+
 def test_given_latents_are_the_pipelines(small_kwargs: Kwargs) -> None:
     env = single(small_kwargs)
     noise = torch.randn(1, *env.vector.latent_shape, generator=torch.Generator().manual_seed(5))

@@ -158,10 +158,10 @@ def plot_filmstrips(strips: Sequence[tuple[Item, str, list[dict]]], path: Path) 
             axis.axis("off")
         for column, frame in enumerate(frames):
             _draw_frame(axes[row, column], frame)
-        axes[row, 0].text(
-            0, 1.34, f"{item.prompt!r}: {verdict}", transform=axes[row, 0].transAxes, fontsize=9, color=INK
-        )
-    figure.savefig(path, dpi=110)
+        first = axes[row, 0]
+        title = first.text(0, 1.34, f"{item.prompt!r}: {verdict}", transform=first.transAxes, fontsize=9, color=INK)
+        title.set_in_layout(False)  # a long prompt must not widen its column
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # titles stand outside the layout
     plt.close(figure)
 
 
