@@ -161,7 +161,8 @@ def plot_filmstrips(strips: Sequence[tuple[Item, str, list[dict]]], path: Path) 
         first = axes[row, 0]
         title = first.text(0, 1.34, f"{item.prompt!r}: {verdict}", transform=first.transAxes, fontsize=9, color=INK)
         title.set_in_layout(False)  # a long prompt must not widen its column
-    figure.savefig(path, dpi=110, bbox_inches="tight")  # titles stand outside the layout
+    figure.suptitle(" ", fontsize=14)  # room for the first title, which stands outside the layout
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
