@@ -108,8 +108,8 @@ def export(
     # The files are fp16, but what loads them without being asked for a dtype should compute in float32
     # throughout: diffusers does so by itself, transformers follows this entry.
     common.edit_json(out / "text_encoder" / "config.json", dtype="float32")
-    # AutoencoderTiny writes an entry that it then warns about when it reads it.
-    common.edit_json(out / "vae" / "config.json", block_out_channels=None)
+    # AutoencoderTiny writes an entry that it then warns about when it reads it, and where it was loaded from.
+    common.edit_json(out / "vae" / "config.json", block_out_channels=None, _name_or_path=None)
     return pipeline
 
 
