@@ -88,6 +88,6 @@ class Perception:
         """FLOPs of one look at one picture, preview decode not included; measured once per size."""
         if (height, width) not in self._flops:
             picture = torch.zeros(1, 3, height, width, device=self.device)
-            self.look(picture, [""])  # caches the text, which an episode pays for at reset
+            self.look(picture, [""])  # caches the text's features, which are left out of the count
             self._flops[height, width] = count_flops(lambda: self.look(picture, [""]))
         return self._flops[height, width]

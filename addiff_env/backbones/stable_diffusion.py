@@ -168,7 +168,7 @@ class StableDiffusionBackbone:
             output = unconditional + guidance_scale * (text - unconditional)
         x0 = to_x0(output, latents, alphas_cumprod, self.scheduler_config["prediction_type"])
         side = (latents.shape[2] // self.attention_stride, latents.shape[3] // self.attention_stride)
-        maps = record.maps(*side) if capture else torch.zeros(lanes, 0, *side)
+        maps = record.maps(*side) if capture else torch.zeros(lanes, 0, *side, device=latents.device)
         return Prediction(x0, maps, features[0])
 
     # ----------------------------------------------------------------- pictures
