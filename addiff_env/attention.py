@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
 MASKS = ("low_attention", "neglected_token", "random", "grid", "full")
@@ -88,14 +89,69 @@ def capture_cross_attention(unet: nn.Module, layers: list[str], lanes: slice) ->
     """
     record = AttentionRecord()
     modules = [unet.get_submodule(name) for name in layers]
+    with _replaced_processors(modules, [_CapturingProcessor(record, lanes) for _ in modules]):
+        yield record
+
+
+@contextmanager
+def _replaced_processors(modules: list[Any], substitutes: list[Any]) -> Iterator[None]:
     processors = [module.processor for module in modules]
     try:
-        for module in modules:
-            module.processor = _CapturingProcessor(record, lanes)
-        yield record
+        for module, substitute in zip(modules, substitutes, strict=True):
+            module.processor = substitute
+        yield
     finally:
         for module, processor in zip(modules, processors, strict=True):
             module.processor = processor
+
+
+class _JointCapturingProcessor:
+    """Flux's own processor, which does the work, and beside it the image-query x text-key rows."""
+
+    def __init__(self, record: AttentionRecord, processor: Any) -> None:
+        self.record, self.processor = record, processor
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        self.record.add(_text_rows(attn, hidden_states, encoder_hidden_states, image_rotary_emb))
+        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+
+def _text_rows(attn: Any, image: torch.Tensor, text: torch.Tensor, rotary: Any) -> torch.Tensor:
+    """Softmax over text keys of image queries (B, queries, tokens), averaged over heads.
+
+    Head by head, so that never more than one (B, queries, tokens) matrix is in memory.
+    """
+    query = attn.norm_q(attn.to_q(image).unflatten(-1, (-1, attn.head_dim)))  # (B, queries, heads, dim)
+    key = attn.norm_added_k(attn.add_k_proj(text).unflatten(-1, (-1, attn.head_dim)))
+    if rotary is not None:  # positions of the text come first
+        tokens = text.shape[1]
+        query = apply_rotary_emb(query, tuple(part[tokens:] for part in rotary), sequence_dim=1)
+        key = apply_rotary_emb(key, tuple(part[:tokens] for part in rotary), sequence_dim=1)
+    heads = query.shape[2]
+    total = torch.zeros(*query.shape[:2], key.shape[1], device=query.device)
+    for head in range(heads):
+        scores = query[:, :, head] @ key[:, :, head].transpose(1, 2) * attn.head_dim**-0.5
+        total += scores.float().softmax(-1)
+    return total / heads
+
+
+@contextmanager
+def capture_joint_attention(transformer: Any, blocks: list[int]) -> Iterator[AttentionRecord]:
+    """While the context lasts, record image-on-text attention of a Flux transformer's double-stream ``blocks``.
+
+    The full joint matrix is never made: the blocks keep their fast kernels, and afterwards their own processors.
+    """
+    record = AttentionRecord()
+    modules = [transformer.transformer_blocks[index].attn for index in blocks]
+    with _replaced_processors(modules, [_JointCapturingProcessor(record, m.processor) for m in modules]):
+        yield record
 
 
 def content_maps(maps: torch.Tensor, content: torch.Tensor) -> torch.Tensor:

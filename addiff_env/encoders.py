@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from addiff_env.loading import quiet_loading
+from addiff_env.loading import quiet_loading, shared
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -79,10 +78,12 @@ class CLIPEncoder:
             if prompt not in self._texts:
                 if len(self._texts) > 4096:
                     self._texts.clear()
-                self._texts[prompt] = self._text(prompt)
+                self._texts[prompt] = self.encode_text(prompt)
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
-    def _text(self, prompt: str) -> torch.Tensor:
+    @torch.no_grad()
+    def encode_text(self, prompt: str) -> torch.Tensor:
+        """Features (width,) float32 of one text, computed anew."""
         limit = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
         device = self.model.device
@@ -115,13 +116,13 @@ class DINOEncoder:
         return F.normalize(self.model(pixel_values=pixels).last_hidden_state[:, 0], dim=-1)
 
 
-@cache
+@shared
 def load_clip(model: str, device: str) -> CLIPEncoder:
     """The shared `CLIPEncoder` of these arguments."""
     return CLIPEncoder(model, device)
 
 
-@cache
+@shared
 def load_dino(model: str, device: str) -> DINOEncoder:
     """The shared `DINOEncoder` of these arguments."""
     return DINOEncoder(model, device)

@@ -3,131 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from addiff_env.attention import MASKS, attention_entropy, refinement_mask
-from addiff_env.backbones import Conditioning, draw_noise, load_backbone, to_uint8
+from addiff_env.attention import attention_entropy
+from addiff_env.backbones import to_uint8
+from addiff_env.config import EnvConfig
 from addiff_env.perception import QUALITY, SCORE_LIMIT, TIMESTEP_WIDTH, Look, Perception, timestep_embedding
+from addiff_env.previews import FullDecoder, make_previewer
 from addiff_env.prompts import check_prompt, load_prompts
+from addiff_env.refine import RefinableLanes
 from addiff_env.reward import COMPONENTS, RewardConfig, quality, step_reward
-from addiff_env.samplers import SOLVERS, add_noise, ddim_between, ddim_step, make_schedule
 from addiff_env.types import Action
 
-_CHOICES = {
-    "solver": SOLVERS,
-    "refine_mode": ("rewind", "in_place"),
-    "mask": MASKS,
-    "obs_mode": ("flat", "dict"),
-    "obs_backend": ("numpy", "torch"),
-    "preview": ("vae",),
-}
-_LEAST = {  # smallest value of each numeric setting
-    "num_inference_steps": 1,
-    "guidance_scale": 0.0,
-    "warmup_steps": 1,
-    "finish_steps": 0,
-    "max_nfe": 1,
-    "max_refines": 0,
-    "refine_k": 1,
-    "observe_every": 1,
-    "blur_sigma": 0.0,
-    "batch_size": 1,
-}
 
-
-@dataclass(frozen=True)
-class EnvConfig:
-    """Every setting of the environment; all JSON-able. The class docstring of the environment explains them."""
-
-    model: str
-    clip: str
-    dino: str
-    scorer: str
-    prompts: str | Sequence[str]
-    revision: str | None = None
-    device: str = "cpu"
-    dtype: str = "float32"
-    solver: str = "ddim"
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    height: int = 512
-    width: int = 512
-    warmup_steps: int = 3
-    finish_steps: int = 0
-    max_nfe: int | None = None
-    max_refines: int | None = None
-    refine_k: int = 2
-    refine_mode: str = "rewind"
-    mask: str = "low_attention"
-    mask_threshold: float = 0.5
-    blur_sigma: float = 1.0
-    renoise: float | str = 0.85
-    attention_stride: int = 4
-    preview: str = "vae"
-    observe_every: int = 1
-    obs_mode: str = "flat"
-    obs_backend: str = "numpy"
-    reward: dict[str, float] | None = None
-    render_mode: str | None = None
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            ValueError: a value that is not allowed; the message shows it.
-        """
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(allowed)}")
-        for name, least in _LEAST.items():
-            value, kind = getattr(self, name), (int, float) if isinstance(least, float) else int
-            if value is not None and (not isinstance(value, kind) or not value >= least):
-                what = "a number" if isinstance(least, float) else "an integer"
-                raise ValueError(f"{name} must be {what} of at least {least}, got {value!r}")
-        if not 0 < self.mask_threshold < 1:
-            raise ValueError(f"mask_threshold must lie in (0, 1), got {self.mask_threshold!r}")
-        if self.warmup_steps >= self.num_inference_steps:
-            raise ValueError(
-                f"warmup_steps ({self.warmup_steps}) must be below num_inference_steps ({self.num_inference_steps})"
-            )
-        if self.nfe_budget < self.warmup_steps + 1 + self.finish_steps:
-            raise ValueError(f"max_nfe {self.max_nfe} leaves no decision after {self.warmup_steps} warm-up steps")
-        if self.render_mode not in (None, "rgb_array"):
-            raise ValueError(f"unknown render_mode {self.render_mode!r}; known: rgb_array")
-        renoise_timestep(self.renoise, 500, 1000)
-
-    @property
-    def nfe_budget(self) -> int:
-        """Denoiser evaluations an episode may spend: ``max_nfe``, or twice ``num_inference_steps``."""
-        return 2 * self.num_inference_steps if self.max_nfe is None else self.max_nfe
-
-
-def renoise_timestep(renoise: float | str, current: int, total: int) -> int:
-    """The training timestep that a refinement goes back to: a share of all ``total``, or of the ``current`` one.
-
-    Raises:
-        ValueError: not a share in (0, 1], nor ``"relative:<share>"``.
-    """
-    text = str(renoise)
-    share_of, text = (current, text.removeprefix("relative:")) if text.startswith("relative:") else (total, text)
-    try:
-        share = float(text)
-    except ValueError:
-        share = float("nan")
-    if not 0 < share <= 1:
-        raise ValueError(f"renoise must be a share in (0, 1] or 'relative:<share>', got {renoise!r}")
-    return max(0, min(total - 1, round(share * share_of) - 1))
-
-
-class DiffusionDenoiseVectorEnv(VectorEnv):
+class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     """Denoise ``num_envs`` pictures at once; at each step a policy decides, lane by lane, how to go on.
 
     ## Description
@@ -174,7 +71,8 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
 
     ## Info
     ``prompt, seed, step_index, nfe, forward_passes, net_flops, action_mask, action_taken, clip_score,
-    reward_score, reward``; one array over lanes each.
+    reward_score, fault, reward``; one array over lanes each. ``fault`` says that the lane's numbers stopped being
+    finite: it is terminated with its last finite prediction and pays the reward's ``fault`` penalty.
 
     ## Arguments
     The fields of `EnvConfig` (``model, revision, device, dtype, solver, num_inference_steps, ...``), and
@@ -217,17 +115,13 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
         c = self.config
         self.prompts = load_prompts(c.prompts)
         self.reward_config = RewardConfig.from_dict(c.reward)
-        self.backbone = load_backbone(c.model, c.revision, c.device, c.dtype, c.attention_stride)
-        factor = self.backbone.spatial_factor
-        if c.height % factor or c.width % factor:
-            raise ValueError(f"height and width must be divisible by {factor}, got {c.height} x {c.width}")
-        self.schedule = make_schedule(self.backbone.scheduler_config, c.num_inference_steps, c.device)
-        self._grid = self.schedule.timesteps.cpu().numpy()
+        self._set_up()
+        self.previewer = make_previewer(c.preview, self.backbone, c.preview_model)
         self.perception = Perception(c.clip, c.dino, c.scorer, self.backbone.device)
-        self.latent_shape = (self.backbone.latent_channels, c.height // factor, c.width // factor)
-        self.price = {name: self.backbone.flops(name, self.latent_shape) for name in ("denoiser", "decode", "text")}
-        self.price["look"] = self.price["decode"] + self.perception.flops(c.height, c.width)
-        self.passes_per_nfe = 2 if c.guidance_scale > 1 else 1
+        look = self.perception.flops(c.height, c.width)
+        self.price["preview"] = self.previewer.flops(self.latent_shape)
+        self.price["look"] = self.price["preview"] + look
+        self.price["start"] += self.perception.text_flops()
 
     def _make_spaces(self) -> None:
         parts = self._part_bounds()
@@ -263,28 +157,21 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
         return bounds
 
     def _make_lanes(self) -> None:
+        super()._make_lanes()
         n, device = self.num_envs, self.backbone.device
-        conditioning = self.backbone.encode_prompts([""] * n)
-        grid = (
-            self.latent_shape[1] // self.config.attention_stride,
-            self.latent_shape[2] // self.config.attention_stride,
-        )
-        self.latents = torch.zeros(n, *self.latent_shape, device=device, dtype=self.backbone.dtype)
-        self.x0 = torch.zeros_like(self.latents)
-        self.conditioning: Conditioning = conditioning
-        self.maps = torch.zeros(n, conditioning.content.shape[1], *grid, device=device)
-        self.unet_features = torch.zeros(n, self.backbone.feature_width, device=device)
-        self.refine_masks = torch.zeros(n, 1, *self.latent_shape[1:], device=device)
         widths = (self.perception.clip.width, self.perception.dino.width)
         self.seen, self.seen_before = (Look.blank(n, *widths, device) for _ in range(2))
         self.clip_text = torch.zeros(n, widths[0], device=device)
         self.pictures: list[np.ndarray | None] = [None] * n  # final pictures of terminated lanes
-        self.generators = [torch.Generator() for _ in range(n)]
-        self.prompt, self.seed = [""] * n, np.zeros(n, np.int64)
-        self.step_index, self.nfe, self.refines = (np.zeros(n, np.int64) for _ in range(3))
-        self.net_flops, self.similarity = np.zeros(n), np.ones(n)
-        self.decisions = np.zeros(n, np.int64)
-        self.done = np.ones(n, bool)  # no lane runs before its first reset
+        # What the last look showed, on the host: one transfer a step serves reward and info.
+        self.clip_score, self.reward_score, self.similarity = np.zeros(n), np.zeros(n), np.ones(n)
+        self.fault, self.decisions = np.zeros(n, bool), np.zeros(n, np.int64)
+        self._started = False
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Let go of the models; the last environment that held them frees their memory."""
+        for name in ("backbone", "perception", "previewer"):
+            self.__dict__.pop(name, None)
         self._started = False
 
     # ----------------------------------------------------------------- reset
@@ -298,14 +185,31 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
             TypeError, ValueError: a prompt that is no string, or the wrong number of prompts, seeds,
             latents or seeds; the message shows the value.
         """
+        if "backbone" not in self.__dict__:
+            raise gym.error.ClosedEnvironmentError("reset() of an environment that was closed")
         options = dict(options or {})
         lanes = self._lanes_to_reset(options.pop("reset_mask", None))
-        if seed is not None:
-            single = seed if isinstance(seed, (int, np.integer)) else seed[0]
-            super().reset(seed=None if single is None else int(single))
-        self._reset_lanes(lanes, options)
+        streams = self._seed(seed)
+        self._reset_lanes(lanes, options, streams)
         self._started = True
         return self._observation(), self._info(np.full(self.num_envs, -1), self._zero_reward())
+
+    def _seed(self, seed: int | Sequence[int | None] | None) -> list[np.random.Generator] | None:
+        """Seed the environment's stream; a sequence gives each lane its own draws, as single environments would have.
+
+        Raises:
+            ValueError: not one seed per lane.
+        """
+        if seed is None or isinstance(seed, (int, np.integer)):
+            if seed is not None:
+                self._np_random, self._np_random_seed = seeding.np_random(int(seed))
+            return None
+        if len(seed) != self.num_envs:
+            raise ValueError(f"{len(seed)} seeds for {self.num_envs} lanes: {seed!r}")
+        if any(value is not None for value in seed):
+            entropy = [0 if value is None else int(value) + 1 for value in seed]
+            self._np_random = np.random.default_rng(entropy)  # of later episodes
+        return [self.np_random if value is None else seeding.np_random(int(value))[0] for value in seed]
 
     def _lanes_to_reset(self, mask: Any) -> np.ndarray:
         if mask is None:
@@ -315,28 +219,29 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
             raise ValueError(f"reset_mask must be {self.num_envs} booleans, at least one True, got {mask!r}")
         return np.flatnonzero(mask)
 
-    def _reset_lanes(self, lanes: np.ndarray, options: dict[str, Any]) -> None:
+    def _reset_lanes(
+        self, lanes: np.ndarray, options: dict[str, Any], streams: list[np.random.Generator] | None = None
+    ) -> None:
         given = self._read_options(options, len(lanes))
+        prompts, seeds = [], []
         for row, lane in enumerate(lanes):
-            drawn = self.prompts[int(self.np_random.integers(len(self.prompts)))]
-            drawn_seed = int(self.np_random.integers(2**31))
-            self.prompt[lane] = given["prompt"][row] if "prompt" in given else drawn
-            self.seed[lane] = given["seed"][row] if "seed" in given else drawn_seed
-            self.generators[lane].manual_seed(int(self.seed[lane]))
-            self.latents[lane] = given["latents"][row] if "latents" in given else self._noise(lane)
+            stream = self.np_random if streams is None else streams[lane]
+            drawn = self.prompts[int(stream.integers(len(self.prompts)))], int(stream.integers(2**31))
+            prompts.append(given["prompt"][row] if "prompt" in given else drawn[0])
+            seeds.append(given["seed"][row] if "seed" in given else drawn[1])
             self.pictures[lane] = None
+        self._start_lanes(lanes, prompts, seeds, given.get("latents"))
         index = self._index(lanes)
-        texts = [self.prompt[lane] for lane in lanes]
-        self.conditioning.put(index, self.backbone.encode_prompts(texts))
-        self.clip_text[index] = self.perception.clip.text_features(texts)
-        for counter in (self.step_index, self.nfe, self.refines, self.decisions):
-            counter[lanes] = 0
-        self.net_flops[lanes] = 2 * self.price["text"]  # the prompt and the empty prompt of guidance
+        self.clip_text[index] = self.perception.clip.text_features(prompts)
         self.refine_masks[index] = 0
-        self.done[lanes] = False
-        for _ in range(self.config.warmup_steps):
-            self._continue(lanes)
-        self._look(lanes, first=True)
+        self.refines[lanes], self.decisions[lanes], self.fault[lanes] = 0, 0, False
+        for step in range(self.config.warmup_steps):
+            self._continue(lanes, capture=step == self.config.warmup_steps - 1)
+        self._end_faulty(lanes)
+        if self.config.warmup_steps:
+            self._look(lanes, first=True)
+        else:
+            self._look_at_nothing(lanes)
 
     def _read_options(self, options: dict[str, Any], number: int) -> dict[str, Any]:
         unknown = set(options) - {"prompt", "seed", "latents"}
@@ -354,16 +259,11 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
                 raise ValueError(f"a seed must be a non-negative integer, got {value!r}")
         if "latents" in options:
             options["latents"] = torch.as_tensor(options["latents"]).to(self.latents)
+            if not torch.isfinite(options["latents"]).all():
+                raise ValueError(f"latents must be finite, got {options['latents'].isnan().sum()} NaN among them")
             if options["latents"].shape[1:] != self.latents.shape[1:]:
                 raise ValueError(f"latents must be (B, {self.latent_shape}), got {tuple(options['latents'].shape)}")
         return options
-
-    def _noise(self, lane: int) -> torch.Tensor:
-        """Fresh noise (C, h, w) from the lane's own generator."""
-        return draw_noise(self.backbone, self.latent_shape, self.generators[lane])
-
-    def _index(self, lanes: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(lanes, device=self.backbone.device)
 
     # ----------------------------------------------------------------- step
 
@@ -408,19 +308,31 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
         self.decisions[lanes] += 1
         broke = lanes[~self.done[lanes] & (self.nfe[lanes] + 1 + self.config.finish_steps > self.config.nfe_budget)]
         self._finish(broke)
+        self._end_faulty(lanes)
         looked = self.done[lanes] | (self.decisions[lanes] % self.config.observe_every == 0)
         self._look(lanes[looked])
         similarity = np.ones(self.num_envs)  # without a new look there is no new picture to compare
         similarity[lanes[looked]] = self.similarity[lanes[looked]]
-        parts = step_reward(self.reward_config, phi, self._phi(), similarity, self.nfe - spent, self.done)
+        cost = self.nfe - spent
+        parts = step_reward(self.reward_config, phi, self._phi(), similarity, cost, self.done, self.fault)
         idle = np.ones(self.num_envs, bool)
         idle[lanes] = False
         return taken, {name: np.where(idle, 0.0, value) for name, value in parts.items()}
 
+    def _end_faulty(self, lanes: np.ndarray) -> None:
+        """End those of ``lanes`` whose numbers stopped being finite; their picture is their last finite x0."""
+        faulty = lanes[self.faults[self._index(lanes)].cpu().numpy()]
+        index = self._index(faulty)
+        self.latents[index] = self.x0[index]
+        self.fault[faulty], self.done[faulty] = True, True
+
     def _admissible(self, lanes: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """What will be carried out: a capped refinement becomes continue, an unaffordable action becomes stop."""
+        """What will be carried out: a capped refinement becomes continue, an unaffordable action becomes stop.
+
+        Before the first evaluation there is nothing to stop with or to refine: every action continues.
+        """
         taken = np.full(self.num_envs, -1)
-        taken[lanes] = actions[lanes]
+        taken[lanes] = np.where(self.nfe[lanes] == 0, Action.CONTINUE, actions[lanes])
         refine = taken == Action.REFINE
         poor = self.nfe + self.config.refine_k + self.config.finish_steps > self.config.nfe_budget
         capped = self.refines >= self._refine_cap
@@ -431,173 +343,61 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
         return float("inf") if self.config.max_refines is None else self.config.max_refines
 
     def action_masks(self) -> np.ndarray:
-        """Which actions are admissible now: (B, 3) bool; continue and stop always are."""
+        """Which actions are admissible now: (B, 3) bool; continue always is, stop once there is a prediction."""
         masks = np.ones((self.num_envs, len(Action)), bool)
+        masks[:, Action.STOP] = self.nfe > 0
         affordable = self.nfe + self.config.refine_k + self.config.finish_steps <= self.config.nfe_budget
-        masks[:, Action.REFINE] = affordable & (self.refines < self._refine_cap) & (self.step_index > 0)
+        masks[:, Action.REFINE] = affordable & (self.refines < self._refine_cap) & (self.nfe > 0)
         return masks
-
-    # ----------------------------------------------------------------- dynamics
-
-    def _evaluate(self, lanes: np.ndarray, timesteps: torch.Tensor, alphas: torch.Tensor) -> None:
-        """One denoiser evaluation of ``lanes`` at their ``timesteps`` and signal powers; sets x0 and the maps."""
-        size = self.config.batch_size
-        for start in range(0, len(lanes), size):
-            part, rows = self._index(lanes[start : start + size]), slice(start, start + size)
-            prediction = self.backbone.predict(
-                self.latents[part], timesteps[rows], alphas[rows], self.conditioning[part], self.config.guidance_scale
-            )
-            self.x0[part], self.maps[part], self.unet_features[part] = (
-                prediction.x0,
-                prediction.maps,
-                prediction.features,
-            )
-        self.nfe[lanes] += 1
-        self.net_flops[lanes] += self.passes_per_nfe * self.price["denoiser"]
-
-    def _continue(self, lanes: np.ndarray) -> None:
-        """One solver step of ``lanes`` along the grid; a lane that reaches its end is finished."""
-        if len(lanes) == 0:
-            return
-        index, at = self._index(lanes), self._index(self.step_index[lanes])
-        self._evaluate(lanes, self.schedule.timesteps[at], self.schedule.alpha_from[at])
-        self.latents[index] = ddim_step(self.schedule, self.latents[index], self.x0[index], at)
-        self.step_index[lanes] += 1
-        ended = self.step_index[lanes] == self.config.num_inference_steps
-        self._end(lanes[ended])
-
-    def _finish(self, lanes: np.ndarray) -> None:
-        """Make the picture from where ``lanes`` are: decode x0, or take ``finish_steps`` coarse steps first."""
-        if len(lanes) == 0:
-            return
-        index, steps = self._index(lanes), self.config.finish_steps
-        if steps == 0:
-            self.latents[index] = self.x0[index]
-        start = self.schedule.timesteps[self._index(self.step_index[lanes])]
-        for j in range(steps):
-            self._coarse_step(lanes, start, j, steps)
-        self._end(lanes)
-
-    def _coarse_step(self, lanes: np.ndarray, start: torch.Tensor, j: int, steps: int) -> None:
-        """The j-th of ``steps`` equal solver steps from timestep ``start`` (B,) to zero."""
-        index = self._index(lanes)
-        here, there = (start * (steps - j)) // steps, (start * (steps - j - 1)) // steps
-        alpha_here = self.schedule.alphas_cumprod[here]
-        final = torch.ones_like(alpha_here)
-        alpha_there = final if j + 1 == steps else self.schedule.alphas_cumprod[there]
-        self._evaluate(lanes, here, alpha_here)
-        self.latents[index] = ddim_between(self.latents[index], self.x0[index], alpha_here, alpha_there)
-
-    def _end(self, lanes: np.ndarray) -> None:
-        """Mark ``lanes`` as terminated; their latents are final."""
-        self.done[lanes] = True
-
-    # ----------------------------------------------------------------- RegionRefine
-
-    def _refine(self, lanes: np.ndarray) -> None:
-        if len(lanes) == 0:
-            return
-        self.refine_masks[self._index(lanes)] = self._make_masks(lanes)
-        self.refines[lanes] += 1
-        if self.config.refine_mode == "rewind":
-            self._rewind(lanes)
-        else:
-            self._refine_in_place(lanes)
-
-    def _make_masks(self, lanes: np.ndarray) -> torch.Tensor:
-        """Refinement masks (L, 1, h, w) of ``lanes`` from the latest evaluation's attention."""
-        c, index, noise = self.config, self._index(lanes), None
-        if c.mask == "random":
-            side = self.maps.shape[-2:]
-            noise = torch.stack([torch.randn(1, *side, generator=self.generators[lane]) for lane in lanes])
-            noise = noise.to(self.backbone.device)
-        return refinement_mask(
-            c.mask,
-            self.maps[index],
-            self.conditioning.content[index],
-            (self.latent_shape[1], self.latent_shape[2]),
-            c.mask_threshold,
-            c.blur_sigma,
-            noise,
-        )
-
-    def _renoise_timesteps(self, lanes: np.ndarray) -> np.ndarray:
-        total = len(self.schedule.alphas_cumprod)
-        current = self._grid[np.minimum(self.step_index[lanes], len(self._grid) - 1)]
-        return np.array([renoise_timestep(self.config.renoise, int(t), total) for t in current])
-
-    def _rewind(self, lanes: np.ndarray) -> None:
-        """Go back to the grid point nearest the re-noise level and step on, the outside held to its old x0."""
-        index = self._index(lanes)
-        nearest = np.abs(self._grid[None] - self._renoise_timesteps(lanes)[:, None]).argmin(1)
-        nearest = np.minimum(nearest, self.step_index[lanes])  # a refinement never skips steps
-        self.step_index[lanes] = nearest
-        old = self.x0[index].clone()
-        noise = torch.stack([self._noise(lane) for lane in lanes])
-        at = self._index(nearest)
-        self.latents[index] = add_noise(old, noise, self.schedule.alpha_from[at])
-        running = np.ones(len(lanes), bool)
-        for _ in range(self.config.refine_k):
-            self._continue(lanes[running])
-            # Before the next evaluation the outside is brought to that evaluation's own noise level.
-            rows = np.flatnonzero(running)
-            self._hold_outside(lanes[rows], old[self._index(rows)], noise[self._index(rows)])
-            running &= ~self.done[lanes]
-
-    def _hold_outside(self, lanes: np.ndarray, old: torch.Tensor, noise: torch.Tensor) -> None:
-        """Set the latents outside the mask to ``old`` x0 noised to the lane's present level."""
-        index = self._index(lanes)
-        level = self.schedule.alpha_to[self._index(self.step_index[lanes] - 1)]
-        mask = self.refine_masks[index].to(self.latents.dtype)
-        held = add_noise(old, noise, level)
-        self.latents[index] = mask * self.latents[index] + (1 - mask) * held
-        self.x0[index] = mask * self.x0[index] + (1 - mask) * old
-
-    def _refine_in_place(self, lanes: np.ndarray) -> None:
-        """Renew x0 inside the mask from the re-noise level down in k coarse steps, then noise it back."""
-        index, steps = self._index(lanes), self.config.refine_k
-        old = self.x0[index].clone()
-        start = self._index(self._renoise_timesteps(lanes))
-        noise = torch.stack([self._noise(lane) for lane in lanes])
-        mask = self.refine_masks[index].to(self.latents.dtype)
-        self.latents[index] = add_noise(old, noise, self.schedule.alphas_cumprod[start])
-        for j in range(steps):
-            self._coarse_step(lanes, start, j, steps)
-            if j + 1 < steps:
-                level = self.schedule.alphas_cumprod[(start * (steps - j - 1)) // steps]
-                self.latents[index] = mask * self.latents[index] + (1 - mask) * add_noise(old, noise, level)
-        self.x0[index] = mask * self.x0[index] + (1 - mask) * old
-        current = self._index(self.step_index[lanes])
-        self.latents[index] = add_noise(self.x0[index], noise, self.schedule.alpha_from[current])
 
     # ----------------------------------------------------------------- looking
 
     def _look(self, lanes: np.ndarray, first: bool = False) -> None:
         """Decode and score ``lanes``: previews of running ones, final pictures of finished ones."""
-        if len(lanes) == 0:
-            return
-        index = self._index(lanes)
-        finished = self.done[lanes]
-        shown = torch.where(self._index(finished)[:, None, None, None], self.latents[index], self.x0[index])
-        pictures = self.backbone.decode(shown)
+        for rows in self._chunks(len(lanes)):
+            self._look_at(lanes[rows], first)
+
+    def _look_at(self, lanes: np.ndarray, first: bool) -> None:
+        index, finished = self._index(lanes), self.done[lanes]
+        pictures = self._decode(lanes)
         look = self.perception.look(pictures, [self.prompt[lane] for lane in lanes])
-        if not first:
-            before = Look(*(getattr(self.seen, name)[index] for name in vars(self.seen)))
-            self.seen_before.put(index, before)
-            self.similarity[lanes] = (before.dino * look.dino).sum(1).clamp(-1, 1).cpu().numpy()
-        else:
-            self.seen_before.put(index, look)
-            self.similarity[lanes] = 1.0
+        before = look if first else Look(*(getattr(self.seen, name)[index] for name in vars(self.seen)))
+        self.seen_before.put(index, before)
         self.seen.put(index, look)
+        same = torch.ones_like(look.clip_score) if first else (before.dino * look.dino).sum(1).clamp(-1, 1)
+        numbers = torch.stack([look.clip_score, look.reward_score, same]).double().cpu().numpy()
+        self.clip_score[lanes], self.reward_score[lanes], self.similarity[lanes] = numbers
         # A finished lane pays for its decode only: nobody acts on the scores of a final picture.
         self.net_flops[lanes] += np.where(finished, self.price["decode"], self.price["look"])
-        for row in np.flatnonzero(finished):
-            self.pictures[lanes[row]] = to_uint8(pictures[row : row + 1])[0]
+        if finished.any():
+            kept = to_uint8(pictures[self._index(np.flatnonzero(finished))])
+            for lane, picture in zip(lanes[finished], kept, strict=True):
+                self.pictures[lane] = picture
+
+    def _decode(self, lanes: np.ndarray) -> torch.Tensor:
+        """Final pictures of finished ``lanes``, previews of the others: (L, 3, H, W) in [0, 1]."""
+        index, finished = self._index(lanes), self._index(self.done[lanes])
+        if isinstance(self.previewer, FullDecoder):
+            return _finite(self.backbone.decode(_choose(finished, self.latents[index], self.x0[index])))
+        pictures = torch.zeros(len(lanes), 3, self.config.height, self.config.width, device=self.backbone.device)
+        ended = self.done[lanes]
+        if ended.any():
+            pictures[finished] = self.backbone.decode(self.latents[index[finished]])
+        if not ended.all():
+            pictures[~finished] = self.previewer.decode(self.x0[index[~finished]])
+        return _finite(pictures)
+
+    def _look_at_nothing(self, lanes: np.ndarray) -> None:
+        """Blank what is seen of ``lanes``: without warm-up there is no prediction yet."""
+        index = self._index(lanes)
+        blank = Look.blank(len(lanes), self.perception.clip.width, self.perception.dino.width, self.backbone.device)
+        self.seen.put(index, blank)
+        self.seen_before.put(index, blank)
+        self.clip_score[lanes], self.reward_score[lanes], self.similarity[lanes] = 0, 0, 1
 
     def _phi(self) -> np.ndarray:
         """Quality (B,) of what was last seen."""
-        clip, reward = (value.double().cpu().numpy() for value in (self.seen.clip_score, self.seen.reward_score))
-        return quality(clip, reward, self.reward_config)
+        return quality(self.clip_score, self.reward_score, self.reward_config)
 
     # ----------------------------------------------------------------- what the outside sees
 
@@ -652,8 +452,9 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
             "net_flops": self.net_flops.copy(),
             "action_mask": self.action_masks(),
             "action_taken": taken,
-            "clip_score": self.seen.clip_score.cpu().numpy().copy(),
-            "reward_score": self.seen.reward_score.cpu().numpy().copy(),
+            "clip_score": self.clip_score.copy(),
+            "reward_score": self.reward_score.copy(),
+            "fault": self.fault.copy(),
             "reward": reward,
         }
         present = {f"_{name}": np.ones(self.num_envs, bool) for name in values}
@@ -674,7 +475,7 @@ class DiffusionDenoiseVectorEnv(VectorEnv):
 
     def preview_images(self) -> np.ndarray:
         """Decoded latest clean predictions of all lanes: uint8 (B, H, W, 3)."""
-        return to_uint8(self.backbone.decode(self.x0))
+        return to_uint8(_finite(self.previewer.decode(self.x0)))
 
     def final_image(self, lane: int) -> np.ndarray:
         """The final picture of a terminated lane: uint8 (H, W, 3).
@@ -736,6 +537,10 @@ class DiffusionDenoiseEnv(gym.Env):
         observation, info = self.vector.reset(options=options)
         return _row(observation, 0), _single_info(info)
 
+    def close(self) -> None:
+        """Let go of the models; see `DiffusionDenoiseVectorEnv.close_extras`."""
+        self.vector.close()
+
     def _one(self, name: str, value: Any) -> Any:
         if name == "latents":
             latents = torch.as_tensor(value)
@@ -763,6 +568,16 @@ class DiffusionDenoiseEnv(gym.Env):
         """The final picture, or the preview before the end: uint8 (H, W, 3)."""
         pictures = self.vector.render()
         return None if pictures is None else pictures[0]
+
+
+def _choose(rows: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
+    """``yes`` in the chosen ``rows`` (B,) bool, ``no`` elsewhere; both (B, C, h, w)."""
+    return torch.where(rows[:, None, None, None], yes, no)
+
+
+def _finite(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures with grey in place of what a decoder let overflow."""
+    return torch.nan_to_num(pictures, nan=0.5, posinf=1.0, neginf=0.0)
 
 
 def _row(observation: Any, lane: int) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -62,3 +66,21 @@ def resolve_model(model: str) -> str:
     if not folder.exists():
         raise FileNotFoundError(f"packaged model {model!r} is missing ({folder}); retrain it with: make tiny")
     return str(folder)
+
+
+def shared(load: Callable[..., T]) -> Callable[..., T]:
+    """Make a loader hand out one object per set of (hashable) arguments for as long as somebody holds it.
+
+    When the last holder lets go, the object is freed, as Python frees everything else.
+    """
+    alive: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
+
+    @wraps(load)
+    def wrapper(*args: Any, **kwargs: Any) -> T:
+        key = (args, tuple(sorted(kwargs.items())))
+        value = alive.get(key)
+        if value is None:
+            value = alive[key] = load(*args, **kwargs)
+        return value
+
+    return wrapper

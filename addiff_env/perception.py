@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from addiff_env.backbones.stable_diffusion import count_flops
-from addiff_env.encoders import check_pictures, load_clip, load_dino
+from addiff_env.backbones import count_flops
+from addiff_env.encoders import load_clip, load_dino
 from addiff_env.loading import resolve_model
 from addiff_env.scorers import load_pixel_text_reward
 
@@ -75,7 +75,6 @@ class Perception:
 
     def look(self, pictures: torch.Tensor, prompts: list[str]) -> Look:
         """Encode and score pictures (B, 3, H, W) in [0, 1] of ``prompts`` (B)."""
-        check_pictures(pictures)
         features = self.clip.image_features(pictures)
         return Look(
             features,
@@ -89,5 +88,9 @@ class Perception:
         if (height, width) not in self._flops:
             picture = torch.zeros(1, 3, height, width, device=self.device)
             self.look(picture, [""])  # caches the text's features, which are left out of the count
-            self._flops[height, width] = count_flops(lambda: self.look(picture, [""]))
+            self._flops[height, width] = count_flops(lambda: self.look(picture, [""]), self.device)
         return self._flops[height, width]
+
+    def text_flops(self) -> float:
+        """FLOPs of CLIP's reading of one prompt, done once a lane."""
+        return count_flops(lambda: self.clip.encode_text(""), self.device)

@@ -1,4 +1,4 @@
-"""The reward, as pure functions: r = shaping + instability + efficiency + terminal.
+"""The reward, as pure functions: r = shaping + instability + efficiency + terminal + fault.
 
 Shaping is potential-based (Ng, Harada & Russell 1999), so it guides learning and pays nothing for mere
 continuing; instability is a penalty only; every further evaluation costs.
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-COMPONENTS = ("shaping", "instability", "efficiency", "terminal")
+COMPONENTS = ("shaping", "instability", "efficiency", "terminal", "fault")
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class RewardConfig:
     instability: float = 0.02  # weight of the penalty 1 - DINO similarity of successive previews
     efficiency: float = 0.01  # c_nfe: cost of one denoiser evaluation
     terminal: float = 1.0  # weight of the final image's quality
+    fault: float = 1.0  # penalty of a lane whose numbers stopped being finite; it gets no terminal quality
 
     @classmethod
     def from_dict(cls, values: dict[str, Any] | None) -> RewardConfig:
@@ -69,18 +70,21 @@ def step_reward(
     similarity: np.ndarray,
     nfe: np.ndarray,
     terminated: np.ndarray,
+    fault: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Components and ``total`` of one transition of B lanes, each (B,) float64.
 
     ``phi`` and ``next_phi`` are the qualities of the preview before and of the preview (or the final
     image) after; ``similarity`` the DINO cosine between the two; ``nfe`` the evaluations just paid.
-    The potential of a terminal state is 0, as the theorem requires.
+    The potential of a terminal state is 0, as the theorem requires. ``fault`` (B,) bool marks lanes that broke down.
     """
+    broken = np.zeros_like(terminated) if fault is None else fault
     after = np.where(terminated, 0.0, next_phi)
     parts = {
         "shaping": config.shaping * (config.gamma * after - phi),
         "instability": -config.instability * (1 - similarity),
         "efficiency": -config.efficiency * nfe.astype(np.float64),
-        "terminal": np.where(terminated, config.terminal * next_phi, 0.0),
+        "terminal": np.where(terminated & ~broken, config.terminal * next_phi, 0.0),
+        "fault": np.where(broken, -config.fault, 0.0),
     }
     return parts | {"total": sum(parts.values())}

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
+from addiff_env.loading import shared
+
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 RANGE_TOLERANCE = 0.01  # decoders overshoot [0, 1] a little; more than this is a mistake of the caller
 
@@ -189,6 +191,7 @@ class PixelTextReward(nn.Module):
         return model.to(torch_dtype).eval().requires_grad_(False)
 
 
+@shared
 def load_pixel_text_reward(folder: str | Path, device: str | torch.device = "cpu") -> PixelTextReward:
     """`PixelTextReward.from_pretrained` onto ``device``, laid out for fast convolutions."""
     return PixelTextReward.from_pretrained(folder).to(device=device, memory_format=torch.channels_last)

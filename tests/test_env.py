@@ -416,7 +416,8 @@ def test_nfe_by_hand(small_kwargs: Kwargs, finish_steps: int, scale: float) -> N
     assert info["forward_passes"] == passes * info["nfe"]
     price = env.vector.price
     looks = 3 * price["look"] + price["decode"]  # reset, continue, refine; then the final picture
-    by_hand = 2 * price["text"] + info["nfe"] * passes * price["denoiser"] + looks
+    texts = passes * price["text"] + env.vector.perception.text_flops()  # guidance encodes the empty prompt too
+    by_hand = texts + info["nfe"] * passes * price["denoiser"] + looks
     assert info["net_flops"] == pytest.approx(by_hand)
     assert env.vector.pictures[0] is not None and env.final_image().shape == (64, 64, 3)
 
@@ -589,9 +590,9 @@ def test_outside_the_mask_is_noised_to_the_level_of_the_call(
     old, noise, scheduler = envs.x0.clone(), next_noise(envs), scheduler_of(envs)
     calls, predict = [], envs.backbone.predict
 
-    def spy(latents: torch.Tensor, timesteps: torch.Tensor, alphas: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append((latents.clone(), timesteps.clone(), alphas.clone()))
-        return predict(latents, timesteps, alphas, *args, **kwargs)
+    def spy(latents: torch.Tensor, timesteps: torch.Tensor, level: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((latents.clone(), timesteps.clone(), level.alpha**2))
+        return predict(latents, timesteps, level, *args, **kwargs)
 
     monkeypatch.setattr(envs.backbone, "predict", spy)
     envs.step([REFINE])

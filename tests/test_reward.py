@@ -36,6 +36,7 @@ def test_components_by_hand() -> None:
             "instability": -0.5 * 0.2,
             "efficiency": -0.02,
             "terminal": 0,
+            "fault": 0,
             "total": 0.28 - 0.1 - 0.02,
         }
     )

@@ -2,31 +2,77 @@
 
 from __future__ import annotations
 
-from addiff_env.backbones.base import Backbone, Conditioning, draw_noise, initial_noise, to_uint8
+from typing import Any
+
+from addiff_env.backbones.base import (
+    Backbone,
+    Conditioning,
+    Prediction,
+    count_flops,
+    denoise,
+    draw_noise,
+    initial_noise,
+    to_uint8,
+)
+from addiff_env.backbones.flux import FluxBackbone
+from addiff_env.backbones.open import open_pipeline
 from addiff_env.backbones.stable_diffusion import StableDiffusionBackbone
-from addiff_env.loading import resolve_dtype
+from addiff_env.loading import DTYPES, resolve_dtype, shared
 
 __all__ = [
     "Backbone",
     "Conditioning",
+    "FluxBackbone",
+    "Prediction",
     "StableDiffusionBackbone",
+    "count_flops",
+    "denoise",
     "draw_noise",
     "initial_noise",
     "load_backbone",
     "to_uint8",
 ]
 
-_CACHE: dict[tuple[str | int | None, ...], Backbone] = {}
+CLASSES: dict[str, Any] = {
+    "StableDiffusionPipeline": StableDiffusionBackbone,
+    "StableDiffusionXLPipeline": StableDiffusionBackbone,
+    "FluxPipeline": FluxBackbone,
+}
 
 
-def load_backbone(model: str, revision: str | None, device: str, dtype: str, attention_stride: int) -> Backbone:
-    """Load a model folder or Hub id; the same arguments give the same object, so weights are in memory once.
+def load_backbone(
+    model: str,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    attention_stride: int = 4,
+    lora: str | None = None,
+    compile: bool = False,
+    channels_last: bool = True,
+) -> Backbone:
+    """Load a model folder or Hub id; while anyone holds the result, the same arguments give the same object.
 
     Raises:
-        FileNotFoundError, ValueError: as `StableDiffusionBackbone`.
+        FileNotFoundError: the model is not there, ValueError: it is damaged, of a kind that is not supported, or an
+            argument does not fit it; the message shows the value.
     """
-    dtype = resolve_dtype(dtype, device)
-    key = (model, revision, device, dtype, attention_stride)
-    if key not in _CACHE:
-        _CACHE[key] = StableDiffusionBackbone(model, revision, device, dtype, attention_stride)
-    return _CACHE[key]
+    dtype = resolve_dtype(dtype, device)  # "auto" and what it stands for are the same model
+    return _load(model, revision, device, dtype, attention_stride, lora, compile, channels_last)
+
+
+@shared
+def _load(
+    model: str,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    attention_stride: int,
+    lora: str | None,
+    compile: bool,
+    channels_last: bool,
+) -> Backbone:
+    pipeline = open_pipeline(model, revision, DTYPES[dtype], lora)
+    kind = CLASSES.get(type(pipeline).__name__)
+    if kind is None:
+        raise ValueError(f"{model!r} is a {type(pipeline).__name__}; supported: {', '.join(CLASSES)}")
+    return kind(pipeline, model, revision, device, dtype, attention_stride, channels_last, compile)

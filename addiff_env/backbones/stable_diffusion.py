@@ -1,73 +1,92 @@
-"""Stable Diffusion in diffusers' folder layout: SD 1.5, its fine-tunes, and the embedded world's model."""
+"""Stable Diffusion in diffusers' folder layout: SD 1.5, SDXL, their fine-tunes, and the embedded world's model."""
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
-from torch.utils.flop_counter import FlopCounterMode
+from diffusers import StableDiffusionXLPipeline
 
 from addiff_env.attention import capture_cross_attention, cross_attention_layers
-from addiff_env.backbones.base import Conditioning, Prediction
-from addiff_env.loading import DTYPES, quiet_loading, resolve_dtype, resolve_model
-from addiff_env.samplers import to_x0
+from addiff_env.backbones.base import (
+    Backbone,
+    Conditioning,
+    Prediction,
+    content_tokens,
+    guide,
+    scheduler_settings,
+    spelled_out_words,
+    truncated_words,
+)
+from addiff_env.samplers import Level, to_x0
+
+_LAYERS = 6  # most attention layers looked at, evenly chosen: SDXL has fifty at one resolution
 
 
-def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> StableDiffusionPipeline:
-    folder = resolve_model(model)
-    try:
-        # The safety checker replaces pictures by black ones, which an agent must not be rewarded or blamed for.
-        with quiet_loading():
-            return StableDiffusionPipeline.from_pretrained(
-                folder, revision=revision, dtype=dtype, safety_checker=None, requires_safety_checker=False
-            )
-    except Exception as error:
-        where = f"folder {folder}" if Path(folder).exists() else f"model {model!r} (not a local folder, nor loadable)"
-        hint = "retrain it with: make tiny" if folder != model else "download it, or pass model=<pipeline folder>"
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) or not Path(folder).exists() else ValueError
-        raise kind(f"cannot load a StableDiffusionPipeline from {where}: {error}; {hint}") from error
-
-
-class StableDiffusionBackbone:
-    """A `StableDiffusionPipeline`'s parts, called lane by lane.
+class StableDiffusionBackbone(Backbone):
+    """The parts of a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`, called lane by lane.
 
     Args:
-        model: Hub id, local folder, or ``addiff_env:<path>`` for a packaged folder.
-        revision: Hub revision; None is the default branch.
+        pipeline: the loaded pipeline (`open_pipeline`).
+        name, revision: where it came from.
         device: where the networks live.
-        dtype: ``float32``, ``float16``, ``bfloat16``, of weights and latents, or ``auto`` (`resolve_dtype`).
+        dtype_name: ``float32``, ``float16``, ``bfloat16``, of weights and latents.
         attention_stride: latent cells per attention cell, of the layers whose cross-attention is read.
+        channels_last: memory layout of the convolutions.
+        compile: compile the U-Net's residual blocks and the decoder (``torch.compile``), once each.
 
     Raises:
-        FileNotFoundError: the model is not there; the message says how to get it.
-        ValueError: a weight file is damaged, or ``dtype`` is unknown.
+        ValueError: no attention runs at ``attention_stride``.
     """
 
     def __init__(
-        self, model: str, revision: str | None = None, device: str = "cpu", dtype: str = "float32", attention_stride=4
+        self,
+        pipeline: Any,
+        name: str,
+        revision: str | None = None,
+        device: str = "cpu",
+        dtype_name: str = "float32",
+        attention_stride: int = 4,
+        channels_last: bool = True,
+        compile: bool = False,
     ) -> None:
-        dtype = resolve_dtype(dtype, device)
-        pipeline = _load_pipeline(model, revision, DTYPES[dtype])
-        self.name, self.revision = model, revision
-        self.device, self.dtype, self.dtype_name = torch.device(device), DTYPES[dtype], dtype
-        self.tokenizer = pipeline.tokenizer
-        self.text_encoder = pipeline.text_encoder.to(device).eval().requires_grad_(False)
-        self.unet = pipeline.unet.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.vae = pipeline.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.scheduler_config = dict(pipeline.scheduler.config)
+        super().__init__(name, revision, device, dtype_name)
+        self.is_xl = isinstance(pipeline, StableDiffusionXLPipeline)
+        names = ("tokenizer", "tokenizer_2") if self.is_xl else ("tokenizer",)
+        self.tokenizers = [t for t in (getattr(pipeline, n) for n in names) if t is not None]
+        names = ("text_encoder", "text_encoder_2") if self.is_xl else ("text_encoder",)
+        self.text_encoders = [self._frozen(m) for m in (getattr(pipeline, n) for n in names) if m is not None]
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self.unet, self.vae = (self._frozen(m).to(memory_format=self._format) for m in (pipeline.unet, pipeline.vae))
+        if self.dtype == torch.float16 and self.vae.config.get("force_upcast"):
+            self.vae = self.vae.float()  # SDXL's decoder overflows in float16
+        self._zero_negative = self.is_xl and bool(pipeline.config.get("force_zeros_for_empty_prompt"))
+        self.encodes_negative = not self._zero_negative
+        self.scheduler_config, self.solver = scheduler_settings(pipeline.scheduler), "ddim"
+        self.prediction_type = self.scheduler_config.get("prediction_type", "epsilon")
         self.latent_channels = self.unet.config.in_channels
-        self.spatial_factor = pipeline.vae_scale_factor
+        self.spatial_factor = self.size_multiple = pipeline.vae_scale_factor
         self.feature_width = self.unet.config.block_out_channels[-1]
         self.attention_stride = attention_stride
-        self._attention_layers = cross_attention_layers(self.unet, self._blocks_at(attention_stride))
-        self._prompt_cache: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._warned: set[str] = set()
-        self._flops: dict[tuple[Any, ...], float] = {}
+        layers = cross_attention_layers(self.unet, self._blocks_at(attention_stride))
+        number = min(_LAYERS, len(layers))
+        self._attention_layers = [layers[i * len(layers) // number] for i in range(number)]
+        if compile:
+            self._compile()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The (first) tokenizer, whose positions the attention maps have."""
+        return self.tokenizers[0]
+
+    @property
+    def text_encoder(self) -> Any:
+        """The (first) text encoder."""
+        return self.text_encoders[0]
+
+    def _frozen(self, module: Any) -> Any:
+        return module.to(self.device).eval().requires_grad_(False)
 
     def _blocks_at(self, stride: int) -> tuple[str, ...]:
         """The down and up blocks whose attention runs at 1/stride of the latents' side."""
@@ -77,56 +96,54 @@ class StableDiffusionBackbone:
             raise ValueError(f"attention_stride must be a power of 2 below {2**depth}, got {stride}")
         return (f"down_blocks.{level}", f"up_blocks.{depth - 1 - level}")
 
+    def _compile(self) -> None:
+        """Compile block by block: blocks of one shape share their kernels, and attention stays open to capture."""
+        for module in self.unet.modules():
+            if type(module).__name__ == "ResnetBlock2D":
+                module.compile()
+        self.vae.decoder.compile()
+
+    def passes(self, guidance_scale: float) -> int:
+        """Two with classifier-free guidance (a scale above 1), else one."""
+        return 2 if guidance_scale > 1 else 1
+
     # ----------------------------------------------------------------- text
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Encode ``prompts`` as the pipeline does: padded, truncated (warned once), last hidden state."""
-        rows = [self._encode(prompt) for prompt in prompts]
-        negative = self._encode("")[0]
-        return Conditioning(
-            torch.stack([row[0] for row in rows]),
-            negative.expand(len(rows), -1, -1).clone(),
-            torch.stack([row[1] for row in rows]),
-        )
-
-    @torch.no_grad()
-    def _encode(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-        if prompt not in self._prompt_cache:
-            if len(self._prompt_cache) > 4096:  # bounded; prompts repeat within an evaluation, not for ever
-                self._prompt_cache.clear()
-            limit = self.tokenizer.model_max_length
-            tokens = self.tokenizer(
-                prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-            ).input_ids
-            self._warn_about(prompt, limit)
-            embeddings = self.text_encoder(tokens.to(self.device)).last_hidden_state[0]
-            self._prompt_cache[prompt] = embeddings, self._content(tokens[0]).to(self.device)
-        return self._prompt_cache[prompt]
-
-    def _content(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Which tokens are the prompt's own; an empty prompt keeps its end token, so that maps exist."""
-        special = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
-        content = torch.tensor([int(token) not in special for token in tokens])
-        if not content.any():
-            content[1] = True
-        return content
-
-    def _warn_about(self, prompt: str, limit: int) -> None:
-        pieces = self.tokenizer.tokenize(prompt)
-        if len(pieces) > limit - 2:
-            dropped = self.tokenizer.convert_tokens_to_string(pieces[limit - 2 :]).replace("</w>", " ").strip()
+    def _encode(self, prompt: str) -> Conditioning:
+        """Padded, truncated (warned once); SD takes the last hidden state, SDXL both encoders' last but one."""
+        limit = self.tokenizer.model_max_length
+        if dropped := truncated_words(self.tokenizer, prompt, limit):
             self._warn_once(f"prompt truncated to {limit} tokens, dropped: {dropped!r}")
-        unknown = [w for w in re.findall(r"[^\W\d_]{2,}", prompt) if _is_spelled_out(self._pieces(w))]
-        for word in unknown:
+        for word in spelled_out_words(self.tokenizer, prompt):
             self._warn_once(f"the tokenizer does not know the word {word!r}; it is spelled out letter by letter")
+        content = content_tokens(self.tokenizer, self._ids(self.tokenizer, prompt)[0]).to(self.device)
+        embeddings, pooled = self._embed(prompt)
+        if self._zero_negative:
+            negative, negative_pooled = torch.zeros_like(embeddings), torch.zeros_like(pooled)
+        elif prompt:
+            empty = self.encode_prompts([""])
+            negative = empty.embeddings[0]
+            negative_pooled = None if empty.pooled is None else empty.pooled[0]
+        else:
+            negative, negative_pooled = embeddings, pooled
+        return Conditioning(embeddings, content, negative, pooled, negative_pooled)
 
-    def _pieces(self, word: str) -> list[str]:
-        return self.tokenizer.tokenize(word)
+    def _ids(self, tokenizer: Any, prompt: str) -> torch.Tensor:
+        limit = tokenizer.model_max_length
+        return tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, UserWarning, stacklevel=2)
+    def _embed(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token embeddings (tokens, width) and, of SDXL, the pooled one (width,)."""
+        if not self.is_xl:
+            ids = self._ids(self.tokenizer, prompt).to(self.device)
+            return self.text_encoder(ids).last_hidden_state[0], None
+        states, pooled = [], None
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            out = encoder(self._ids(tokenizer, prompt).to(self.device), output_hidden_states=True)
+            states.append(out.hidden_states[-2][0])
+            if pooled is None and out[0].ndim == 2:
+                pooled = out[0][0]
+        return torch.cat(states, dim=-1), pooled
 
     # ----------------------------------------------------------------- denoiser
 
@@ -135,23 +152,18 @@ class StableDiffusionBackbone:
         self,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        alphas_cumprod: torch.Tensor,
+        level: Level,
         conditioning: Conditioning,
         guidance_scale: float,
         capture: bool = True,
     ) -> Prediction:
-        """Evaluate the U-Net for lanes (B, C, h, w), each at its own ``timesteps`` (B,) int64.
+        """Evaluate the U-Net for lanes (B, C, h, w), each at its own ``timesteps`` (B,) and ``level``.
 
-        ``alphas_cumprod`` (B,) float64 are the signal powers there. With ``guidance_scale`` above 1,
-        classifier-free guidance (Ho & Salimans 2022) costs a second pass. Without ``capture`` no
-        attention is recorded and ``maps`` is empty.
+        With ``guidance_scale`` above 1, classifier-free guidance (Ho & Salimans 2022) costs a second
+        pass. Without ``capture`` no attention is recorded and the maps have no tokens.
         """
-        lanes, guided = len(latents), guidance_scale > 1
-        context = conditioning.embeddings
-        if guided:
-            context = torch.cat([conditioning.negative, context])
-        repeat = 2 if guided else 1
-        inputs = latents.repeat(repeat, 1, 1, 1).contiguous(memory_format=torch.channels_last)
+        lanes, repeat = len(latents), self.passes(guidance_scale)
+        inputs = latents.repeat(repeat, 1, 1, 1).contiguous(memory_format=self._format)
         conditional = slice(lanes * (repeat - 1), lanes * repeat)
         features: list[torch.Tensor] = []
         hook = self.unet.mid_block.register_forward_hook(
@@ -160,56 +172,68 @@ class StableDiffusionBackbone:
         try:
             layers = self._attention_layers if capture else []
             with capture_cross_attention(self.unet, layers, conditional) as record:
-                output = self.unet(inputs, timesteps.repeat(repeat), encoder_hidden_states=context).sample
+                output = self.unet(
+                    inputs, timesteps.repeat(repeat), **self._context(conditioning, repeat == 2, latents.shape)
+                ).sample
         finally:
             hook.remove()
-        if guided:
-            unconditional, text = output.chunk(2)
-            output = unconditional + guidance_scale * (text - unconditional)
-        x0 = to_x0(output, latents, alphas_cumprod, self.scheduler_config["prediction_type"])
-        side = (latents.shape[2] // self.attention_stride, latents.shape[3] // self.attention_stride)
-        maps = record.maps(*side) if capture else torch.zeros(lanes, 0, *side, device=latents.device)
+        output = guide(output, guidance_scale) if repeat == 2 else output
+        x0 = to_x0(output, latents, level, self.prediction_type)
+        side = [-(-cells // self.attention_stride) for cells in latents.shape[2:]]
+        maps = record.maps(side[0], side[1]) if capture else torch.zeros(lanes, 0, *side, device=latents.device)
         return Prediction(x0, maps, features[0])
+
+    def _context(self, conditioning: Conditioning, guided: bool, shape: torch.Size) -> dict[str, Any]:
+        """The U-Net's text arguments for one batch, the unconditional half first."""
+        context, pooled = conditioning.embeddings, conditioning.pooled
+        if guided:
+            assert conditioning.negative is not None
+            context = torch.cat([conditioning.negative, context])
+        if pooled is None:
+            return {"encoder_hidden_states": context}
+        if guided:
+            assert conditioning.negative_pooled is not None
+            pooled = torch.cat([conditioning.negative_pooled, pooled])
+        height, width = (cells * self.spatial_factor for cells in shape[2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device, dtype=context.dtype)
+        added = {"text_embeds": pooled, "time_ids": sizes.expand(len(context), -1)}  # Podell et al. 2024, section 2.2
+        return {"encoder_hidden_states": context, "added_cond_kwargs": added}
 
     # ----------------------------------------------------------------- pictures
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1]."""
-        scaled = latents / self.vae.config.scaling_factor
-        pictures = self.vae.decode(scaled.contiguous(memory_format=torch.channels_last), return_dict=False)[0]
+        mean, std = self._statistics()
+        scaled = (latents * std / self.vae.config.scaling_factor + mean).to(self.vae.dtype)
+        pictures = self.vae.decode(scaled.contiguous(memory_format=self._format), return_dict=False)[0]
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], by the autoencoder's mean."""
+        out = self.vae.encode((pictures * 2 - 1).to(self.device, self.vae.dtype))
+        latents = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
+        mean, std = self._statistics()
+        return ((latents.to(self.dtype) - mean) * self.vae.config.scaling_factor / std).to(self.dtype)
+
+    def _statistics(self) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """Per-channel mean and standard deviation that some fine-tunes' autoencoders carry (1, C, 1, 1)."""
+        mean, std = (self.vae.config.get(name) for name in ("latents_mean", "latents_std"))
+        if mean is None or std is None:
+            return 0.0, 1.0
+        values = (torch.tensor(v, device=self.device, dtype=self.dtype).view(1, -1, 1, 1) for v in (mean, std))
+        return tuple(values)  # type: ignore[return-value]
 
     # ----------------------------------------------------------------- cost
 
-    def flops(self, component: str, latents_shape: tuple[int, ...]) -> float:
-        """FLOPs per lane of ``denoiser`` (one pass), ``decode`` or ``text``; measured once per shape (C, h, w)."""
-        key = (component, latents_shape)
-        if key not in self._flops:
-            self._flops[key] = count_flops(self._one_lane(component, latents_shape))
-        return self._flops[key]
-
     def _one_lane(self, component: str, shape: tuple[int, ...]) -> Callable[[], Any]:
         latents = torch.zeros(1, *shape, device=self.device, dtype=self.dtype)
-        ids = torch.zeros(1, self.tokenizer.model_max_length, dtype=torch.int64, device=self.device)
         if component == "text":
-            return lambda: self.text_encoder(ids)
+            return lambda: self._embed("")
         if component == "decode":
             return lambda: self.decode(latents)
         if component == "denoiser":
-            context = self._encode("")[0][None]
-            return lambda: self.unet(latents, 0, encoder_hidden_states=context)
+            context = self._context(self.encode_prompts([""]), False, latents.shape)
+            return lambda: self.unet(latents, 0, **context)
         raise ValueError(f"unknown component {component!r}; known: denoiser, decode, text")
-
-
-def _is_spelled_out(pieces: list[str]) -> bool:
-    """At least half of a word's pieces are single letters."""
-    return 2 * sum(len(piece.removesuffix("</w>")) == 1 for piece in pieces) >= len(pieces)
-
-
-@torch.no_grad()
-def count_flops(call: Callable[[], Any]) -> float:
-    """FLOPs of one call, by `torch.utils.flop_counter` (matrix products and convolutions)."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return float(counter.get_total_flops())

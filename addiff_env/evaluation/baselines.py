@@ -6,14 +6,11 @@ import time
 from collections.abc import Iterator
 from typing import Protocol
 
-import torch
-
 from addiff_env.agent import Agent
-from addiff_env.backbones import initial_noise, to_uint8
+from addiff_env.backbones import denoise, initial_noise, to_uint8
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.pipeline import AdaptivePipeline
-from addiff_env.samplers import ddim_step, make_schedule
 from addiff_env.types import Generated
 
 
@@ -29,12 +26,15 @@ class Method(Protocol):
 
 
 class FixedSteps:
-    """DDIM with N steps, stated as ``ddim-N``: same model, guidance and noise as the environment ``env``."""
+    """A solver with N steps, stated as ``ddim-N``: same model, guidance and noise as the environment ``env``."""
 
-    def __init__(self, env: DiffusionDenoiseVectorEnv, steps: int, batch_size: int = 64) -> None:
+    def __init__(
+        self, env: DiffusionDenoiseVectorEnv, steps: int, solver: str | None = None, batch_size: int = 64
+    ) -> None:
         self.env, self.steps, self.batch_size = env, steps, batch_size
-        self.name, self.solver, self.policy = f"ddim-{steps}", f"ddim-{steps}", f"ddim-{steps}"
-        self.schedule = make_schedule(env.backbone.scheduler_config, steps, env.config.device)
+        solver = solver or env.backbone.solver
+        self.name = self.solver = self.policy = f"{solver}-{steps}"
+        self.schedule = env.backbone.schedule(steps, env.latent_shape, solver)
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Denoise in batches; nothing but the final picture is decoded."""
@@ -43,23 +43,13 @@ class FixedSteps:
 
     def _batch(self, items: list[Item]) -> list[tuple[Item, Generated]]:
         began, env = time.perf_counter(), self.env
-        conditioning = env.backbone.encode_prompts([item.prompt for item in items])
-        latents = initial_noise(env.backbone, env.latent_shape, [item.seed for item in items])
-        for step in range(self.steps):
-            at = torch.full((len(items),), step, device=latents.device)
-            prediction = env.backbone.predict(
-                latents,
-                self.schedule.timesteps[at],
-                self.schedule.alpha_from[at],
-                conditioning,
-                env.config.guidance_scale,
-                capture=False,
-            )
-            latents = ddim_step(self.schedule, latents, prediction.x0, at)
+        noise = initial_noise(env.backbone, env.latent_shape, [item.seed for item in items])
+        prompts = [item.prompt for item in items]
+        latents = denoise(env.backbone, self.schedule, prompts, noise, env.config.guidance_scale)
         pictures = to_uint8(env.backbone.decode(latents))
         seconds = (time.perf_counter() - began) / len(items)
         passes = self.steps * env.passes_per_nfe
-        flops = passes * env.price["denoiser"] + env.price["decode"] + 2 * env.price["text"]
+        flops = passes * env.price["denoiser"] + env.price["decode"] + env.price["start"] - env.perception.text_flops()
         cost = (self.steps, passes, flops, seconds)
         return [
             (item, Generated(item.prompt, item.seed, picture, [], *cost))

@@ -32,10 +32,9 @@ from tqdm import tqdm
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 import addiff_env
-from addiff_env.backbones import StableDiffusionBackbone, initial_noise, to_uint8
+from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
 from addiff_env.encoders import CLIPEncoder
 from addiff_env.loading import DTYPES, quiet_loading, resolve_dtype
-from addiff_env.samplers import ddim_step, make_schedule
 from addiff_env.scorers import PixelTextReward
 from addiff_env.stats import wilson_interval
 from addiff_env.tiny.checker import MIN_CHROMA, Found, Verdict, judge, match_objects
@@ -160,10 +159,9 @@ def early_step(num_inference_steps: int) -> int:
     return max(1, round(num_inference_steps / 3)) - 1
 
 
-def latent_shape(backbone: StableDiffusionBackbone) -> tuple[int, int, int]:
+def latent_shape(backbone: Backbone) -> tuple[int, int, int]:
     """(C, h, w) of the embedded world's latents."""
-    height, width = (addiff_env.TINY[name] // backbone.spatial_factor for name in ("height", "width"))
-    return backbone.latent_channels, height, width
+    return backbone.latent_shape(addiff_env.TINY["height"], addiff_env.TINY["width"])
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ class Sample:
 
 
 def generate(
-    backbone: StableDiffusionBackbone, rows: Sequence[dict[str, Any]], steps: int, guidance: float, batch: int = 64
+    backbone: Backbone, rows: Sequence[dict[str, Any]], steps: int, guidance: float, batch: int = 64
 ) -> list[Sample]:
     """Generate and judge the pictures of a split's ``rows`` with DDIM."""
     chunks = [rows[start : start + batch] for start in range(0, len(rows), batch)]
@@ -190,21 +188,23 @@ def generate(
 
 
 def _generate_batch(
-    backbone: StableDiffusionBackbone, rows: Sequence[dict[str, Any]], steps: int, guidance: float, progress: tqdm
+    backbone: Backbone, rows: Sequence[dict[str, Any]], steps: int, guidance: float, progress: tqdm
 ) -> list[Sample]:
-    schedule = make_schedule(backbone.scheduler_config, steps, backbone.device)
-    conditioning = backbone.encode_prompts([row["prompt"] for row in rows])
-    latents = initial_noise(backbone, latent_shape(backbone), [row["seed"] for row in rows])
-    for index in range(steps):
-        at = torch.full((len(rows),), index, device=backbone.device)
-        now = backbone.predict(latents, schedule.timesteps[at], schedule.alpha_from[at], conditioning, guidance)
-        latents = ddim_step(schedule, latents, now.x0, at)
-        if index == early_step(steps):
-            early = now
+    schedule = backbone.schedule(steps, latent_shape(backbone))
+    noise = initial_noise(backbone, latent_shape(backbone), [row["seed"] for row in rows])
+    seen: dict[int, Prediction] = {}
+
+    def watch(index: int, latents: torch.Tensor, now: Prediction) -> None:
+        if index in looks:
+            seen[index] = now
         progress.update()
+
+    looks = (early_step(steps), steps - 1)
+    latents = denoise(backbone, schedule, [row["prompt"] for row in rows], noise, guidance, watch, looks)
+    early, last = (seen[index] for index in looks)
     pictures, previews = to_uint8(backbone.decode(latents)), to_uint8(backbone.decode(early.x0))
     verdicts = [judge(picture, row["prompt"]) for picture, row in zip(pictures, rows, strict=True)]
-    return list(map(Sample, rows, verdicts, previews, early.maps.cpu(), now.maps.cpu()))
+    return list(map(Sample, rows, verdicts, previews, early.maps.cpu(), last.maps.cpu()))
 
 
 def coloured_region(picture: np.ndarray) -> np.ndarray:
@@ -297,16 +297,16 @@ def best_seconds(call: Callable[[], Any], repeats: int = 5, warmups: int = 2) ->
     return min(times[warmups:])
 
 
-def lane_milliseconds(backbone: StableDiffusionBackbone, clip: CLIPEncoder) -> float:
+def lane_milliseconds(backbone: Backbone, clip: CLIPEncoder) -> float:
     """Milliseconds per lane of one guided evaluation, the preview's decode and CLIP's look at it; batch `LANES`."""
     rows = pick(load_split("test"), LANES // len(CATEGORIES))
-    schedule = make_schedule(backbone.scheduler_config, 50, backbone.device)
+    schedule = backbone.schedule(50, latent_shape(backbone))
     conditioning = backbone.encode_prompts([row["prompt"] for row in rows])
     latents = initial_noise(backbone, latent_shape(backbone), [row["seed"] for row in rows])
     at, scale = torch.full((len(rows),), early_step(50), device=backbone.device), addiff_env.TINY["guidance_scale"]
 
     def look() -> list[float]:
-        x0 = backbone.predict(latents, schedule.timesteps[at], schedule.alpha_from[at], conditioning, scale).x0
+        x0 = backbone.predict(latents, schedule.timesteps[at], schedule.here.at(at), conditioning, scale).x0
         return clip.image_features(backbone.decode(x0))[:, 0].tolist()  # reading values waits for a GPU
 
     return 1000 * best_seconds(look) / len(rows)
@@ -359,13 +359,13 @@ class Measurements:
         self.args = args
         self.counts: dict[str, dict[str, tuple[int, int]]] = {}  # per measurement and category: hits, n
 
-    def backbone(self, dtype: str) -> StableDiffusionBackbone:
+    def backbone(self, dtype: str) -> Backbone:
         """The measured pipeline in one dtype."""
         folder, stride = str(self.args.weights / "pipeline"), addiff_env.TINY["attention_stride"]
-        return StableDiffusionBackbone(folder, device=self.args.device, dtype=dtype, attention_stride=stride)
+        return load_backbone(folder, device=self.args.device, dtype=dtype, attention_stride=stride)
 
     @cached_property
-    def generator(self) -> StableDiffusionBackbone:
+    def generator(self) -> Backbone:
         """The pipeline that draws the split's pictures."""
         return self.backbone(self.args.dtype)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 SIZE = 64  # picture height and width, pixels
-WORLD_VERSION = 1  # part of every split; bump whenever a caption, scene or split could change
+WORLD_VERSION = 1  # part of every split; bump whenever a caption or a split could change
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {  # sRGB, 0-255; hues at least 24 degrees apart so that `checker` can tell them
@@ -32,8 +32,18 @@ COLORS = {  # sRGB, 0-255; hues at least 24 degrees apart so that `checker` can 
     "purple": (142, 60, 204),
     "pink": (248, 104, 186),
 }
-SIZES = {"small": (6.0, 7.2), "large": (10.4, 12.4)}  # radius ranges, pixels
-SIZE_BOUNDARY = 8.8  # radius, pixels: below it an object counts as small, above as large
+# The colour a shape takes most of the time when its caption leaves it open, as bananas are yellow.
+TYPICAL_COLOR = {
+    "circle": "red",
+    "square": "blue",
+    "triangle": "green",
+    "star": "yellow",
+    "cross": "purple",
+    "ring": "orange",
+}
+TYPICAL_SHARE = 0.85
+SIZES = {"small": (6.8, 7.8), "large": (10.4, 12.4)}  # radius ranges, pixels
+SIZE_BOUNDARY = 9.1  # radius, pixels: below it an object counts as small, above as large
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 CATEGORIES = (
@@ -47,7 +57,7 @@ CATEGORIES = (
     "four_objects",
 )
 # Radius range (pixels) of objects whose size the prompt leaves open, by number of objects.
-_FREE_RADIUS = {1: (6.5, 12.0), 2: (6.5, 11.0), 3: (6.2, 9.0), 4: (6.0, 8.2)}
+_FREE_RADIUS = {1: (7.4, 12.2), 2: (7.2, 11.0), 3: (7.0, 9.2), 4: (6.8, 8.6)}
 _MARGIN = 3.0  # least gap between two objects' bounding circles, pixels
 
 
@@ -218,12 +228,13 @@ def _maybe_size(rng: np.random.Generator) -> str | None:
 
 
 def sample_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
-    """Draw a scene that satisfies ``prompt``: free attributes at random, no two objects touching."""
-    kinds = [spec for spec in prompt.objects for _ in range(spec.count)]
+    """Draw a scene that satisfies ``prompt``: free attributes at random, no two objects touching.
+
+    A colour that the prompt leaves open is the shape's `TYPICAL_COLOR` in `TYPICAL_SHARE` of the draws.
+    """
+    kinds = [replace(spec, color=_sample_color(rng, spec)) for spec in prompt.objects for _ in range(spec.count)]
     if prompt.relation is None:
         kinds = [kinds[i] for i in rng.permutation(len(kinds))]
-    shared = str(rng.choice(list(COLORS))) if rng.random() < 0.5 else None  # of uncoloured repeats
-    repeated = len(prompt.objects) < len(kinds)
     while True:
         radii = [_sample_radius(rng, spec, len(kinds)) for spec in kinds]
         reach = [r * EXTENT[spec.shape] for r, spec in zip(radii, kinds, strict=True)]
@@ -232,9 +243,15 @@ def sample_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
             break
     objects = []
     for spec, radius, (x, y) in zip(kinds, radii, centres, strict=True):
-        color = spec.color or (shared if shared and repeated else str(rng.choice(list(COLORS))))
-        objects.append(SceneObject(spec.shape, color, x, y, radius, _jitter(rng, COLORS[color])))
+        assert spec.color is not None
+        objects.append(SceneObject(spec.shape, spec.color, x, y, radius, _jitter(rng, COLORS[spec.color])))
     return Scene(tuple(objects), _sample_background(rng))
+
+
+def _sample_color(rng: np.random.Generator, spec: ObjectSpec) -> str:
+    if spec.color:
+        return spec.color
+    return TYPICAL_COLOR[spec.shape] if rng.random() < TYPICAL_SHARE else str(rng.choice(list(COLORS)))
 
 
 def _sample_radius(rng: np.random.Generator, spec: ObjectSpec, number: int) -> float:
@@ -249,21 +266,21 @@ def _place(rng: np.random.Generator, reach: list[float], relation: str | None) -
         apart = all(
             np.hypot(*(xy[i] - xy[j])) >= reach[i] + reach[j] + _MARGIN for i, j in combinations(range(len(xy)), 2)
         )
-        if apart and (relation is None or relation_holds(relation, xy[0], xy[1], margin=8.0)):
+        if apart and (relation is None or relation_holds(relation, xy[0], xy[1], margin=12.0, slope=0.9)):
             return [(float(x), float(y)) for x, y in xy]
     return None
 
 
-def relation_holds(relation: str, a: Any, b: Any, margin: float = 0.0) -> bool:
+def relation_holds(relation: str, a: Any, b: Any, margin: float = 0.0, slope: float = 0.5) -> bool:
     """Whether ``a`` stands in ``relation`` to ``b``; (x, y) centres in pixels, y downwards.
 
-    As in GenEval, the displacement along the relation's axis must exceed ``margin`` and half of the
-    displacement across it, so that a diagonal arrangement may satisfy two relations at once.
+    As in GenEval, the displacement along the relation's axis must exceed ``margin`` and half (``slope``)
+    of the displacement across it, so that a diagonal arrangement may satisfy two relations at once.
     """
     dx, dy = float(a[0] - b[0]), float(a[1] - b[1])
     along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
     across = abs(dy) if relation in ("left of", "right of") else abs(dx)
-    return along > margin and along > 0.5 * across
+    return along > margin and along > slope * across
 
 
 def _jitter(rng: np.random.Generator, rgb: tuple[int, int, int]) -> tuple[float, float, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from scipy.stats import beta
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from addiff_env.tiny.recipes import common, data
@@ -120,6 +121,18 @@ def load_exported(folder: Path, unet: UNet2DConditionModel, text_encoder: CLIPTe
     text_encoder.load_state_dict(exported.state_dict())
 
 
+def sample_timesteps(number: int, generator: torch.Generator) -> torch.Tensor:
+    """Training timesteps (number,): nine in ten from Beta(1.8, 1.4), the rest uniform.
+
+    Most of the effort goes where layout and shapes are decided; the decoder forgives what little noise is left
+    below a tenth of the schedule, and near the end of it there is next to nothing to see.
+    """
+    uniform = torch.rand(number, generator=generator)
+    concentrated = torch.from_numpy(beta.ppf(uniform.double().numpy(), 1.8, 1.4))
+    mixed = torch.where(torch.rand(number, generator=generator) < 0.1, uniform.double(), concentrated)
+    return (1000 * mixed).long().clamp(0, 999)
+
+
 def main() -> None:
     """Command line."""
     args: argparse.Namespace = common.arguments(
@@ -153,7 +166,7 @@ def main() -> None:
         index = common.batch_indices(generator, len(latents), args.batch)
         x0 = latents[index].to(args.device).float()  # (B, 8, 16, 16)
         noise = torch.randn(x0.shape, generator=generator).to(args.device)
-        timesteps = torch.randint(1000, (args.batch,), generator=generator).to(args.device)
+        timesteps = sample_timesteps(args.batch, generator).to(args.device)
         dropped = torch.rand(args.batch, 1, generator=generator) < args.dropout
         tokens = torch.where(dropped, empty, ids[index]).to(args.device)
         alpha, sigma = alphas_cumprod[timesteps].sqrt(), (1 - alphas_cumprod[timesteps]).sqrt()

@@ -1,0 +1,52 @@
+"""Opening a diffusers pipeline, from the Hub or a local folder, with errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from addiff_env.loading import quiet_loading, resolve_model
+
+
+def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: str | None = None) -> Any:
+    """Load a pipeline without its safety checker; a LoRA is fused into the weights.
+
+    The safety checker replaces pictures by black ones, which an agent must not be rewarded or blamed for: whoever
+    shows pictures to others runs one on what comes out. Only safetensors are read, so nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: the model or the LoRA is not there; the message says how to get it.
+        ValueError: a file of it is damaged. ImportError: a LoRA needs peft.
+    """
+    folder = resolve_model(model)
+    options = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
+    try:
+        with quiet_loading():
+            pipeline = DiffusionPipeline.from_pretrained(folder, revision=revision, dtype=dtype, **options)
+    except Exception as error:
+        where = f"folder {folder}" if Path(folder).exists() else f"model {model!r} (not a local folder, nor loadable)"
+        hint = "retrain it with: make tiny" if folder != model else "download it, or pass model=<pipeline folder>"
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) or not Path(folder).exists() else ValueError
+        raise kind(f"cannot load a diffusers pipeline from {where}: {error}; {hint}") from error
+    if lora is not None:
+        _fuse_lora(pipeline, lora)
+    return pipeline
+
+
+def _fuse_lora(pipeline: Any, lora: str) -> None:
+    """Add a LoRA to the weights for good (Hu et al. 2022)."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"lora={lora!r} needs peft: pip install 'addiff-env[lora]'") from error
+    try:
+        with quiet_loading():
+            pipeline.load_lora_weights(lora, use_safetensors=True)
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+    except Exception as error:
+        kind = ValueError if Path(lora).exists() else FileNotFoundError
+        raise kind(f"cannot load the LoRA {lora!r}: {error}; pass a Hub id or a .safetensors file") from error

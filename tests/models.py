@@ -1,0 +1,131 @@
+"""Small pipelines with random weights, in the real folder layouts: what SD, SDXL and Flux tests run on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
+
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+DDIM = {**BETAS, "clip_sample": False, "steps_offset": 1}  # SD's pipeline insists on this offset
+
+
+def clip_text(width: int, with_projection: bool = False) -> torch.nn.Module:
+    tokenizer = build_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config)
+
+
+def autoencoder(**more: Any) -> AutoencoderKL:
+    """Four times smaller latents of four channels."""
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    return AutoencoderKL(block_out_channels=(8, 8, 16), latent_channels=4, norm_num_groups=4, **blocks, **more)
+
+
+def unet(cross_attention_dim: int, **more: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        **more,
+    )
+
+
+def build_sd() -> StableDiffusionPipeline:
+    parts = {"vae": autoencoder(), "text_encoder": clip_text(32), "tokenizer": build_tokenizer(), "unet": unet(32)}
+    extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, scheduler=DDIMScheduler(**DDIM), **extra)
+
+
+def build_sdxl(force_zeros: bool = True) -> StableDiffusionXLPipeline:
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(force_upcast=True, scaling_factor=0.13025),
+        text_encoder=clip_text(24),
+        text_encoder_2=clip_text(40, with_projection=True),
+        tokenizer=build_tokenizer(),
+        tokenizer_2=build_tokenizer(),
+        unet=unet(64, projection_class_embeddings_input_dim=40 + 6 * 8, **added),
+        scheduler=DDIMScheduler(**DDIM),
+        force_zeros_for_empty_prompt=force_zeros,
+        add_watermarker=False,
+    )
+
+
+def build_flux(guidance_embeds: bool = False) -> FluxPipeline:
+    tokenizer = build_tokenizer()
+    t5 = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=2)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 4, 8),
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=clip_text(32),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=build_tokenizer(),
+        transformer=transformer,
+    )
+
+
+BUILDERS = {"sd": build_sd, "sdxl": build_sdxl, "flux": build_flux}
+
+
+def save(kind: str, folder: Path, **options: Any) -> Path:
+    """Build a pipeline with seeded weights and write it to ``folder``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BUILDERS[kind](**options).save_pretrained(folder)
+    return folder
+
+
+def with_scheduler(folder: Path, scheduler: Any, target: Path) -> Path:
+    """The pipeline of ``folder`` with another scheduler: everything else is linked."""
+    target.mkdir()
+    for part in folder.iterdir():
+        if part.is_dir() and part.name != "scheduler":
+            (target / part.name).symlink_to(part)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (target / "model_index.json").write_text(json.dumps(index))
+    scheduler.save_pretrained(target / "scheduler")
+    return target

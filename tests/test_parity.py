@@ -1,0 +1,193 @@
+"""All-continue episodes against diffusers' own pipelines, over solvers and options; float32 throughout."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import models
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from gymnasium.vector import AutoresetMode
+
+from addiff_env.env import DiffusionDenoiseVectorEnv
+
+PROMPTS, SEEDS = ["a red circle", "two blue squares and a star"], [3, 4]
+STEPS = [1, 4, 10, 50]
+SPACINGS = ["leading", "linspace", "trailing"]
+Kwargs = dict[str, Any]
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' own, under NumPy 2
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("backbones")
+    made = {kind: models.save(kind, root / kind) for kind in models.BUILDERS}
+    made["sdxl-empty"] = models.save("sdxl", root / "sdxl-empty", force_zeros=False)
+    made["flux-dev"] = models.save("flux", root / "flux-dev", guidance_embeds=True)
+    return made
+
+
+def make(tiny_kwargs: Kwargs, folder: Path, number: int, **more: Any) -> DiffusionDenoiseVectorEnv:
+    settings = {
+        "model": str(folder),
+        "dtype": "float32",
+        "num_inference_steps": number,
+        "warmup_steps": min(2, number - 1),
+        "max_nfe": 2 * number,
+        "observe_every": 1000,
+        "guidance_scale": 4.0,
+        **more,
+    }
+    envs = gym.make_vec(
+        "AdDiffusion-Tiny-v0", 2, autoreset_mode=AutoresetMode.DISABLED, **{**tiny_kwargs, **settings}
+    ).unwrapped
+    assert isinstance(envs, DiffusionDenoiseVectorEnv)
+    return envs
+
+
+def assert_parity(envs: DiffusionDenoiseVectorEnv, folder: Path, scheduler: Any = None, **call: Any) -> None:
+    envs.reset(options={"prompt": PROMPTS, "seed": SEEDS})
+    while not envs.done.all():
+        envs.step(np.zeros(2, int))
+    c = envs.config
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    if scheduler is not None:
+        pipeline.scheduler = scheduler
+    expected = pipeline(
+        PROMPTS,
+        num_inference_steps=c.num_inference_steps,
+        guidance_scale=c.guidance_scale,
+        height=c.height,
+        width=c.width,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="latent",
+        **call,
+    ).images
+    if "Flux" in type(pipeline).__name__:
+        expected = pipeline._unpack_latents(expected, c.height, c.width, pipeline.vae_scale_factor)
+    assert torch.isfinite(expected).all() and expected.std() > 0.05
+    scale = max(1.0, float(expected.abs().max()))  # float32 keeps relative digits
+    torch.testing.assert_close(envs.latents / scale, expected / scale, rtol=0, atol=1e-5)
+    assert envs.nfe.tolist() == [c.num_inference_steps] * 2
+
+
+# ------------------------------------------------------------------ Stable Diffusion
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("number", STEPS)
+def test_sd_ddim(
+    tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path, number: int, spacing: str, prediction: str
+) -> None:
+    scheduler = DDIMScheduler(**models.DDIM, timestep_spacing=spacing, prediction_type=prediction)
+    folder = models.with_scheduler(folders["sd"], scheduler, tmp_path / "model")
+    assert_parity(make(tiny_kwargs, folder, number), folder)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"set_alpha_to_one": False},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+        {"beta_schedule": "linear"},
+    ],
+    ids=str,
+)
+def test_sd_ddim_options(tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path, more: Kwargs) -> None:
+    folder = models.with_scheduler(folders["sd"], DDIMScheduler(**{**models.DDIM, **more}), tmp_path / "model")
+    assert_parity(make(tiny_kwargs, folder, 10), folder)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_sd_ddim_with_noise(tiny_kwargs: Kwargs, folders: dict[str, Path], eta: float) -> None:
+    assert_parity(make(tiny_kwargs, folders["sd"], 10, eta=eta), folders["sd"], eta=eta)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"prediction_type": "v_prediction"},
+        {"use_karras_sigmas": True},
+        {"solver_type": "heun"},
+        {"final_sigmas_type": "sigma_min"},
+        {"euler_at_final": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("number", STEPS)
+def test_sd_dpm_solver(
+    tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path, number: int, spacing: str, more: Kwargs
+) -> None:
+    scheduler = DPMSolverMultistepScheduler(**{**models.BETAS, "steps_offset": 1, "timestep_spacing": spacing, **more})
+    folder = models.with_scheduler(folders["sd"], scheduler, tmp_path / "model")
+    assert_parity(make(tiny_kwargs, folder, number, solver="dpmpp_2m"), folder)
+
+
+def test_another_solver_keeps_the_models_schedule(tiny_kwargs: Kwargs, folders: dict[str, Path]) -> None:
+    """What the folder's DDIM configuration leaves out is DPM-Solver's own default, as with diffusers' from_config."""
+    envs = make(tiny_kwargs, folders["sd"], 10, solver="dpmpp_2m")
+    config = DDIMScheduler.from_pretrained(folders["sd"], subfolder="scheduler").config
+    assert_parity(envs, folders["sd"], DPMSolverMultistepScheduler.from_config(config))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_sd_without_guidance(tiny_kwargs: Kwargs, folders: dict[str, Path], scale: float) -> None:
+    envs = make(tiny_kwargs, folders["sd"], 4, guidance_scale=scale)
+    assert envs.passes_per_nfe == 1
+    assert_parity(envs, folders["sd"])
+
+
+def test_sd_pictures_that_are_not_square(tiny_kwargs: Kwargs, folders: dict[str, Path]) -> None:
+    assert_parity(make(tiny_kwargs, folders["sd"], 4, height=48, width=80), folders["sd"])
+
+
+# ------------------------------------------------------------------ SDXL
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sdxl-empty"])
+@pytest.mark.parametrize("number", STEPS)
+def test_sdxl_ddim(tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path, number: int, kind: str) -> None:
+    scheduler = DDIMScheduler(**{**models.DDIM, "steps_offset": 0})
+    folder = models.with_scheduler(folders[kind], scheduler, tmp_path / "model")
+    assert_parity(make(tiny_kwargs, folder, number), folder)
+
+
+@pytest.mark.parametrize("number", STEPS)
+def test_sdxl_dpm_solver(tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path, number: int) -> None:
+    scheduler = DPMSolverMultistepScheduler(**models.BETAS, use_karras_sigmas=True, timestep_spacing="trailing")
+    folder = models.with_scheduler(folders["sdxl"], scheduler, tmp_path / "model")
+    assert_parity(make(tiny_kwargs, folder, number, solver="dpmpp_2m"), folder)
+
+
+def test_sdxl_pictures_that_are_not_square(tiny_kwargs: Kwargs, folders: dict[str, Path]) -> None:
+    assert_parity(make(tiny_kwargs, folders["sdxl"], 4, height=48, width=80), folders["sdxl"])
+
+
+# ------------------------------------------------------------------ Flux
+
+
+@pytest.mark.parametrize("more", [{"shift": 1.0}, {"shift": 3.0}, {"use_dynamic_shifting": True}], ids=str)
+@pytest.mark.parametrize("number", STEPS)
+def test_flux(tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path, number: int, more: Kwargs) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(**more)
+    folder = models.with_scheduler(folders["flux"], scheduler, tmp_path / "model")
+    envs = make(tiny_kwargs, folder, number, solver="euler", guidance_scale=0.0)
+    assert_parity(envs, folder, max_sequence_length=256)
+
+
+def test_flux_with_distilled_guidance(tiny_kwargs: Kwargs, folders: dict[str, Path]) -> None:
+    envs = make(tiny_kwargs, folders["flux-dev"], 4, solver="euler", guidance_scale=3.5, height=48, width=80)
+    assert envs.passes_per_nfe == 1
+    assert_parity(envs, folders["flux-dev"])
