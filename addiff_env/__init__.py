@@ -30,7 +30,53 @@ TINY: dict[str, Any] = {
     "reward": {"clip_mean": 0.64, "clip_std": 0.12, "efficiency": 0.002},
 }
 
-PRESETS = {"AdDiffusion-Tiny-v0": TINY}
+# What the models from the Hub share: CLIP, DINOv2 and ImageReward look at previews that a distilled decoder makes.
+HUB: dict[str, Any] = {
+    "clip": "open_clip:ViT-L-14/openai",
+    "dino": "facebook/dinov2-small",
+    "scorer": "imagereward",
+    "prompts": "addiff_env:data/everyday.txt",
+    "device": "auto",
+    "dtype": "auto",
+    "preview": "taesd",
+}
+
+SD15: dict[str, Any] = HUB | {
+    "model": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "preview_model": "madebyollin/taesd",
+    "height": 512,
+    "width": 512,
+    "num_inference_steps": 50,
+    "guidance_scale": 7.5,
+}
+
+SDXL: dict[str, Any] = HUB | {
+    "model": "stabilityai/stable-diffusion-xl-base-1.0",
+    "preview_model": "madebyollin/taesdxl",
+    "height": 1024,
+    "width": 1024,
+    "num_inference_steps": 50,
+    "guidance_scale": 5.0,
+}
+
+FLUX_SCHNELL: dict[str, Any] = HUB | {
+    "model": "black-forest-labs/FLUX.1-schnell",
+    "preview_model": "madebyollin/taef1",
+    "height": 1024,
+    "width": 1024,
+    "solver": "euler",
+    "num_inference_steps": 4,
+    "guidance_scale": 0.0,
+    "warmup_steps": 1,
+    "attention_stride": 2,
+}
+
+PRESETS = {
+    "AdDiffusion-Tiny-v0": TINY,
+    "AdDiffusion-SD15-v0": SD15,
+    "AdDiffusion-SDXL-v0": SDXL,
+    "AdDiffusion-FluxSchnell-v0": FLUX_SCHNELL,
+}
 
 for _id, _settings in PRESETS.items():
     gym.register(

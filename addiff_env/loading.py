@@ -36,6 +36,21 @@ def _cpu_multiplies_bfloat16() -> bool:
     return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
+def resolve_device(device: str) -> str:
+    """The device to use; ``auto`` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: not a device, or one that this machine does not have.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not to be had here: {error}") from error
+    return device
+
+
 @contextmanager
 def quiet_loading() -> Iterator[None]:
     """Keep diffusers' and transformers' progress bars and notices off the screen while a model loads."""

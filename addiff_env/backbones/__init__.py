@@ -17,7 +17,7 @@ from addiff_env.backbones.base import (
 from addiff_env.backbones.flux import FluxBackbone
 from addiff_env.backbones.open import open_pipeline
 from addiff_env.backbones.stable_diffusion import StableDiffusionBackbone
-from addiff_env.loading import DTYPES, resolve_dtype, shared
+from addiff_env.loading import DTYPES, resolve_device, resolve_dtype, shared
 
 __all__ = [
     "Backbone",
@@ -56,6 +56,7 @@ def load_backbone(
         FileNotFoundError: the model is not there, ValueError: it is damaged, of a kind that is not supported, or an
             argument does not fit it; the message shows the value.
     """
+    device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)  # "auto" and what it stands for are the same model
     return _load(model, revision, device, dtype, attention_stride, lora, compile, channels_last)
 
