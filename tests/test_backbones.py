@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny
 from gymnasium.vector import AutoresetMode
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -104,6 +104,34 @@ def test_lanes_equal_single_runs(kwargs: Kwargs, mode: str) -> None:
         assert nfe == envs.nfe[lane]
         np.testing.assert_allclose(rewards[lane], alone, atol=1e-4)
         torch.testing.assert_close(envs.latents[lane], latents[0], rtol=0, atol=1e-4)
+
+
+plans = st.lists(st.lists(st.sampled_from([0, 0, 0, 1, 2, 2]), min_size=10, max_size=10), min_size=16, max_size=16)
+
+
+@given(plans, st.sampled_from(list(AutoresetMode)))
+@hypothesis_settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_sixteen_lanes_equal_sixteen_runs(kwargs: Kwargs, plans: list[list[int]], mode: AutoresetMode) -> None:
+    """First episodes of sixteen lanes, whatever the autoreset mode does with lanes that end earlier."""
+    kwargs = {**kwargs, "mask": "random"}
+    envs, env = vector(kwargs, 16, mode), single(kwargs)
+    prompts, seeds = [PROMPTS[i % 4] for i in range(16)], list(range(16))
+    envs.reset(options={"prompt": prompts, "seed": seeds})
+    rewards: list[list[float]] = [[] for _ in plans]
+    spent, running = np.zeros(16, int), np.ones(16, bool)
+    for t in range(10):
+        if not running.any():
+            break
+        _, reward, terminated, _, info = envs.step(np.array([plan[t] for plan in plans]))
+        last = info["final_info"] if mode == AutoresetMode.SAME_STEP and terminated.any() else info
+        for lane in np.flatnonzero(running):
+            rewards[lane].append(float(reward[lane]))
+            spent[lane] = (last if terminated[lane] else info)["nfe"][lane]
+        running &= ~terminated
+    for lane, plan in enumerate(plans):
+        alone, nfe, _ = episode(env, prompts[lane], seeds[lane], plan)
+        assert nfe == spent[lane]
+        np.testing.assert_allclose(rewards[lane], alone, atol=1e-4)
 
 
 @every_backbone

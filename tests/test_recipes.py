@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import beta
 from torch import nn
 
-from addiff_env.tiny.recipes import common, data
+from addiff_env.tiny.recipes import common, data, diffusion, reward
+from addiff_env.tiny.recipes.pairs import Samples
 
 STEPS = 24
 
@@ -125,3 +127,25 @@ def test_pictures_become_inputs() -> None:
     inputs = common.to_input(pictures)  # (2, 3, 64, 64)
     assert inputs.shape == (2, 3, 64, 64) and inputs.dtype == torch.float32
     assert torch.equal((inputs.permute(0, 2, 3, 1) * 255).round().to(torch.uint8), pictures)
+
+
+def test_held_out_captions_are_not_trained_on() -> None:
+    captions = [f"caption {i % 40}" for i in range(200)]
+    number = torch.arange(200)
+    samples = Samples(number.view(-1, 1), captions, number, number % 3 == 0, (1.0,))
+    sorted_, first = reward.hold_out(samples)
+    assert 0 < first < 200 and sorted(sorted_.objects.tolist()) == list(range(200))
+    assert not set(sorted_.captions[:first]) & set(sorted_.captions[first:])
+    rows = sorted_.objects.tolist()
+    assert sorted_.captions == [captions[i] for i in rows]
+    assert sorted_.satisfied.tolist() == [i % 3 == 0 for i in rows]
+    assert sorted_.pictures[:, 0].tolist() == rows
+
+
+def test_timesteps_crowd_where_shapes_are_decided() -> None:
+    """Nine in ten from Beta(1.8, 1.4), one in ten uniform: the share below a tenth by hand."""
+    drawn = diffusion.sample_timesteps(200_000, torch.Generator().manual_seed(0))
+    assert drawn.min() >= 0 and drawn.max() <= 999 and drawn.dtype == torch.int64
+    low = 0.9 * beta.cdf(0.1, 1.8, 1.4) + 0.1 * 0.1
+    assert (drawn < 100).double().mean().item() == pytest.approx(low, abs=0.003)
+    assert drawn.double().mean().item() / 1000 == pytest.approx(0.9 * 1.8 / 3.2 + 0.1 * 0.5, abs=0.003)

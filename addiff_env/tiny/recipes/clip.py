@@ -93,12 +93,14 @@ def export(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    args = common.arguments(__doc__ or "", steps=600, batch=128, lr=1e-3)
+    args = common.arguments(__doc__ or "", steps=600, batch=128, lr=1e-3, warm_start=0)
     scenes = pairs.load_scenes(args.work, args.seed)
     previews = pairs.load_previews(args.work, scenes)
     tokenizer = build_tokenizer()
     torch.manual_seed(args.seed)
     model, detector = build(tokenizer).to(args.device), pairs.Detector(WIDTH).to(args.device)
+    if args.warm_start:
+        model.load_state_dict(CLIPModel.from_pretrained(args.out / "clip", dtype=torch.float32).state_dict())
     ema = common.EMA(model, 0.995)
     loop = common.Loop("clip", args, {"model": model, "detector": detector, "ema": ema.model}, args.lr)
 

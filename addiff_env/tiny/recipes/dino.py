@@ -104,10 +104,13 @@ def retrieval(backbone: ViTModel, pictures: torch.Tensor, generator: torch.Gener
 
 def main() -> None:
     """Command line."""
-    args = common.arguments(__doc__ or "", steps=250, batch=96, lr=1e-3)
+    args = common.arguments(__doc__ or "", steps=250, batch=96, lr=1e-3, warm_start=0)
     pictures, _ = data.load(args.work)
     torch.manual_seed(args.seed)
     student = Student().to(args.device)
+    if args.warm_start:
+        kept = ViTModel.from_pretrained(args.out / "dino", dtype=torch.float32, add_pooling_layer=False)
+        student.backbone.load_state_dict(kept.state_dict())
     teacher = common.EMA(student, 0.99)
     loop = common.Loop("dino", args, {"student": student, "ema_teacher": teacher.model}, args.lr)
 

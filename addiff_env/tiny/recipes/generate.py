@@ -17,84 +17,51 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
+from addiff_env.samplers import add_noise
 from addiff_env.tiny.checker import judge
+from addiff_env.tiny.quality import latent_shape
 from addiff_env.tiny.recipes import common, pairs
-from addiff_env.tiny.recipes.diffusion import build_scheduler, tokenize
 from addiff_env.tiny.scenes import sample_train_prompt
 
 SHARES_KEPT = (0.4, 0.6, 0.8)  # of the schedule, at which a sample's preview is kept
 FIRST_SEED = 500_000_000  # far from the evaluation splits' seeds
 
 
-class Generator:
-    """The packaged diffusion model, driven directly: text embeddings, denoiser, decoder."""
+def sample(backbone: Backbone, captions: list[str], seeds: list[int], guidance: float, steps: int) -> list[np.ndarray]:
+    """Pictures (B, 64, 64, 3) uint8 as they looked at each of `SHARES_KEPT`, then the finished ones."""
+    shape = latent_shape(backbone)
+    kept = {round(share * steps) for share in SHARES_KEPT}
+    pictures: list[np.ndarray] = []
 
-    def __init__(self, folder: Path, device: str) -> None:
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
-        self.device, self.tokenizer = device, pipeline.tokenizer
-        self.unet = pipeline.unet.to(memory_format=torch.channels_last).eval()
-        self.vae = pipeline.vae.to(memory_format=torch.channels_last).eval()
-        self.text_encoder = pipeline.text_encoder.eval()
-        self.latent_shape = (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
+    def watch(index: int, latents: torch.Tensor, now: Prediction) -> None:
+        if index + 1 in kept:
+            pictures.append(to_uint8(backbone.decode(now.x0)))
 
-    def embed(self, captions: list[str]) -> torch.Tensor:
-        """Text embeddings (B, 32, 160)."""
-        return self.text_encoder(tokenize(self.tokenizer, captions).to(self.device)).last_hidden_state
-
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Latents (B, 8, 16, 16) of uint8 pictures (B, 64, 64, 3)."""
-        return self.vae.encoder(common.to_input(pictures, self.device) * 2 - 1).float()
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """uint8 pictures (B, 64, 64, 3)."""
-        decoded = (self.vae.decoder(latents).float() + 1) / 2
-        return (decoded.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
-
-    def velocity(self, latents: torch.Tensor, timesteps: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """The U-Net's v-prediction (B, 8, 16, 16)."""
-        latents = latents.contiguous(memory_format=torch.channels_last)
-        return self.unet(latents, timesteps, embedding).sample.float()
-
-    def ddim(self, latents: torch.Tensor, captions: list[str], guidance: float, steps: int) -> list[torch.Tensor]:
-        """DDIM (Song et al. 2021) with classifier-free guidance: pictures at `SHARES_KEPT`, then the last."""
-        scheduler = build_scheduler()
-        scheduler.set_timesteps(steps)
-        embedding = self.embed([""] * len(captions) + captions)
-        kept = {round(share * steps) for share in SHARES_KEPT}
-        pictures = []
-        for done, t in enumerate(scheduler.timesteps, 1):
-            both = self.velocity(torch.cat([latents, latents]), t.to(self.device), embedding)
-            without, with_prompt = both.chunk(2)
-            result = scheduler.step(without + guidance * (with_prompt - without), t, latents)
-            latents = result.prev_sample
-            if done in kept:
-                pictures.append(self.decode(result.pred_original_sample))
-        return [*pictures, self.decode(latents)]
+    noise = initial_noise(backbone, shape, seeds)
+    latents = denoise(backbone, backbone.schedule(steps, shape), captions, noise, guidance, watch)
+    return [*pictures, to_uint8(backbone.decode(latents))]
 
 
-def degrade(model: Generator, pictures: torch.Tensor, captions: list[str], rng: torch.Generator) -> dict[str, Any]:
+def degrade(backbone: Backbone, pictures: torch.Tensor, captions: list[str], rng: torch.Generator) -> dict[str, Any]:
     """One-step x0 predictions of scenes noised to random timesteps; a quarter are blurred reconstructions instead."""
-    x0 = model.encode(pictures)
-    batch = len(x0)
+    x0 = backbone.encode_pictures(common.to_input(pictures, backbone.device))
+    batch, training = len(x0), backbone.schedule(1, latent_shape(backbone)).training
     noise = torch.randn(x0.shape, generator=rng).to(x0)
-    timesteps = torch.randint(150, 951, (batch,), generator=rng)
-    kind, strength = torch.rand(batch, generator=rng), 0.5 * torch.rand(batch, generator=rng)
-    a_bar = build_scheduler().alphas_cumprod[timesteps].to(x0)[:, None, None, None]
-    noisy = a_bar.sqrt() * x0 + (1 - a_bar).sqrt() * noise
-    predicted = a_bar.sqrt() * noisy - (1 - a_bar).sqrt() * model.velocity(
-        noisy, timesteps.to(model.device), model.embed(captions)
-    )
-    blurred = torch.where((kind < 0.12).to(x0.device)[:, None, None, None], F.avg_pool2d(x0, 3, 1, 1), x0)
-    blurred = blurred + strength.to(x0)[:, None, None, None] * noise
+    timesteps = torch.randint(150, 951, (batch,), generator=rng).to(x0.device)
+    kind, strength = torch.rand(batch, generator=rng).to(x0.device), 0.5 * torch.rand(batch, generator=rng).to(x0)
+    level = training.at(timesteps)
+    noisy = add_noise(x0, noise, level)
+    predicted = backbone.predict(noisy, timesteps, level, backbone.encode_prompts(captions), 1.0, capture=False).x0
+    blurred = torch.where((kind < 0.12)[:, None, None, None], F.avg_pool2d(x0, 3, 1, 1), x0)
+    blurred = blurred + strength[:, None, None, None] * noise
     plain = kind < 0.25
-    decoded = model.decode(torch.where(plain.to(x0.device)[:, None, None, None], blurred, predicted))
-    return {"pictures": decoded.numpy(), "timesteps": torch.where(plain, 0, timesteps).numpy()}
+    decoded = backbone.decode(torch.where(plain[:, None, None, None], blurred, predicted))
+    return {"pictures": to_uint8(decoded), "timesteps": torch.where(plain, 0, timesteps).cpu().numpy()}
 
 
-def previews(args: argparse.Namespace, model: Generator) -> None:
+def previews(args: argparse.Namespace, model: Backbone) -> None:
     """Write the pool: ``pictures`` (N, 64, 64, 3), ``timesteps`` (N,; 0: reconstructed) and ``index`` of the scene.
 
     Raises:
@@ -117,16 +84,15 @@ def previews(args: argparse.Namespace, model: Generator) -> None:
     _save(path, pool | {"index": index.numpy(), "unet_sha256": np.asarray(_fingerprint(args))})
 
 
-def make_chunk(args: argparse.Namespace, model: Generator, chunk: int) -> dict[str, Any]:
+def make_chunk(args: argparse.Namespace, model: Backbone, chunk: int) -> dict[str, Any]:
     """Generate and judge ``args.batch`` pictures; prompts and seeds depend on the chunk's number only."""
     rng = np.random.default_rng((args.seed, chunk, FIRST_SEED))
     captions = [sample_train_prompt(rng).caption for _ in range(args.batch)]
     seeds = [FIRST_SEED + chunk * args.batch + lane for lane in range(args.batch)]
-    noise = [torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    pictures = model.ddim(torch.stack(noise).to(model.device), captions, args.guidance, args.steps)
-    verdicts = [judge(picture.numpy(), caption) for picture, caption in zip(pictures[-1], captions, strict=True)]
+    pictures = sample(model, captions, seeds, args.guidance, args.steps)
+    verdicts = [judge(picture, caption) for picture, caption in zip(pictures[-1], captions, strict=True)]
     return {
-        "pictures": torch.stack(pictures, 1).numpy(),  # (B, 4, 64, 64, 3)
+        "pictures": np.stack(pictures, 1),  # (B, 4, 64, 64, 3)
         "prompt": np.asarray(captions),
         "seed": np.asarray(seeds),
         "satisfied": np.asarray([verdict.satisfied for verdict in verdicts]),
@@ -135,7 +101,7 @@ def make_chunk(args: argparse.Namespace, model: Generator, chunk: int) -> dict[s
     }
 
 
-def samples(args: argparse.Namespace, model: Generator) -> None:
+def samples(args: argparse.Namespace, model: Backbone) -> None:
     """Write the missing chunks of ``args.number`` generated pictures."""
     folder = args.work / "samples"
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,13 +152,13 @@ def _save(path: Path, arrays: dict[str, Any]) -> None:
 
 def main() -> None:
     """Command line."""
-    args = common.arguments(__doc__ or "", guidance=4.0, number=5_000, previews=10_000, steps=10, batch=64)
+    args = common.arguments(
+        __doc__ or "", guidance=4.0, number=5_000, previews=10_000, steps=10, batch=64, dtype="auto"
+    )
     pairs.needs(args, "pipeline/vae", "pipeline/unet")
-    model = Generator(args.out / "pipeline", args.device)
-    device_type = torch.device(args.device).type
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.autocast(device_type, torch.bfloat16):
-        previews(args, model)
-        samples(args, model)
+    model = load_backbone(str(args.out / "pipeline"), device=args.device, dtype=args.dtype, attention_stride=2)
+    previews(args, model)
+    samples(args, model)
 
 
 if __name__ == "__main__":

@@ -134,6 +134,11 @@ class Samples:
     satisfied: torch.Tensor  # (N,) bool, the checker's verdict on it
     shares: tuple[float, ...]  # (K,) of the schedule done when the picture was decoded
 
+    def take(self, index: torch.Tensor) -> Samples:
+        """The rows of ``index``."""
+        captions = [self.captions[i] for i in index.tolist()]
+        return Samples(self.pictures[index], captions, self.objects[index], self.satisfied[index], self.shares)
+
 
 def load_samples(work: Path) -> Samples:
     """All complete chunks that `generate.samples` wrote, in order.
