@@ -57,6 +57,7 @@ def assert_parity(
     envs: DiffusionDenoiseVectorEnv,
     folder: Path,
     scheduler: Any = None,
+    unet: Any = None,
     **call: Any,
 ) -> None:
     envs.reset(options={"prompt": PROMPTS, "seed": SEEDS})
@@ -67,6 +68,8 @@ def assert_parity(
     pipeline.set_progress_bar_config(disable=True)
     if scheduler is not None:
         pipeline.scheduler = scheduler
+    if unet is not None:
+        pipeline.unet = unet
     expected = pipeline(
         PROMPTS,
         num_inference_steps=c.num_inference_steps,
@@ -158,6 +161,41 @@ def test_sd_without_guidance(tiny_kwargs: Kwargs, folders: dict[str, Path], scal
 
 def test_sd_pictures_that_are_not_square(tiny_kwargs: Kwargs, folders: dict[str, Path]) -> None:
     assert_parity(make(tiny_kwargs, folders["sd"], 4, height=48, width=80), folders["sd"])
+
+
+def save_lora(folder: Path, target: Path) -> Path:
+    """A LoRA with random weights, big enough to be seen, as diffusers saves it."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, use_safetensors=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
+        for name, parameter in pipeline.unet.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+    pipeline.save_lora_weights(target, unet_lora_layers=get_peft_model_state_dict(pipeline.unet))
+    return target
+
+
+def test_a_lora_is_fused(tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    lora = save_lora(folders["sd"], tmp_path / "lora")
+    envs, plain = make(tiny_kwargs, folders["sd"], 4, lora=str(lora)), make(tiny_kwargs, folders["sd"], 4)
+    assert envs.backbone is not plain.backbone
+    pipeline = DiffusionPipeline.from_pretrained(folders["sd"], use_safetensors=True)
+    pipeline.load_lora_weights(lora)  # not fused: the reference adds it at every call
+    assert_parity(envs, folders["sd"], unet=pipeline.unet)
+    with pytest.raises(AssertionError):
+        assert_parity(plain, folders["sd"], unet=pipeline.unet)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the compiler
+def test_a_compiled_model_is_the_same(tiny_kwargs: Kwargs, folders: dict[str, Path]) -> None:
+    envs = make(tiny_kwargs, folders["sd"], 4, compile=True, channels_last=False)
+    assert_parity(envs, folders["sd"])
 
 
 # ------------------------------------------------------------------ SDXL

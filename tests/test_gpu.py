@@ -1,0 +1,95 @@
+"""The same promises on a GPU: parity and lanes in half precision, and no latents on the way to the host."""
+
+from typing import Any
+
+import gymnasium as gym
+import models
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+
+from addiff_env.env import DiffusionDenoiseVectorEnv
+
+pytestmark = pytest.mark.gpu
+PROMPTS, SEEDS = ["a red circle", "two blue squares", "a star above a green ring"], [1, 2, 3]
+# Largest absolute difference of final latents to the CPU's float32 ones, over a short schedule.
+TOLERANCE = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 2e-1}
+Kwargs = dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl", "flux"])
+def kwargs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_kwargs: Kwargs) -> Kwargs:
+    folder = models.save(request.param, tmp_path_factory.mktemp("gpu") / request.param)
+    own = {"solver": "euler", "guidance_scale": 0.0} if request.param == "flux" else {"guidance_scale": 4.0}
+    steps = {"num_inference_steps": 6, "warmup_steps": 2, "max_nfe": 14, "attention_stride": 2}
+    return {**tiny_kwargs, **steps, **own, "model": str(folder)}
+
+
+def vector(kwargs: Kwargs, num_envs: int = 3, **more: Any) -> DiffusionDenoiseVectorEnv:
+    made = gym.make_vec(
+        "AdDiffusion-Tiny-v0", num_envs, autoreset_mode=AutoresetMode.DISABLED, **{**kwargs, **more}
+    ).unwrapped
+    assert isinstance(made, DiffusionDenoiseVectorEnv)
+    return made
+
+
+def run(envs: DiffusionDenoiseVectorEnv, actions: list[int]) -> torch.Tensor:
+    n = envs.num_envs
+    envs.reset(options={"prompt": PROMPTS[:n], "seed": SEEDS[:n]})
+    for action in actions:
+        if not envs.done.all():
+            envs.step(np.full(n, action))
+    return envs.latents.float().cpu()
+
+
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE))
+def test_the_gpu_gives_the_cpus_latents(kwargs: Kwargs, dtype: str) -> None:
+    finals = []
+    for device, precision in (("cpu", "float32"), ("cuda", dtype)):
+        envs = vector(kwargs, device=device, dtype=precision)
+        # Half-precision noise is drawn differently, so both start from the same latents.
+        noise = torch.randn(3, *envs.latent_shape, generator=torch.Generator().manual_seed(0))
+        envs.reset(options={"prompt": PROMPTS, "seed": SEEDS, "latents": noise})
+        while not envs.done.all():
+            envs.step(np.zeros(3, int))
+        finals.append(envs.latents.float().cpu())
+    difference = (finals[1] - finals[0]).abs().max() / max(1, finals[0].abs().max())
+    assert torch.isfinite(finals[1]).all() and difference <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_lanes_equal_single_runs_on_the_gpu(kwargs: Kwargs, dtype: str) -> None:
+    plan = [0, 2, 0, 2, 0, 0]
+    together = run(vector(kwargs, device="cuda", dtype=dtype, mask="random"), plan)
+    alone = vector(kwargs, 1, device="cuda", dtype=dtype, mask="random")
+    for lane in range(3):
+        alone.reset(options={"prompt": [PROMPTS[lane]], "seed": [SEEDS[lane]]})
+        for action in plan:
+            if not alone.done.all():
+                alone.step(np.array([action]))
+        difference = (together[lane] - alone.latents[0].float().cpu()).abs().max() / max(1, together.abs().max())
+        assert difference <= TOLERANCE[dtype]
+
+
+def test_no_latents_travel_to_the_host(kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything a step copies to the host is a few numbers a lane: scores and fault flags."""
+    envs = vector(kwargs, device="cuda", dtype="float16", obs_backend="torch")
+    envs.reset(options={"prompt": PROMPTS, "seed": SEEDS})
+    copied: list[int] = []
+    original = torch.Tensor.cpu
+
+    def spy(self: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+        copied.append(self.numel())
+        return original(self, *args, **more)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", spy)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="called a synchronizing CUDA operation") as synchronised:
+            observation, *_ = envs.step(np.zeros(3, int))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert observation.is_cuda
+    assert max(copied) <= 3 * envs.num_envs
+    assert len(synchronised) <= 20
