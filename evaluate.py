@@ -24,7 +24,7 @@ from tqdm import tqdm
 import addiff_env
 from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.baselines import AgentMethod, FixedSteps, Method
+from addiff_env.evaluation.baselines import Method, make_method
 from addiff_env.evaluation.benchmarks import Item, load_benchmark
 from addiff_env.evaluation.metrics import score_pictures
 from addiff_env.evaluation.report import plot_filmstrips, plot_quality_against_compute, record_trajectory, summary_table
@@ -133,15 +133,14 @@ def main(cfg: DictConfig) -> None:
     env = make_agent_env(agent, cfg.num_envs, **overrides)  # type: ignore[arg-type]
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
     evaluation = Evaluation(folder, env, cfg.save_images)
-    methods: list[Method] = [FixedSteps(env, steps) for steps in cfg.fixed_steps]
-    methods.append(AgentMethod(env, agent))
+    methods = [make_method(spec, env, agent) for spec in cfg.methods]  # a misspelt one stops us before any work
     results = {method.name: evaluation.run(method, items) for method in methods}
     rows = [row for group in results.values() for row in group]
     table = summary_table(rows)
     (folder / "table.txt").write_text(table + "\n")
     written = [folder / "table.txt", evaluation.path, folder / "quality_vs_compute.png"]
     plot_quality_against_compute(rows, written[-1])
-    if cfg.filmstrips:
+    if cfg.filmstrips and "agent" in results:
         written.append(folder / "filmstrips.png")
         one_lane = make_agent_env(agent, 1, **overrides)  # type: ignore[arg-type]
         draw_filmstrips(choose_filmstrips(results["agent"], cfg.filmstrips), agent, one_lane, written[-1])

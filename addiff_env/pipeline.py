@@ -26,13 +26,13 @@ def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDe
 
 
 class AdaptivePipeline:
-    """An agent on its environment, most likely action first.
+    """An agent on its environment, most likely action first; anything with an agent's ``act`` and ``flops`` will do.
 
     >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env/tiny/weights/agent")  # doctest: +SKIP
     >>> pictures = pipeline(["a red circle", "two blue stars"], seeds=[0, 1])  # doctest: +SKIP
     """
 
-    def __init__(self, env: DiffusionDenoiseVectorEnv, agent: Agent) -> None:
+    def __init__(self, env: DiffusionDenoiseVectorEnv, agent: Any) -> None:
         if env.autoreset_mode != AutoresetMode.DISABLED:
             raise ValueError(f"the pipeline needs lanes that wait (autoreset DISABLED), got {env.autoreset_mode}")
         self.env, self.agent = env, agent

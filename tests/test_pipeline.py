@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from addiff_env.agent import Agent, PolicyNet
-from addiff_env.evaluation.baselines import AgentMethod, FixedSteps
+from addiff_env.evaluation.baselines import FixedSteps, PolicyMethod
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
 from addiff_env.sb3 import observation_parts
@@ -78,5 +78,5 @@ def test_fixed_steps_equal_an_episode_of_continues(agent):
 
 def test_agent_method_names_every_item_once(agent):
     items = [Item(p, s, "colors") for p, s in zip(PROMPTS, SEEDS, strict=True)]
-    made = [pair for group in AgentMethod(make_agent_env(agent, 3), agent).make(items) for pair in group]
+    made = [pair for group in PolicyMethod(make_agent_env(agent, 3), agent).make(items) for pair in group]
     assert sorted((i.prompt, g.prompt) for i, g in made) == sorted((p, p) for p in PROMPTS)

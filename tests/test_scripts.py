@@ -44,7 +44,13 @@ def test_training_leaves_a_bundle_logs_and_its_configuration(trained):
 
 
 def test_evaluation_writes_rows_table_and_pictures_and_goes_on_after_a_kill(trained, tmp_path):
-    options = [f"agent={trained[0] / 'agent'}", "benchmark.limit=8", "fixed_steps=[2,3]", "num_envs=4", "filmstrips=2"]
+    options = [
+        f"agent={trained[0] / 'agent'}",
+        "benchmark.limit=8",
+        "methods=[ddim-2,ddim-3,agent]",
+        "num_envs=4",
+        "filmstrips=2",
+    ]
     first = run("evaluate.py", *options, f"hydra.run.dir={tmp_path}")
     assert first.returncode == 0, first.stderr
     rows = read_rows(tmp_path / "rows.jsonl")

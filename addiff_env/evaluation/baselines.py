@@ -1,17 +1,31 @@
-"""Methods that make pictures: the trained agent, and fixed-step solvers without anybody looking."""
+"""Methods that make pictures: policies on the environment, and solvers without anybody looking."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import (
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionSAGPipeline,
+    UniPCMultistepScheduler,
+)
 
 from addiff_env.agent import Agent
-from addiff_env.backbones import denoise, initial_noise, to_uint8
+from addiff_env.backbones import Prediction, StableDiffusionBackbone, denoise, initial_noise, to_uint8
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
+from addiff_env.evaluation.policies import Policy, RandomPolicy, RefineAlways, StopAt, ThresholdRule
 from addiff_env.pipeline import AdaptivePipeline
+from addiff_env.samplers import SOLVERS
 from addiff_env.types import Generated
+
+SEED_STRIDE = 1_000_003  # between an item's seeds in best-of-N; the first try has the item's own
 
 
 class Method(Protocol):
@@ -25,47 +39,242 @@ class Method(Protocol):
         """Make one picture per item."""
 
 
-class FixedSteps:
+class Batched:
+    """What methods share that make their pictures batch by batch."""
+
+    def __init__(self, env: DiffusionDenoiseVectorEnv, name: str, batch_size: int = 64) -> None:
+        self.env, self.batch_size = env, batch_size
+        self.name = self.solver = self.policy = name
+
+    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
+        """Make one picture per item."""
+        for start in range(0, len(items), self.batch_size):
+            part = items[start : start + self.batch_size]
+            began = time.perf_counter()
+            made = self._batch(part)
+            for result in made:
+                result.seconds = (time.perf_counter() - began) / len(part)
+            yield list(zip(part, made, strict=True))
+
+    def _batch(self, items: list[Item]) -> list[Generated]:
+        raise NotImplementedError
+
+    def _noise(self, seeds: Sequence[int]) -> torch.Tensor:
+        return initial_noise(self.env.backbone, self.env.latent_shape, seeds)
+
+    def _generated(self, item: Item, picture: np.ndarray, passes: float, decodes: int = 1, looks: int = 0) -> Generated:
+        """A result whose cost is ``passes`` of the network, ``decodes``, ``looks`` at final pictures, and the text."""
+        env = self.env
+        text = env.price["start"] - (0 if looks else env.perception.text_flops())  # CLIP reads only for who looks
+        look = env.price["look"] - env.price["preview"]
+        flops = passes * env.price["denoiser"] + decodes * env.price["decode"] + looks * look + text
+        nfe = round(passes / env.passes_per_nfe)
+        return Generated(item.prompt, item.seed, picture, [], nfe, round(passes), flops)
+
+
+class FixedSteps(Batched):
     """A solver with N steps, stated as ``ddim-N``: same model, guidance and noise as the environment ``env``."""
 
     def __init__(
         self, env: DiffusionDenoiseVectorEnv, steps: int, solver: str | None = None, batch_size: int = 64
     ) -> None:
-        self.env, self.steps, self.batch_size = env, steps, batch_size
         solver = solver or env.backbone.solver
-        self.name = self.solver = self.policy = f"{solver}-{steps}"
+        super().__init__(env, f"{solver}-{steps}", batch_size)
+        self.steps = steps
         self.schedule = env.backbone.schedule(steps, env.latent_shape, solver)
 
-    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
-        """Denoise in batches; nothing but the final picture is decoded."""
-        for start in range(0, len(items), self.batch_size):
-            yield self._batch(items[start : start + self.batch_size])
+    def latents(self, prompts: list[str], seeds: Sequence[int], watch: Any = None) -> torch.Tensor:
+        """Final latents (B, C, h, w)."""
+        noise, scale = self._noise(seeds), self.env.config.guidance_scale
+        return denoise(self.env.backbone, self.schedule, prompts, noise, scale, watch)
 
-    def _batch(self, items: list[Item]) -> list[tuple[Item, Generated]]:
-        began, env = time.perf_counter(), self.env
-        noise = initial_noise(env.backbone, env.latent_shape, [item.seed for item in items])
-        prompts = [item.prompt for item in items]
-        latents = denoise(env.backbone, self.schedule, prompts, noise, env.config.guidance_scale)
-        pictures = to_uint8(env.backbone.decode(latents))
-        seconds = (time.perf_counter() - began) / len(items)
-        passes = self.steps * env.passes_per_nfe
-        flops = passes * env.price["denoiser"] + env.price["decode"] + env.price["start"] - env.perception.text_flops()
-        cost = (self.steps, passes, flops, seconds)
+    def _batch(self, items: list[Item]) -> list[Generated]:
+        latents = self.latents([item.prompt for item in items], [item.seed for item in items])
+        pictures = to_uint8(self.env.backbone.decode(latents))
+        passes = self.steps * self.env.passes_per_nfe
+        return [self._generated(item, picture, passes) for item, picture in zip(items, pictures, strict=True)]
+
+
+class WordCount(Batched):
+    """As many steps as the prompt's length asks for, at a mean of ``mean_steps``: adaptive, but blind."""
+
+    def __init__(self, env: DiffusionDenoiseVectorEnv, mean_steps: int, batch_size: int = 64) -> None:
+        super().__init__(env, f"words-{mean_steps}", batch_size)
+        self.mean_steps = mean_steps
+
+    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
+        """Make one picture per item; the scale is set by the mean length of ``items``."""
+        lengths = np.array([max(1, len(item.prompt.split())) for item in items])
+        steps = np.maximum(1, np.rint(self.mean_steps * lengths / max(1.0, lengths.mean()))).astype(int)
+        for number in sorted(set(steps.tolist())):
+            chosen = [item for item, own in zip(items, steps, strict=True) if own == number]
+            yield from FixedSteps(self.env, number, batch_size=self.batch_size).make(chosen)
+
+
+class BestOf(Batched):
+    """The best of ``number`` seeds by the environment's reward model: the plain way to spend compute on quality."""
+
+    def __init__(self, inner: FixedSteps, number: int) -> None:
+        super().__init__(inner.env, f"best-of-{number}:{inner.name}", max(1, inner.batch_size // number))
+        self.inner, self.number, self.solver = inner, number, inner.name
+
+    def _batch(self, items: list[Item]) -> list[Generated]:
+        prompts = [item.prompt for item in items for _ in range(self.number)]
+        seeds = [item.seed + SEED_STRIDE * k for item in items for k in range(self.number)]
+        pictures = self.env.backbone.decode(self.inner.latents(prompts, seeds))
+        scores = self.env.perception.look(pictures, prompts).reward_score.view(len(items), self.number)
+        best = scores.argmax(1).tolist()
+        images = to_uint8(pictures)
+        passes = self.number * self.inner.steps * self.env.passes_per_nfe
         return [
-            (item, Generated(item.prompt, item.seed, picture, [], *cost))
-            for item, picture in zip(items, pictures, strict=True)
+            self._generated(item, images[row * self.number + best[row]], passes, self.number, self.number)
+            for row, item in enumerate(items)
         ]
 
 
-class AgentMethod:
-    """A trained agent on its environment."""
+class OracleStop(Batched):
+    """The stopping step that, in hindsight, the reward model likes best; its looks are not charged: it is a bound."""
 
-    def __init__(self, env: DiffusionDenoiseVectorEnv, agent: Agent, name: str = "agent") -> None:
-        self.pipeline, self.name = AdaptivePipeline(env, agent), name
+    def __init__(self, inner: FixedSteps) -> None:
+        super().__init__(inner.env, f"oracle-stop:{inner.name}", inner.batch_size)
+        self.inner, self.solver = inner, inner.name
+
+    def _batch(self, items: list[Item]) -> list[Generated]:
+        prompts = [item.prompt for item in items]
+        pictures: list[torch.Tensor] = []
+        scores: list[torch.Tensor] = []
+
+        def watch(index: int, latents: torch.Tensor, now: Prediction) -> None:
+            pictures.append(self.env.backbone.decode(now.x0))
+            scores.append(self.env.perception.look(pictures[-1], prompts).reward_score)
+
+        self.inner.latents(prompts, [item.seed for item in items], watch)
+        best = torch.stack(scores, 1).argmax(1).tolist()
+        images = [to_uint8(stage) for stage in pictures]
+        passes = self.env.passes_per_nfe
+        return [
+            self._generated(item, images[step][row], (step + 1) * passes)
+            for row, (item, step) in enumerate(zip(items, best, strict=True))
+        ]
+
+
+class DiffusersSolver(Batched):
+    """diffusers' own Stable Diffusion pipeline with another scheduler; network passes are counted as they happen.
+
+    Raises:
+        ValueError: the environment's model is not a `StableDiffusionPipeline`.
+    """
+
+    def __init__(
+        self,
+        env: DiffusionDenoiseVectorEnv,
+        name: str,
+        steps: int,
+        scheduler: Any,
+        pipeline: Any = StableDiffusionPipeline,
+        batch_size: int = 64,
+    ) -> None:
+        super().__init__(env, f"{name}-{steps}", batch_size)
+        backbone = env.backbone
+        if not isinstance(backbone, StableDiffusionBackbone) or backbone.is_xl:
+            raise ValueError(f"{self.name} needs a StableDiffusionPipeline, {backbone.name!r} is none")
+        parts = (backbone.vae, backbone.text_encoder, backbone.tokenizer, backbone.unet)
+        made = scheduler.from_config({**backbone.scheduler_config, "_class_name": scheduler.__name__})
+        self.pipeline = pipeline(*parts, made, None, None, requires_safety_checker=False)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.steps = steps
+
+    def _batch(self, items: list[Item]) -> list[Generated]:
+        rows: list[int] = []
+        count = self.pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+        try:
+            latents = self.pipeline(
+                [item.prompt for item in items],
+                num_inference_steps=self.steps,
+                guidance_scale=self.env.config.guidance_scale,
+                height=self.env.config.height,
+                width=self.env.config.width,
+                latents=self._noise([item.seed for item in items]),
+                output_type="latent",
+            ).images
+        finally:
+            count.remove()
+        pictures = to_uint8(self.env.backbone.decode(latents))
+        passes = sum(rows) / len(items)
+        return [self._generated(item, picture, passes) for item, picture in zip(items, pictures, strict=True)]
+
+
+class PolicyMethod:
+    """A policy on its environment: a trained agent or a hand-made rule."""
+
+    def __init__(self, env: DiffusionDenoiseVectorEnv, policy: Policy, name: str = "agent") -> None:
+        self.pipeline, self.name = AdaptivePipeline(env, policy), name
         self.solver = f"{env.config.solver}-{env.config.num_inference_steps}"
-        self.policy = agent.fingerprint
+        self.policy = policy.fingerprint
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
-        """Run the agent on every item."""
+        """Run the policy on every item."""
         for group in self.pipeline.stream([item.prompt for item in items], [item.seed for item in items]):
             yield [(items[index], made) for index, made in group]
+
+
+# --------------------------------------------------------------------------- methods by name
+
+_DIFFUSERS = {"euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler, "pndm": PNDMScheduler}
+METHODS = (
+    "agent, ddim-N, dpmpp_2m-N, euler-N, unipc-N, pndm-N, sag-N, best-of-K:<solver>-N, oracle-stop:<solver>-N, "
+    "words-N, stop-N, refine-always, threshold:<steps>:<score>, random:<continue>:<stop>:<refine>"
+)
+
+
+def make_method(spec: str, env: DiffusionDenoiseVectorEnv, agent: Agent | None = None) -> Method:
+    """The method that ``spec`` names (`METHODS`), on the model and settings of ``env``.
+
+    Raises:
+        ValueError: unknown, or its numbers do not parse; the message quotes it.
+    """
+    head, _, tail = spec.partition(":")
+    try:
+        if spec == "agent" and agent is not None:
+            return PolicyMethod(env, agent)
+        if head.startswith("best-of-"):
+            return BestOf(_fixed(tail, env), int(head.removeprefix("best-of-")))
+        if head == "oracle-stop":
+            return OracleStop(_fixed(tail, env))
+        if policy := _policy(head, tail, env):
+            return PolicyMethod(env, policy, spec)
+        name, _, number = spec.rpartition("-")
+        return _solver(name, int(number), env)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"cannot make the method {spec!r}: {error}; known: {METHODS}") from error
+
+
+def _policy(head: str, tail: str, env: DiffusionDenoiseVectorEnv) -> Policy | None:
+    steps = env.config.num_inference_steps
+    if head == "threshold":
+        look_at, tau = tail.split(":")
+        return ThresholdRule(int(look_at), float(tau), steps)
+    if head == "random":
+        return RandomPolicy([float(share) for share in tail.split(":")])
+    if head == "refine-always":
+        return RefineAlways()
+    if head.startswith("stop-"):
+        return StopAt(int(head.removeprefix("stop-")), steps)
+    return None
+
+
+def _fixed(spec: str, env: DiffusionDenoiseVectorEnv) -> FixedSteps:
+    name, _, number = spec.rpartition("-")
+    return FixedSteps(env, int(number), name)
+
+
+def _solver(name: str, steps: int, env: DiffusionDenoiseVectorEnv) -> Method:
+    if name == "words":
+        return WordCount(env, steps)
+    if name == "sag":  # self-attention guidance (Hong et al. 2023) on the model's own schedule
+        return DiffusersSolver(env, name, steps, PNDMScheduler, StableDiffusionSAGPipeline)
+    if name in SOLVERS and (name != "euler" or env.backbone.solver == "euler"):
+        return FixedSteps(env, steps, name)
+    if name in _DIFFUSERS:
+        return DiffusersSolver(env, name, steps, _DIFFUSERS[name])
+    raise ValueError(f"unknown solver {name!r}")
