@@ -125,17 +125,20 @@ def test_best_of_keeps_the_best(env: DiffusionDenoiseVectorEnv) -> None:
         assert result.nfe == 12 and result.seed == item.seed
 
 
+def stages(env: DiffusionDenoiseVectorEnv, item: Item) -> list[torch.Tensor]:
+    """The decoded x0 of every step of DDIM-6."""
+    seen: list[torch.Tensor] = []
+    FixedSteps(env, 6).latents([item.prompt], [item.seed], lambda i, x, now: seen.append(env.backbone.decode(now.x0)))
+    return seen
+
+
 def test_oracle_stop_is_the_best_stop(env: DiffusionDenoiseVectorEnv) -> None:
-    made = results("oracle-stop:ddim-6", env)
-    for row, item in enumerate(ITEMS):
-        previews = []
-        FixedSteps(env, 6).latents(
-            [item.prompt], [item.seed], lambda i, x, now: previews.append(env.backbone.decode(now.x0))
-        )
-        scores = [float(env.perception.look(p, [item.prompt]).reward_score) for p in previews]
+    for item, result in zip(ITEMS, results("oracle-stop:ddim-6", env), strict=True):
+        previews = stages(env, item)
+        scores = [float(env.perception.look(picture, [item.prompt]).reward_score) for picture in previews]
         best = int(np.argmax(scores))
-        assert made[row].nfe == best + 1
-        assert np.abs(made[row].picture.astype(int) - to_uint8(previews[best])[0]).max() <= 1
+        assert result.nfe == best + 1
+        assert np.abs(result.picture.astype(int) - to_uint8(previews[best])[0]).max() <= 1
 
 
 def test_longer_prompts_get_more_steps(env: DiffusionDenoiseVectorEnv) -> None:
@@ -145,7 +148,17 @@ def test_longer_prompts_get_more_steps(env: DiffusionDenoiseVectorEnv) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["ddim", "ddim-x", "ddim-0", "heun-5", "best-of-0", "best-of-2:unipc-4", "threshold:5", "random:1:1:1", "agent"],
+    [
+        "ddim",
+        "ddim-x",
+        "ddim-0",
+        "heun-5",
+        "best-of-0:ddim-4",
+        "best-of-2:unipc-4",
+        "threshold:5",
+        "random:1:1:1",
+        "agent",
+    ],
 )
 def test_bad_names_are_quoted(spec: str, env: DiffusionDenoiseVectorEnv) -> None:
     with pytest.raises(ValueError, match="known: agent, ddim-N") as error:

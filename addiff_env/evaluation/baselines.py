@@ -115,6 +115,8 @@ class BestOf(Batched):
     """The best of ``number`` seeds by the environment's reward model: the plain way to spend compute on quality."""
 
     def __init__(self, inner: FixedSteps, number: int) -> None:
+        if number < 1:
+            raise ValueError(f"the best of {number} pictures is none")
         super().__init__(inner.env, f"best-of-{number}:{inner.name}", max(1, inner.batch_size // number))
         self.inner, self.number, self.solver = inner, number, inner.name
 
@@ -179,7 +181,8 @@ class DiffusersSolver(Batched):
         if not isinstance(backbone, StableDiffusionBackbone) or backbone.is_xl:
             raise ValueError(f"{self.name} needs a StableDiffusionPipeline, {backbone.name!r} is none")
         parts = (backbone.vae, backbone.text_encoder, backbone.tokenizer, backbone.unet)
-        made = scheduler.from_config({**backbone.scheduler_config, "_class_name": scheduler.__name__})
+        options = _PLMS if scheduler is PNDMScheduler else {}
+        made = scheduler.from_config({**backbone.scheduler_config, "_class_name": scheduler.__name__}, **options)
         self.pipeline = pipeline(*parts, made, None, None, requires_safety_checker=False)
         self.pipeline.set_progress_bar_config(disable=True)
         self.steps = steps
@@ -221,6 +224,7 @@ class PolicyMethod:
 # --------------------------------------------------------------------------- methods by name
 
 _DIFFUSERS = {"euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler, "pndm": PNDMScheduler}
+_PLMS = {"skip_prk_steps": True}  # as Stable Diffusion uses PNDM: N + 1 evaluations, no Runge-Kutta start
 METHODS = (
     "agent, ddim-N, dpmpp_2m-N, euler-N, unipc-N, pndm-N, sag-N, best-of-K:<solver>-N, oracle-stop:<solver>-N, "
     "words-N, stop-N, refine-always, threshold:<steps>:<score>, random:<continue>:<stop>:<refine>"

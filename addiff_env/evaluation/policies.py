@@ -107,7 +107,7 @@ class RandomPolicy:
     def __init__(self, shares: Any, seed: int = 0) -> None:
         self.shares = np.asarray(shares, dtype=np.float64)
         if self.shares.shape != (len(Action),) or (self.shares < 0).any() or abs(self.shares.sum() - 1) > 1e-6:
-            raise ValueError(f"expected three shares that add up to 1, got {list(np.atleast_1d(shares))}")
+            raise ValueError(f"expected three shares that add up to 1, got {np.atleast_1d(shares).tolist()}")
         self.seed, self._rng = seed, np.random.default_rng(seed)
 
     @property
