@@ -171,6 +171,18 @@ def test_a_shapeless_blob_is_unknown() -> None:
     assert not checker.judge(finish(image), "a red square").satisfied
 
 
+def test_between_square_and_circle_there_is_neither() -> None:
+    shapes = []
+    for corner in range(0, 101, 10):  # eighths of a pixel; at 100 the square has become a circle
+        image, draw = canvas()
+        draw.rounded_rectangle((150, 150, 350, 350), radius=corner, fill=COLORS["red"])
+        (found,) = checker.read_objects(finish(image))
+        shapes.append(found.shape)
+    assert shapes[0] == "square" and shapes[-1] == "circle" and "unknown" in shapes
+    order = ["square", "unknown", "circle"]
+    assert [order.index(shape) for shape in shapes] == sorted(order.index(shape) for shape in shapes)
+
+
 def test_an_object_cut_by_the_border_is_read() -> None:
     image, draw = canvas()
     paint(draw, "circle", COLORS["blue"], 40, 256)

@@ -30,13 +30,14 @@ from addiff_env.tiny.scenes import (
 
 MIN_CHROMA = 0.17  # max - min channel above which a pixel belongs to an object
 MIN_AREA = 16.0  # pixels; a smaller blob is a speck, not an object
-MIN_IOU = 0.66  # least overlap with the best template for a blob to count as a shape
+MIN_IOU = 0.75  # least overlap with the best template for a blob to count as a shape
+MIN_MARGIN = 0.03  # least lead over the second-best template: a square with round corners is neither square nor circle
 DECISIVE_IOU = 0.95  # above it no other shape fits better: two different templates overlap by less than 2 * 0.95 - 1
 
 
 @dataclass(frozen=True)
 class Found:
-    """An object read from a picture; pixels. ``shape`` is ``unknown`` below `MIN_IOU`."""
+    """An object read from a picture; pixels. ``shape`` is ``unknown`` below `MIN_IOU` or `MIN_MARGIN`."""
 
     shape: str
     color: str
@@ -167,23 +168,25 @@ def _describe(mask: np.ndarray, chroma: np.ndarray, window: tuple[slice, slice],
     ys, xs = (np.arange(SIZE)[side] + 0.5 for side in window)
     x, y = float((coverage.sum(0) * xs).sum() / area), float((coverage.sum(1) * ys).sum() / area)
     spread = float((coverage * np.add.outer((ys - y) ** 2, (xs - x) ** 2)).sum() / area**2)
-    iou, radius, shape = _best_fit(coverage, window, x, y, spread)
-    return Found(shape if iou >= MIN_IOU else "unknown", color, x, y, radius, iou)
+    iou, radius, shape, lead = _best_fit(coverage, window, x, y, spread)
+    known = iou >= MIN_IOU and lead >= MIN_MARGIN
+    return Found(shape if known else "unknown", color, x, y, radius, iou)
 
 
 def _best_fit(
     coverage: np.ndarray, window: tuple[slice, slice], x: float, y: float, spread: float
-) -> tuple[float, float, str]:
-    """The largest soft IoU over all shapes, with its radius and shape."""
-    best = (0.0, 0.0, "")
+) -> tuple[float, float, str, float]:
+    """The largest soft IoU over all shapes, with its radius and shape, and its lead over the second largest."""
+    best, second = (0.0, 0.0, ""), 0.0
     area = coverage.sum()
     for shape in sorted(SHAPES, key=lambda name: abs(spread - _unit_template(name)[1])):
         radius = float(np.sqrt(area / _unit_template(shape)[0]))
-        best = max(best, (*_fit(coverage, window, shape, x, y, radius), shape))
+        fit = (*_fit(coverage, window, shape, x, y, radius), shape)
+        best, second = (fit, best[0]) if fit > best else (best, max(second, fit[0]))
         # 1 - IoU is a metric, so no other shape can win now; templates cut off by the border may look more alike.
         if best[0] > DECISIVE_IOU and 1.5 * radius < min(x, y, SIZE - x, SIZE - y):
             break
-    return best
+    return (*best, best[0] - second)
 
 
 @cache
