@@ -1,6 +1,7 @@
 """What SD, SDXL and Flux have in common: lanes, attention, previews, costs, the shared model, faults."""
 
 import gc
+import pickle
 import warnings
 import weakref
 from pathlib import Path
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import addiff_env
 from addiff_env.attention import capture_joint_attention
@@ -464,8 +467,11 @@ def test_every_id_runs_on_its_own_kind_of_model(env_id: str, tiny_kwargs: Kwargs
         for action in (CONTINUE, REFINE, STOP):
             observation, reward, terminated, truncated, info = envs.step(np.full(2, action))
         assert terminated.all() and np.isfinite(reward).all()
+        for conforms in (check_env, sb3_check_env):
+            conforms(gym.make(env_id, **settings).unwrapped)
     spec = gym.spec(env_id)
     assert gym.envs.registration.EnvSpec.from_json(spec.to_json()) == spec
+    assert pickle.loads(pickle.dumps(spec)) == spec
     assert envs.unwrapped.config.solver == addiff_env.PRESETS[env_id].get("solver", "ddim")
 
 
