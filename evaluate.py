@@ -9,7 +9,6 @@ Rows are appended to <run folder>/rows.jsonl as they are made; the same command 
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from tqdm import tqdm
 
-import addiff_env
 from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import Method, make_method
@@ -29,16 +27,9 @@ from addiff_env.evaluation.benchmarks import Item, load_benchmark
 from addiff_env.evaluation.metrics import score_pictures
 from addiff_env.evaluation.report import plot_filmstrips, plot_quality_against_compute, record_trajectory, summary_table
 from addiff_env.evaluation.rows import append_rows, read_rows
+from addiff_env.evaluation.version import code_version
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import Action, Generated, ResultRow
-
-
-def code_version() -> str:
-    """The package version and, in a checkout, the commit."""
-    git = subprocess.run(
-        ["git", "rev-parse", "--short=10", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return addiff_env.__version__ + (f"+{git.stdout.strip()}" if git.returncode == 0 else "")
 
 
 class Evaluation:

@@ -1,10 +1,28 @@
-"""Benchmarks: lists of (prompt, seed, category)."""
+"""Benchmarks: lists of prompts, each with the seed of its initial noise.
+
+One loader, `load_benchmark`, and one row type, `Item`. The embedded world's splits are part of the package; the public
+lists are read from a folder (argument ``root`` or environment variable ``ADDIFF_DATA``), laid out as `SOURCES` says;
+any ``.txt``, ``.csv``, ``.tsv`` or ``.jsonl`` file can be named by its path.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-from addiff_env.tiny.scenes import balanced, load_split
+from addiff_env.tiny.scenes import load_split, parse_caption
+
+COMPLEXITIES = ("simple", "mixed", "full")
+T2I_CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
+COCO_NUMBER = 30_000
 
 
 @dataclass(frozen=True)
@@ -14,18 +32,402 @@ class Item:
     prompt: str
     seed: int
     category: str
+    id: str = ""  # what the list itself calls the prompt: caption id, or number of the line, from 0
+    facts: int = 0  # how much a picture must get right, see `text_facts` and `required_facts`
+    complexity: str = ""  # one of COMPLEXITIES
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the list's other fields
 
 
-def load_benchmark(name: str, limit: int | None = None) -> list[Item]:
-    """Load ``tiny-dev`` or ``tiny-test``; ``limit`` keeps the first items, categories in turn.
+@dataclass(frozen=True)
+class Entry:
+    """A prompt as a list states it, before seeds are given out."""
+
+    prompt: str
+    category: str
+    id: str
+    seed: int | None = None
+    facts: int | None = None  # None: counted from the words
+    complexity: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A public list: where it lies below the data folder, where it comes from, how long it is."""
+
+    paths: tuple[str, ...]  # alternatives, the first one that exists is read
+    home: str
+    number: int  # prompts, as published
+    read: Callable[[Path], list[Entry]]
+    images_per_prompt: int = 1  # the benchmark's own protocol
+    in_turn: bool = True  # whether categories take turns, so that a limit keeps them balanced
+
+
+def load_benchmark(
+    name: str,
+    limit: int | None = None,
+    *,
+    root: str | Path | None = None,
+    images_per_prompt: int | None = None,
+    first_seed: int = 0,
+    any_length: bool = False,
+) -> list[Item]:
+    """Load a benchmark by name, or a file of prompts by path.
+
+    Args:
+        name: ``tiny-dev``, ``tiny-test``, a name in `SOURCES`, or the path of a ``.txt``, ``.csv``, ``.tsv`` or
+            ``.jsonl`` file.
+        limit: keep the first prompts, categories in turn; None keeps all.
+        root: folder of the public lists; by default the environment variable ``ADDIFF_DATA``.
+        images_per_prompt: by default the benchmark's own protocol (GenEval 4, T2I-CompBench 10, others 1).
+        first_seed: seeds count up from here, one for each picture of the whole list, so that a limit does not move
+            them; a list that states its seeds keeps them.
+        any_length: accept a public list of another length than the published one.
 
     Raises:
-        ValueError: unknown name, or a limit below 1.
+        ValueError: unknown name, a limit or number of images below 1, a list of another length than published,
+            a damaged line, the same (prompt, seed) twice.
+        FileNotFoundError: no such file, or the public list is not in the folder; says where it comes from.
     """
-    if name not in ("tiny-dev", "tiny-test"):
-        raise ValueError(f"unknown benchmark {name!r}; known: tiny-dev, tiny-test")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
-    rows = load_split(name.removeprefix("tiny-"))
-    chosen = balanced(rows, len(rows) if limit is None else limit)
-    return [Item(row["prompt"], row["seed"], row["category"]) for row in chosen]
+    for word, number in (("limit", limit), ("images_per_prompt", images_per_prompt)):
+        if number is not None and number < 1:
+            raise ValueError(f"{word} must be at least 1, got {number}")
+    source = SOURCES.get(name)
+    groups = _give_seeds(
+        _entries(name, root, any_length), images_per_prompt or (source.images_per_prompt if source else 1), first_seed
+    )
+    if source is None or source.in_turn:
+        groups = categories_in_turn(groups)
+    items = [item for group in groups[:limit] for item in group]
+    _refuse_repeats(name, items)
+    return items
+
+
+def known_benchmarks() -> tuple[str, ...]:
+    """Names that `load_benchmark` takes beside file paths."""
+    return ("tiny-dev", "tiny-test", *SOURCES)
+
+
+def id_list_hash(items: Iterable[Item]) -> str:
+    """SHA-256 of the items' ids, prompts and seeds in order: two runs with the same hash used the same list."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.id, item.prompt, item.seed]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def benchmark_record(name: str, items: Sequence[Item]) -> dict[str, Any]:
+    """What a run notes about its benchmark."""
+    return {"benchmark": name, "items": len(items), "id_list_sha256": id_list_hash(items)}
+
+
+def _entries(name: str, root: str | Path | None, any_length: bool) -> list[Entry]:
+    if name in ("tiny-dev", "tiny-test"):
+        return _read_tiny(name.removeprefix("tiny-"))
+    if name in SOURCES:
+        source = SOURCES[name]
+        path = _find(name, source, root)
+        return _checked(source.read(path), source, path, any_length)
+    suffix = Path(name).suffix
+    if suffix not in READERS:
+        known = ", ".join(known_benchmarks())
+        raise ValueError(f"unknown benchmark {name!r}; known: {known}, or a file: {', '.join(READERS)}")
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"no prompt file {name!r}")
+    entries = READERS[suffix](Path(name))
+    if not entries:
+        raise ValueError(f"no prompts in {name!r}")
+    return entries
+
+
+def _find(name: str, source: Source, root: str | Path | None) -> Path:
+    folder = root or os.environ.get("ADDIFF_DATA")
+    wanted = f"{name} needs {' or '.join(source.paths)} from {source.home}"
+    if not folder:
+        raise FileNotFoundError(f"{wanted}, below a folder named by `root` or the environment variable ADDIFF_DATA")
+    for relative in source.paths:
+        if (path := Path(folder, relative)).exists():
+            return path
+    raise FileNotFoundError(f"{wanted}; not found below {str(folder)!r}")
+
+
+def _checked(entries: list[Entry], source: Source, path: Path, any_length: bool) -> list[Entry]:
+    if len(entries) != source.number and not any_length:
+        raise ValueError(
+            f"{path} has {len(entries)} prompts, the published list has {source.number}: a cut download or another "
+            f"version; from {source.home} (any_length=True accepts it)"
+        )
+    return entries
+
+
+def _give_seeds(entries: Sequence[Entry], images: int, first_seed: int) -> list[list[Item]]:
+    """The pictures of each prompt. A stated seed is the first picture's; further ones are derived from it."""
+    return [
+        [_item(entry, index * images + k, first_seed, k) for k in range(images)] for index, entry in enumerate(entries)
+    ]
+
+
+def _item(entry: Entry, index: int, first_seed: int, repeat: int) -> Item:
+    seed = first_seed + index if entry.seed is None else _derived_seed(entry.seed, repeat)
+    facts = text_facts(entry.prompt) if entry.facts is None else entry.facts
+    level = entry.complexity or text_complexity(facts)
+    return Item(entry.prompt, seed, entry.category, entry.id, facts, level, entry.metadata)
+
+
+def _derived_seed(seed: int, repeat: int) -> int:
+    if repeat == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed}:{repeat}".encode()).digest()[:4], "big")
+
+
+def categories_in_turn(groups: Sequence[list[Item]]) -> list[list[Item]]:
+    """Reorder prompts so that their categories take turns; within a category the order stays."""
+    rank: dict[str, int] = {}
+    turns = []
+    for group in groups:
+        category = group[0].category
+        turns.append(rank.get(category, 0))
+        rank[category] = turns[-1] + 1
+    order = {category: k for k, category in enumerate(rank)}
+    keyed = sorted(range(len(groups)), key=lambda k: (turns[k], order[groups[k][0].category]))
+    return [groups[k] for k in keyed]
+
+
+def _refuse_repeats(name: str, items: Sequence[Item]) -> None:
+    seen: set[tuple[str, int]] = set()
+    for item in items:
+        if (place := (item.prompt, item.seed)) in seen:
+            raise ValueError(f"{name}: prompt {item.prompt!r} with seed {item.seed} is listed twice")
+        seen.add(place)
+
+
+# --------------------------------------------------------------------------- complexity
+
+# Words that name nothing to be seen, or only that a picture is wanted.
+_FUNCTION_WORDS = frozenset(
+    "a an the and or of in on at to by for from with without as is are was were be being been it its his her their "
+    "this that these those there which who whose while has have had photo photograph picture image painting "
+    "drawing".split()
+)
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+
+
+def text_facts(prompt: str) -> int:
+    """Content words of a free-text prompt: an estimate of the number of facts where no structure is published."""
+    return sum(word.lower() not in _FUNCTION_WORDS for word in _WORD.findall(prompt))
+
+
+def text_complexity(words: int) -> str:
+    """Level of a free-text prompt by its content words: simple up to 3, mixed up to 7, full beyond."""
+    return COMPLEXITIES[(words > 3) + (words > 7)]
+
+
+def structured_complexity(objects: int, facts: int) -> str:
+    """Level of a prompt with a published meaning.
+
+    Simple: one object, whatever is said about it; mixed: several objects and at most 3 facts; full: 4 facts or more.
+    GenEval's single objects and colours are simple, two objects and positions mixed, colour attribution full.
+    """
+    return COMPLEXITIES[0 if objects <= 1 else 1 + (facts > 3)]
+
+
+def required_facts(include: Sequence[Mapping[str, Any]]) -> int:
+    """Facts of GenEval's ``include`` clauses, counted as the embedded world counts its own.
+
+    Every object is one, its colour another; a relation is one.
+    """
+    objects = sum(clause["count"] * (1 + ("color" in clause)) for clause in include)
+    return objects + sum("position" in clause for clause in include)
+
+
+# --------------------------------------------------------------------------- readers
+
+
+def _read_tiny(split: str) -> list[Entry]:
+    entries = []
+    for number, row in enumerate(load_split(split)):
+        meaning = parse_caption(row["prompt"])
+        level = structured_complexity(sum(spec.count for spec in meaning.objects), meaning.complexity)
+        entries.append(Entry(row["prompt"], row["category"], str(number), row["seed"], meaning.complexity, level))
+    return entries
+
+
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8-sig")  # a byte-order mark is no part of the first prompt
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines without their ends; only line feeds and carriage returns before them end lines, not Unicode's others."""
+    lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines  # what follows a final newline is no line
+
+
+def read_text(path: Path) -> list[Entry]:
+    """One prompt a line; blank lines are none."""
+    rows = [(number, line.strip()) for number, line in enumerate(_lines(path))]
+    return [Entry(line, path.stem, str(number)) for number, line in rows if line]
+
+
+def read_captions(path: Path) -> list[Entry]:
+    """One caption a line, blank ones included, as the empty prompt of category ``blank``.
+
+    The published list numbers its pictures by line, and some of MS-COCO's captions end in a line feed.
+    """
+    rows = [(number, line.strip()) for number, line in enumerate(_lines(path))]
+    return [Entry(line, "caption" if line else "blank", str(number)) for number, line in rows]
+
+
+def read_csv(path: Path) -> list[Entry]:
+    """Columns ``prompt`` and, if there, ``seed`` and ``category``; the rest becomes metadata. RFC 4180 quoting."""
+    return _table(path, csv.DictReader(io.StringIO(_text(path), newline="")))
+
+
+def read_tsv(path: Path) -> list[Entry]:
+    """As `read_csv`, separated by tabs; quotation marks are part of the prompt, as in PartiPrompts."""
+    return _table(path, csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _table(path: Path, rows: csv.DictReader) -> list[Entry]:
+    names = {(name or "").strip().lower() for name in rows.fieldnames or ()}
+    if "prompt" not in names:
+        raise ValueError(f"{path}: no column 'prompt' among {sorted(names)}")
+    entries = []
+    for index, row in enumerate(rows):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}: row {index + 1} has not {len(names)} columns: {list(row.values())}")
+        values = {name.strip().lower(): value for name, value in row.items()}
+        entries.append(_entry(values, index, f"{path}: row {index + 1}", path.stem))
+    return entries
+
+
+def read_jsonl(path: Path) -> list[Entry]:
+    """Objects with ``prompt`` and, if there, ``seed`` and ``category`` (or ``tag``); the rest becomes metadata."""
+    entries = []
+    for index, line in enumerate(_lines(path)):
+        if not line.strip():
+            continue
+        place = f"{path}:{index + 1}"
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{place}: no JSON: {error}: {line[:80]!r}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{place}: expected an object, got {line[:80]!r}")
+        entries.append(_entry(values, index, place, path.stem))
+    return entries
+
+
+def _entry(values: dict[str, Any], index: int, place: str, default_category: str) -> Entry:
+    prompt, seed = values.get("prompt"), values.get("seed")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{place}: expected a prompt, got {prompt!r}")
+    try:
+        seed = None if seed in (None, "") else int(seed)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{place}: expected a whole number as seed, got {seed!r}") from error
+    category = values.get("category") or values.get("tag") or default_category
+    rest = {key: value for key, value in values.items() if key not in ("prompt", "seed", "category")}
+    return Entry(prompt.strip(), str(category), str(index), seed, metadata=rest)
+
+
+def read_geneval(path: Path) -> list[Entry]:
+    """GenEval's ``evaluation_metadata.jsonl``; metadata keeps ``tag``, ``include``, ``exclude`` and ``prompt``."""
+    return [_structured(entry, path) for entry in read_jsonl(path)]
+
+
+def _structured(entry: Entry, path: Path) -> Entry:
+    include = entry.metadata.get("include")
+    whole = isinstance(include, list) and all({"class", "count"} <= set(clause) for clause in include)
+    if not include or not whole or "tag" not in entry.metadata:
+        raise ValueError(f"{path}:{int(entry.id) + 1}: no GenEval metadata: {dict(entry.metadata)!r}")
+    facts = required_facts(include)
+    level = structured_complexity(sum(clause["count"] for clause in include), facts)
+    metadata = {**entry.metadata, "prompt": entry.prompt}
+    return Entry(entry.prompt, entry.category, entry.id, entry.seed, facts, level, metadata)
+
+
+def read_t2i_compbench(folder: Path) -> list[Entry]:
+    """T2I-CompBench's validation prompts, ``<category>_val.txt`` for each of `T2I_CATEGORIES`."""
+    entries = []
+    for category in T2I_CATEGORIES:
+        path = folder / f"{category}_val.txt"
+        if not path.is_file():
+            raise FileNotFoundError(f"T2I-CompBench: no {path}; from {SOURCES['t2i-compbench'].home}")
+        entries += [Entry(e.prompt, category, f"{category}/{e.id}") for e in read_text(path)]
+    return entries
+
+
+def read_coco(path: Path, number: int = COCO_NUMBER, seed: int = 0) -> list[Entry]:
+    """Choose ``number`` pictures of ``captions_val2014.json`` and one caption of each.
+
+    Captions and pictures are ordered by the SHA-256 of ``<seed>:<id>``, and the first are taken: the choice is the same
+    on every machine and with every library version, and any beginning of it is a random sample.
+
+    Raises:
+        ValueError: no annotations, or fewer pictures than wanted.
+    """
+    annotations = json.loads(_text(path)).get("annotations")
+    if not annotations:
+        raise ValueError(f"{path}: no 'annotations'; expected captions_val2014.json")
+    captions: dict[int, dict[str, Any]] = {}  # per picture, the one of the smallest hash
+    for row in sorted(annotations, key=lambda row: _lot(seed, row["id"])):
+        captions.setdefault(row["image_id"], row)
+    if len(captions) < number:
+        raise ValueError(f"{path}: captions of {len(captions)} pictures, wanted {number}")
+    chosen = sorted(captions, key=lambda image: _lot(seed, image))[:number]
+    return [_caption(captions[image]) for image in chosen]
+
+
+def _lot(seed: int, number: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{number}".encode()).digest()
+
+
+def _caption(row: Mapping[str, Any]) -> Entry:
+    prompt = " ".join(row["caption"].split())  # some captions hold line feeds
+    return Entry(prompt, "caption", str(row["id"]), metadata={"image_id": row["image_id"]})
+
+
+READERS: dict[str, Callable[[Path], list[Entry]]] = {
+    ".txt": read_text,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".jsonl": read_jsonl,
+}
+SOURCES: dict[str, Source] = {
+    "coco-30k": Source(
+        ("coco/captions_val2014.json", "coco/annotations/captions_val2014.json"),
+        "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+        COCO_NUMBER,
+        read_coco,
+    ),
+    "coco-8k": Source(
+        ("coco/coco_8k_captions.txt", "coco/coco.txt"),
+        "https://github.com/openai/dalle3-eval-samples (prompts)",
+        8213,
+        read_captions,
+        in_turn=False,
+    ),
+    "drawbench": Source(
+        ("drawbench/drawbench.txt",), "https://github.com/openai/dalle3-eval-samples (prompts)", 200, read_text
+    ),
+    "partiprompts": Source(
+        ("partiprompts/PartiPrompts.tsv",),
+        "https://raw.githubusercontent.com/google-research/parti/main/PartiPrompts.tsv",
+        1632,
+        read_tsv,
+    ),
+    "geneval": Source(
+        ("geneval/evaluation_metadata.jsonl",),
+        "https://github.com/djghosh13/geneval (prompts/evaluation_metadata.jsonl)",
+        553,
+        read_geneval,
+        images_per_prompt=4,
+    ),
+    "t2i-compbench": Source(
+        ("t2i_compbench",),
+        "https://github.com/Karine-Huang/T2I-CompBench (examples/dataset/*_val.txt)",
+        2400,
+        read_t2i_compbench,
+        images_per_prompt=10,
+    ),
+}

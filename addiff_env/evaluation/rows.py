@@ -1,56 +1,156 @@
-"""Result rows on disk: one JSON object a line, appended and fsynced, so that a run can be killed and go on."""
+"""Result rows on disk: one JSON object a line, appended and fsynced, so that a run can be killed and go on.
+
+A run may be split: shard ``k`` of ``n`` makes the items whose index is ``k`` modulo ``n`` and writes its own file;
+`merge_rows` puts the files together again and refuses whatever is not one whole, unmixed run.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, TypeVar
 
+from addiff_env.evaluation.jsonl import append_objects, read_objects
 from addiff_env.types import ResultRow
+
+T = TypeVar("T")
+Place = tuple[str, int]  # (prompt, seed): one picture of a benchmark, whoever makes it
+CONFIGURATION = ("backbone", "solver", "policy", "dtype")  # one value each per method
+_SHOWN = 5  # offending values that a message lists
 
 
 def read_rows(path: Path) -> list[ResultRow]:
-    """Rows of a file; a torn last line (no newline, or cut JSON) is dropped, no file gives no rows.
+    """Rows of a file; a torn last line (one without a newline) is dropped, no file gives no rows.
 
     Raises:
-        ValueError: a damaged line that is not the last, or unknown fields; with its number.
+        ValueError: a damaged line, unknown or missing fields; with its number.
     """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    complete, torn = lines[:-1], lines[-1]  # what follows the last newline was not written whole
-    del torn
-    return [_parse(line, number, path) for number, line in enumerate(complete, 1)]
+    return [_parse(values, f"{path}:{number}") for number, values in enumerate(read_objects(path), 1)]
 
 
-def _parse(line: str, number: int, path: Path) -> ResultRow:
-    known = {f.name for f in fields(ResultRow)}
+def _parse(values: dict[str, Any], place: str) -> ResultRow:
+    unknown = sorted(set(values) - {f.name for f in fields(ResultRow)})
+    if unknown:
+        raise ValueError(f"{place} is damaged: unknown fields {unknown}")
     try:
-        values = json.loads(line)
-        unknown = set(values) - known
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)}")
         return ResultRow(**values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}:{number} is damaged: {error}: {line[:80]!r}") from error
+    except TypeError as error:
+        raise ValueError(f"{place} is damaged: {error}") from error
 
 
 def append_rows(path: Path, rows: Iterable[ResultRow]) -> None:
-    """Append rows and force them to disk; a torn last line left by a kill is cut off first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        _cut_torn_line(cast(BinaryIO, file))
-        for row in rows:
-            file.write((json.dumps(asdict(row)) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
+    """Append rows and force them to disk; a torn last line left by a kill is cut off first.
+
+    Raises:
+        ValueError: a score or cost that is NaN or infinite; nothing is written then.
+    """
+    append_objects(path, (asdict(row) for row in rows))
 
 
-def _cut_torn_line(file: BinaryIO) -> None:
-    file.seek(0)
-    content = file.read()
-    file.truncate(content.rfind(b"\n") + 1)
-    file.seek(0, os.SEEK_END)
+# --------------------------------------------------------------------------- shards
+
+
+def shard(items: Sequence[T], index: int, shards: int) -> list[T]:
+    """The items of one shard: those whose index is ``index`` modulo ``shards``.
+
+    Raises:
+        ValueError: no such shard.
+    """
+    _check_shard(index, shards)
+    return list(items[index::shards])
+
+
+def shard_path(folder: Path, index: int, shards: int) -> Path:
+    """Where a shard writes: ``rows.jsonl`` for a run that is not split, else ``rows-<index>-of-<shards>.jsonl``."""
+    _check_shard(index, shards)
+    return folder / ("rows.jsonl" if shards == 1 else f"rows-{index:04d}-of-{shards:04d}.jsonl")
+
+
+def _check_shard(index: int, shards: int) -> None:
+    if not 0 <= index < shards:
+        raise ValueError(f"no shard {index} of {shards}: shards count from 0")
+
+
+def merge_shards(
+    folder: Path, shards: int, places: Sequence[Place], methods: Sequence[str] | None = None
+) -> list[ResultRow]:
+    """Read a split run's files and merge them, see `merge_rows`.
+
+    Raises:
+        FileNotFoundError: shards without a file, by name.
+        ValueError: as `merge_rows`.
+    """
+    paths = [shard_path(folder, index, shards) for index in range(shards)]
+    absent = [path.name for path in paths if not path.exists()]
+    if absent:
+        raise FileNotFoundError(f"{len(absent)} of {shards} shards left no file in {folder}: {_some(absent)}")
+    return merge_rows([read_rows(path) for path in paths], places, methods)
+
+
+def merge_rows(
+    parts: Iterable[Sequence[ResultRow]], places: Sequence[Place], methods: Sequence[str] | None = None
+) -> list[ResultRow]:
+    """One run's rows from its parts, however it was split: methods in order, each with its rows in ``places``' order.
+
+    Args:
+        parts: rows of each file.
+        places: (prompt, seed) of every item of the benchmark, in order.
+        methods: names in the order wanted; by default that of first appearance.
+
+    Raises:
+        ValueError: mixed configurations (several code versions, or several backbones, solvers, policies or dtypes of
+            one method), duplicates, gaps, or rows that belong to no item or method; with the offending values.
+    """
+    rows = [row for part in parts for row in part]
+    names = list(dict.fromkeys(row.method for row in rows)) if methods is None else list(methods)
+    _refuse_mixed(rows)
+    _refuse_duplicates(rows)
+    found = {(row.method, row.prompt, row.seed): row for row in rows}
+    wanted = [(name, prompt, seed) for name in names for prompt, seed in places]
+    _refuse_strangers(found, set(wanted))
+    _refuse_gaps(wanted, found)
+    return [found[key] for key in wanted]
+
+
+def _refuse_mixed(rows: Sequence[ResultRow]) -> None:
+    versions = Counter(row.code_version for row in rows)
+    if len(versions) > 1:
+        raise ValueError(f"rows of {len(versions)} code versions: {_counts(versions)}")
+    for name in dict.fromkeys(row.method for row in rows):
+        for part in CONFIGURATION:
+            values = Counter(getattr(row, part) for row in rows if row.method == name)
+            if len(values) > 1:
+                raise ValueError(f"method {name!r} was run with {len(values)} values of {part}: {_counts(values)}")
+
+
+def _refuse_duplicates(rows: Sequence[ResultRow]) -> None:
+    counts = Counter((row.method, row.prompt, row.seed) for row in rows)
+    twice = [key for key, number in counts.items() if number > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} measurements appear more than once (method, prompt, seed): {_some(twice)}")
+
+
+def _refuse_strangers(found: Mapping[tuple, ResultRow], wanted: set[tuple]) -> None:
+    strangers = [key for key in found if key not in wanted]
+    if strangers:
+        raise ValueError(
+            f"{len(strangers)} rows belong to no item of the benchmark or no method asked for "
+            f"(method, prompt, seed): {_some(strangers)}"
+        )
+
+
+def _refuse_gaps(wanted: Sequence[tuple], found: Mapping[tuple, ResultRow]) -> None:
+    gaps = [key for key in wanted if key not in found]
+    if gaps:
+        raise ValueError(f"{len(gaps)} of {len(wanted)} rows are missing (method, prompt, seed): {_some(gaps)}")
+
+
+def _counts(values: Counter) -> str:
+    return ", ".join(f"{value!r} ({number} rows)" for value, number in values.most_common(_SHOWN))
+
+
+def _some(values: Sequence) -> str:
+    more = len(values) - _SHOWN
+    return ", ".join(repr(value) for value in values[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,589 @@
+"""Statistics on per-image rows: what a difference between methods is worth.
+
+Prompts are the unit of sampling. Pictures of one prompt (several seeds) are averaged and stay together when prompts are
+resampled, so they never count as independent evidence (cluster bootstrap; Davison & Hinkley 1997, section 3.8). Agents
+trained from several seeds are a second, crossed level: runs are resampled beside prompts (pigeonhole bootstrap, Owen
+2007). With R runs the resampled spread of runs is (R-1)/R of the true one, so three or more runs are wanted.
+
+Nothing here ever sees a summary: every function takes rows or per-prompt values. Everything is seeded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy import stats
+
+from addiff_env.stats import wilson_interval
+from addiff_env.types import ResultRow
+
+__all__ = [
+    "Comparison",
+    "Interval",
+    "bootstrap_difference",
+    "cohens_dz",
+    "compare_methods",
+    "costs_of",
+    "distance_to_front",
+    "front_quality",
+    "holm",
+    "mcnemar_exact",
+    "minimum_detectable_effect",
+    "non_inferiority",
+    "paired_values",
+    "partial_spearman",
+    "rank_biserial",
+    "required_prompts",
+    "resampled_means",
+    "score_of",
+    "spearman_test",
+    "wilcoxon_p",
+    "wilson_interval",
+]
+
+Measure = Callable[[ResultRow], float]
+_CELLS = 1 << 22  # weights held at a time: bounds the memory of a bootstrap over 30,000 prompts
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with bootstrap bounds; ``draws`` are the bootstrap replicates (D,), kept for further questions."""
+
+    estimate: float
+    low: float
+    high: float
+    draws: np.ndarray
+
+    @property
+    def standard_error(self) -> float:
+        """Standard deviation of the replicates."""
+        return float(np.std(self.draws, ddof=1))
+
+    def p_below(self, bound: float) -> float:
+        """One-sided p-value of "the true value is at most ``bound``", from the replicates shifted to it."""
+        return _tail(self.draws - self.estimate >= self.estimate - bound)
+
+    def p_two_sided(self) -> float:
+        """Two-sided p-value of "the true value is zero"."""
+        return _tail(np.abs(self.draws - self.estimate) >= abs(self.estimate))
+
+
+def _tail(extreme: np.ndarray) -> float:
+    """Share of replicates at least as extreme; the observed one counts (Davison & Hinkley 1997, eq. 4.11)."""
+    return (1 + int(extreme.sum())) / (1 + extreme.size)
+
+
+def interval(estimate: float, draws: np.ndarray, level: float = 0.95) -> Interval:
+    """Percentile interval of replicates (D,).
+
+    Raises:
+        ValueError: a level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(estimate), float(low), float(high), draws)
+
+
+# --------------------------------------------------------------------------- rows to paired values
+
+
+def score_of(metric: str) -> Measure:
+    """Read a metric off a row.
+
+    The function raises ValueError where the row does not have it, naming the row and the metrics it has.
+    """
+
+    def read(row: ResultRow) -> float:
+        if metric not in row.scores:
+            place = f"{row.method}, {row.prompt!r}, seed {row.seed}"
+            raise ValueError(f"no {metric!r} in the row of ({place}); it has {sorted(row.scores)}")
+        return row.scores[metric]
+
+    return read
+
+
+def costs_of(name: str) -> Measure:
+    """Read a cost off a row: ``nfe``, ``net_flops``, ``forward_passes`` or ``seconds``.
+
+    Raises:
+        ValueError: another name.
+    """
+    known = ("nfe", "net_flops", "forward_passes", "seconds")
+    if name not in known:
+        raise ValueError(f"unknown cost {name!r}; known: {', '.join(known)}")
+    return lambda row: float(getattr(row, name))
+
+
+def paired_values(
+    rows: Sequence[ResultRow], groups: Mapping[str, Sequence[str]] | Sequence[str], measures: Sequence[Measure]
+) -> dict[str, np.ndarray]:
+    """Per-prompt means of measures, float64 (measures, runs, prompts), the same prompts in the same order for each.
+
+    Args:
+        rows: per-image rows of all methods.
+        groups: methods to read, or a mapping of a name to the methods that are its training runs, e.g.
+            ``{"agent": ["agent-s0", "agent-s1"], "ddim-50": ["ddim-50"]}``.
+        measures: what to read off each row, see `score_of` and `costs_of`.
+
+    Raises:
+        ValueError: no rows of a method, two rows of one picture, or pictures that only some methods made: pairs would
+            not be pairs. The message names them.
+    """
+    if not isinstance(groups, Mapping):
+        groups = {name: [name] for name in groups}
+    methods = [method for runs in groups.values() for method in runs]
+    tables = _tables(rows, methods)
+    _refuse_unpaired(tables)
+    places = list(next(iter(tables.values())))
+    prompts = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in places))}
+    owner = np.array([prompts[prompt] for prompt, _ in places])  # (pictures,)
+    per_method = {m: _prompt_means([table[p] for p in places], owner, measures) for m, table in tables.items()}
+    return {name: np.stack([per_method[m] for m in runs], axis=1) for name, runs in groups.items()}
+
+
+def _tables(rows: Sequence[ResultRow], methods: Sequence[str]) -> dict[str, dict[tuple[str, int], ResultRow]]:
+    tables: dict[str, dict[tuple[str, int], ResultRow]] = {method: {} for method in methods}
+    for row in rows:
+        table = tables.get(row.method)
+        if table is None:
+            continue
+        if (row.prompt, row.seed) in table:
+            raise ValueError(f"two rows of {row.method!r} for {row.prompt!r}, seed {row.seed}")
+        table[row.prompt, row.seed] = row
+    empty = [method for method, table in tables.items() if not table]
+    if empty:
+        raise ValueError(f"no rows of {empty}; rows are of {sorted({row.method for row in rows})}")
+    return tables
+
+
+def _refuse_unpaired(tables: Mapping[str, Mapping[tuple[str, int], ResultRow]]) -> None:
+    everything = dict.fromkeys(place for table in tables.values() for place in table)
+    for method, table in tables.items():
+        absent = [place for place in everything if place not in table]
+        if absent:
+            raise ValueError(
+                f"{method!r} lacks {len(absent)} of {len(everything)} pictures that others made, e.g. {absent[0]}; "
+                "only the same (prompt, seed) can be compared"
+            )
+
+
+def _prompt_means(rows: Sequence[ResultRow], owner: np.ndarray, measures: Sequence[Measure]) -> np.ndarray:
+    """Means over each prompt's pictures, (measures, prompts)."""
+    counts = np.bincount(owner)
+    return np.stack([np.bincount(owner, [measure(row) for row in rows]) / counts for measure in measures])
+
+
+# --------------------------------------------------------------------------- bootstrap
+
+
+def resampled_means(values: Mapping[str, np.ndarray], draws: int = 10_000, seed: int = 0) -> dict[str, np.ndarray]:
+    """Bootstrap means (draws, measures) of every group, all from the same resampled prompts.
+
+    Args:
+        values: per group (measures, runs, prompts), as `paired_values` gives them.
+        draws: bootstrap replicates.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: fewer than two prompts, groups with different prompts, or fewer than one draw.
+    """
+    numbers = {array.shape[-1] for array in values.values()}
+    if len(numbers) != 1:
+        raise ValueError(f"groups have different numbers of prompts: {sorted(numbers)}")
+    (number,) = numbers
+    if number < 2 or draws < 1:
+        raise ValueError(f"a bootstrap needs two prompts and one draw, got {number} and {draws}")
+    prompt_stream, run_stream = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
+    run_weights = {
+        name: _weights(run_stream, array.shape[1], draws) for name, array in values.items() if array.shape[1] > 1
+    }
+    chunks: dict[str, list[np.ndarray]] = {name: [] for name in values}
+    for start, weights in _weight_chunks(prompt_stream, number, draws):
+        for name, array in values.items():
+            means = np.einsum("dp,mrp->dmr", weights, array, optimize=True)
+            chunks[name].append(_over_runs(means, run_weights.get(name), start))
+    return {name: np.concatenate(parts) for name, parts in chunks.items()}
+
+
+def _over_runs(means: np.ndarray, weights: np.ndarray | None, start: int) -> np.ndarray:
+    """(D, measures, runs) to (D, measures)."""
+    if weights is None:
+        return means[..., 0]
+    return np.einsum("dmr,dr->dm", means, weights[start : start + len(means)])
+
+
+def _weights(rng: np.random.Generator, number: int, draws: int) -> np.ndarray:
+    """How often each of ``number`` units is drawn, as a share (draws, number)."""
+    return rng.multinomial(number, np.full(number, 1 / number), size=draws) / number
+
+
+def _weight_chunks(rng: np.random.Generator, number: int, draws: int) -> Iterator[tuple[int, np.ndarray]]:
+    size = max(1, _CELLS // number)
+    for start in range(0, draws, size):
+        yield start, _weights(rng, number, min(size, draws - start))
+
+
+def bootstrap_difference(
+    a: np.ndarray, b: np.ndarray, *, level: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> Interval:
+    """Mean of ``a - b`` over prompts, paired; percentile interval.
+
+    Args:
+        a: per-prompt values (prompts,) or (runs, prompts).
+        b: the same prompts of the other method; runs may differ in number, they are resampled apart.
+        level: of the interval.
+        draws: bootstrap replicates.
+        seed: of the resampling.
+    """
+    a, b = np.atleast_2d(a), np.atleast_2d(b)
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"not paired: {a.shape[-1]} and {b.shape[-1]} prompts")
+    if len(a) == len(b) == 1:  # one column is enough, and its rounding is the smallest
+        means = resampled_means({"difference": (a - b)[None]}, draws, seed)["difference"][:, 0]
+    else:
+        both = resampled_means({"a": a[None], "b": b[None]}, draws, seed)
+        means = both["a"][:, 0] - both["b"][:, 0]
+    return interval(float(a.mean() - b.mean()), means, level)
+
+
+# --------------------------------------------------------------------------- tests and effect sizes
+
+
+def wilcoxon_p(differences: np.ndarray) -> float:
+    """Two-sided Wilcoxon signed-rank test of per-prompt differences (Wilcoxon 1945, zeros after Pratt 1959).
+
+    1.0 where nothing differs.
+    """
+    if not np.any(differences):
+        return 1.0
+    return float(stats.wilcoxon(differences, zero_method="pratt", method="approx").pvalue)
+
+
+def mcnemar_exact(a: np.ndarray, b: np.ndarray) -> float:
+    """Exact two-sided McNemar test of paired outcomes, 0 or 1 (McNemar 1947): a binomial test of the discordant pairs.
+
+    Raises:
+        ValueError: other values.
+    """
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    strange = set(np.unique(np.concatenate([a, b]))) - {0.0, 1.0}
+    if strange:
+        raise ValueError(f"McNemar's test takes 0 and 1, got {sorted(strange)[:5]}")
+    wins, losses = int(np.sum(a > b)), int(np.sum(a < b))
+    return 1.0 if wins + losses == 0 else float(stats.binomtest(wins, wins + losses).pvalue)
+
+
+def cohens_dz(differences: np.ndarray) -> float:
+    """Paired Cohen's d: mean difference in standard deviations of the differences (Cohen 1988, section 2.3.5).
+
+    0.0 where nothing differs, infinite where every prompt differs by the same amount.
+    """
+    mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1))
+    if spread > 0:
+        return mean / spread
+    return 0.0 if mean == 0 else math.copysign(math.inf, mean)
+
+
+def rank_biserial(differences: np.ndarray) -> float:
+    """Matched-pairs rank-biserial correlation in [-1, 1]: favourable minus unfavourable share of ranks (Kerby 2014).
+
+    Zero differences are left out; 0.0 where nothing differs.
+    """
+    kept = differences[differences != 0]
+    if not kept.size:
+        return 0.0
+    ranks = stats.rankdata(np.abs(kept))
+    return float((ranks * np.sign(kept)).sum() / ranks.sum())
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values that hold the family-wise error (Holm 1979), in the order given.
+
+    Raises:
+        ValueError: a value outside [0, 1].
+    """
+    p = np.asarray(p_values, float)
+    if np.any(~((p >= 0) & (p <= 1))):
+        raise ValueError(f"p-values must lie in [0, 1], got {list(p_values)}")
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted.tolist()
+
+
+def minimum_detectable_effect(spread: float, prompts: int, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Smallest true mean difference that a two-sided paired test finds with the power wanted.
+
+    Args:
+        spread: standard deviation of the per-prompt differences.
+        prompts: number of prompts.
+        alpha: level of the test.
+        power: chance of finding it.
+    """
+    return float((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * spread / math.sqrt(prompts))
+
+
+def required_prompts(
+    gap: float, standard_error: float, prompts: int, alpha: float = 0.05, power: float = 0.8
+) -> int | None:
+    """Prompts that a one-sided test needs to tell a value from a bound ``gap`` away; None where there is no gap.
+
+    Args:
+        gap: distance of the true value from the bound, positive.
+        standard_error: of the estimate from ``prompts`` prompts; it falls with their square root.
+        prompts: number of prompts measured.
+        alpha: level of the test.
+        power: chance of finding it.
+    """
+    if gap <= 0:
+        return None
+    ratio = (stats.norm.ppf(1 - alpha) + stats.norm.ppf(power)) * standard_error / gap
+    return max(2, math.ceil(prompts * ratio**2))
+
+
+def non_inferiority(
+    a: np.ndarray, b: np.ndarray, margin: float, *, alpha: float = 0.05, draws: int = 10_000, seed: int = 0
+) -> tuple[Interval, float]:
+    """Is ``a`` worse than ``b`` by less than ``margin``? The difference with its interval at level 1 - 2 alpha, and p.
+
+    The null hypothesis is mean(a - b) <= -margin; the interval's low end is the one-sided bound that decides.
+
+    Raises:
+        ValueError: a margin that is not positive.
+    """
+    if not margin > 0:
+        raise ValueError(f"a non-inferiority margin must be positive, got {margin}")
+    found = bootstrap_difference(a, b, level=1 - 2 * alpha, draws=draws, seed=seed)
+    return found, found.p_below(-margin)
+
+
+# --------------------------------------------------------------------------- comparisons
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One method against another on one metric; differences are method minus baseline, per prompt."""
+
+    metric: str
+    method: str
+    baseline: str
+    prompts: int
+    mean: float
+    baseline_mean: float
+    difference: float
+    low: float  # 95% bootstrap interval of the difference
+    high: float
+    p_bootstrap: float
+    p_wilcoxon: float
+    cohens_dz: float
+    rank_biserial: float
+    minimum_detectable: float  # smallest difference found with power 0.8 by this many prompts
+    p_holm: float = math.nan  # of p_bootstrap, over every metric and method of the call; nan before that
+
+
+def compare_methods(
+    rows: Sequence[ResultRow],
+    methods: Mapping[str, Sequence[str]] | Sequence[str],
+    baselines: Sequence[str],
+    metrics: Sequence[str],
+    *,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Every method against every baseline on every metric, with Holm's correction over all of them.
+
+    Args:
+        rows: per-image rows.
+        methods: names, or names with their training runs, see `paired_values`. The bootstrap resamples runs; Wilcoxon
+            and effect sizes take their mean per prompt.
+        baselines: names.
+        metrics: names of scores.
+        draws: bootstrap replicates.
+        seed: of the resampling.
+    """
+    named = methods if isinstance(methods, Mapping) else {name: [name] for name in methods}
+    groups = {**{name: [name] for name in baselines}, **named}
+    values = paired_values(rows, groups, [score_of(metric) for metric in metrics])
+    found = [
+        _compare(metric, (method, values[method][k]), (baseline, values[baseline][k]), draws, seed)
+        for k, metric in enumerate(metrics)
+        for method in named
+        for baseline in baselines
+        if method != baseline
+    ]
+    corrected = holm([comparison.p_bootstrap for comparison in found])
+    return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]
+
+
+def _compare(
+    metric: str, method: tuple[str, np.ndarray], baseline: tuple[str, np.ndarray], draws: int, seed: int
+) -> Comparison:
+    (name, a), (other, b) = method, baseline  # (runs, prompts)
+    difference = bootstrap_difference(a, b, draws=draws, seed=seed)
+    per_prompt = a.mean(0) - b.mean(0)
+    return Comparison(
+        metric=metric,
+        method=name,
+        baseline=other,
+        prompts=a.shape[-1],
+        mean=float(a.mean()),
+        baseline_mean=float(b.mean()),
+        difference=difference.estimate,
+        low=difference.low,
+        high=difference.high,
+        p_bootstrap=difference.p_two_sided(),
+        p_wilcoxon=wilcoxon_p(per_prompt),
+        cohens_dz=cohens_dz(per_prompt),
+        rank_biserial=rank_biserial(per_prompt),
+        minimum_detectable=minimum_detectable_effect(float(np.std(per_prompt, ddof=1)), a.shape[-1]),
+    )
+
+
+# --------------------------------------------------------------------------- rank correlation
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's correlation with a bootstrap interval and a one-sided permutation p-value of "not positive"."""
+
+    rho: Interval
+    p_permutation: float
+    prompts: int
+
+
+def spearman_test(
+    x: np.ndarray, y: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> RankCorrelation:
+    """Spearman's rank correlation of per-prompt values x and y, both (prompts,).
+
+    The interval resamples prompts (ranks are taken anew in each replicate; a replicate in which one variable does not
+    vary has none and is left out); the null distribution permutes x over prompts.
+
+    Raises:
+        ValueError: different lengths, fewer than four prompts, or a variable that does not vary.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    if x.shape != y.shape or x.size < 4:
+        raise ValueError(f"Spearman's correlation needs two variables of four prompts, got {x.shape} and {y.shape}")
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        raise ValueError(f"no rank correlation: x varies by {np.ptp(x)}, y by {np.ptp(y)}")
+    bootstrap_stream, null_stream = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
+    rho = float(_row_correlation(stats.rankdata(x)[None], stats.rankdata(y)[None])[0])
+    replicates = np.concatenate([_resampled_rho(bootstrap_stream, x, y, d) for d in _portions(x.size, draws)])
+    ranks_x, ranks_y = stats.rankdata(x), stats.rankdata(y)
+    null = np.concatenate([_permuted_rho(null_stream, ranks_x, ranks_y, d) for d in _portions(x.size, draws)])
+    found = interval(rho, replicates[np.isfinite(replicates)], level)
+    return RankCorrelation(found, _tail(null >= rho - 1e-12), x.size)
+
+
+def _portions(number: int, draws: int) -> list[int]:
+    size = max(1, _CELLS // number)
+    return [min(size, draws - start) for start in range(0, draws, size)]
+
+
+def _resampled_rho(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, draws: int) -> np.ndarray:
+    index = rng.integers(x.size, size=(draws, x.size))
+    return _row_correlation(stats.rankdata(x[index], axis=1), stats.rankdata(y[index], axis=1))
+
+
+def _permuted_rho(rng: np.random.Generator, ranks_x: np.ndarray, ranks_y: np.ndarray, draws: int) -> np.ndarray:
+    shuffled = rng.permuted(np.broadcast_to(ranks_x, (draws, ranks_x.size)), axis=1)
+    return _row_correlation(shuffled, ranks_y[None])
+
+
+def _row_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of each row (D, n) with the same row, or the one row, of ``b``; nan where one is flat."""
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return np.divide((a * b).sum(1), scale, out=np.full(len(a), np.nan), where=scale > 0)
+
+
+def partial_spearman(x: np.ndarray, y: np.ndarray, group: np.ndarray) -> float | None:
+    """Spearman's correlation of per-image values with a factor held constant, here the seed of the initial noise.
+
+    Ranks are taken over everything, each group's mean rank is subtracted, and what remains is correlated: only pictures
+    that share a seed are compared. None where no two pictures of different values share one, as nothing is left then.
+    """
+    _, member = np.unique(np.asarray(group), return_inverse=True)
+    rests = [_within(stats.rankdata(values), member) for values in (x, y)]
+    if min(float(np.abs(rest).max()) for rest in rests) < 1e-9:
+        return None
+    return float(_row_correlation(rests[0][None], rests[1][None])[0])
+
+
+def _within(ranks: np.ndarray, member: np.ndarray) -> np.ndarray:
+    return ranks - (np.bincount(member, ranks) / np.bincount(member))[member]
+
+
+# --------------------------------------------------------------------------- the fixed-step front
+
+
+def front_quality(costs: np.ndarray, qualities: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Quality of the interpolated Pareto front of fixed methods at a cost, for each of D replicates: (D,).
+
+    The front is the upper concave envelope of the points: tossing a coin between two methods for each prompt reaches
+    every point of their chord, so a chord is what fixed inference can do at that cost. Cheaper than every method, the
+    cheapest one stands in, which favours the front; dearer than all, the best one does. The best of noisy points lies
+    above the best true one on average, which favours the front too.
+
+    Args:
+        costs: mean cost of each method (D, M).
+        qualities: mean quality of each method (D, M).
+        at: cost of interest (D,).
+    """
+    cheap = costs <= at[:, None]  # (D, M)
+    best = np.where(cheap, qualities, -np.inf).max(1)
+    left, right = costs[:, :, None], costs[:, None, :]
+    span = np.where(right > left, right - left, 1.0)
+    share = (at[:, None, None] - left) / span  # (D, M, M): how far from the left method to the right one
+    chord = qualities[:, :, None] * (1 - share) + qualities[:, None, :] * share
+    usable = cheap[:, :, None] & (right > at[:, None, None])
+    best = np.maximum(best, np.where(usable, chord, -np.inf).max((1, 2)))
+    cheapest = np.take_along_axis(qualities, costs.argmin(1)[:, None], 1)[:, 0]
+    return np.where(cheap.any(1), best, cheapest)
+
+
+def distance_to_front(
+    agent: np.ndarray,
+    front: Mapping[str, np.ndarray],
+    *,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """How far the agent's quality lies above the front of fixed methods at the agent's own mean cost.
+
+    Quality and cost of every method are resampled together, and the front is drawn anew in each replicate.
+
+    Args:
+        agent: per-prompt (quality, cost), (2, runs, prompts), as `paired_values` gives them.
+        front: the same of each fixed method.
+        level: of the interval.
+        draws: bootstrap replicates.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: no fixed method.
+    """
+    if not front:
+        raise ValueError("a front needs at least one fixed method")
+    names = [f"front/{name}" for name in front]
+    values = {"agent": agent, **dict(zip(names, front.values(), strict=True))}
+    observed = {name: array.mean((1, 2))[None] for name, array in values.items()}
+    replicates = resampled_means(values, draws, seed)
+    size = max(1, _CELLS // len(front) ** 2)  # the envelope looks at every pair of methods
+    parts = [
+        _distance({name: means[start : start + size] for name, means in replicates.items()}, names)
+        for start in range(0, draws, size)
+    ]
+    return interval(float(_distance(observed, names)[0]), np.concatenate(parts), level)
+
+
+def _distance(means: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+    quality, cost = means["agent"].T
+    points = np.stack([means[name] for name in names], axis=1)  # (D, M, 2)
+    return quality - front_quality(points[..., 1], points[..., 0], cost)

@@ -1,0 +1,362 @@
+"""Significance: every statistic by hand, against scipy, or by its calibration over simulated rows."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import optimize, stats
+
+from addiff_env.evaluation.significance import (
+    bootstrap_difference,
+    cohens_dz,
+    compare_methods,
+    costs_of,
+    distance_to_front,
+    front_quality,
+    holm,
+    interval,
+    mcnemar_exact,
+    minimum_detectable_effect,
+    non_inferiority,
+    paired_values,
+    partial_spearman,
+    rank_biserial,
+    required_prompts,
+    resampled_means,
+    score_of,
+    spearman_test,
+    wilcoxon_p,
+)
+from addiff_env.types import ResultRow
+
+SIMULATIONS = 1500
+
+
+def row(method, prompt, seed, success, nfe=10):
+    scores = {"success": float(success), "clip_score": success / 2}
+    return ResultRow(
+        method, prompt, seed, "c", "b", "s", method, "float32", "1", nfe=nfe, net_flops=nfe * 1e9, scores=scores
+    )
+
+
+def rows_of(**values):
+    """Rows of methods, one prompt per value, one seed each."""
+    return [row(m.replace("_", "-"), f"p{k}", k, v) for m, column in values.items() for k, v in enumerate(column)]
+
+
+# --------------------------------------------------------------------------- pairing
+
+
+def test_rows_are_paired_by_prompt_and_seed_and_averaged_over_seeds():
+    rows = [row("a", "x", 1, 0), row("a", "x", 2, 1), row("a", "y", 3, 1), row("b", "y", 3, 0, nfe=7)]
+    rows += [row("b", "x", 2, 1), row("b", "x", 1, 1)]
+    values = paired_values(rows, ["a", "b"], [score_of("success"), costs_of("nfe")])
+    assert values["a"].tolist() == [[[0.5, 1.0]], [[10.0, 10.0]]]
+    assert values["b"].tolist() == [[[1.0, 0.0]], [[10.0, 7.0]]]
+    runs = paired_values(rows, {"both": ["a", "b"]}, [score_of("success")])
+    assert runs["both"].tolist() == [[[0.5, 1.0], [1.0, 0.0]]]
+
+
+def test_what_is_not_paired_is_refused():
+    rows = rows_of(a=[1, 0, 1], b=[1, 0, 1])
+    with pytest.raises(ValueError, match=r"'b' lacks 1 of 3 pictures.*'p2', 2"):
+        paired_values(rows[:-1], ["a", "b"], [score_of("success")])
+    with pytest.raises(ValueError, match=r"no rows of \['c'\]; rows are of \['a', 'b'\]"):
+        paired_values(rows, ["a", "c"], [score_of("success")])
+    with pytest.raises(ValueError, match="two rows of 'a' for 'p0', seed 0"):
+        paired_values([*rows, rows[0]], ["a"], [score_of("success")])
+    with pytest.raises(ValueError, match=r"no 'fid' in the row of \(a, 'p0', seed 0\); it has"):
+        paired_values(rows, ["a"], [score_of("fid")])
+    with pytest.raises(ValueError, match="unknown cost 'money'"):
+        costs_of("money")
+
+
+# --------------------------------------------------------------------------- bootstrap
+
+
+def test_interval_agrees_with_scipy(rng):
+    a, b = rng.normal(0.3, 1, 80), rng.normal(0, 1, 80)
+    ours = bootstrap_difference(a, b, draws=20_000)
+    theirs = stats.bootstrap((a - b,), np.mean, n_resamples=20_000, method="percentile", rng=1).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.015)
+    assert ours.standard_error == pytest.approx(np.std(a - b) / math.sqrt(80), rel=0.03)
+    assert ours.estimate == pytest.approx(np.mean(a - b))
+
+
+def test_the_seed_fixes_everything_and_chunks_change_nothing(rng, monkeypatch):
+    values = {"a": rng.random((2, 3, 50)), "b": rng.random((2, 1, 50))}
+    whole = resampled_means(values, 200, seed=4)
+    monkeypatch.setattr("addiff_env.evaluation.significance._CELLS", 50 * 7)
+    parts = resampled_means(values, 200, seed=4)
+    for name in values:
+        np.testing.assert_allclose(parts[name], whole[name])
+    assert not np.allclose(whole["a"], resampled_means(values, 200, seed=5)["a"])
+
+
+def test_copied_seeds_are_no_evidence(rng):
+    # Ten pictures of a prompt that all say the same must not narrow the interval.
+    success = rng.integers(0, 2, 60)
+    once = [row("a", f"p{k}", k, v) for k, v in enumerate(success)]
+    often = [row("a", f"p{k}", 100 * k + s, v) for k, v in enumerate(success) for s in range(10)]
+    tables = [paired_values(rows, ["a"], [score_of("success")])["a"][0] for rows in (once, often)]
+    np.testing.assert_array_equal(*tables)
+
+
+def test_training_runs_are_a_level_of_their_own(rng):
+    # Runs that differ by a constant: the variance of the mean is that of prompts plus (R-1)/R * var / R of runs.
+    prompts, effects = rng.normal(0, 1, 200), rng.normal(0, 0.5, 8)
+    agent = prompts + effects[:, None]
+    found = bootstrap_difference(agent, np.zeros(200), draws=8000)
+    expected = math.sqrt(prompts.var() / 200 + effects.var() / 8)
+    assert found.standard_error == pytest.approx(expected, rel=0.05)
+    pooled = bootstrap_difference(agent.mean(0), np.zeros(200), draws=8000)
+    assert found.standard_error > 2 * pooled.standard_error
+
+
+def simulated(rng, effect=0.0, prompts=80):
+    """Per-prompt differences of many simulated evaluations: skewed, like mean successes over four seeds."""
+    a = rng.binomial(4, 0.6, (SIMULATIONS, prompts)) / 4
+    b = rng.binomial(4, 0.6, (SIMULATIONS, prompts)) / 4
+    return a - b + effect
+
+
+def replicates_of(differences, draws=1500):
+    """Observed means (S,) and bootstrap means (draws, S): simulations travel as measures."""
+    means = resampled_means({"d": differences[:, None, :]}, draws, seed=1)["d"]
+    return differences.mean(1), means
+
+
+def test_intervals_cover_and_p_values_are_uniform_under_the_null(rng):
+    observed, draws = replicates_of(simulated(rng))
+    found = [interval(estimate, column) for estimate, column in zip(observed, draws.T, strict=True)]
+    coverage = np.mean([f.low <= 0 <= f.high for f in found])
+    assert coverage == pytest.approx(0.95, abs=0.02)
+    p = np.array([f.p_two_sided() for f in found])
+    jitter = rng.uniform(-1e-3, 1e-3, p.size)  # p-values of counts are discrete; ties are no departure
+    assert stats.kstest(np.clip(p + jitter, 0, 1), "uniform").pvalue > 0.01
+    assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.02)
+    one_sided = np.array([f.p_below(0.0) for f in found])
+    assert np.mean(one_sided <= 0.05) == pytest.approx(0.05, abs=0.02)
+
+
+def test_a_planted_effect_is_recovered(rng):
+    observed, draws = replicates_of(simulated(rng, effect=0.15))
+    found = [interval(estimate, column) for estimate, column in zip(observed, draws.T, strict=True)]
+    assert np.mean([f.low <= 0.15 <= f.high for f in found]) == pytest.approx(0.95, abs=0.02)
+    assert np.mean([f.p_two_sided() <= 0.05 for f in found]) > 0.95
+
+
+def test_non_inferiority_at_its_margin_and_inside(rng):
+    margin = 0.05
+    observed, draws = replicates_of(simulated(rng, effect=-margin))
+    p = [interval(e, c).p_below(-margin) for e, c in zip(observed, draws.T, strict=True)]
+    assert np.mean(np.array(p) <= 0.05) == pytest.approx(0.05, abs=0.02)  # as bad as the margin: passes 5% of times
+    a = rng.normal(0, 0.1, 400)
+    found, p_equal = non_inferiority(a, a + 0.01, margin)
+    assert p_equal < 0.001 and found.low > -margin and found.estimate == pytest.approx(-0.01)
+    _, p_worse = non_inferiority(a, a + 0.06 + rng.normal(0, 0.01, 400), margin)
+    assert p_worse > 0.99
+    with pytest.raises(ValueError, match="margin must be positive, got 0"):
+        non_inferiority(a, a, 0.0)
+
+
+def test_degenerate_input_is_refused():
+    with pytest.raises(ValueError, match="got 1 and 10000"):
+        bootstrap_difference(np.ones(1), np.ones(1))
+    with pytest.raises(ValueError, match="not paired: 3 and 4"):
+        bootstrap_difference(np.ones(3), np.ones(4))
+    with pytest.raises(ValueError, match="level"):
+        interval(0.0, np.zeros(3), 1.0)
+
+
+# --------------------------------------------------------------------------- tests and effect sizes
+
+
+def test_wilcoxon_agrees_with_its_exact_distribution(rng):
+    differences = rng.normal(0.3, 1, 40)
+    exact = stats.wilcoxon(differences, method="exact").pvalue
+    assert wilcoxon_p(differences) == pytest.approx(exact, rel=0.05)
+    assert wilcoxon_p(np.zeros(9)) == 1.0
+    assert wilcoxon_p(np.r_[np.zeros(50), -np.ones(20)]) < 0.001
+
+
+def test_wilcoxon_is_calibrated(rng):
+    p = np.array([wilcoxon_p(d) for d in simulated(rng)[:600]])
+    assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.025)
+
+
+def test_mcnemar_by_hand():
+    a, b = np.array([1, 1, 1, 1, 1, 0, 0, 1]), np.array([0, 0, 0, 0, 0, 1, 0, 1])
+    assert mcnemar_exact(a, b) == pytest.approx(2 * (1 + 6) / 2**6)  # 5 wins, 1 loss
+    assert mcnemar_exact(a, a) == 1.0
+    with pytest.raises(ValueError, match=r"0\.5"):
+        mcnemar_exact(a, b / 2)
+
+
+def test_effect_sizes_by_hand(rng):
+    differences = np.array([1.0, -2.0, 3.0, 0.0, 4.0])
+    assert rank_biserial(differences) == pytest.approx((1 - 2 + 3 + 4) / 10)
+    assert rank_biserial(np.zeros(3)) == 0.0 and rank_biserial(np.ones(3)) == 1.0
+    sample = rng.normal(0.4, 2, 30)
+    t = stats.ttest_1samp(sample, 0).statistic
+    assert cohens_dz(sample) == pytest.approx(t / math.sqrt(30))
+    assert cohens_dz(np.zeros(4)) == 0.0 and cohens_dz(-np.ones(4)) == -math.inf
+
+
+def test_holm_by_hand():
+    # Sorted .01, .02, .03, .04: times 4, 3, 2, 1, kept from falling.
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+    with pytest.raises(ValueError, match=r"1\.5"):
+        holm([0.1, 1.5])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p):
+    adjusted, alpha, rejected = holm(p), 0.05, set()
+    for step, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        if p[index] * (len(p) - step) > alpha:
+            break
+        rejected.add(index)
+    assert {k for k, value in enumerate(adjusted) if value <= alpha} == rejected
+
+
+def test_holm_holds_the_family_wise_error(rng):
+    p = rng.uniform(size=(3000, 10))
+    p[:, 7:] = 1e-9  # three true effects must not use up the others' share
+    errors = [min(holm(family)[:7]) <= 0.05 for family in p.tolist()]
+    assert np.mean(errors) == pytest.approx(0.05, abs=0.012)
+
+
+def test_the_minimum_detectable_effect_is_found_with_the_power_it_states(rng):
+    effect = minimum_detectable_effect(0.8, 200)
+    sample = rng.normal(effect, 0.8, (4000, 200))
+    assert np.mean(stats.ttest_1samp(sample, 0, axis=1).pvalue < 0.05) == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_required_number_decides_with_the_power_it_states(rng):
+    number = required_prompts(gap=0.1, standard_error=0.8 / math.sqrt(50), prompts=50)
+    p = stats.ttest_1samp(rng.normal(0.1, 0.8, (4000, number)), 0, axis=1, alternative="greater").pvalue
+    assert np.mean(p < 0.05) == pytest.approx(0.8, abs=0.03)
+    assert required_prompts(0.0, 1.0, 50) is None
+
+
+def test_comparisons_cover_every_metric_and_baseline_with_one_correction(rng):
+    good, base = rng.random(120) < 0.8, rng.random(120) < 0.5
+    rows = rows_of(agent=good, ddim_5=base, ddim_9=base)
+    found = compare_methods(rows, ["agent"], ["ddim-5", "ddim-9"], ["success", "clip_score"], draws=2000)
+    assert [(c.metric, c.baseline) for c in found] == [
+        (metric, baseline) for metric in ("success", "clip_score") for baseline in ("ddim-5", "ddim-9")
+    ]
+    first = found[0]
+    assert first.difference == pytest.approx(good.mean() - base.mean()) and first.prompts == 120
+    assert first.low < first.difference < first.high
+    assert [c.p_holm for c in found] == holm([c.p_bootstrap for c in found])
+    assert first.p_bootstrap < first.p_holm < 0.01 and first.p_wilcoxon < 0.01
+    assert found[2].difference == pytest.approx(first.difference / 2)
+    assert found[2].cohens_dz == pytest.approx(first.cohens_dz)
+
+
+# --------------------------------------------------------------------------- rank correlation
+
+
+def test_spearman_agrees_with_scipy(rng):
+    x = rng.integers(0, 6, 150).astype(float)
+    y = 0.3 * x + rng.normal(size=150)
+    found = spearman_test(x, y)
+    theirs = stats.spearmanr(x, y, alternative="greater")
+    assert found.rho.estimate == pytest.approx(theirs.statistic)
+    assert found.rho.low < theirs.statistic < found.rho.high
+    fisher = 1.03 / math.sqrt(150 - 3) * (1 - theirs.statistic**2)  # approximate standard error
+    assert found.rho.standard_error == pytest.approx(fisher, rel=0.2)
+    y = rng.normal(size=150)
+    assert spearman_test(x, y).p_permutation == pytest.approx(
+        stats.spearmanr(x, y, alternative="greater").pvalue, abs=0.04
+    )
+
+
+def test_the_permutation_null_is_calibrated(rng):
+    p = []
+    for k in range(400):
+        x, y = rng.integers(0, 4, 40), rng.exponential(size=40)
+        p.append(spearman_test(x, y, draws=200, seed=k).p_permutation)
+    assert np.mean(np.array(p) <= 0.05) == pytest.approx(0.05, abs=0.03)
+    assert stats.kstest(np.array(p) - rng.uniform(0, 1 / 201, 400), "uniform").pvalue > 0.01
+
+
+def test_no_correlation_of_what_does_not_vary():
+    with pytest.raises(ValueError, match="x varies by 4.0, y by 0.0"):
+        spearman_test(np.arange(5), np.ones(5))
+    with pytest.raises(ValueError, match="four prompts"):
+        spearman_test(np.arange(3), np.arange(3))
+
+
+def test_partial_correlation_removes_what_the_seed_explains(rng):
+    seed = rng.integers(0, 5, 2000)
+    x, y = seed + rng.normal(0, 0.1, 2000), seed + rng.normal(0, 0.1, 2000)
+    assert stats.spearmanr(x, y).statistic > 0.9
+    assert abs(partial_spearman(x, y, seed)) < 0.1
+    shared = rng.normal(size=2000)
+    assert partial_spearman(x + shared, y + shared, seed) > 0.5
+    # Independent of the above: residuals of a least-squares fit on seed dummies.
+    dummies = np.eye(5)[seed]
+    rests = [r - dummies @ np.linalg.lstsq(dummies, r, rcond=None)[0] for r in map(stats.rankdata, (x, y))]
+    assert partial_spearman(x, y, seed) == pytest.approx(np.corrcoef(*rests)[0, 1])
+    assert partial_spearman(x, y, np.arange(2000)) is None
+
+
+# --------------------------------------------------------------------------- the front
+
+
+def best_mixture(costs, qualities, at):
+    """Quality of the best coin toss between methods whose mean cost is at most ``at``, by linear programming."""
+    solved = optimize.linprog(-qualities, A_ub=[costs], b_ub=[at], A_eq=[np.ones(len(costs))], b_eq=[1.0])
+    return -solved.fun if solved.success else None
+
+
+@given(st.data())
+def test_the_front_is_the_best_mixture(data):
+    number = data.draw(st.integers(1, 6))
+    grid = st.integers(0, 20)
+    costs = np.array(data.draw(st.lists(grid, min_size=number, max_size=number)), float)
+    qualities = np.array(data.draw(st.lists(grid, min_size=number, max_size=number)), float)
+    at = float(data.draw(st.integers(0, 22)))
+    front = front_quality(costs[None], qualities[None], np.array([at]))[0]
+    if at < costs.min():
+        assert front == qualities[costs.argmin()]
+    else:
+        assert front == pytest.approx(best_mixture(costs, qualities, at), abs=1e-6)
+
+
+def test_the_front_by_hand():
+    costs, qualities = np.array([[10.0, 20.0, 40.0]]), np.array([[0.5, 0.7, 0.6]])
+    for at, expected in ((5, 0.5), (10, 0.5), (15, 0.6), (20, 0.7), (30, 0.7), (99, 0.7)):
+        assert front_quality(costs, qualities, np.array([float(at)]))[0] == pytest.approx(expected)
+
+
+def points(rng, prompts, agent, others):
+    """Per-prompt (quality, cost) of an agent and fixed methods with given success rates and costs."""
+
+    def draw(rate, cost):
+        return np.stack([rng.random(prompts) < rate, np.full(prompts, float(cost))]).astype(float)[:, None]
+
+    return draw(*agent), {f"m{k}": draw(*other) for k, other in enumerate(others)}
+
+
+def test_distance_to_the_front_recovers_what_was_planted(rng):
+    agent, front = points(rng, 3000, (0.75, 15), [(0.5, 10), (0.7, 20)])
+    found = distance_to_front(agent, front, draws=2000)
+    assert found.estimate == pytest.approx(0.15, abs=0.04) and found.low > 0.05
+    assert found.low < 0.15 < found.high
+    with pytest.raises(ValueError, match="at least one fixed method"):
+        distance_to_front(agent, {})
+
+
+def test_an_agent_on_the_front_is_called_better_in_one_case_of_twenty(rng):
+    better = []
+    for k in range(400):
+        agent, front = points(rng, 100, (0.6, 15), [(0.5, 10), (0.7, 20)])
+        better.append(distance_to_front(agent, front, draws=300, seed=k, level=0.9).low > 0)
+    assert np.mean(better) == pytest.approx(0.05, abs=0.03)
