@@ -9,7 +9,9 @@ Rows are appended to <run folder>/rows.jsonl as they are made; the same command 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
@@ -22,8 +24,9 @@ from tqdm import tqdm
 
 from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.baselines import Method, make_method
+from addiff_env.evaluation.baselines import MatchedSteps, Method, Replay, make_method
 from addiff_env.evaluation.benchmarks import Item, load_benchmark
+from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE, all_verdicts, describe
 from addiff_env.evaluation.metrics import score_pictures
 from addiff_env.evaluation.report import plot_filmstrips, plot_quality_against_compute, record_trajectory, summary_table
 from addiff_env.evaluation.rows import append_rows, read_rows
@@ -112,6 +115,19 @@ def draw_filmstrips(rows: list[ResultRow], agent: Agent, env: DiffusionDenoiseVe
     plot_filmstrips(strips, path)
 
 
+def controls_of(rows: list[ResultRow], env: DiffusionDenoiseVectorEnv, full: DiffusionDenoiseVectorEnv) -> list[Method]:
+    """H4's controls: the agent's decisions with refinements of the whole picture, and its NFE in plain steps."""
+    scripts = {(row.prompt, row.seed): row for row in rows}
+    return [Replay(full, FULL_IMAGE, scripts), MatchedSteps(env, CONTINUED, scripts)]
+
+
+def decide(rows: list[ResultRow], items: Sequence[Item], path: Path) -> str:
+    """Verdicts on H1-H4 from the rows, in words; the numbers behind them go to ``path``."""
+    verdicts = all_verdicts(rows, {(item.prompt, item.seed): item.facts for item in items})
+    path.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=2) + "\n")
+    return "\n".join(describe(verdict) for verdict in verdicts)
+
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Run every method, print the table, draw the pictures."""
@@ -126,6 +142,10 @@ def main(cfg: DictConfig) -> None:
     evaluation = Evaluation(folder, env, cfg.save_images)
     methods = [make_method(spec, env, agent) for spec in cfg.methods]  # a misspelt one stops us before any work
     results = {method.name: evaluation.run(method, items) for method in methods}
+    if "agent" in results and cfg.controls:
+        full = make_agent_env(agent, cfg.num_envs, **overrides | {"mask": "full"})  # type: ignore[operator]
+        for control in controls_of(results["agent"], env, full):
+            results[control.name] = evaluation.run(control, items)
     rows = [row for group in results.values() for row in group]
     table = summary_table(rows)
     (folder / "table.txt").write_text(table + "\n")
@@ -136,7 +156,11 @@ def main(cfg: DictConfig) -> None:
         one_lane = make_agent_env(agent, 1, **overrides)  # type: ignore[arg-type]
         draw_filmstrips(choose_filmstrips(results["agent"], cfg.filmstrips), agent, one_lane, written[-1])
     print(f"\n{cfg.benchmark.name}, {len(items)} prompts, {env.backbone.dtype_name}; success (%) by the exact checker")
-    print(f"{table}\n\nwrote")
+    print(f"{table}\n")
+    if "agent" in results:
+        written.append(folder / "verdicts.json")
+        print(decide(rows, items, written[-1]) + "\n")
+    print("wrote")
     for path in written:
         print(f"  {path}")
 

@@ -15,12 +15,15 @@ from addiff_env.evaluation.baselines import (
     SEED_STRIDE,
     DiffusersSolver,
     FixedSteps,
+    MatchedSteps,
+    Replay,
     make_method,
 )
 from addiff_env.evaluation.benchmarks import Item
+from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE
 from addiff_env.evaluation.policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
 from addiff_env.perception import QUALITY
-from addiff_env.types import Action, Generated
+from addiff_env.types import Action, Generated, ResultRow
 
 ITEMS = [
     Item("a red circle", 3, "colors"),
@@ -164,3 +167,45 @@ def test_bad_names_are_quoted(spec: str, env: DiffusionDenoiseVectorEnv) -> None
     with pytest.raises(ValueError, match="known: agent, ddim-N") as error:
         make_method(spec, env)
     assert repr(spec) in str(error.value)
+
+
+# ------------------------------------------------------------------ controls of H4
+
+
+def rows_of(made: list[Generated]) -> dict[tuple[str, int], ResultRow]:
+    named = {"method": "agent", "backbone": "", "solver": "", "policy": "", "dtype": "", "code_version": ""}
+    return {
+        (item.prompt, item.seed): ResultRow(
+            prompt=item.prompt, seed=item.seed, category="", actions=m.actions, nfe=m.nfe, **named
+        )
+        for item, m in zip(ITEMS, made, strict=True)
+    }
+
+
+def in_order(method: Any) -> list[Generated]:
+    made = {item.seed: result for group in method.make(list(ITEMS)) for item, result in group}
+    return [made[item.seed] for item in ITEMS]
+
+
+def test_a_replay_on_the_same_settings_is_the_same(env: DiffusionDenoiseVectorEnv) -> None:
+    played = results("random:0.6:0.05:0.35", env)
+    again = in_order(Replay(env, "again", rows_of(played)))
+    for one, other in zip(played, again, strict=True):
+        assert (one.actions, one.nfe, one.forward_passes) == (other.actions, other.nfe, other.forward_passes)
+        assert one.net_flops == pytest.approx(other.net_flops)
+        assert np.abs(one.picture.astype(int) - other.picture).max() <= 1
+
+
+def test_controls_spend_the_same_evaluations(env: DiffusionDenoiseVectorEnv, small_kwargs: dict[str, Any]) -> None:
+    played = results("random:0.6:0.05:0.35", env)
+    assert any(REFINE in made.actions for made in played)
+    full = gym.make_vec(
+        "AdDiffusion-Tiny-v0", 2, autoreset_mode=AutoresetMode.DISABLED, **small_kwargs, mask="full"
+    ).unwrapped
+    controls = (Replay(full, FULL_IMAGE, rows_of(played)), MatchedSteps(env, CONTINUED, rows_of(played)))
+    for control in controls:
+        made = in_order(control)
+        assert [m.nfe for m in made] == [m.nfe for m in played]
+        assert any((a.picture != b.picture).any() for a, b in zip(made, played, strict=True))
+    with pytest.raises(ValueError, match="no row for 'a red circle', seed 3"):
+        in_order(Replay(env, "again", {}))

@@ -54,10 +54,14 @@ def test_evaluation_writes_rows_table_and_pictures_and_goes_on_after_a_kill(trai
     first = run("evaluate.py", *options, f"hydra.run.dir={tmp_path}")
     assert first.returncode == 0, first.stderr
     rows = read_rows(tmp_path / "rows.jsonl")
-    assert len(rows) == 24 and len({row.key for row in rows}) == 24
-    assert {row.method for row in rows} == {"ddim-2", "ddim-3", "agent"}
+    assert len(rows) == 40 and len({row.key for row in rows}) == 40
+    controls = {"agent, mask=full", "agent, continued"}
+    assert {row.method for row in rows} == {"ddim-2", "ddim-3", "agent", *controls}
+    spent = {name: [row.nfe for row in rows if row.method == name] for name in ("agent", *controls)}
+    assert sorted(spent["agent"]) == sorted(spent["agent, mask=full"]) == sorted(spent["agent, continued"])
+    assert all(f"{hypothesis}: " in first.stdout for hypothesis in ("H1", "H2", "H3", "H4"))
     assert all((tmp_path / row.image).exists() for row in rows)
-    for name in ("table.txt", "quality_vs_compute.png", "filmstrips.png"):
+    for name in ("table.txt", "quality_vs_compute.png", "filmstrips.png", "verdicts.json"):
         assert str(tmp_path / name) in first.stdout and (tmp_path / name).stat().st_size > 100
 
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)

@@ -354,3 +354,54 @@ def _refuse_unmatched(name: str, spent: float, wanted: float, rules: Rules) -> N
             f"control {name!r} spent {spent:.2f} NFE where refining spent {wanted:.2f}: not the same compute "
             f"(allowed: {100 * rules.matched:g}% less)"
         )
+
+
+# --------------------------------------------------------------------------- all of them
+
+FULL_IMAGE, CONTINUED = "agent, mask=full", "agent, continued"  # H4's controls, by method name
+
+
+def solver_families(methods: Sequence[str]) -> dict[str, list[str]]:
+    """Fixed methods grouped by solver: ``ddim-10`` and ``ddim-20`` are one family, best-of-N is another."""
+    families: dict[str, list[str]] = {}
+    for name in methods:
+        family, _, number = name.rpartition("-")
+        if name.startswith("best-of-"):
+            families.setdefault("best-of-N", []).append(name)
+        elif number.isdigit() and ":" not in name and family not in ("words", "stop"):
+            families.setdefault(family, []).append(name)
+    return families
+
+
+def all_verdicts(
+    rows: Sequence[ResultRow],
+    complexity: Mapping[Place, float],
+    agent: Sequence[str] = ("agent",),
+    rules: Rules = Rules(),  # noqa: B008 (frozen)
+) -> list[Verdict]:
+    """H1-H4, as far as the methods that were run allow; a hypothesis whose methods are missing is undecided."""
+    methods = list(dict.fromkeys(row.method for row in rows))
+    prompts = len({row.prompt for row in rows})
+    families = solver_families(methods)
+    solvers = {name: members for name, members in families.items() if name != "best-of-N"}
+    reference = next((name for name in methods if name.endswith("-50") and name in sum(solvers.values(), [])), None)
+    controls = [name for name in (FULL_IMAGE, CONTINUED) if name in methods]
+    h1 = h1_efficiency(rows, agent, reference, solvers, rules) if reference else _missing("H1", "ddim-50", prompts)
+    h2 = h2_quality(rows, agent, families, rules) if families else _missing("H2", "any solver", prompts)
+    h3 = h3_adaptivity(rows, agent, complexity, rules)
+    h4 = h4_refinement(rows, agent, controls, rules) if len(controls) == 2 else _missing("H4", "its controls", prompts)
+    return [h1, h2, h3, h4]
+
+
+def _missing(hypothesis: str, what: str, prompts: int) -> Verdict:
+    return Verdict(hypothesis, UNDECIDED, f"{what} was not run", prompts)
+
+
+def describe(verdict: Verdict) -> str:
+    """One line a verdict, and one for each of its parts."""
+    wanted = "" if verdict.required is None else f"; about {verdict.required} prompts would decide"
+    lines = [f"{verdict.hypothesis}: {verdict.outcome} ({verdict.prompts} prompts){wanted}: {verdict.reason}"]
+    for part in verdict.parts:
+        numbers = "" if part.estimate is None else f"  {part.estimate:+.3f} [{part.low:+.3f}, {part.high:+.3f}]"
+        lines.append(f"    {part.outcome:<13} {part.condition}{numbers}")
+    return "\n".join(lines)
