@@ -14,6 +14,7 @@ LAYERS = (  # low to high; a module imports from strictly lower layers, or from 
     "samplers",
     "attention",
     "loading",
+    "preprocessing",
     "encoders",
     "scorers",
     "reward",
