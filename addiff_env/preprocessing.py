@@ -71,17 +71,19 @@ def check_pairs(pictures: torch.Tensor, prompts: Sequence[str]) -> list[str]:
 class Preprocess:
     """A model's image processor as a function of device tensors: resize, crop or pad, normalise.
 
-    Nothing passes through PIL: `torch`'s antialiased filters are Pillow's (bicubic with a = -0.5), so that the pixels
-    agree with the official processors up to Pillow's rounding to 8 bits.
+    Nothing passes through PIL: torch's antialiased filters are Pillow's (bicubic with a = -0.5), and its 8-bit
+    arithmetic is done here as well, so that the pixels are those of the official processors.
 
     Attributes:
         size: side of the network's square input, pixels.
         mean, std: per channel, of pictures in [0, 1].
-        resize: ``shortest`` side to ``edge``, then the centre is cropped (CLIP, DINOv2); ``longest`` side to ``size``,
-            then black bars are added (HPS v2); ``squash`` to ``size`` whatever the proportions (DINO).
+        resize: ``shortest`` side to ``edge``, then the centre is cropped as torchvision does (CLIP, DINOv2);
+            ``longest`` side to ``size``, then black bars are added (HPS v2); ``squash`` to ``size`` whatever the
+            proportions (DINO).
         edge: pixels that the shortest side gets before the crop; None is ``size``.
         interpolation: ``bicubic`` or ``bilinear``; both antialiased.
-        clamp: cut off what bicubic overshoots, as 8-bit pictures do; False where the official code resizes tensors.
+        eight_bit: resample along the rows, then along the columns, and after each cut off what overshoots and round to
+            1/255, as Pillow does; False where the official code resizes float tensors.
     """
 
     size: int
@@ -90,7 +92,7 @@ class Preprocess:
     resize: str = "shortest"
     edge: int | None = None
     interpolation: str = "bicubic"
-    clamp: bool = True
+    eight_bit: bool = True
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZES:
@@ -102,23 +104,35 @@ class Preprocess:
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         """Network input (B, 3, size, size) float32 of pictures (B, 3, H, W) in [0, 1]."""
         pixels = self._fit(pictures.float().clamp(0, 1))
-        if self.clamp:
-            pixels = pixels.clamp(0, 1)
         return (pixels - pixels.new_tensor(self.mean).view(3, 1, 1)) / pixels.new_tensor(self.std).view(3, 1, 1)
 
     def _fit(self, pictures: torch.Tensor) -> torch.Tensor:
         if self.resize == "squash":
-            return self._resize(pictures, [self.size, self.size])
+            return self._resize(pictures, self.size, self.size)
         if self.resize == "longest":
-            return self._pad(self._resize(pictures, self._within(*pictures.shape[-2:])))
-        return center_crop(self._resize(pictures, [self.edge or self.size]), [self.size, self.size])
+            return self._pad(self._resize(pictures, *self._inside(*pictures.shape[-2:])))
+        return center_crop(self._resize(pictures, *self._around(*pictures.shape[-2:])), [self.size, self.size])
 
-    def _resize(self, pictures: torch.Tensor, size: list[int]) -> torch.Tensor:
-        return resize(pictures, size, InterpolationMode(self.interpolation), antialias=True)
-
-    def _within(self, height: int, width: int) -> list[int]:
+    def _inside(self, height: int, width: int) -> tuple[int, int]:
+        """Size with the longest side at ``size``, in the same proportions."""
         scale = self.size / max(height, width)
-        return [max(1, round(side * scale)) for side in (height, width)]
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def _around(self, height: int, width: int) -> tuple[int, int]:
+        """Size with the shortest side at ``edge``, in the same proportions (rounded down, as torchvision does)."""
+        edge, shortest = self.edge or self.size, min(height, width)
+        return edge * height // shortest, edge * width // shortest
+
+    def _resize(self, pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        if not self.eight_bit:
+            return self._resample(pictures, height, width)
+        for size in ((pictures.shape[-2], width), (height, width)):
+            if pictures.shape[-2:] != size:
+                pictures = (self._resample(pictures, *size).clamp(0, 1) * 255).round() / 255
+        return pictures
+
+    def _resample(self, pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        return resize(pictures, [height, width], InterpolationMode(self.interpolation), antialias=True)
 
     def _pad(self, pictures: torch.Tensor) -> torch.Tensor:
         missing = [self.size - side for side in pictures.shape[-2:]]

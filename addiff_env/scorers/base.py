@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +15,7 @@ from torch import nn
 
 from addiff_env.loading import resolve_model
 
+Module = TypeVar("Module", bound=nn.Module)
 LOGIT_LIMIT = 30.0  # of scores without a bound of their own: a logit, or a few standard deviations
 
 
@@ -97,12 +98,23 @@ def _read_torch(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], path: Path, unused: Sequence[str] = ()) -> None:
-    """Give ``module`` the weights of ``state``; every key has to fit, except those of ``unused``.
+def load_exactly(
+    make: Callable[[], Module], state: dict[str, torch.Tensor], path: Path, unused: Sequence[str] = ()
+) -> Module:
+    """The module that ``make`` builds with the weights of ``state``; every key has to fit, except those of ``unused``.
 
     Raises:
         ValueError: missing or foreign keys, other shapes, or numbers that are not finite; the message names them.
     """
+    with torch.device("meta"):  # shapes without memory: what does not fit is refused before the weights are made
+        skeleton = make()
+    _check_state(skeleton, state, path, unused)
+    module = make()
+    module.load_state_dict({name: state[name] for name in skeleton.state_dict()})
+    return module.eval().requires_grad_(False)
+
+
+def _check_state(module: nn.Module, state: dict[str, torch.Tensor], path: Path, unused: Sequence[str]) -> None:
     expected = module.state_dict()
     problems = {
         "missing": sorted(expected.keys() - state.keys()),
@@ -119,7 +131,6 @@ def load_exactly(module: nn.Module, state: dict[str, torch.Tensor], path: Path, 
     broken = [name for name in expected if not torch.isfinite(state[name]).all()]
     if broken:
         raise ValueError(f"{path} holds numbers that are not finite: {_some(broken)}")
-    module.load_state_dict({name: state[name] for name in expected})
 
 
 def _some(keys: Sequence[str], number: int = 4) -> str:

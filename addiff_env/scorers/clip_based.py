@@ -50,7 +50,7 @@ class HPSv2(CLIPScore):
     @staticmethod
     def preprocess(size: int = 224) -> Preprocess:
         """The official preprocessing for a network with input ``size``, pixels."""
-        return Preprocess(size, *OPENAI_CLIP, resize="longest", clamp=False)
+        return Preprocess(size, *OPENAI_CLIP, resize="longest", eight_bit=False)
 
     @classmethod
     def from_checkpoint(cls, path: str | None = None, device: str = "cpu") -> HPSv2:
@@ -62,11 +62,10 @@ class HPSv2(CLIPScore):
         import open_clip
 
         found = find_checkpoint(path, HPS_SOURCE, "hps")
-        state = read_checkpoint(found)
         with quiet_open_clip():
-            model = open_clip.create_model(HPS_ARCHITECTURE)
+            config = open_clip.get_model_config(HPS_ARCHITECTURE)
             tokenizer = open_clip.get_tokenizer(HPS_ARCHITECTURE)
-        load_exactly(model, state, found)
+        model = load_exactly(lambda: open_clip.CLIP(**config), read_checkpoint(found), found)
         return cls(OpenCLIPEncoder(model, tokenizer, device, cls.preprocess()))
 
 
@@ -127,9 +126,8 @@ class Aesthetic(nn.Module):
         """
         found = find_checkpoint(path, AESTHETIC_SOURCE, "aesthetic")
         state = read_checkpoint(found)
-        scorer = cls(load_clip(resolve_model(clip), device))
-        load_exactly(scorer, state, found)
-        return scorer.eval().requires_grad_(False).to(device)
+        encoder = load_clip(resolve_model(clip), device)
+        return load_exactly(lambda: cls(encoder), state, found).to(device)
 
 
 def clip_score(clip: str, device: str = "cpu") -> CLIPScore:

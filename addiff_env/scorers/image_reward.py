@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ _RENAMED = (
     (r"^blip\.visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision.encoder.layers.\1.mlp."),
 )
 # What the checkpoint carries and the score does not need: BLIP's contrastive projections, and a range of integers.
-_UNUSED = (
+UNUSED = (
     "blip.vision_proj.weight",
     "blip.vision_proj.bias",
     "blip.text_proj.weight",
@@ -106,9 +107,8 @@ class ImageReward(nn.Module):
         """
         found = find_checkpoint(path, SOURCE, "imagereward")
         state = rename_official(read_checkpoint(found))
-        scorer = cls(bert_tokenizer(resolve_model(tokenizer)))
-        load_exactly(scorer, state, found, _UNUSED)
-        return scorer.to(device)
+        words = bert_tokenizer(resolve_model(tokenizer))
+        return load_exactly(lambda: cls(words), state, found, UNUSED).to(device)
 
 
 def bert_tokenizer(model: str = TOKENIZER) -> Any:
@@ -123,7 +123,8 @@ def bert_tokenizer(model: str = TOKENIZER) -> Any:
         with quiet_loading():
             tokenizer = BertTokenizer.from_pretrained(model)
     except Exception as error:
-        raise FileNotFoundError(
+        kind = ValueError if Path(model).is_dir() else FileNotFoundError
+        raise kind(
             f"cannot load BERT's tokenizer from {model!r}: {error}; download vocab.txt and tokenizer.json from the Hub "
             f"repository {TOKENIZER} and pass imagereward:<path to {SOURCE.file}>,tokenizer=<their folder>"
         ) from error
