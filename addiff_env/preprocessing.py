@@ -149,17 +149,15 @@ class Preprocess:
         crop = processor.crop_size if getattr(processor, "do_center_crop", None) else None
         edge, height, width = (processor.size.get(name) for name in ("shortest_edge", "height", "width"))
         interpolation = _PILLOW_FILTERS.get(int(processor.resample))
-        squash = edge is None and crop is None and height == width and height is not None
-        cut = edge is not None and crop is not None and crop["height"] == crop["width"]
-        if not (squash or cut) or interpolation is None:
-            raise ValueError(
-                f"{type(processor).__name__} with size {processor.size}, crop {crop} and resample {processor.resample} "
-                "is not supported: expected a shortest edge with a square crop, or a square size"
-            )
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-        if squash:
+        if interpolation and edge is not None and crop is not None and crop["height"] == crop["width"]:
+            return cls(crop["height"], mean, std, "shortest", edge, interpolation)
+        if interpolation and edge is None and crop is None and height is not None and height == width:
             return cls(height, mean, std, "squash", interpolation=interpolation)
-        return cls(crop["height"], mean, std, "shortest", edge, interpolation)
+        raise ValueError(
+            f"{type(processor).__name__} with size {processor.size}, crop {crop} and resample {processor.resample} "
+            "is not supported: expected a shortest edge with a square crop, or a square size"
+        )
 
     @classmethod
     def of_open_clip(cls, config: dict[str, Any]) -> Preprocess:

@@ -25,6 +25,7 @@ LAYERS = (  # low to high; a module imports from strictly lower layers, or from 
     "refine",
     "prompts",
     "perception",
+    "costs",
     "env",
     "agent",
     "sb3",

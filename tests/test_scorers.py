@@ -2,7 +2,6 @@
 
 import math
 import os
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,7 @@ def small_image_reward(bert: Path) -> ImageReward:
         torch.manual_seed(0)
         scorer = ImageReward(bert_tokenizer(str(bert)), VISION, TEXT)
         for value in scorer.parameters():
-            value.normal_(std=0.3)
+            value.normal_(std=0.15)
     return scorer
 
 
@@ -331,7 +330,7 @@ def spoil(kind: str, state: dict[str, torch.Tensor], file: Path) -> None:
     elif kind == "garbage":
         file.write_bytes(b"not a checkpoint" * 100)
     elif kind == "pickled":
-        file.write_bytes(pickle.dumps({"state_dict": Path("/")}))
+        torch.save({"state_dict": Path("/")}, file)
     elif kind == "number":
         torch.save({"epoch": 3}, file)
     elif kind == "missing":
