@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from addiff_env.loading import quiet_loading, shared
+from addiff_env.loading import quiet_loading, reason, shared
 from addiff_env.preprocessing import IMAGENET, Preprocess, check_pairs, check_pictures, check_texts
 
 OPEN_CLIP = "open_clip:"
@@ -38,7 +38,7 @@ def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
         missing = not Path(model).exists()
         kind = FileNotFoundError if missing else ValueError
         hint = "download it or pass a local folder" if missing else "a file there is damaged or incomplete"
-        raise kind(f"cannot load {what} from {model!r}: {error}; {hint}") from error
+        raise kind(f"cannot load {what} from {model!r}: {reason(error)}; {hint}") from error
 
 
 def _load_model(loader: Any, model: str, what: str, **options: Any) -> Any:
@@ -228,10 +228,10 @@ def _split(name: str) -> tuple[str, str | None]:
     if architecture not in known:
         close = ", ".join(difflib.get_close_matches(architecture, known, 5)) or ", ".join(known[:5]) + ", ..."
         raise ValueError(f"open_clip has no architecture {architecture!r}; similar: {close}")
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if not at_file and weights not in tags:
+    if not at_file and not open_clip.get_pretrained_cfg(architecture, weights):
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture))
         raise ValueError(
-            f"open_clip has no weights {weights!r} for {architecture}; known: {', '.join(tags) or 'none'} "
+            f"open_clip has no weights {weights!r} for {architecture}; known: {tags or 'none'} "
             f"(a file is given as open_clip:{architecture}@<file>)"
         )
     if at_file and not Path(weights).is_file():
@@ -250,7 +250,7 @@ def _explain(setting: str, architecture: str, weights: str | None, error: Except
     """What to raise when open_clip could not load ``setting``: missing weights, or bad ones."""
     import open_clip
 
-    what = f"cannot load {setting!r}: {_first_lines(error)}"
+    what = f"cannot load {setting!r}: {reason(error)}"
     place = weights if weights is not None else architecture.removeprefix("local-dir:")
     if Path(place).exists():
         return ValueError(f"{what}; the weights there are damaged, or of another architecture")
@@ -261,12 +261,6 @@ def _explain(setting: str, architecture: str, weights: str | None, error: Except
     return FileNotFoundError(
         f"{what}; download {file} from the Hub repository {repo} and pass open_clip:{local}@<file>"
     )
-
-
-def _first_lines(error: Exception, limit: int = 600) -> str:
-    """A message without the advice to unpickle that torch's has."""
-    text = str(error).split("weights_only")[0].strip()
-    return text if len(text) <= limit else text[:limit] + " ..."
 
 
 @contextmanager

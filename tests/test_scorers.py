@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import open_clip
 import pytest
@@ -296,7 +297,8 @@ def test_settings_with_a_path_and_options() -> None:
         ("pickscore:/nowhere", ["/nowhere", "yuvalkirstain/PickScore_v1"]),
         ("clipscore:/nowhere", ["/nowhere"]),
         ("clipscore:open_clip:ViT-L-14/openai", ["timm/vit_large_patch14_clip_224.openai"]),
-        ("/nowhere/reward", ["/nowhere/reward"]),
+        ("/nowhere/reward", ["/nowhere/reward", "imagereward"]),
+        ("image_reward", ["'image_reward'", "imagereward, hps, pickscore, aesthetic, clipscore:"]),
     ],
 )
 def test_missing_weights_say_what_to_download(setting: str, words: list[str]) -> None:
@@ -468,6 +470,36 @@ def test_the_observation_is_bounded_by_the_scorer() -> None:
     )
     look = perception.look(pictures(), ["a", "b"])
     assert torch.allclose(look.clip_score, look.reward_score)
+
+
+def test_an_environment_may_be_scored_by_another_model(small_kwargs: dict[str, Any]) -> None:
+    env = gym.make("AdDiffusion-Tiny-v0", **{**small_kwargs, "scorer": f"clipscore:{TINY_CLIP}"})
+    observation, info = env.reset(options={"prompt": "a red circle", "seed": 0})
+    assert env.observation_space.contains(observation)
+    assert info["reward_score"] == pytest.approx(info["clip_score"], abs=1e-6)
+    assert env.observation_space.contains(env.step(1)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_on_the_gpu_are_those_of_the_cpu(name: str, scorers: dict[str, Scorer], bert: Path) -> None:
+    clip = load_clip(resolve_model(TINY_CLIP), "cuda")
+    assert isinstance(clip, CLIPEncoder)
+    hps = OpenCLIPEncoder(small_open_clip().model, open_clip.tokenize, "cuda", HPSv2.preprocess(64))
+    head = Aesthetic(clip).eval()
+    head.load_state_dict(scorers["aesthetic"].state_dict())  # type: ignore[attr-defined]
+    on_gpu: dict[str, Scorer] = {
+        "pixel_text": load_scorer(addiff_env.TINY["scorer"], "cuda"),
+        "clipscore": CLIPScore(clip),
+        "hps": HPSv2(hps),
+        "pickscore": PickScore(clip),
+        "aesthetic": head.to("cuda"),
+        "imagereward": small_image_reward(bert).to("cuda"),
+    }
+    batch, prompts = pictures(2, 96, 130), ["a red circle", "a cat"]
+    expected = scorers[name].score(batch, prompts).tolist()
+    assert on_gpu[name].score(batch.cuda(), prompts).tolist() == pytest.approx(expected, rel=1e-2, abs=1e-3)
+    assert on_gpu[name].score(batch, prompts).device.type == "cuda"  # pictures may come from the host
 
 
 # ------------------------------------------------------------------ the published weights

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from addiff_env.loading import resolve_model
+from addiff_env.loading import reason, resolve_model
 
 Module = TypeVar("Module", bound=nn.Module)
 LOGIT_LIMIT = 30.0  # of scores without a bound of their own: a logit, or a few standard deviations
@@ -54,8 +54,7 @@ def find_checkpoint(path: str | None, source: Source, setting: str) -> Path:
         FileNotFoundError: it is not there; the message says what to download and how ``setting`` names it.
     """
     hint = (
-        f"download {source.file} from the Hub repository {source.repository} (huggingface.co/{source.repository}) "
-        f"and pass {setting}:<path to {source.file}>"
+        f"download {source.file} from the Hub repository {source.repository} and pass {setting}:<path to {source.file}>"
     )
     if path is not None:
         place = Path(resolve_model(path))
@@ -68,8 +67,7 @@ def find_checkpoint(path: str | None, source: Source, setting: str) -> Path:
     try:
         return Path(hf_hub_download(source.repository, source.file))
     except Exception as error:  # offline, not cached, no access, ...
-        reason = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(f"cannot fetch {source.file}: {type(error).__name__}: {reason}; {hint}") from error
+        raise FileNotFoundError(f"cannot fetch {source.file}: {reason(error)}; {hint}") from error
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
@@ -83,10 +81,9 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).split("weights_only")[0].strip().split("\n")[0]  # not torch's advice to unpickle
+        size = path.stat().st_size
         raise ValueError(
-            f"{path} is truncated, corrupted or no checkpoint of tensors alone ({path.stat().st_size} bytes): "
-            f"{type(error).__name__}: {reason}"
+            f"{path} is truncated, corrupted or no checkpoint of tensors alone ({size} bytes): {reason(error, 200)}"
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from addiff_env.loading import resolve_model, shared
@@ -28,7 +29,11 @@ def load_scorer(setting: str, device: str = "cpu") -> Scorer:
             raise ValueError("'clipscore' needs a CLIP setting, e.g. 'clipscore:open_clip:ViT-L-14/openai'")
         return clip_score(rest, device)
     if name not in LOADERS:
-        return load_pixel_text_reward(resolve_model(setting), device)
+        folder = resolve_model(setting)
+        if not Path(folder).is_dir():
+            known = ", ".join([*LOADERS, "clipscore:<CLIP setting>"])
+            raise FileNotFoundError(f"no scorer {setting!r}: expected {known} or the folder of a PixelTextReward")
+        return load_pixel_text_reward(folder, device)
     path, options = _read_options(setting, rest)
     return LOADERS[name](path, device=device, **options)
 
