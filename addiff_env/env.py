@@ -16,7 +16,7 @@ from gymnasium.vector.utils import batch_space
 from addiff_env.attention import attention_entropy
 from addiff_env.backbones import to_uint8
 from addiff_env.config import EnvConfig
-from addiff_env.perception import QUALITY, SCORE_LIMIT, TIMESTEP_WIDTH, Look, Perception, timestep_embedding
+from addiff_env.perception import QUALITY, TIMESTEP_WIDTH, Look, Perception, timestep_embedding
 from addiff_env.previews import FullDecoder, make_previewer
 from addiff_env.prompts import check_prompt, load_prompts
 from addiff_env.refine import RefinableLanes
@@ -52,8 +52,8 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     | timestep | 128 | [-1, 1] | sinusoidal embedding of the lane's timestep |
     | clip_score | 1 | [-1, 1] | cosine of picture and prompt |
     | clip_delta | 1 | [-2, 2] | its change since the look before |
-    | reward_score | 1 | [-30, 30] | the reward model's score |
-    | reward_delta | 1 | [-60, 60] | its change since the look before |
+    | reward_score | 1 | [-limit, limit] | the scorer's score; ``limit`` is its own: 30 for a logit, 1 for a cosine |
+    | reward_delta | 1 | [-2 limit, 2 limit] | its change since the look before |
     | dino_similarity | 1 | [-1, 1] | cosine of this and the preview before |
     | step_ratio | 1 | [0, 1] | solver steps done / num_inference_steps |
     | nfe_ratio | 1 | [0, 1] | NFE / budget |
@@ -142,8 +142,9 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         def symmetric(width: int, bound: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
             return np.full(width, -bound, np.float32), np.full(width, bound, np.float32)
 
-        high = np.array([1, 2, SCORE_LIMIT, 2 * SCORE_LIMIT, 1, 1, 1, 1], np.float32)
-        low = np.array([-1, -2, -SCORE_LIMIT, -2 * SCORE_LIMIT, -1, 0, 0, 0], np.float32)
+        limit = self.perception.score_limit
+        high = np.array([1, 2, limit, 2 * limit, 1, 1, 1, 1], np.float32)
+        low = np.array([-1, -2, -limit, -2 * limit, -1, 0, 0, 0], np.float32)
         clip = self.perception.clip.width
         bounds = {
             "clip_image": symmetric(clip),

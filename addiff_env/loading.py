@@ -83,6 +83,12 @@ def resolve_model(model: str) -> str:
     return str(folder)
 
 
+def reason(error: Exception, limit: int = 600) -> str:
+    """What an error says, shortened, and without torch's advice to unpickle what is not trusted."""
+    text = str(error).split("weights_only")[0].strip()
+    return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + ' ...'}"
+
+
 def shared(load: Callable[..., T]) -> Callable[..., T]:
     """Make a loader hand out one object per set of (hashable) arguments for as long as somebody holds it.
 

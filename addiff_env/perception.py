@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from addiff_env.backbones import count_flops
 from addiff_env.encoders import load_clip, load_dino
 from addiff_env.loading import resolve_model
-from addiff_env.scorers import load_pixel_text_reward
+from addiff_env.scorers import load_scorer
 
 QUALITY = (
     "clip_score",
@@ -23,7 +24,6 @@ QUALITY = (
     "attention_entropy",
 )
 TIMESTEP_WIDTH = 128
-SCORE_LIMIT = 30.0  # reward-model scores are clamped to this, so that the observation space is bounded
 
 
 def timestep_embedding(timesteps: torch.Tensor, width: int = TIMESTEP_WIDTH) -> torch.Tensor:
@@ -59,8 +59,12 @@ class Perception:
     """The frozen encoders and the reward model of one environment.
 
     Args:
-        clip, dino, scorer: model folders (or ``addiff_env:<path>``).
+        clip, dino: model folders (or ``addiff_env:<path>``), Hub ids, or what `addiff_env.encoders` lists.
+        scorer: a setting of `addiff_env.scorers.load_scorer`.
         device: where they live.
+
+    Attributes:
+        score_limit: reward scores lie in [-score_limit, score_limit], so that the observation space is bounded.
 
     Raises:
         FileNotFoundError, ValueError: a model is missing or damaged; the message names it.
@@ -70,7 +74,8 @@ class Perception:
         self.device = device
         self.clip = load_clip(resolve_model(clip), str(device))
         self.dino = load_dino(resolve_model(dino), str(device))
-        self.scorer = load_pixel_text_reward(resolve_model(scorer), str(device))
+        self.scorer = load_scorer(scorer, str(device))
+        self.score_limit = float(self.scorer.limit)
         self._flops: dict[tuple[int, ...], float] = {}
 
     def look(self, pictures: torch.Tensor, prompts: list[str]) -> Look:
@@ -80,7 +85,7 @@ class Perception:
             features,
             self.dino.image_features(pictures),
             (features * self.clip.text_features(prompts)).sum(1),
-            self.scorer.score(pictures, prompts).to(self.device).clamp(-SCORE_LIMIT, SCORE_LIMIT),
+            self.scorer.score(pictures, prompts).to(self.device).clamp(-self.score_limit, self.score_limit),
         )
 
     def flops(self, height: int, width: int) -> float:
@@ -92,5 +97,6 @@ class Perception:
         return self._flops[height, width]
 
     def text_flops(self) -> float:
-        """FLOPs of CLIP's reading of one prompt, done once a lane."""
-        return count_flops(lambda: self.clip.encode_text(""), self.device)
+        """FLOPs of reading one prompt, done once a lane: by CLIP, and by a scorer that reads apart from looking."""
+        readers = {id(reader): reader for reader in (self.clip, getattr(self.scorer, "text_encoder", None)) if reader}
+        return sum(count_flops(partial(reader.encode_text, ""), self.device) for reader in readers.values())

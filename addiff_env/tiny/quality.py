@@ -33,6 +33,7 @@ from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 import addiff_env
 from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
+from addiff_env.costs import best_seconds
 from addiff_env.encoders import CLIPEncoder
 from addiff_env.loading import DTYPES, quiet_loading, resolve_dtype
 from addiff_env.scorers import PixelTextReward
@@ -287,16 +288,6 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def best_seconds(call: Callable[[], Any], repeats: int = 5, warmups: int = 2) -> float:
-    """Wall-clock seconds of the fastest of ``repeats`` calls, after ``warmups``."""
-    times = []
-    for _ in range(warmups + repeats):
-        started = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - started)
-    return min(times[warmups:])
-
-
 def lane_milliseconds(backbone: Backbone, clip: CLIPEncoder) -> float:
     """Milliseconds per lane of one guided evaluation, the preview's decode and CLIP's look at it; batch `LANES`."""
     rows = pick(load_split("test"), LANES // len(CATEGORIES))
@@ -305,11 +296,11 @@ def lane_milliseconds(backbone: Backbone, clip: CLIPEncoder) -> float:
     latents = initial_noise(backbone, latent_shape(backbone), [row["seed"] for row in rows])
     at, scale = torch.full((len(rows),), early_step(50), device=backbone.device), addiff_env.TINY["guidance_scale"]
 
-    def look() -> list[float]:
+    def look() -> torch.Tensor:
         x0 = backbone.predict(latents, schedule.timesteps[at], schedule.here.at(at), conditioning, scale).x0
-        return clip.image_features(backbone.decode(x0))[:, 0].tolist()  # reading values waits for a GPU
+        return clip.image_features(backbone.decode(x0))
 
-    return 1000 * best_seconds(look) / len(rows)
+    return 1000 * best_seconds(look, backbone.device) / len(rows)
 
 
 def weight_bytes(weights: Path) -> dict[str, int]:

@@ -1,7 +1,6 @@
-"""Scorers: frozen models (image, prompt) -> score.
+"""`PixelTextReward` stands in ImageReward's place (Xu et al. 2023) where pictures are small.
 
-`PixelTextReward` stands in ImageReward's place (Xu et al. 2023) where pictures are small: a
-transformer that looks at a picture and its prompt together and says, as one logit, whether they match.
+It is a transformer that looks at a picture and its prompt together and says, as one logit, whether they match.
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from addiff_env.loading import shared
+from addiff_env.preprocessing import check_pairs
+from addiff_env.scorers.base import LOGIT_LIMIT
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
-RANGE_TOLERANCE = 0.01  # decoders overshoot [0, 1] a little; more than this is a mistake of the caller
 
 
 class _Residual(nn.Module):
@@ -66,6 +66,8 @@ class PixelTextReward(nn.Module):
     learned read-out token pass through a transformer. ``score_mean`` and ``score_std`` are the
     logit's statistics on held-out generated pictures, for normalisation.
     """
+
+    limit = LOGIT_LIMIT
 
     def __init__(
         self,
@@ -151,15 +153,15 @@ class PixelTextReward(nn.Module):
         """Logits (B,) float32 of pictures (B, 3, H, W) in [0, 1] under their prompts.
 
         Raises:
-            ValueError: empty batch, as many prompts as pictures not given, NaN, or values outside [0, 1].
+            TypeError, ValueError: as `check_pairs`.
         """
-        _check_pictures(pictures, len(prompts))
+        texts = check_pairs(pictures, prompts)
         weight = self.head.weight
         size = self.config["size"]
         pictures = pictures.detach().to(weight.device, weight.dtype).clamp(0, 1)
         if pictures.shape[-2:] != (size, size):
             pictures = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
-        ids, mask = self.tokenize(list(prompts))
+        ids, mask = self.tokenize(texts)
         return self(pictures, ids.to(weight.device), mask.to(weight.device)).float()
 
     def save_pretrained(self, folder: str | Path, tokenizer: CLIPTokenizer) -> None:
@@ -217,15 +219,3 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its {CONFIG}: {error}") from error
-
-
-def _check_pictures(pictures: torch.Tensor, prompts: int) -> None:
-    if pictures.ndim != 4 or pictures.shape[1] != 3:
-        raise ValueError(f"expected pictures of shape (B, 3, H, W), got {tuple(pictures.shape)}")
-    if len(pictures) != prompts:
-        raise ValueError(f"{len(pictures)} pictures but {prompts} prompts")
-    if prompts == 0:
-        raise ValueError("an empty batch has no scores")
-    low, high = float(pictures.min()), float(pictures.max())  # NaN if any value is
-    if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
-        raise ValueError(f"pictures lie in [0, 1] without NaN, got [{low:.4g}, {high:.4g}]")

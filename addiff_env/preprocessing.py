@@ -1,0 +1,177 @@
+"""From pictures to a network's input: checks, and what a model's own image processor does, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, resize
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
+OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+RANGE_TOLERANCE = 0.01  # decoders overshoot [0, 1] a little; more than this is a mistake of the caller
+RESIZES = ("shortest", "longest", "squash")
+_PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}  # what an image processor's `resample` number means
+
+
+def check_pictures(pictures: torch.Tensor) -> None:
+    """Refuse anything but finite pictures (B, 3, H, W) in [0, 1].
+
+    Raises:
+        TypeError: no tensor. ValueError: with the offending shape, dtype or values.
+    """
+    if not isinstance(pictures, torch.Tensor):
+        raise TypeError(f"pictures must be a tensor (B, 3, H, W), got {type(pictures).__name__}")
+    if pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise ValueError(f"expected pictures of shape (B, 3, H, W), got {tuple(pictures.shape)}")
+    if pictures.numel() == 0:
+        raise ValueError(f"an empty batch of pictures, {tuple(pictures.shape)}, has no features or scores")
+    if not pictures.is_floating_point():
+        raise ValueError(f"pictures must be floating point in [0, 1], got {pictures.dtype}; divide 0-255 by 255")
+    low, high = torch.stack(torch.aminmax(pictures.detach())).tolist()  # one transfer; NaN if any value is
+    if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
+        raise ValueError(f"pictures lie in [0, 1] without NaN, got [{low:.4g}, {high:.4g}]")
+
+
+def check_texts(prompts: Sequence[str]) -> list[str]:
+    """The prompts as a list.
+
+    Raises:
+        TypeError: a single string where a list belongs, or an entry that is no string. ValueError: none at all.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of strings, one per picture, got the string {prompts!r}")
+    texts = list(prompts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"a prompt must be a string, got {type(text).__name__}: {text!r}")
+    if not texts:
+        raise ValueError("an empty list of prompts has no features or scores")
+    return texts
+
+
+def check_pairs(pictures: torch.Tensor, prompts: Sequence[str]) -> list[str]:
+    """Both checks, and that every picture has its prompt; returns the prompts as a list.
+
+    Raises:
+        TypeError, ValueError: as `check_pictures` and `check_texts`, or the numbers differ.
+    """
+    check_pictures(pictures)
+    texts = check_texts(prompts)
+    if len(pictures) != len(texts):
+        raise ValueError(f"{len(pictures)} pictures but {len(texts)} prompts")
+    return texts
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """A model's image processor as a function of device tensors: resize, crop or pad, normalise.
+
+    Nothing passes through PIL: torch's antialiased filters are Pillow's (bicubic with a = -0.5), and its 8-bit
+    arithmetic is done here as well, so that the pixels are those of the official processors.
+
+    Attributes:
+        size: side of the network's square input, pixels.
+        mean, std: per channel, of pictures in [0, 1].
+        resize: ``shortest`` side to ``edge``, then the centre is cropped as torchvision does (CLIP, DINOv2);
+            ``longest`` side to ``size``, then black bars are added (HPS v2); ``squash`` to ``size`` whatever the
+            proportions (DINO).
+        edge: pixels that the shortest side gets before the crop; None is ``size``.
+        interpolation: ``bicubic`` or ``bilinear``; both antialiased.
+        eight_bit: resample along the rows, then along the columns, and after each cut off what overshoots and round to
+            1/255, as Pillow does; False where the official code resizes float tensors.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: str = "shortest"
+    edge: int | None = None
+    interpolation: str = "bicubic"
+    eight_bit: bool = True
+
+    def __post_init__(self) -> None:
+        if self.resize not in RESIZES:
+            raise ValueError(f"unknown resize {self.resize!r}; known: {', '.join(RESIZES)}")
+        if self.interpolation not in _PILLOW_FILTERS.values():
+            known = ", ".join(_PILLOW_FILTERS.values())
+            raise ValueError(f"unknown interpolation {self.interpolation!r}; known: {known}")
+
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Network input (B, 3, size, size) float32 of pictures (B, 3, H, W) in [0, 1]."""
+        pixels = self._fit(pictures.float().clamp(0, 1))
+        return (pixels - pixels.new_tensor(self.mean).view(3, 1, 1)) / pixels.new_tensor(self.std).view(3, 1, 1)
+
+    def _fit(self, pictures: torch.Tensor) -> torch.Tensor:
+        if self.resize == "squash":
+            return self._resize(pictures, self.size, self.size)
+        if self.resize == "longest":
+            return self._pad(self._resize(pictures, *self._inside(*pictures.shape[-2:])))
+        return center_crop(self._resize(pictures, *self._around(*pictures.shape[-2:])), [self.size, self.size])
+
+    def _inside(self, height: int, width: int) -> tuple[int, int]:
+        """Size with the longest side at ``size``, in the same proportions."""
+        scale = self.size / max(height, width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def _around(self, height: int, width: int) -> tuple[int, int]:
+        """Size with the shortest side at ``edge``, in the same proportions (rounded down, as torchvision does)."""
+        edge, shortest = self.edge or self.size, min(height, width)
+        return edge * height // shortest, edge * width // shortest
+
+    def _resize(self, pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        if not self.eight_bit:
+            return self._resample(pictures, height, width)
+        for size in ((pictures.shape[-2], width), (height, width)):
+            if pictures.shape[-2:] != size:
+                pictures = (self._resample(pictures, *size).clamp(0, 1) * 255).round() / 255
+        return pictures
+
+    def _resample(self, pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        return resize(pictures, [height, width], InterpolationMode(self.interpolation), antialias=True)
+
+    def _pad(self, pictures: torch.Tensor) -> torch.Tensor:
+        missing = [self.size - side for side in pictures.shape[-2:]]
+        top, left = (number // 2 for number in missing)
+        return F.pad(pictures, (left, missing[1] - left, top, missing[0] - top))
+
+    @classmethod
+    def of_processor(cls, processor: Any) -> Preprocess:
+        """What a transformers image processor (CLIP's, BiT's for DINOv2, ViT's for DINO) does.
+
+        Raises:
+            ValueError: it does something that this class does not know; the message shows it.
+        """
+        crop = processor.crop_size if getattr(processor, "do_center_crop", None) else None
+        edge, height, width = (processor.size.get(name) for name in ("shortest_edge", "height", "width"))
+        interpolation = _PILLOW_FILTERS.get(int(processor.resample))
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        if interpolation and edge is not None and crop is not None and crop["height"] == crop["width"]:
+            return cls(crop["height"], mean, std, "shortest", edge, interpolation)
+        if interpolation and edge is None and crop is None and height is not None and height == width:
+            return cls(height, mean, std, "squash", interpolation=interpolation)
+        raise ValueError(
+            f"{type(processor).__name__} with size {processor.size}, crop {crop} and resample {processor.resample} "
+            "is not supported: expected a shortest edge with a square crop, or a square size"
+        )
+
+    @classmethod
+    def of_open_clip(cls, config: dict[str, Any]) -> Preprocess:
+        """What open_clip's own transform does with a ``preprocess_cfg`` (``size``, ``mean``, ``resize_mode``, ...).
+
+        Raises:
+            ValueError: the network's input is not square.
+        """
+        size = config["size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        if height != width:
+            raise ValueError(f"open_clip models with input {height} x {width} are not supported: it must be square")
+        mean, std = (config.get(name) or default for name, default in zip(("mean", "std"), OPENAI_CLIP, strict=True))
+        # "random" concerns training only; open_clip evaluates such models with bicubic.
+        interpolation = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
+        resize = config.get("resize_mode") or "shortest"
+        return cls(height, tuple(mean), tuple(std), resize, interpolation=interpolation)
