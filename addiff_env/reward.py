@@ -140,9 +140,9 @@ class RunningScale:
 class RunningScores:
     """Scales of both scores learned from what a policy's pictures scored, instead of the configured ones.
 
-    Between two calls of `apply` the scales stand still, so within a rollout shaping telescopes exactly. Where an episode
-    spans a change, the potential of one state is worth two values and a remainder is left, which shrinks as 1 / count
-    (Devlin & Kudenko 2012 on potentials that move).
+    Between two calls of `apply` the scales stand still, so within a rollout shaping telescopes exactly. Where an
+    episode spans a change, the potential of one state has two values and a remainder is left, which shrinks as
+    1 / count (Devlin & Kudenko 2012 on potentials that move).
     """
 
     least_count = 64  # scores seen before their spread is trusted

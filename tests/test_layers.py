@@ -25,6 +25,7 @@ LAYERS = (  # low to high; a module imports from strictly lower layers, or from 
     "prompts",
     "perception",
     "env",
+    "baselines",
     "agent",
     "sb3",
     "pipeline",
