@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 DECISIVE = ("model", "revision", "lora", "solver", "guidance_scale", "height", "width", "clip", "scorer")
 
 
-def baseline_configuration(env: DiffusionDenoiseVectorEnv, steps: int) -> dict[str, Any]:
+def baseline_configuration(env: DiffusionDenoiseVectorEnv, steps: int | None) -> dict[str, Any]:
     """Everything that the cached scores depend on, JSON-able."""
     settings = {name: getattr(env.config, name) for name in DECISIVE}
     return {"format_version": FORMAT_VERSION, "steps": steps, "dtype": env.backbone.dtype_name, **settings}
