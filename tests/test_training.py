@@ -53,6 +53,7 @@ EVERYTHING = [
 def configure(kwargs, *overrides):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", [*LITTLE, *overrides])
+    OmegaConf.set_struct(cfg, False)
     kwargs = {name: value for name, value in kwargs.items() if name != "prompts"}
     return OmegaConf.merge(cfg, {"env": {"kwargs": kwargs}, "prompts": {"source": PROMPTS}})
 
@@ -210,6 +211,14 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(tmp_path / FILE, {"value": 2}, "a: 1")
     assert load_checkpoint(tmp_path / FILE)["value"] == 1
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+    save_checkpoint(tmp_path / FILE, {"value": (np.float64(2.5), None), "betas": {1: True}}, "a: 1")
+    assert load_checkpoint(tmp_path / FILE)["value"] == [2.5, None]
+    with pytest.raises(TypeError, match="PosixPath"):
+        save_checkpoint(tmp_path / FILE, {"value": [tmp_path]}, "a: 1")
+    assert load_checkpoint(tmp_path / FILE)["betas"] == {1: True}
 
 
 def test_random_streams_are_restored():

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import os
-import pickle
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -133,8 +132,9 @@ def set_random_state(state: dict[str, Any]) -> None:
 def save_checkpoint(path: Path, state: dict[str, Any], config: str) -> None:
     """Write a checkpoint atomically and durably; ``config`` is the run's resolved configuration, as text."""
     partial = path.with_name(path.name + ".partial")
+    content = _plain({"format_version": FORMAT_VERSION, "config": config, **state})
     with partial.open("wb") as file:
-        torch.save({"format_version": FORMAT_VERSION, "config": config, **state}, file)
+        torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -145,6 +145,23 @@ def save_checkpoint(path: Path, state: dict[str, Any], config: str) -> None:
         os.close(folder)
 
 
+def _plain(tree: Any) -> Any:
+    """``tree`` of what ``weights_only`` reads back: tensors, Python's own numbers, strings, lists and dicts.
+
+    Raises:
+        TypeError: something else is in it, which a reader would refuse; better to hear of it when writing.
+    """
+    if isinstance(tree, Mapping):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_plain(value) for value in tree]
+    if isinstance(tree, np.generic):
+        return tree.item()
+    if tree is None or isinstance(tree, (torch.Tensor, bool, int, float, str)):
+        return tree
+    raise TypeError(f"a checkpoint holds tensors, numbers and strings, got {type(tree).__name__}: {str(tree)[:80]}")
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint; nothing in it is executed.
 
@@ -153,7 +170,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # PyTorch's reader raises whatever the damage leads it to
         raise ValueError(f"{path} is no readable checkpoint; resume=false starts anew ({error})") from error
     version = state.get("format_version") if isinstance(state, dict) else None
     if version != FORMAT_VERSION:

@@ -71,7 +71,10 @@ def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Seq
     set_random_seed(cfg.seed)
     training = Training(cfg, run, judge, state)
     began = time.monotonic()
-    training.learn(callbacks)
+    try:
+        training.learn(callbacks)
+    finally:
+        training.model.logger.close()
     agent = training.bundle(time.monotonic() - began)
     agent.save(Path(cfg.out) if cfg.out else run / "agent")
     return Result(agent, training.model.num_timesteps, training.collapsed, training.held_out_summary)
@@ -81,7 +84,7 @@ class Training:
     """The parts of one run, put where ``state`` (a checkpoint) left them, or freshly calibrated without one."""
 
     def __init__(self, cfg: DictConfig, run: Path, judge: Judge | None, state: dict[str, Any] | None) -> None:
-        self.cfg, self.run = cfg, run
+        self.cfg, self.run, self.fresh = cfg, run, state is None
         self.env = build_env(cfg)
         self.model = build_model(cfg, self.env)
         self.held_out = build_held_out(cfg, judge)
@@ -109,7 +112,7 @@ class Training:
             self.model.learn(
                 algorithm.total_timesteps - done,
                 callback=CallbackList(callbacks),
-                reset_num_timesteps=done == 0,
+                reset_num_timesteps=self.fresh,  # which also starts every lane
                 progress_bar=self.cfg.progress_bar,
             )
 
