@@ -36,7 +36,13 @@ FAKES = {
     "scontrol": "printf 'n1\\nn2\\nn3\\n'",
     "hostname": "echo '10.0.0.1 10.0.0.2'",
     "ray": "exec sleep 30",  # as ray start --block
-    "python": 'echo "threads=$OMP_NUM_THREADS" >>"$LOG"; exit "${FAKE_STATUS:-0}"',
+    "python": """
+        echo "threads=$OMP_NUM_THREADS" >>"$LOG"
+        if [[ "$*" == *addiff_env.rllib* ]]; then  # which waits until Ray runs on every node
+            until (($(grep -c '^ray start' "$LOG") == (${FAKE_NODES:-1} > 1 ? 2 : 1))); do sleep 0.02; done
+        fi
+        exit "${FAKE_STATUS:-0}"
+    """,
 }
 
 
