@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from addiff_env.types import Action
 
 FORMAT_VERSION = 1
 PART_NORM = 2.0  # root-mean-square length of every normalised part
-WEIGHTS, CONFIG = "agent.safetensors", "agent.json"
+WEIGHTS, CONFIG, CARD = "agent.safetensors", "agent.json", "README.md"
+# Kinds of files that may run code when they are opened; a bundle needs none of them.
+PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".zip")
 
 
 class PartNorm(nn.Module):
@@ -72,7 +75,7 @@ class Agent:
     """A trained policy with everything needed to run it again.
 
     ``config`` holds ``env`` (``id`` and ``kwargs``), ``observation`` (part widths, in order), ``hidden``,
-    ``reward`` and a ``training`` summary.
+    ``reward``, a ``training`` summary and, once measured, ``results``: benchmark -> metric -> value.
     """
 
     def __init__(self, policy: PolicyNet, config: dict[str, Any]) -> None:
@@ -140,13 +143,14 @@ class Agent:
         """Read a bundle.
 
         Raises:
-            FileNotFoundError: a file is missing; ValueError: unknown format version, damaged weights, or
-            weights that do not fit the description.
+            FileNotFoundError: a file is missing; ValueError: unknown format version, damaged weights,
+            weights that do not fit the description, or a file beside them that could run code.
         """
         folder = Path(folder)
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"no {name} in {str(folder)!r}; train an agent with: make train")
+        _refuse_pickles(folder)
         config = _read_config(folder / CONFIG)
         policy = PolicyNet(config["observation"], config["hidden"])
         try:
@@ -154,6 +158,160 @@ class Agent:
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder / WEIGHTS} is damaged or does not fit its agent.json: {error}") from error
         return cls(policy, config)
+
+    def require_layout(self, parts: dict[str, int]) -> None:
+        """Check that observations made of ``parts`` (widths, in order) are what this agent was trained on.
+
+        Raises:
+            ValueError: they are not; every differing part is named.
+        """
+        ours = self.policy.norm.parts
+        if list(ours.items()) == list(parts.items()):
+            return
+        names = list(dict.fromkeys([*ours, *parts]))
+        differing = [f"{n}: {ours.get(n, 'none')} in the agent, {parts.get(n, 'none')} here" for n in names]
+        differing = [text for n, text in zip(names, differing, strict=True) if ours.get(n) != parts.get(n)]
+        what = "; ".join(differing) or f"the order is {list(ours)} in the agent, {list(parts)} here"
+        raise ValueError(f"the agent sees other observations than this environment makes ({what})")
+
+    # ----------------------------------------------------------------- sharing
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None, token: str | None = None) -> Agent:
+        """Load a bundle from a folder or, by ``owner/name``, from the Hugging Face Hub.
+
+        Nothing but weights, description and card is downloaded, and nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: neither such a folder nor such a repository; ValueError: as `load`.
+        """
+        if Path(name).is_dir():
+            return cls.load(name)
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            files = [WEIGHTS, CONFIG, CARD]
+            folder = snapshot_download(str(name), revision=revision, token=token, allow_patterns=files)
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise FileNotFoundError(f"no agent {str(name)!r}, neither as a folder nor on the Hub: {error}") from error
+        return cls.load(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        api: Any = None,
+    ) -> str:
+        """Upload the bundle and its model card to ``owner/name`` on the Hugging Face Hub; returns the commit's address.
+
+        Args:
+            repo_id: the repository, made if there is none.
+            private: who may see a new repository; None: the owner's default.
+            revision: branch; None: the main one.
+            token: None: the one of ``hf auth login``.
+            api: a `huggingface_hub.HfApi`, if not the default one.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        """
+        if api is None:
+            from huggingface_hub import HfApi
+
+            api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            (Path(folder) / CARD).write_text(self.model_card(repo_id), encoding="utf-8")
+            message = f"Upload agent {self.fingerprint}"
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+        return str(getattr(commit, "commit_url", commit))
+
+    def model_card(self, repo_id: str = "owner/name") -> str:
+        """Markdown for the Hub: what the agent does, how to run it, what was measured."""
+        from huggingface_hub import ModelCardData
+
+        data = ModelCardData(
+            model_name=repo_id.split("/")[-1],
+            library_name="addiff-env",
+            pipeline_tag="text-to-image",
+            tags=["reinforcement-learning", "diffusion", "gymnasium"],
+            eval_results=self._eval_results() or None,
+        )
+        return f"---\n{data.to_yaml()}\n---\n{self._card_text(repo_id)}"
+
+    def _eval_results(self) -> list[Any]:
+        from huggingface_hub import EvalResult
+
+        return [
+            EvalResult(
+                task_type="text-to-image",
+                dataset_type=benchmark,
+                dataset_name=benchmark,
+                metric_type=metric,
+                metric_value=value,
+            )
+            for benchmark, metrics in self.config.get("results", {}).items()
+            for metric, value in metrics.items()
+        ]
+
+    def _card_text(self, repo_id: str) -> str:
+        training, results = self.config.get("training", {}), self.config.get("results", {})
+        held_out = {f"held_out/{name}": value for name, value in training.get("held_out", {}).items()}
+        measured = [_markdown_table(name, values) for name, values in results.items()]
+        numbers = training.get("last_rollout", {}) | held_out
+        return _CARD_TEXT.format(
+            name=repo_id.split("/")[-1],
+            repo_id=repo_id,
+            env=self.config.get("env", {}).get("id", "an unnamed environment"),
+            measured="\n\n".join(measured) or "Not yet evaluated on a benchmark.",
+            timesteps=training.get("timesteps", "an unknown number of"),
+            seed=training.get("seed", "unknown"),
+            fingerprint=self.fingerprint,
+            training=_markdown_table("last rollout, held-out prompts", numbers) if numbers else "",
+        )
+
+
+_CARD_TEXT = """
+# {name}
+
+A policy that decides, step by step, how a text-to-image diffusion model spends its evaluations: continue, stop, or
+refine a region. Trained on `{env}`; the diffusion model's weights are not in here and were not changed.
+
+```python
+from addiff_env.agent import Agent
+
+agent = Agent.from_pretrained("{repo_id}")
+```
+
+Two files, `agent.safetensors` and `agent.json`; loading them runs no code.
+
+## Measured
+
+{measured}
+
+## Training
+
+{timesteps} decisions, seed {seed}; weights `{fingerprint}`.
+
+{training}
+"""
+
+
+def _markdown_table(title: str, values: dict[str, Any]) -> str:
+    rows = [f"| {name} | {value} |" for name, value in values.items()]
+    return "\n".join([f"| {title} | value |", "|---|---|", *rows])
+
+
+def _refuse_pickles(folder: Path) -> None:
+    found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLED)
+    if found:
+        raise ValueError(
+            f"{str(folder)!r} holds {', '.join(found)}: files of this kind can run code when opened, and an agent "
+            f"bundle needs only {WEIGHTS} and {CONFIG}; remove them if you trust the rest"
+        )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -168,4 +326,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}")
     if missing := {"observation", "hidden"} - set(config):
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
+    layout = config["observation"]
+    widths = [*layout.values(), config["hidden"]] if isinstance(layout, dict) and layout else [None]
+    if not all(isinstance(width, int) and not isinstance(width, bool) and width > 0 for width in widths):
+        raise ValueError(
+            f"{path}: observation must map parts to widths and hidden be a width, positive integers, "
+            f"got {str(layout)[:80]} and {config['hidden']!r}"
+        )
     return config

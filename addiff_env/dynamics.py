@@ -6,6 +6,7 @@ No policy, reward or Gymnasium here: `addiff_env.refine` adds RegionRefine, `add
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ class Lanes:
     schedule: Schedule
     latent_shape: tuple[int, int, int]
     price: dict[str, float]  # FLOPs per lane of: denoiser (one pass), decode, text (one prompt), start
+    _tensors: tuple[str, ...] = ("latents", "x0", "previous_x0", "has_previous", "faults", "maps", "unet_features")
+    _arrays: tuple[str, ...] = ("seed", "step_index", "nfe", "net_flops", "done")
 
     def _set_up(self) -> None:
         """Load the model and make the schedule."""
@@ -76,6 +79,36 @@ class Lanes:
         self.step_index[lanes], self.nfe[lanes] = 0, 0
         self.net_flops[lanes] = self.price["start"]
         self.done[lanes] = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the lanes go on: copies on the CPU, tensors, numbers and strings only.
+
+        `load_state_dict` of an environment with the same settings then continues exactly as this one would. What can be
+        computed again (encoded prompts) is left out.
+        """
+        state: dict[str, Any] = {name: getattr(self, name).detach().cpu().clone() for name in self._tensors}
+        state |= {name: torch.from_numpy(getattr(self, name).copy()) for name in self._arrays}
+        generators = [generator.get_state() for generator in self.generators]
+        return state | {"prompt": [str(prompt) for prompt in self.prompt], "generators": generators}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put the lanes where `state_dict` found them.
+
+        Raises:
+            ValueError: the state is that of other settings (number of lanes, size, model); the message shows both.
+        """
+        for name in (*self._tensors, *self._arrays):
+            wanted, got = tuple(getattr(self, name).shape), tuple(state[name].shape)
+            if wanted != got:
+                raise ValueError(f"the state is that of another environment: {name} is {got} there, {wanted} here")
+        for name in self._tensors:
+            getattr(self, name).copy_(state[name])
+        for name in self._arrays:
+            getattr(self, name)[:] = state[name].numpy()
+        for generator, saved in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(saved)
+        self.prompt = list(state["prompt"])
+        self.conditioning.put(self._index(np.arange(self.num_envs)), self.backbone.encode_prompts(self.prompt))
 
     def _index(self, lanes: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(lanes, device=self.backbone.device)

@@ -91,6 +91,8 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         "render_fps": 4,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
+    _tensors = (*RefinableLanes._tensors, "clip_text")
+    _arrays = (*RefinableLanes._arrays, "clip_score", "reward_score", "similarity", "fault", "decisions")
 
     def __init__(
         self, num_envs: int = 1, autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP, **settings: Any
@@ -168,6 +170,27 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         self.clip_score, self.reward_score, self.similarity = np.zeros(n), np.zeros(n), np.ones(n)
         self.fault, self.decisions = np.zeros(n, bool), np.zeros(n, np.int64)
         self._started = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """All lanes, what was seen of them, and the stream that new episodes are drawn from; see `Lanes.state_dict`."""
+        looks = {
+            name: {key: value.cpu().clone() for key, value in vars(getattr(self, name)).items()}
+            for name in ("seen", "seen_before")
+        }
+        pictures = [None if picture is None else torch.from_numpy(picture.copy()) for picture in self.pictures]
+        stream = self.np_random.bit_generator.state
+        return super().state_dict() | looks | {"pictures": pictures, "stream": stream, "started": self._started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`; raises as `Lanes.load_state_dict`."""
+        super().load_state_dict(state)
+        every = self._index(np.arange(self.num_envs))
+        for name in ("seen", "seen_before"):
+            look: Look = getattr(self, name)
+            look.put(every, Look(**{key: value.to(self.backbone.device) for key, value in state[name].items()}))
+        self.pictures = [None if picture is None else picture.numpy().copy() for picture in state["pictures"]]
+        self.np_random.bit_generator.state = state["stream"]
+        self._started = state["started"]
 
     def close_extras(self, **kwargs: Any) -> None:
         """Let go of the models; the last environment that held them frees their memory."""

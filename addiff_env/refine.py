@@ -14,6 +14,9 @@ from addiff_env.samplers import Level, add_noise
 class RefinableLanes(Lanes):
     """Lanes that can go back in time inside a mask (``refine_masks``, (B, 1, h, w) in [0, 1], 1 = renew)."""
 
+    _tensors = (*Lanes._tensors, "refine_masks")
+    _arrays = (*Lanes._arrays, "refines")
+
     def _make_lanes(self) -> None:
         super()._make_lanes()
         self.refine_masks = torch.zeros(self.num_envs, 1, *self.latent_shape[1:], device=self.backbone.device)

@@ -2,11 +2,15 @@
 
 Shaping is potential-based (Ng, Harada & Russell 1999), so it guides learning and pays nothing for mere
 continuing; instability is a penalty only; every further evaluation costs.
+
+Three things may move while a policy is trained, each between rollouts and never inside one: the scales that turn
+scores into qualities (`RunningScores`), the price of an evaluation (`DualVariable`), and, fixed per (prompt, seed),
+the baseline that the terminal quality is counted from (`relative_to_baseline`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -88,3 +92,112 @@ def step_reward(
         "fault": np.where(broken, -config.fault, 0.0),
     }
     return parts | {"total": sum(parts.values())}
+
+
+def relative_to_baseline(
+    config: RewardConfig, parts: dict[str, np.ndarray], baseline: np.ndarray, terminated: np.ndarray
+) -> dict[str, np.ndarray]:
+    """``parts`` of `step_reward` with the terminal quality counted from ``baseline`` (B,), as a new mapping.
+
+    The baseline is a constant of the lane's prompt and seed and is taken off however the lane ended, also by a fault:
+    every policy's return moves by the same amount, so the best policy stays the best, and a prompt's difficulty no
+    longer looks like the policy's merit.
+
+    Raises:
+        ValueError: a terminated lane has no finite baseline.
+    """
+    if not np.isfinite(baseline[terminated]).all():
+        raise ValueError(f"baselines of terminated lanes must be finite, got {baseline[terminated]}")
+    less = np.where(terminated, config.terminal * np.nan_to_num(baseline), 0.0)
+    return parts | {"terminal": parts["terminal"] - less, "total": parts["total"] - less}
+
+
+@dataclass
+class RunningScale:
+    """Mean and spread of everything seen, without keeping it (Welford 1962; batches as in Chan et al. 1979)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared distances from the mean
+
+    def update(self, values: np.ndarray) -> None:
+        """Take in ``values`` (n,); those that are not finite are left out."""
+        values = np.asarray(values, dtype=np.float64)
+        values = values[np.isfinite(values)]
+        if len(values) == 0:
+            return
+        total, distance = self.count + len(values), float(values.mean()) - self.mean
+        self.squares += float(((values - values.mean()) ** 2).sum()) + distance**2 * self.count * len(values) / total
+        self.mean += distance * len(values) / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation; 0 before two values were seen."""
+        return float(np.sqrt(self.squares / self.count)) if self.count > 1 else 0.0
+
+
+class RunningScores:
+    """Scales of both scores learned from what a policy's pictures scored, instead of the configured ones.
+
+    Between two calls of `apply` the scales stand still, so within a rollout shaping telescopes exactly. Where an
+    episode spans a change, the potential of one state has two values and a remainder is left, which shrinks as
+    1 / count (Devlin & Kudenko 2012 on potentials that move).
+    """
+
+    least_count = 64  # scores seen before their spread is trusted
+    least_std = 1e-3  # a score that hardly varies is not blown up
+
+    def __init__(self) -> None:
+        self.clip, self.reward = RunningScale(), RunningScale()
+
+    def update(self, clip_score: np.ndarray, reward_score: np.ndarray) -> None:
+        """Take in the scores (n,) of pictures."""
+        self.clip.update(clip_score)
+        self.reward.update(reward_score)
+
+    def apply(self, config: RewardConfig) -> RewardConfig:
+        """``config`` with the scales learned so far; its own while too little was seen."""
+        for name, scale in (("clip", self.clip), ("reward", self.reward)):
+            if scale.count >= self.least_count:
+                std = max(scale.std, self.least_std)
+                config = replace(config, **{f"{name}_mean": scale.mean, f"{name}_std": std})
+        return config
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state."""
+        return {"clip": dict(vars(self.clip)), "reward": dict(vars(self.reward))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.clip, self.reward = RunningScale(**state["clip"]), RunningScale(**state["reward"])
+
+
+@dataclass
+class DualVariable:
+    """The price of an evaluation that makes the mean NFE meet a target: Lagrange multiplier of a constrained MDP.
+
+    Maximising quality subject to E[NFE] <= target is relaxed to quality - c * NFE (Altman 1999), and c follows the
+    violated constraint upwards on a slower clock than the policy (Tessler, Mankowitz & Mannor 2019, eq. 9). The ascent
+    is done on log c, c <- c * exp(rate * (NFE / target - 1)): c stays positive and ``rate`` has no unit.
+
+    Raises:
+        ValueError: a target, rate or price that is not positive.
+    """
+
+    target_nfe: float  # mean denoiser evaluations per picture
+    value: float = 0.01  # c, reward per evaluation
+    rate: float = 0.05  # relative change of c per update while the mean NFE is twice the target
+    least: float = 1e-6
+    most: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("target_nfe", "value", "rate", "least", "most"):
+            if not (np.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"the dual variable's {name} must be a positive number, got {getattr(self, name)!r}")
+
+    def update(self, mean_nfe: float) -> float:
+        """Move c once, by the mean NFE of the episodes just ended; returns it."""
+        step = self.rate * (mean_nfe / self.target_nfe - 1)
+        self.value = float(np.clip(self.value * np.exp(step), self.least, self.most))
+        return self.value

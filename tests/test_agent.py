@@ -2,12 +2,14 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from addiff_env import agent as module
 from addiff_env.agent import CONFIG, WEIGHTS, Agent, PolicyNet
@@ -175,14 +177,104 @@ def test_pickles_are_never_opened(bundle: Path, tmp_path: Path, torch_zip: bool)
         torch.save({"state": Canary(sung)}, evil)
     else:
         evil.write_bytes(pickle.dumps(Canary(sung)))
-    Agent.load(bundle)  # a stray pickle is left alone
-    (bundle / WEIGHTS).write_bytes(evil.read_bytes())
+    with pytest.raises(ValueError, match=r"agent\.pkl.*can run code"):
+        Agent.load(bundle)
+    data = evil.read_bytes()
+    evil.unlink()
+    (bundle / WEIGHTS).write_bytes(data)
     with pytest.raises(ValueError, match=WEIGHTS):
         Agent.load(bundle)
-    (bundle / CONFIG).write_bytes(evil.read_bytes())
+    (bundle / CONFIG).write_bytes(data)
     with pytest.raises(ValueError, match=CONFIG):
         Agent.load(bundle)
     (bundle / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=WEIGHTS):
         Agent.load(bundle)
     assert not sung.exists()
+
+
+# ------------------------------------------------------------------ layouts
+
+
+def test_another_layout_is_refused_part_by_part() -> None:
+    agent = make_agent()
+    agent.require_layout(dict(PARTS))
+    with pytest.raises(ValueError, match="other observations") as error:
+        agent.require_layout({**PARTS, "quality": 9, "dino": 4})
+    assert "quality: 8 in the agent, 9 here" in str(error.value) and "dino: none in the agent, 4" in str(error.value)
+    assert "timestep" not in str(error.value)
+    with pytest.raises(ValueError, match="the order is"):
+        agent.require_layout(dict(reversed(PARTS.items())))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"observation": {}}, {"observation": [1]}, {"observation": {"a": -1}}, {"hidden": "16"}, {"hidden": True}],
+)
+def test_a_nonsensical_layout_is_refused(bundle: Path, change: dict[str, Any]) -> None:
+    config = json.loads((bundle / CONFIG).read_text()) | change
+    (bundle / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="positive integers") as error:
+        Agent.load(bundle)
+    assert CONFIG in str(error.value)
+
+
+# ------------------------------------------------------------------ the Hub
+
+
+class FakeApi:
+    """Keeps what would have been uploaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.calls = folder, []
+
+    def create_repo(self, repo_id: str, **options: Any) -> None:
+        self.calls.append(("create_repo", repo_id, options))
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> Any:
+        shutil.copytree(folder_path, self.folder / repo_id)
+        self.calls.append(("upload_folder", repo_id, options))
+        return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/commit/1"})()
+
+
+def test_the_hub_gets_and_gives_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obs: np.ndarray) -> None:
+    agent, api = make_agent(), FakeApi(tmp_path)
+    agent.config["results"] = {"tiny-test": {"success": 0.83, "nfe": 12.4}}
+    assert agent.push_to_hub("someone/my-agent", private=True, api=api) == "https://hub/someone/my-agent/commit/1"
+    assert [call[0] for call in api.calls] == ["create_repo", "upload_folder"]
+    assert api.calls[0][2] == {"private": True, "exist_ok": True}
+    assert agent.fingerprint in api.calls[1][2]["commit_message"]
+    uploaded = tmp_path / "someone" / "my-agent"
+    assert sorted(path.name for path in uploaded.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+
+    asked: dict[str, Any] = {}
+
+    def download(repo_id: str, **options: Any) -> str:
+        asked.update(options, repo_id=repo_id)
+        return str(uploaded)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    again = Agent.from_pretrained("someone/my-agent", revision="main")
+    np.testing.assert_array_equal(again.logits(obs), agent.logits(obs))
+    assert asked["repo_id"] == "someone/my-agent" and asked["revision"] == "main"
+    assert set(asked["allow_patterns"]) == {"README.md", CONFIG, WEIGHTS}  # a pickle would not even be fetched
+    assert Agent.from_pretrained(uploaded).fingerprint == agent.fingerprint
+
+
+def test_the_model_card_carries_what_was_measured() -> None:
+    agent = make_agent()
+    assert "Not yet evaluated" in agent.model_card("someone/my-agent")
+    agent.config["results"] = {"tiny-test": {"success": 0.83, "nfe": 12.4}}
+    card = ModelCard(agent.model_card("someone/my-agent"))
+    measured = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    assert measured == {("tiny-test", "success"): 0.83, ("tiny-test", "nfe"): 12.4}
+    assert card.data.pipeline_tag == "text-to-image" and card.data.library_name == "addiff-env"
+    assert "| success | 0.83 |" in card.text and agent.fingerprint in card.text
+    assert 'Agent.from_pretrained("someone/my-agent")' in card.text
+
+
+@pytest.mark.parametrize("name", ["someone/none", "not a repository!", "/nowhere/at/all"])
+def test_a_missing_agent_is_named(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="neither as a folder nor on the Hub") as error:
+        Agent.from_pretrained(name)
+    assert repr(name) in str(error.value)

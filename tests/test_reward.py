@@ -1,5 +1,6 @@
 """The reward, recomputed by hand."""
 
+import json
 import math
 from itertools import pairwise
 
@@ -9,7 +10,16 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from addiff_env.reward import COMPONENTS, RewardConfig, quality, step_reward
+from addiff_env.reward import (
+    COMPONENTS,
+    DualVariable,
+    RewardConfig,
+    RunningScale,
+    RunningScores,
+    quality,
+    relative_to_baseline,
+    step_reward,
+)
 
 
 def one_step(
@@ -42,7 +52,7 @@ def test_components_by_hand() -> None:
     )
     ending = one_step(config, 0.4, 0.6, 0.8, 0, end=True)
     assert ending == pytest.approx(
-        {"shaping": -0.8, "instability": -0.1, "efficiency": 0, "terminal": 1.8, "total": 0.9}
+        {"shaping": -0.8, "instability": -0.1, "efficiency": 0, "terminal": 1.8, "fault": 0, "total": 0.9}
     )
 
 
@@ -107,3 +117,139 @@ def test_bad_settings_are_quoted(value: object) -> None:
 def test_unknown_settings_are_quoted() -> None:
     with pytest.raises(ValueError, match="unknown reward setting 'nfe'.*efficiency"):
         RewardConfig.from_dict({"nfe": 1})
+
+
+# ------------------------------------------------------------------ a whole trajectory, an MDP
+
+
+def test_a_short_trajectory_by_hand() -> None:
+    """Continue, refine (2 evaluations), stop; scores to quality to every component, with plain arithmetic."""
+    config = RewardConfig(clip_weight=0.5, reward_weight=0.5, clip_mean=0.2, clip_std=0.1, gamma=0.9, instability=0.1)
+    scores = [(0.2, 0.0), (0.3, 1.0), (0.1, 2.0), (0.2, 2.0)]  # (CLIP cosine, reward model) of each picture
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    phi = [0.5 * sigmoid((clip - 0.2) / 0.1) + 0.5 * sigmoid(reward) for clip, reward in scores]
+    np.testing.assert_allclose(quality(*np.array(scores).T, config), phi, rtol=1e-12)
+    similarity, nfe, end = [0.9, 0.5, 1.0], [1, 2, 0], [False, False, True]
+    expected = [
+        {"shaping": 0.9 * phi[1] - phi[0], "instability": -0.01, "efficiency": -0.01, "terminal": 0.0},
+        {"shaping": 0.9 * phi[2] - phi[1], "instability": -0.05, "efficiency": -0.02, "terminal": 0.0},
+        {"shaping": -phi[2], "instability": 0.0, "efficiency": 0.0, "terminal": phi[3]},
+    ]
+    for t in range(3):
+        parts = one_step(config, phi[t], phi[t + 1], similarity[t], nfe[t], end[t])
+        assert parts == pytest.approx({**expected[t], "fault": 0.0, "total": sum(expected[t].values())})
+
+
+@given(qualities, st.integers(0, 10))
+def test_duplicates_of_a_state_are_never_paid(phis: list[float], at: int) -> None:
+    """Standing still (same quality, same picture, no progress) earns nothing, wherever it is put in."""
+    at = min(at, len(phis) - 2)
+    config = RewardConfig()
+    plain = sum(part["total"] for part in episode(config, phis))
+    delayed = sum(part["total"] for part in episode(config, [*phis[: at + 1], phis[at], *phis[at + 1 :]]))
+    assert delayed < plain
+    assert one_step(config, phis[at], phis[at], 1.0, 1, end=False)["total"] < 0
+
+
+# Two pictures, good and bad; "look again" moves between qualities. States 0..3 are previews, 4 is the end.
+PHI = np.array([0.2, 0.5, 0.4, 0.8])
+NEXT = {0: {0: 1, 2: 0}, 1: {0: 3, 2: 2}, 2: {0: 3, 2: 1}, 3: {0: 3, 2: 2}}  # action -> next preview; 1 stops
+COST = {0: 1, 1: 0, 2: 2}  # evaluations of continue, stop, refine
+
+
+def action_values(config: RewardConfig, gamma: float) -> np.ndarray:
+    """Q (4, 3) by value iteration, rewards from `step_reward`."""
+    q = np.full((4, 3), -1e3)  # from below: every policy that never stops is worse than this
+    for _ in range(50):
+        for state in range(4):
+            for action in range(3):
+                end = action == 1
+                after = state if end else NEXT[state][action]
+                step = one_step(config, PHI[state], PHI[after], 1.0, COST[action], end)
+                q[state, action] = step["total"] + (0 if end else gamma * q[after].max())
+    return q
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.95])
+def test_shaping_leaves_the_best_policy_alone(gamma: float) -> None:
+    settings = {"gamma": gamma, "instability": 0.0, "efficiency": 0.03}
+    plain = action_values(RewardConfig(shaping=0.0, **settings), gamma)
+    for weight in (0.5, 1.0, 20.0):
+        shaped = action_values(RewardConfig(shaping=weight, **settings), gamma)
+        np.testing.assert_array_equal(shaped.argmax(1), plain.argmax(1))
+        # Ng, Harada & Russell 1999, theorem 1: shaped Q is plain Q less the weighted potential.
+        np.testing.assert_allclose(shaped, plain - weight * PHI[:, None], atol=1e-9)
+    assert set(plain.argmax(1)) > {1}  # the problem is not trivial: not every state stops
+
+
+# ------------------------------------------------------------------ baselines, running scales, dual variable
+
+
+def test_a_baseline_is_taken_off_every_ending_and_no_other_step() -> None:
+    config = RewardConfig(terminal=2.0)
+    end, fault = np.array([True, True, False]), np.array([False, True, False])
+    parts = step_reward(config, *np.full((3, 3), 0.5), np.ones(3, int), end, fault)
+    relative = relative_to_baseline(config, parts, np.array([0.3, 0.3, np.nan]), end)
+    np.testing.assert_allclose(relative["terminal"], [2 * (0.5 - 0.3), -0.6, 0])
+    np.testing.assert_allclose(relative["total"], parts["total"] - [0.6, 0.6, 0])
+    np.testing.assert_allclose(sum(relative[name] for name in COMPONENTS), relative["total"])
+    assert parts["terminal"][0] == 1.0  # the original is left alone
+    with pytest.raises(ValueError, match="nan"):
+        relative_to_baseline(config, parts, np.array([np.nan, 0.3, 0.3]), end)
+
+
+finite = st.floats(-1e3, 1e3)
+
+
+@given(st.lists(st.lists(finite, max_size=8), max_size=8))
+def test_running_scale_equals_numpy_on_everything(batches: list[list[float]]) -> None:
+    scale = RunningScale()
+    for batch in batches:
+        scale.update(np.array([*batch, np.nan]))
+    seen = np.concatenate([np.array(batch) for batch in batches]) if batches else np.zeros(0)
+    assert scale.count == len(seen)
+    if len(seen) > 1:
+        assert scale.mean == pytest.approx(seen.mean(), abs=1e-8)
+        assert scale.std == pytest.approx(seen.std(), rel=1e-6, abs=1e-5)
+
+
+def test_running_scores_replace_the_configured_scales_once_trusted(rng: np.random.Generator) -> None:
+    config, scores = RewardConfig(), RunningScores()
+    clip, reward = rng.normal(0.6, 0.1, 200), rng.normal(-3, 4, 200)
+    scores.update(clip[:10], reward[:10])
+    assert scores.apply(config) == config
+    scores.update(clip[10:], reward[10:])
+    applied = scores.apply(config)
+    assert (applied.clip_mean, applied.clip_std) == pytest.approx((clip.mean(), clip.std()))
+    assert (applied.reward_mean, applied.reward_std) == pytest.approx((reward.mean(), reward.std()))
+    assert applied.efficiency == config.efficiency
+    again = RunningScores()
+    again.load_state_dict(json.loads(json.dumps(scores.state_dict())))
+    assert again.apply(config) == applied
+    constant = RunningScores()
+    constant.update(np.full(100, 0.25), np.zeros(100))
+    assert constant.apply(config).clip_std == RunningScores.least_std
+
+
+@pytest.mark.parametrize("start", [1e-4, 0.3])
+def test_dual_variable_finds_the_price_of_a_target(start: float) -> None:
+    """Toy: a policy that maximises 2 log(n) - c n evaluates n = 2 / c times; 10 evaluations cost c = 0.2."""
+    dual = DualVariable(target_nfe=10, value=start, rate=0.1)
+    for _ in range(400):
+        dual.update(min(2 / dual.value, 50))
+    assert dual.value == pytest.approx(0.2, rel=1e-3)
+
+
+def test_dual_variable_moves_the_right_way_and_stays_in_bounds() -> None:
+    dual = DualVariable(target_nfe=10, value=0.01, rate=0.05)
+    assert dual.update(20) == pytest.approx(0.01 * math.exp(0.05))
+    assert dual.update(10) == pytest.approx(0.01 * math.exp(0.05))
+    for _ in range(2000):
+        dual.update(0)
+    assert dual.value == dual.least
+    for name, value in (("target_nfe", 0), ("rate", -1), ("value", math.nan)):
+        with pytest.raises(ValueError, match=f"{name}.*{value}"):
+            DualVariable(**{"target_nfe": 10, name: value})

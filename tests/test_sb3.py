@@ -5,11 +5,24 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 from addiff_env.agent import Agent
-from addiff_env.sb3 import DenoisePolicy, DenoiseVecEnv, EpisodeLog, calibrate, make_vec_env, observation_parts
+from addiff_env.baselines import compute_baselines
+from addiff_env.reward import quality
+from addiff_env.sb3 import (
+    DenoisePolicy,
+    DenoiseVecEnv,
+    EpisodeLog,
+    MaskableDenoisePolicy,
+    PromptOrder,
+    calibrate,
+    make_lanes,
+    make_vec_env,
+    observation_parts,
+)
 
 ID = "AdDiffusion-Tiny-v0"
 
@@ -21,9 +34,9 @@ def vec_env(small_kwargs):
     return env
 
 
-def ppo(env, parts, seed=0, batch_size=6):
-    return PPO(
-        DenoisePolicy,
+def ppo(env, parts, seed=0, batch_size=6, masked=False):
+    return (MaskablePPO if masked else PPO)(
+        MaskableDenoisePolicy if masked else DenoisePolicy,
         VecMonitor(env),
         n_steps=4,
         batch_size=batch_size,
@@ -49,12 +62,71 @@ def test_vec_env_contract(vec_env):
     assert vec_env.get_attr("num_envs", [0, 2]) == [3, 3]
     masks = vec_env.env_method("action_masks", indices=[1])
     assert len(masks) == 1 and masks[0].shape == (3,)
+    assert vec_env.has_attr("action_masks") and not vec_env.has_attr("nothing")
+    assert all("TimeLimit.truncated" in info for info in infos)
+
+
+def test_vec_env_restarts_what_the_environment_itself_would(small_kwargs):
+    """The same seed gives the same prompts, noises and rewards as an environment that restarts lanes itself."""
+    adapter = make_vec_env(ID, 2, **small_kwargs)
+    adapter.seed(8)
+    own = gym.make_vec(ID, num_envs=2, autoreset_mode=AutoresetMode.SAME_STEP, **small_kwargs)
+    np.testing.assert_array_equal(adapter.reset(), own.reset(seed=8)[0])
+    for action in np.random.default_rng(0).choice(3, size=(10, 2), p=[0.5, 0.3, 0.2]):
+        observations, rewards, dones, infos = adapter.step(action)
+        expected = own.step(action)
+        np.testing.assert_array_equal(observations, expected[0])
+        np.testing.assert_allclose(rewards, expected[1], rtol=1e-6)
+        np.testing.assert_array_equal(dones, expected[2])
+        for lane in np.flatnonzero(dones):
+            np.testing.assert_array_equal(infos[lane]["terminal_observation"], expected[4]["final_obs"][lane])
+
+
+def test_vec_env_options_attributes_and_pictures(small_kwargs):
+    env = make_vec_env(ID, 2, render_mode="rgb_array", **small_kwargs)
+    env.set_options([{"prompt": "a red circle", "seed": 4}, {"seed": 5}])
+    env.reset()
+    assert env.reset_infos[0]["prompt"] == "a red circle" and [i["seed"] for i in env.reset_infos] == [4, 5]
+    env.reset()
+    assert [info["seed"] for info in env.reset_infos] != [4, 5]  # options hold for one reset
+    assert [picture.shape for picture in env.get_images()] == [(64, 64, 3)] * 2
+    env.set_attr("prompts", ["a star"])
+    assert env.get_attr("prompts") == [["a star"]] * 2
+    with pytest.raises(ValueError, match=r"'prompts' was set for \[1\] only"):
+        env.set_attr("prompts", [], indices=1)
+    with pytest.raises(AttributeError, match="nothing"):
+        env.get_attr("nothing")
+    env.set_options({"picture": 1})
+    with pytest.raises(ValueError, match="picture"):
+        env.reset()
+
+
+def test_terminal_quality_is_counted_from_the_baseline(small_kwargs, tmp_path):
+    lanes = make_lanes(ID, 2, **small_kwargs | {"prompts": ["a red circle", "a green star"]})
+    cache = compute_baselines(tmp_path / "b.jsonl", lanes, 3, lanes.prompts, [0, 1, 2])
+    env = DenoiseVecEnv(lanes, PromptOrder(lanes.prompts, seeds=cache.seeds), cache)
+    env.seed(0)
+    env.reset()
+    config = env.reward_config
+    _, rewards, dones, infos = env.step(np.array([1, 0]))
+    assert dones.tolist() == [True, False] and infos[0]["seed"] in (0, 1, 2)
+    made = quality(*(np.array([infos[0][name]]) for name in ("clip_score", "reward_score")), config)
+    plain = quality(*np.array([cache.scores[infos[0]["prompt"], infos[0]["seed"]]]).T, config)
+    assert infos[0]["reward"]["terminal"] == pytest.approx((made - plain)[0])
+    assert rewards[0] == pytest.approx(sum(infos[0]["reward"].values()), rel=1e-5)
+    assert infos[1]["reward"]["terminal"] == 0
 
 
 def test_other_autoreset_modes_are_refused(small_kwargs):
     envs = gym.make_vec(ID, num_envs=1, autoreset_mode=AutoresetMode.NEXT_STEP, **small_kwargs)
-    with pytest.raises(ValueError, match="SAME_STEP"):
+    with pytest.raises(ValueError, match="NEXT_STEP"):
         DenoiseVecEnv(envs.unwrapped)
+
+
+@pytest.mark.parametrize("layout", [{"obs_mode": "dict"}, {"obs_backend": "torch"}])
+def test_other_observations_are_refused(small_kwargs, layout):
+    with pytest.raises(ValueError, match="dict|torch"):
+        make_vec_env(ID, 1, **small_kwargs, **layout)
 
 
 def test_untrained_policy_starts_at_its_action_bias(vec_env):
@@ -94,3 +166,16 @@ def test_same_seed_trains_the_same_policy(small_kwargs):
         model.learn(8)
         weights.append(model.policy.action_net.weight.detach().clone())
     assert torch.equal(*weights)
+
+
+def test_masked_policy_never_takes_an_inadmissible_action(small_kwargs):
+    env = make_vec_env(ID, 2, **small_kwargs | {"max_refines": 0})
+    model = ppo(env, observation_parts(env.env), batch_size=4, masked=True)
+    taken = []
+    model.learn(16, callback=lambda local, _: taken.extend(local["actions"].tolist()) or True)
+    assert set(taken) <= {0, 1}
+    net = model.policy.export()
+    observations = env.reset()
+    logits = model.policy.get_distribution(torch.as_tensor(observations)).distribution.logits
+    exported = torch.log_softmax(net(torch.as_tensor(observations)), 1)
+    assert exported.detach().numpy() == pytest.approx(logits.detach().numpy(), abs=1e-5)

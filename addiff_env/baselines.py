@@ -1,0 +1,219 @@
+"""What plain fixed-step inference scores on each prompt and seed: the terminal reward can be counted from there.
+
+    python -m addiff_env.baselines runs/baselines/tiny.jsonl --env AdDiffusion-Tiny-v0 --steps 10 --seeds 2
+
+The file is JSON lines: a header with the configuration, then a line per (prompt, seed) with the raw scores, so that
+the reward's weights and scales may change without computing anything again. The same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from tqdm import tqdm
+
+from addiff_env.backbones import denoise, initial_noise
+from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.reward import RewardConfig, quality
+
+FORMAT_VERSION = 1
+# The settings of an environment that decide what fixed-step inference scores.
+DECISIVE = ("model", "revision", "lora", "solver", "guidance_scale", "height", "width", "clip", "scorer")
+
+
+def baseline_configuration(env: DiffusionDenoiseVectorEnv, steps: int | None) -> dict[str, Any]:
+    """Everything that the cached scores depend on, JSON-able."""
+    settings = {name: getattr(env.config, name) for name in DECISIVE}
+    return {"format_version": FORMAT_VERSION, "steps": steps, "dtype": env.backbone.dtype_name, **settings}
+
+
+def configuration_hash(configuration: dict[str, Any]) -> str:
+    """The first 12 hex digits of the SHA-256 of the configuration's canonical JSON."""
+    return hashlib.sha256(json.dumps(configuration, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class BaselineCache:
+    """Raw scores (CLIP, reward model) of fixed-step pictures by (prompt, seed)."""
+
+    def __init__(self, configuration: dict[str, Any]) -> None:
+        self.configuration = configuration
+        self.scores: dict[tuple[str, int], tuple[float, float]] = {}
+        self._seeds: dict[str, list[int]] = {}
+
+    def put(self, prompt: str, seed: int, clip_score: float, reward_score: float) -> None:
+        """Remember one picture's scores."""
+        if (prompt, seed) not in self.scores:
+            self._seeds.setdefault(prompt, []).append(seed)
+        self.scores[prompt, seed] = clip_score, reward_score
+
+    def seeds(self, prompt: str) -> list[int]:
+        """The seeds that ``prompt`` was scored with.
+
+        Raises:
+            ValueError: none; the message names the prompt.
+        """
+        if prompt not in self._seeds:
+            raise ValueError(f"no baseline for the prompt {prompt!r}; add it with: python -m addiff_env.baselines")
+        return self._seeds[prompt]
+
+    def quality(self, prompts: Sequence[str], seeds: Sequence[int], config: RewardConfig) -> np.ndarray:
+        """Qualities (B,) of the fixed-step pictures under the reward's present weights and scales.
+
+        Raises:
+            ValueError: a (prompt, seed) that was not scored; the message shows it.
+        """
+        rows = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            if (prompt, int(seed)) not in self.scores:
+                raise ValueError(f"no baseline for the prompt {prompt!r} with seed {seed}; known: {self.seeds(prompt)}")
+            rows.append(self.scores[prompt, int(seed)])
+        clip, reward = np.array(rows, dtype=np.float64).reshape(-1, 2).T
+        return quality(clip, reward, config)
+
+    @classmethod
+    def load(cls, path: str | Path, env: DiffusionDenoiseVectorEnv) -> BaselineCache:
+        """Read the cache made for this environment, whatever its number of fixed steps.
+
+        Raises:
+            FileNotFoundError: no such file, with the command that makes it; ValueError: it is damaged, or stale: it was
+            made for another configuration, and every differing value is named.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no baselines {str(path)!r}; make them with: python -m addiff_env.baselines {path}"
+            )
+        lines = _read_lines(path)
+        steps = _header(path, lines).get("steps")
+        return cls.parse(path, lines, baseline_configuration(env, steps))
+
+    @classmethod
+    def parse(cls, path: Path, lines: list[dict[str, Any]], expected: dict[str, Any]) -> BaselineCache:
+        """The cache of ``lines`` of ``path``, if its header is the ``expected`` configuration; raises as `load`."""
+        _refuse_stale(path, _header(path, lines), expected)
+        cache = cls(expected)
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                cache.put(line["prompt"], int(line["seed"]), float(line["clip_score"]), float(line["reward_score"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}:{number}: not a baseline: {str(line)[:80]}") from error
+        return cache
+
+
+def _header(path: Path, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The configuration that ``lines`` of ``path`` were made with."""
+    configuration = lines[0].get("configuration") if lines else None
+    if not isinstance(configuration, dict):
+        raise ValueError(f"{path} has no header with a configuration; it is not a file of baselines")
+    return configuration
+
+
+def _refuse_stale(path: Path, cached: dict[str, Any], expected: dict[str, Any]) -> None:
+    names = sorted(set(cached) | set(expected))
+    differing = [name for name in names if cached.get(name) != expected.get(name)]
+    if differing:
+        values = "; ".join(f"{name}: cached {cached.get(name)!r}, now {expected.get(name)!r}" for name in differing)
+        raise ValueError(
+            f"{path} is stale, it was made for another configuration ({values}); remove it or name another"
+        )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line; what a killed writer left unfinished at the end is dropped.
+
+    Raises:
+        ValueError: a damaged line, with its number.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}:{number} is not JSON: {line[:80]!r}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}:{number}: expected an object, got {line[:80]!r}")
+    return value
+
+
+# --------------------------------------------------------------------------- making them
+
+
+def score_fixed_steps(
+    env: DiffusionDenoiseVectorEnv, steps: int, pairs: Sequence[tuple[str, int]]
+) -> Iterator[tuple[str, int, float, float]]:
+    """Yield (prompt, seed, CLIP score, reward-model score) of ``steps``-step pictures, in the order of ``pairs``."""
+    schedule = env.backbone.schedule(steps, env.latent_shape, env.config.solver)
+    for start in range(0, len(pairs), env.config.batch_size):
+        prompts, seeds = (list(column) for column in zip(*pairs[start : start + env.config.batch_size], strict=True))
+        noise = initial_noise(env.backbone, env.latent_shape, seeds)
+        latents = denoise(env.backbone, schedule, prompts, noise, env.config.guidance_scale)
+        look = env.perception.look(env.backbone.decode(latents), prompts)
+        yield from zip(prompts, seeds, look.clip_score.tolist(), look.reward_score.tolist(), strict=True)
+
+
+def compute_baselines(
+    path: str | Path, env: DiffusionDenoiseVectorEnv, steps: int, prompts: Sequence[str], seeds: Sequence[int]
+) -> BaselineCache:
+    """Score every prompt with every seed and keep the scores in ``path``; what is there already is not repeated.
+
+    Raises:
+        ValueError: ``path`` holds the baselines of another configuration.
+    """
+    path, configuration = Path(path), baseline_configuration(env, steps)
+    lines = _read_lines(path) if path.is_file() else []
+    header = {"key": configuration_hash(configuration), "configuration": configuration}
+    cache = BaselineCache.parse(path, lines or [header], configuration)
+    wanted = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in seeds]
+    missing = [pair for pair in wanted if pair not in cache.scores]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_lines(path, lines or [header])
+    with path.open("a", encoding="utf-8") as file:
+        scored = score_fixed_steps(env, steps, missing)
+        for prompt, seed, clip, reward in tqdm(scored, total=len(missing), desc=f"{steps} steps", unit="picture"):
+            cache.put(prompt, seed, clip, reward)
+            row = {"prompt": prompt, "seed": seed, "clip_score": clip, "reward_score": reward}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    return cache
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Write the file anew, which also removes an unfinished last line."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    partial.replace(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Score fixed-step inference once, for rewards relative to it.")
+    parser.add_argument("path", help="the JSON lines file to write or to complete")
+    parser.add_argument("--env", default="AdDiffusion-Tiny-v0", help="environment id")
+    parser.add_argument("--kwargs", default="{}", help='environment settings as JSON, e.g. \'{"device": "cuda"}\'')
+    parser.add_argument("--steps", type=int, default=None, help="fixed steps (default: the environment's schedule)")
+    parser.add_argument("--seeds", type=int, default=2, help="initial noises per prompt: seeds 0, 1, ...")
+    parser.add_argument("--limit", type=int, default=None, help="only the first prompts")
+    options = parser.parse_args(arguments)
+    if options.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    env = gym.make_vec(options.env, num_envs=1, **json.loads(options.kwargs)).unwrapped
+    assert isinstance(env, DiffusionDenoiseVectorEnv)
+    steps = env.config.num_inference_steps if options.steps is None else options.steps
+    cache = compute_baselines(options.path, env, steps, env.prompts[: options.limit], range(options.seeds))
+    print(f"{len(cache.scores)} baselines of {steps} steps -> {options.path}")
+
+
+if __name__ == "__main__":
+    main()

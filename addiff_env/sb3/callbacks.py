@@ -1,0 +1,337 @@
+"""What runs beside training: logs, schedules, the reward's moving parts, the collapse alarm, held-out episodes.
+
+All of them act between rollouts. Those with a memory have `state_dict` and `load_state_dict`, so that a resumed run
+goes on as if nothing had happened (see `addiff_env.sb3.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Image
+
+from addiff_env.agent import Agent
+from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.reward import COMPONENTS, DualVariable, RunningScores, quality
+from addiff_env.sb3.episodes import COMPLEXITIES, complexity_group, stack_filmstrips
+from addiff_env.sb3.vec_env import DenoiseVecEnv
+from addiff_env.types import ACTIONS
+
+HELD_OUT_SEED = 10_000  # initial noise of the first held-out episode; training draws its own
+
+
+class CollapseWarning(UserWarning):
+    """The policy does the same thing everywhere."""
+
+
+class Remembering(BaseCallback):
+    """A callback with a memory, which checkpoints carry: tensors, numbers and strings only."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        raise NotImplementedError
+
+
+class EpisodeLog(Remembering):
+    """TensorBoard keys of this project: NFE, action shares, reward components; and the latest means as ``summary``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.summary: dict[str, float] = {}
+        self._clear()
+
+    def _clear(self) -> None:
+        self._actions = np.zeros(len(ACTIONS))
+        self._rewards: dict[str, list[float]] = {name: [] for name in COMPONENTS}
+        self._nfe: list[float] = []
+        self._scores: list[float] = []
+        self._nfe_of: dict[str, list[float]] = {group: [] for group in COMPLEXITIES}
+
+    def _on_step(self) -> bool:
+        for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True):
+            self._actions[info["action_taken"]] += 1
+            for name in COMPONENTS:
+                self._rewards[name].append(info["reward"][name])
+            if done:
+                self._nfe.append(info["nfe"])
+                self._scores.append(info["reward_score"])
+                self._nfe_of[complexity_group(info["prompt"])].append(info["nfe"])
+        return True
+
+    def _on_rollout_end(self) -> None:
+        values = self._step_values() | (self._episode_values() if self._nfe else {})
+        for name, value in values.items():
+            self.logger.record(name, value)
+        self.summary |= values
+        self._clear()
+
+    def _step_values(self) -> dict[str, float]:
+        shares = self._actions / self._actions.sum()
+        values = {f"action/{name}": float(share) for name, share in zip(ACTIONS, shares, strict=True)}
+        return values | {f"reward/{name}": float(np.mean(items)) for name, items in self._rewards.items()}
+
+    def _episode_values(self) -> dict[str, float]:
+        values = {
+            "episode/nfe_mean": float(np.mean(self._nfe)),
+            "episode/nfe_std": float(np.std(self._nfe)),
+            "episode/final_reward_score": float(np.mean(self._scores)),
+            "episode/count": float(len(self._nfe)),
+        }
+        groups = {name: items for name, items in self._nfe_of.items() if items}
+        return values | {f"nfe_by_complexity/{name}": float(np.mean(items)) for name, items in groups.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The latest means; everything else starts anew with each rollout."""
+        return {"summary": dict(self.summary)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.summary = dict(state["summary"])
+
+
+class LinearSchedule:
+    """From ``start`` to ``end`` over the training; called with the share of it that remains (1 to 0), as SB3 does."""
+
+    def __init__(self, start: float, end: float) -> None:
+        self.start, self.end = float(start), float(end)
+
+    def __call__(self, progress_remaining: float) -> float:
+        """The value at this point."""
+        return self.end + (self.start - self.end) * progress_remaining
+
+
+class Progress(BaseCallback):
+    """Tell the prompt order how far training is, and set the entropy bonus; both follow from the timesteps alone."""
+
+    def __init__(self, env: DenoiseVecEnv, total_timesteps: int, entropy: LinearSchedule) -> None:
+        super().__init__()
+        self.env, self.total, self.entropy = env, total_timesteps, entropy
+
+    def _on_rollout_start(self) -> None:
+        done = self.model.num_timesteps / self.total
+        self.env.order.progress = done
+        self.model.ent_coef = self.entropy(1 - done)  # type: ignore[attr-defined]
+
+    def _on_rollout_end(self) -> None:
+        self.logger.record("train/ent_coef", self.model.ent_coef)  # type: ignore[attr-defined]
+        if len(self.env.order.stages) > 1:
+            self.logger.record("curriculum/stage", self.env.order.stage)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class RunningNormalisation(Remembering):
+    """Learn the scales of the scores from the training's own pictures; see `addiff_env.reward.RunningScores`."""
+
+    def __init__(self, env: DenoiseVecEnv) -> None:
+        super().__init__()
+        self.env, self.scores = env, RunningScores()
+
+    def _on_step(self) -> bool:
+        infos = self.locals["infos"]
+        self.scores.update(*(np.array([info[name] for info in infos]) for name in ("clip_score", "reward_score")))
+        return True
+
+    def _on_rollout_end(self) -> None:
+        config = self.env.reward_config = self.scores.apply(self.env.reward_config)
+        for name in ("clip_mean", "clip_std", "reward_mean", "reward_std"):
+            self.logger.record(f"normalisation/{name}", getattr(config, name))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned."""
+        return self.scores.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.scores.load_state_dict(state)
+
+
+class TargetNFE(Remembering):
+    """Let a dual variable set the price of an evaluation until episodes take ``target_nfe`` on average.
+
+    Raises:
+        ValueError: no positive price to start from.
+    """
+
+    def __init__(self, env: DenoiseVecEnv, target_nfe: float, rate: float) -> None:
+        super().__init__()
+        self.env = env
+        self.dual = DualVariable(target_nfe, env.reward_config.efficiency, rate)
+        self._nfe: list[int] = []
+
+    def _on_step(self) -> bool:
+        ended = zip(self.locals["infos"], self.locals["dones"], strict=True)
+        self._nfe += [info["nfe"] for info, done in ended if done]
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self._nfe:
+            self.dual.update(float(np.mean(self._nfe)))
+            self.env.reward_config = replace(self.env.reward_config, efficiency=self.dual.value)
+        self._nfe = []
+        self.logger.record("dual/price", self.dual.value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The price."""
+        return {"value": self.dual.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.dual.value = state["value"]
+
+
+class CollapseAlarm(Remembering):
+    """Warn when over the last ``window`` rollouts one action had more than ``share``, or NFE did not vary at all.
+
+    Args:
+        window: rollouts looked at together.
+        share: of one action among all decisions, in (0, 1).
+        stop: end the training then; ``collapsed`` tells.
+    """
+
+    def __init__(self, window: int = 5, share: float = 0.98, stop: bool = False) -> None:
+        super().__init__()
+        if window < 1 or not 0 < share < 1:
+            raise ValueError(f"the alarm needs window >= 1 and share in (0, 1), got {window} and {share}")
+        self.share, self.stop = share, stop
+        self.collapsed: str | None = None  # why, in words
+        self._rollouts: deque[dict[str, list[int]]] = deque(maxlen=window)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._actions, self._nfe = [0] * len(ACTIONS), set[int]()
+
+    def _on_step(self) -> bool:
+        for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True):
+            self._actions[info["action_taken"]] += 1
+            if done:
+                self._nfe.add(int(info["nfe"]))
+        return not (self.stop and self.collapsed)
+
+    def _on_rollout_end(self) -> None:
+        self._rollouts.append({"actions": list(self._actions), "nfe": sorted(self._nfe)})
+        self._clear()
+        self.collapsed = self._verdict() if len(self._rollouts) == self._rollouts.maxlen else None
+        self.logger.record("collapse/alarm", float(self.collapsed is not None))
+        if self.collapsed:
+            self._shout(self.collapsed)
+
+    def _verdict(self) -> str | None:
+        actions = np.sum([rollout["actions"] for rollout in self._rollouts], axis=0)
+        shares = actions / actions.sum()
+        seen = set().union(*(rollout["nfe"] for rollout in self._rollouts))
+        if shares.max() > self.share:
+            return f"{shares.max():.1%} of the last {actions.sum()} decisions were {ACTIONS[int(shares.argmax())]!r}"
+        if len(seen) == 1:
+            return f"every episode of the last {len(self._rollouts)} rollouts took {seen.pop()} evaluations"
+        return None
+
+    def _shout(self, verdict: str) -> None:
+        what = "stopping" if self.stop else "raise algorithm.ent_coef, or look at the reward's weights"
+        warnings.warn(f"the policy has collapsed: {verdict}; {what}", CollapseWarning, stacklevel=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rollouts looked at."""
+        return {"rollouts": [dict(rollout) for rollout in self._rollouts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self._rollouts.extend(state["rollouts"])
+
+
+Judge = Callable[[np.ndarray, Sequence[str]], dict[str, float]]
+
+
+class HeldOut(Remembering):
+    """Every so often, the most likely actions on prompts that are never trained on; filmstrips of the first ones.
+
+    Args:
+        lanes: an environment of its own, one lane per prompt, that waits when a lane has ended.
+        prompts: one per lane.
+        every: rollouts between two looks.
+        filmstrips: trajectories shown as pictures in TensorBoard.
+        judge: pictures uint8 (B, H, W, 3) and prompts to further means, e.g. the share that a checker accepts.
+    """
+
+    def __init__(
+        self,
+        lanes: DiffusionDenoiseVectorEnv,
+        prompts: Sequence[str],
+        every: int = 10,
+        filmstrips: int = 4,
+        judge: Judge | None = None,
+    ) -> None:
+        super().__init__()
+        if len(prompts) != lanes.num_envs or every < 1:
+            raise ValueError(f"{len(prompts)} held-out prompts for {lanes.num_envs} lanes, every {every} rollouts")
+        self.lanes, self.prompts, self.every, self.filmstrips = lanes, list(prompts), every, filmstrips
+        self.judge = judge
+        self.summary: dict[str, float] = {}
+        self._rollouts = 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._rollouts += 1
+        if self._rollouts % self.every == 0:
+            self.look()
+
+    def look(self) -> dict[str, float]:
+        """Run every held-out prompt once and log what came out; returns the means."""
+        strips = self._play(Agent(self.model.policy.export(), {"observation": {}}))
+        self.summary = self._means()
+        for name, value in self.summary.items():
+            self.logger.record(f"held_out/{name}", value)
+        if strips:
+            picture = Image(stack_filmstrips(strips), "HWC")
+            self.logger.record("held_out/filmstrips", picture, exclude=("stdout", "log", "json", "csv"))
+        return self.summary
+
+    def _play(self, agent: Agent) -> list[list[np.ndarray]]:
+        """Play all lanes to their ends; frames of the first ``filmstrips`` lanes, the final picture last."""
+        lanes, shown = self.lanes, range(min(self.filmstrips, self.lanes.num_envs))
+        seeds = [HELD_OUT_SEED + k for k in range(lanes.num_envs)]
+        observation, info = lanes.reset(options={"prompt": self.prompts, "seed": seeds})
+        strips: list[list[np.ndarray]] = [[] for _ in shown]
+        running = ~lanes.done
+        while running.any():
+            previews = lanes.preview_images() if running[: len(shown)].any() else ()
+            for lane in shown:
+                if running[lane]:
+                    strips[lane].append(previews[lane])
+            observation, _, terminated, _, info = lanes.step(agent.act(observation, info["action_mask"]))
+            running = ~terminated
+        return [[*strips[lane], lanes.final_image(lane)] for lane in shown]
+
+    def _means(self) -> dict[str, float]:
+        lanes = self.lanes
+        config = self.training_env.get_attr("reward_config")[0]
+        values = {
+            "quality": float(quality(lanes.clip_score, lanes.reward_score, config).mean()),
+            "clip_score": float(lanes.clip_score.mean()),
+            "reward_score": float(lanes.reward_score.mean()),
+            "nfe_mean": float(lanes.nfe.mean()),
+            "nfe_std": float(lanes.nfe.std()),
+        }
+        pictures = np.stack([lanes.final_image(lane) for lane in range(lanes.num_envs)])
+        return values | (self.judge(pictures, self.prompts) if self.judge else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the next look is due, and what the last one showed."""
+        return {"rollouts": self._rollouts, "summary": dict(self.summary)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self._rollouts, self.summary = state["rollouts"], dict(state["summary"])

@@ -1,0 +1,296 @@
+"""One training run, from its configuration to an agent; goes on from the run folder's checkpoint if there is one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from omegaconf import DictConfig, OmegaConf
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import VecMonitor
+
+from addiff_env.agent import Agent
+from addiff_env.baselines import BaselineCache
+from addiff_env.prompts import load_prompts
+from addiff_env.sb3.callbacks import (
+    CollapseAlarm,
+    EpisodeLog,
+    HeldOut,
+    Judge,
+    LinearSchedule,
+    Progress,
+    Remembering,
+    RunningNormalisation,
+    TargetNFE,
+)
+from addiff_env.sb3.checkpoint import FILE, Checkpoints, load_checkpoint, load_training_state, make_logger
+from addiff_env.sb3.episodes import PromptOrder, Stage, spread
+from addiff_env.sb3.policies import ALGORITHMS, calibrate
+from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
+
+CALIBRATION_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine
+CONFIG_FILE = "config.yaml"
+COSMETIC = ("progress_bar", "threads", "out", "resume", "logging")  # may differ between a run and its continuation
+
+
+@dataclass
+class Result:
+    """How a training ended."""
+
+    agent: Agent
+    timesteps: int
+    collapsed: str | None  # the alarm's words, where it stopped the training
+    held_out: dict[str, float] = field(default_factory=dict)  # means of the last look
+
+
+def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Sequence[BaseCallback] = ()) -> Result:
+    """Train as ``cfg`` (configs/train.yaml) says, in the folder ``run``, and write the agent bundle.
+
+    A run that was killed goes on from its last checkpoint; a complete one is only exported again.
+
+    Args:
+        cfg: the configuration.
+        run: folder of configuration, checkpoint, logs and (unless ``cfg.out`` says otherwise) the agent.
+        judge: further means of held-out pictures; see `HeldOut`.
+        callbacks: further SB3 callbacks; they have no part in checkpoints.
+
+    Raises:
+        ValueError: the folder holds a run with another configuration; every differing value is named.
+    """
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    run.mkdir(parents=True, exist_ok=True)
+    state = _find_state(cfg, run)
+    set_random_seed(cfg.seed)
+    training = Training(cfg, run, judge, state)
+    began = time.monotonic()
+    try:
+        training.learn(callbacks)
+    finally:
+        training.model.logger.close()
+    agent = training.bundle(time.monotonic() - began)
+    agent.save(Path(cfg.out) if cfg.out else run / "agent")
+    return Result(agent, training.model.num_timesteps, training.collapsed, training.held_out_summary)
+
+
+class Training:
+    """The parts of one run, put where ``state`` (a checkpoint) left them, or freshly calibrated without one."""
+
+    def __init__(self, cfg: DictConfig, run: Path, judge: Judge | None, state: dict[str, Any] | None) -> None:
+        self.cfg, self.run, self.fresh = cfg, run, state is None
+        self.env = build_env(cfg)
+        self.model = build_model(cfg, self.env)
+        self.held_out = build_held_out(cfg, judge)
+        self.remembered = build_callbacks(cfg, self.env, self.held_out)
+        self.model.set_logger(make_logger(run, list(cfg.logging.formats), state["num_timesteps"] if state else 0))
+        if state is None:
+            calibrate(self.model, cfg.calibration_steps, CALIBRATION_SHARES, cfg.seed)
+        else:
+            load_training_state(state, self.model, self.env, self.remembered)
+
+    def learn(self, further: Sequence[BaseCallback] = ()) -> None:
+        """Train to the end."""
+        algorithm, done = self.cfg.algorithm, self.model.num_timesteps
+        if done >= algorithm.total_timesteps:
+            return
+        entropy = LinearSchedule(algorithm.ent_coef, algorithm.ent_coef_end)
+        config = resolved(self.cfg)
+        callbacks = [
+            Progress(self.env, algorithm.total_timesteps, entropy),
+            *self.remembered.values(),
+            *further,
+            Checkpoints(self.run / FILE, self.env, self.remembered, config, self.cfg.checkpoint_every),
+        ]
+        with weights_and_biases(self.cfg, self.run):
+            self.model.learn(
+                algorithm.total_timesteps - done,
+                callback=CallbackList(callbacks),
+                reset_num_timesteps=self.fresh,  # which also starts every lane
+                progress_bar=self.cfg.progress_bar,
+            )
+
+    @property
+    def collapsed(self) -> str | None:
+        """Why the alarm ended the training, if it did."""
+        alarm = self.remembered["alarm"]
+        assert isinstance(alarm, CollapseAlarm)
+        return alarm.collapsed if alarm.stop else None
+
+    @property
+    def held_out_summary(self) -> dict[str, float]:
+        """Means of the last look at held-out prompts; empty without any."""
+        return dict(self.held_out.summary) if self.held_out else {}
+
+    def bundle(self, seconds: float) -> Agent:
+        """The trained actor with what it was trained on and how it did in the last rollout."""
+        log, lanes = self.remembered["log"], self.env.env
+        assert isinstance(log, EpisodeLog)
+        config: dict[str, Any] = {
+            "env": {"id": self.cfg.env.id, "kwargs": env_settings(self.cfg)},
+            "observation": observation_parts(lanes),
+            "hidden": self.cfg.policy.hidden,
+            "backbone": {"model": lanes.config.model, "dtype": lanes.backbone.dtype_name},
+            "reward": dict(vars(lanes.reward_config)),
+            "training": {
+                "seed": self.cfg.seed,
+                "timesteps": self.model.num_timesteps,
+                "seconds": round(seconds, 1),  # of this process: a resumed run counts from there
+                "algorithm": OmegaConf.to_container(self.cfg.algorithm),
+                "last_rollout": {name: round(value, 4) for name, value in log.summary.items()},
+                "held_out": {name: round(value, 4) for name, value in self.held_out_summary.items()},
+            },
+        }
+        return Agent(self.model.policy.export(), config)
+
+
+# --------------------------------------------------------------------------- parts, from the configuration
+
+
+def env_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The environment's keyword arguments: ``env.kwargs``, the prompts, and the reward over the id's own preset.
+
+    Raises:
+        ValueError: the reward or the prompts are set in ``env.kwargs``, where they would have two truths.
+    """
+    settings: dict[str, Any] = dict(OmegaConf.to_container(cfg.env.kwargs, resolve=True))  # type: ignore[arg-type]
+    for name, instead in (("reward", "reward.weights"), ("prompts", "prompts.source")):
+        if name in settings:
+            raise ValueError(f"env.kwargs.{name}={settings[name]!r}: set {instead} instead")
+    if cfg.prompts.source is not None:
+        settings["prompts"] = _prompts(cfg.prompts.source)
+    weights = OmegaConf.to_container(cfg.reward.weights, resolve=True)
+    if weights:
+        preset = gym.spec(cfg.env.id).kwargs.get("reward") or {}
+        settings["reward"] = {**preset, **weights}  # type: ignore[dict-item]
+    return settings
+
+
+def _prompts(source: Any) -> str | list[str]:
+    return source if isinstance(source, str) else list(source)
+
+
+def build_env(cfg: DictConfig) -> DenoiseVecEnv:
+    """The lanes with their prompt order, curriculum and baselines."""
+    lanes = make_lanes(cfg.env.id, cfg.num_envs, **env_settings(cfg))
+    baselines = BaselineCache.load(cfg.reward.baselines, lanes) if cfg.reward.baselines else None
+    stages = [Stage(**stage) for stage in cfg.prompts.stages]
+    order = PromptOrder(lanes.prompts, stages, baselines.seeds if baselines else None)
+    return DenoiseVecEnv(lanes, order, baselines)
+
+
+def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
+    """The algorithm (PPO or MaskablePPO) with the custom policy.
+
+    Raises:
+        ValueError: an unknown algorithm, or a discount that differs from the reward's.
+    """
+    options: dict[str, Any] = dict(OmegaConf.to_container(cfg.algorithm, resolve=True))  # type: ignore[arg-type]
+    name = options.pop("name")
+    if name not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm.name {name!r}; known: {', '.join(ALGORITHMS)}")
+    if options["gamma"] != env.reward_config.gamma:
+        message = "shaping needs one discount: algorithm.gamma is {}, the reward's gamma {}"
+        raise ValueError(message.format(options["gamma"], env.reward_config.gamma))
+    del options["total_timesteps"], options["ent_coef_end"]
+    options["learning_rate"] = LinearSchedule(options["learning_rate"], options.pop("learning_rate_end"))
+    algorithm, policy = ALGORITHMS[name]
+    policy_options = {**OmegaConf.to_container(cfg.policy), "parts": observation_parts(env.env)}
+    return algorithm(policy, VecMonitor(env), policy_kwargs=policy_options, seed=cfg.seed, device=cfg.device, **options)
+
+
+def build_held_out(cfg: DictConfig, judge: Judge | None) -> HeldOut | None:
+    """The look at held-out prompts, where the configuration names some."""
+    held_out = cfg.prompts.held_out
+    if not held_out.source or not cfg.logging.held_out_every:
+        return None
+    prompts = spread(load_prompts(_prompts(held_out.source)), held_out.number)
+    lanes = make_lanes(cfg.env.id, len(prompts), **env_settings(cfg))
+    return HeldOut(lanes, prompts, cfg.logging.held_out_every, cfg.logging.filmstrips, judge)
+
+
+def build_callbacks(cfg: DictConfig, env: DenoiseVecEnv, held_out: HeldOut | None) -> dict[str, Remembering]:
+    """The callbacks that a checkpoint remembers, by name, in the order they are called."""
+    callbacks: dict[str, Remembering] = {"log": EpisodeLog()}
+    if cfg.reward.normalisation not in ("fixed", "running"):
+        raise ValueError(f"unknown reward.normalisation {cfg.reward.normalisation!r}; known: fixed, running")
+    if cfg.reward.normalisation == "running":
+        callbacks["normalisation"] = RunningNormalisation(env)
+    if cfg.reward.target_nfe is not None:
+        callbacks["dual"] = TargetNFE(env, cfg.reward.target_nfe, cfg.reward.dual_rate)
+    callbacks["alarm"] = CollapseAlarm(**OmegaConf.to_container(cfg.alarm))  # type: ignore[arg-type]
+    return callbacks | ({"held_out": held_out} if held_out else {})
+
+
+@contextmanager
+def weights_and_biases(cfg: DictConfig, run: Path):  # type: ignore[no-untyped-def]
+    """Mirror TensorBoard to Weights & Biases while open, where ``logging.wandb`` (arguments of ``wandb.init``) is set.
+
+    Raises:
+        ImportError: wandb is not installed.
+    """
+    if not cfg.logging.wandb:
+        yield
+        return
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("logging=wandb needs: pip install wandb") from error
+    options: dict[str, Any] = dict(OmegaConf.to_container(cfg.logging.wandb, resolve=True))  # type: ignore[arg-type]
+    config = OmegaConf.to_container(cfg, resolve=True)
+    with wandb.init(sync_tensorboard=True, dir=str(run), config=config, resume="allow", **options):
+        yield
+
+
+# --------------------------------------------------------------------------- run folder
+
+
+def resolved(cfg: DictConfig) -> str:
+    """The configuration as YAML, everything filled in."""
+    return OmegaConf.to_yaml(cfg, resolve=True)
+
+
+def differing_values(ours: DictConfig, theirs: DictConfig) -> list[str]:
+    """Every value in which two configurations differ, in words, cosmetic ones left out."""
+    flat = [_flatten(OmegaConf.to_container(cfg, resolve=True)) for cfg in (ours, theirs)]
+    names = sorted(set(flat[0]) | set(flat[1]))
+    names = [name for name in names if name.split(".")[0] not in COSMETIC]
+    missing = "nothing"
+    return [
+        f"{name}: {flat[1].get(name, missing)} there, {flat[0].get(name, missing)} now"
+        for name in names
+        if flat[0].get(name, missing) != flat[1].get(name, missing)
+    ]
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def _find_state(cfg: DictConfig, run: Path) -> dict[str, Any] | None:
+    """The run folder's checkpoint, if it is one of this configuration; writes the configuration beside it."""
+    path = run / FILE
+    state = load_checkpoint(path) if cfg.resume and path.is_file() else None
+    if state is not None:
+        theirs = OmegaConf.create(state["config"])
+        assert isinstance(theirs, DictConfig)
+        if differing := differing_values(cfg, theirs):
+            raise ValueError(
+                f"{run} holds a run with another configuration ({'; '.join(differing)}); "
+                "name another folder (hydra.run.dir=...) or start anew (resume=false)"
+            )
+    if state is None:
+        path.unlink(missing_ok=True)
+    (run / CONFIG_FILE).write_text(resolved(cfg))
+    return state

@@ -1,0 +1,102 @@
+"""The cache of fixed-step scores: right, resumable, refused when stale."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from addiff_env import baselines
+from addiff_env.baselines import BaselineCache, compute_baselines
+from addiff_env.reward import RewardConfig, quality
+
+PROMPTS = ["a red circle", "a blue square and a green star"]
+
+
+@pytest.fixture(scope="module")
+def env(small_kwargs: dict[str, Any]) -> Any:
+    return gym.make_vec(
+        "AdDiffusion-Tiny-v0", num_envs=1, autoreset_mode=AutoresetMode.DISABLED, **small_kwargs
+    ).unwrapped
+
+
+@pytest.fixture
+def path(tmp_path: Path, env: Any) -> Path:
+    compute_baselines(tmp_path / "cache" / "b.jsonl", env, 6, PROMPTS, [0, 1])
+    return tmp_path / "cache" / "b.jsonl"
+
+
+def test_scores_are_those_of_an_episode_that_only_continues(path: Path, env: Any) -> None:
+    cache = BaselineCache.load(path, env)
+    assert set(cache.scores) == {(prompt, seed) for prompt in PROMPTS for seed in (0, 1)}
+    for (prompt, seed), (clip, reward) in cache.scores.items():
+        _, info = env.reset(options={"prompt": [prompt], "seed": [seed]})
+        ended = np.array([False])
+        while not ended[0]:
+            _, _, ended, _, info = env.step(np.array([0]))
+        assert (clip, reward) == pytest.approx((info["clip_score"][0], info["reward_score"][0]), abs=1e-3)
+
+
+def test_quality_follows_the_rewards_present_scales(path: Path, env: Any) -> None:
+    cache = BaselineCache.load(path, env)
+    clip, reward = cache.scores[PROMPTS[1], 1]
+    for config in (RewardConfig(), RewardConfig(clip_mean=0.6, reward_std=3.0)):
+        expected = quality(np.array([clip]), np.array([reward]), config)
+        assert cache.quality([PROMPTS[1]], [1], config) == pytest.approx(expected)
+    assert cache.quality([], [], RewardConfig()).shape == (0,)
+    assert cache.seeds(PROMPTS[0]) == [0, 1]
+    with pytest.raises(ValueError, match=r"'a red circle' with seed 7; known: \[0, 1\]"):
+        cache.quality([PROMPTS[0]], [7], RewardConfig())
+    with pytest.raises(ValueError, match="'a cat'"):
+        cache.quality(["a cat"], [0], RewardConfig())
+
+
+def test_an_interrupted_computation_goes_on(path: Path, env: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = path.read_text()
+    lines = whole.splitlines(keepends=True)
+    path.write_text("".join(lines[:3]) + lines[3][:25])
+    asked = []
+    real = baselines.score_fixed_steps
+    monkeypatch.setattr(baselines, "score_fixed_steps", lambda *a: asked.extend(a[2]) or real(*a))
+    compute_baselines(path, env, 6, PROMPTS, [0, 1])
+    assert asked == [(PROMPTS[1], 0), (PROMPTS[1], 1)]
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row.get("prompt") for row in again] == [json.loads(line).get("prompt") for line in lines]
+
+
+def test_a_stale_cache_is_refused_and_the_values_named(path: Path, env: Any) -> None:
+    lines = path.read_text().splitlines()
+    header = json.loads(lines[0])
+    header["configuration"] |= {"guidance_scale": 9.0, "scorer": "other"}
+    path.write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
+    with pytest.raises(ValueError, match="stale") as error:
+        BaselineCache.load(path, env)
+    assert "guidance_scale: cached 9.0, now 3.0" in str(error.value) and "scorer: cached 'other'" in str(error.value)
+    assert "height" not in str(error.value)
+    with pytest.raises(ValueError, match="steps: cached 6, now 5"):
+        header["configuration"] = baselines.baseline_configuration(env, 6)
+        path.write_text(json.dumps(header) + "\n")
+        compute_baselines(path, env, 5, PROMPTS, [0])
+
+
+@pytest.mark.parametrize("text", ["", "{}\n", "[]\n", "{\n", '{"configuration": 3}\n'])
+def test_other_files_are_refused(tmp_path: Path, env: Any, text: str) -> None:
+    (tmp_path / "b.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"b\.jsonl"):
+        BaselineCache.load(tmp_path / "b.jsonl", env)
+
+
+def test_a_missing_cache_names_the_command(tmp_path: Path, env: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="python -m addiff_env.baselines .*nowhere"):
+        BaselineCache.load(tmp_path / "nowhere.jsonl", env)
+
+
+def test_the_command(tmp_path: Path, small_kwargs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--kwargs", json.dumps(small_kwargs | {"prompts": PROMPTS}), "--steps", "3", "--seeds", "1"]
+    baselines.main([str(tmp_path / "b.jsonl"), *options])
+    assert "2 baselines of 3 steps" in capsys.readouterr().out
+    header = json.loads((tmp_path / "b.jsonl").read_text().splitlines()[0])
+    assert header["key"] == baselines.configuration_hash(header["configuration"])

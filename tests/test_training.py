@@ -1,0 +1,290 @@
+"""Whole runs from a configuration: what they leave behind, and that a killed one goes on as if nothing had happened."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from stable_baselines3.common.callbacks import BaseCallback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from addiff_env.agent import Agent
+from addiff_env.baselines import compute_baselines
+from addiff_env.sb3.checkpoint import FILE, load_checkpoint, random_state, save_checkpoint, set_random_state
+from addiff_env.sb3.training import CONFIG_FILE, train
+from addiff_env.sb3.vec_env import make_lanes
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = ["a red circle", "a star", "a blue square and a green star", "a red star, a pink circle and a green cross"]
+LITTLE = [
+    "num_envs=3",
+    "algorithm.n_steps=5",
+    "algorithm.batch_size=15",
+    "algorithm.n_epochs=2",
+    "algorithm.total_timesteps=90",  # six rollouts
+    "calibration_steps=3",
+    "progress_bar=false",
+    "logging.formats=[csv,tensorboard]",
+    "logging.held_out_every=2",
+    "logging.filmstrips=2",
+    "prompts.held_out.number=2",
+]
+# Everything that has a memory at once.
+EVERYTHING = [
+    "algorithm=maskable_ppo",
+    "algorithm.ent_coef_end=0.001",
+    "prompts=curriculum",
+    "reward=running",
+    "reward.target_nfe=5",
+]
+
+
+def configure(kwargs, *overrides):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", [*LITTLE, *overrides])
+    OmegaConf.set_struct(cfg, False)
+    kwargs = {name: value for name, value in kwargs.items() if name != "prompts"}
+    return OmegaConf.merge(cfg, {"env": {"kwargs": kwargs}, "prompts": {"source": PROMPTS}})
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(BaseCallback):
+    """Ends the process' work in the middle of a rollout, as far as a test can."""
+
+    def __init__(self, timesteps):
+        super().__init__()
+        self.timesteps = timesteps
+
+    def _on_step(self):
+        if self.num_timesteps >= self.timesteps:
+            raise Killed
+        return True
+
+
+def weights(folder):
+    return torch.load(folder / FILE, weights_only=True)["policy"]
+
+
+def scramble():
+    """A new process has other random streams."""
+    random.seed(77)
+    np.random.seed(77)
+    torch.manual_seed(77)
+
+
+@pytest.fixture(autouse=True)
+def _collapse_is_no_matter_here():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the policy has collapsed")
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, small_kwargs):
+    """An uninterrupted run with everything on."""
+    folder = tmp_path_factory.mktemp("whole")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the policy has collapsed")
+        train(configure(small_kwargs, *EVERYTHING), folder, judge=lambda pictures, prompts: {"bright": pictures.mean()})
+    return folder
+
+
+@pytest.mark.parametrize("kills", [[7], [40], [31, 62, 89]], ids=str)
+def test_killed_and_resumed_equals_uninterrupted(whole, small_kwargs, tmp_path, kills):
+    cfg = configure(small_kwargs, *EVERYTHING)
+    for kill in kills:
+        with pytest.raises(Killed):
+            train(cfg, tmp_path, judge=lambda p, t: {"bright": p.mean()}, callbacks=[KillAt(kill)])
+        scramble()
+    result = train(cfg, tmp_path, judge=lambda p, t: {"bright": p.mean()})
+    assert result.timesteps == 90
+    ours, theirs = weights(tmp_path), weights(whole)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    rows = [(folder / "progress.csv").read_text().splitlines() for folder in (tmp_path, whole)]
+    assert len(rows[0]) == len(rows[1]) == 7  # a header and six rollouts, none of them twice
+    assert column(tmp_path, "reward/terminal") == pytest.approx(column(whole, "reward/terminal"), rel=1e-12)
+    assert column(tmp_path, "dual/price") == pytest.approx(column(whole, "dual/price"), rel=1e-12)
+    assert column(tmp_path, "train/loss") == pytest.approx(column(whole, "train/loss"), rel=1e-12)
+
+
+def column(folder, name):
+    header, *rows = [line.split(",") for line in (folder / "progress.csv").read_text().splitlines()]
+    at = header.index(name)
+    return [float(row[at]) for row in rows if at < len(row) and row[at]]
+
+
+def test_a_run_leaves_logs_configuration_and_agent(whole):
+    events = EventAccumulator(str(whole)).Reload()
+    scalars = set(events.Tags()["scalars"])
+    for name in ("episode/nfe_mean", "episode/nfe_std", "action/continue", "action/stop", "action/refine"):
+        assert name in scalars
+    for name in ("shaping", "instability", "efficiency", "terminal", "fault"):
+        assert f"reward/{name}" in scalars
+    for name in ("held_out/quality", "held_out/bright", "held_out/nfe_mean", "dual/price", "normalisation/clip_mean"):
+        assert name in scalars
+    assert {"nfe_by_complexity/1", "curriculum/stage", "collapse/alarm", "train/ent_coef"} <= scalars
+    assert events.Tags()["images"] == ["held_out/filmstrips"]
+    picture = events.Images("held_out/filmstrips")[-1]
+    assert picture.height == 2 * 64 and picture.width % 64 == 0
+    stages = [event.value for event in events.Scalars("curriculum/stage")]
+    assert stages == sorted(stages) and stages[0] == 0 and stages[-1] == 2
+    entropy = [event.value for event in events.Scalars("train/ent_coef")]
+    assert entropy == pytest.approx([0.01 - 0.009 * k / 6 for k in range(6)])
+
+    saved = OmegaConf.load(whole / CONFIG_FILE)
+    assert saved.algorithm.name == "maskable_ppo" and saved.reward.target_nfe == 5
+    agent = Agent.load(whole / "agent")
+    assert agent.config["training"]["timesteps"] == 90 and "bright" in agent.config["training"]["held_out"]
+    assert agent.config["env"]["kwargs"]["prompts"] == PROMPTS
+    assert agent.config["reward"]["efficiency"] == pytest.approx(column(whole, "dual/price")[-1])
+
+
+def test_a_complete_run_is_only_exported_again(whole, small_kwargs):
+    before = (whole / "progress.csv").read_text(), Agent.load(whole / "agent").fingerprint
+    result = train(configure(small_kwargs, *EVERYTHING), whole, judge=lambda p, t: {"bright": p.mean()})
+    assert result.timesteps == 90 and result.agent.fingerprint == before[1]
+    assert len((whole / "progress.csv").read_text().splitlines()) == len(before[0].splitlines())
+
+
+def test_another_configuration_is_refused_with_its_values(whole, small_kwargs):
+    with pytest.raises(ValueError, match="resume=false") as error:
+        train(configure(small_kwargs, *EVERYTHING, "seed=3", "algorithm.gae_lambda=0.9"), whole)
+    assert "algorithm.gae_lambda: 0.95 there, 0.9 now" in str(error.value) and "seed: 0 there, 3 now" in str(
+        error.value
+    )
+    assert "logging" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "text", "version"])
+def test_a_damaged_checkpoint_is_named(whole, small_kwargs, tmp_path, damage):
+    path, data = tmp_path / FILE, (whole / FILE).read_bytes()
+    if damage == "version":
+        torch.save({"format_version": 99}, path)
+    else:
+        path.write_bytes({"truncate": data[: len(data) // 2], "empty": b"", "text": b"hello"}[damage])
+    with pytest.raises(ValueError, match=FILE) as error:
+        train(configure(small_kwargs, *EVERYTHING), tmp_path)
+    assert "resume=false" in str(error.value) or "99" in str(error.value)
+
+
+class Sing:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("how", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_checkpoint_is_never_unpickled(tmp_path, how):
+    sung = tmp_path / "sung"
+    how({"format_version": 1, "evil": Sing(sung)}, tmp_path / FILE)
+    with pytest.raises(ValueError, match=FILE):
+        load_checkpoint(tmp_path / FILE)
+    assert not sung.exists()
+
+
+def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / FILE, {"value": 1}, "a: 1")
+
+    def half(value, file):
+        file.write(b"PK half a file")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(tmp_path / FILE, {"value": 2}, "a: 1")
+    assert load_checkpoint(tmp_path / FILE)["value"] == 1
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+    save_checkpoint(tmp_path / FILE, {"value": (np.float64(2.5), None), "betas": {1: True}}, "a: 1")
+    assert load_checkpoint(tmp_path / FILE)["value"] == [2.5, None]
+    with pytest.raises(TypeError, match="PosixPath"):
+        save_checkpoint(tmp_path / FILE, {"value": [tmp_path]}, "a: 1")
+    assert load_checkpoint(tmp_path / FILE)["betas"] == {1: True}
+
+
+def test_random_streams_are_restored():
+    scramble()
+    np.random.normal()  # leaves half of a pair waiting
+    state = random_state()
+
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.normal(), np.random.rand(), torch.rand(3).tolist()
+
+    first = draw()
+    set_random_state(state)
+    assert draw() == first
+
+
+def test_baselines_and_reward_weights_come_from_the_configuration(small_kwargs, tmp_path):
+    lanes = make_lanes("AdDiffusion-Tiny-v0", 1, **small_kwargs | {"prompts": PROMPTS})
+    compute_baselines(tmp_path / "b.jsonl", lanes, 3, PROMPTS, [0])
+    options = [f"reward.baselines={tmp_path / 'b.jsonl'}", "+reward.weights.efficiency=0.5", "logging.held_out_every=0"]
+    result = train(configure(small_kwargs, *options, "algorithm.total_timesteps=15"), tmp_path / "run")
+    reward = result.agent.config["env"]["kwargs"]["reward"]
+    assert reward["efficiency"] == 0.5 and reward["clip_mean"] == 0.64  # over the id's own preset
+    assert result.held_out == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["+env.kwargs.reward={terminal: 2}"], "reward.weights"),
+        (["+env.kwargs.prompts=[a]"], "prompts.source"),
+        (["algorithm.gamma=0.9"], "0.9.*1.0"),
+        (["algorithm.name=sac"], "'sac'.*maskable_ppo"),
+        (["reward.normalisation=batch"], "'batch'.*running"),
+        (["logging.formats=[paper]"], "'paper'"),
+        (["alarm.share=1.5"], "1.5"),
+        (["reward.target_nfe=-2"], "-2"),
+    ],
+)
+def test_mistakes_are_named(small_kwargs, tmp_path, overrides, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        train(configure(small_kwargs, *overrides), tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_with_signal_9_twenty_times(whole, small_kwargs, tmp_path):
+    """Real kills of the real script at random moments; the result equals the uninterrupted run's."""
+    settings = configure(small_kwargs, *EVERYTHING)
+    command = [sys.executable, str(ROOT / "train_sb3.py"), *LITTLE, *EVERYTHING, f"hydra.run.dir={tmp_path}"]
+    command += [f"+env.kwargs.{name}={value}" for name, value in settings.env.kwargs.items()]
+    command += [f"prompts.source={json.dumps(PROMPTS)}"]
+    rng, kills = np.random.default_rng(0), 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    while kills < 20:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=float(rng.uniform(5, 40)))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        kills += 1
+        if (tmp_path / FILE).exists():
+            load_checkpoint(tmp_path / FILE)  # readable at every moment
+        if (tmp_path / "agent").exists():
+            for name in (FILE, "agent/agent.json"):  # complete: begin again
+                (tmp_path / name).unlink()
+            (tmp_path / "agent").rename(tmp_path / f"agent-{time.time_ns()}")
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    ours, theirs = weights(tmp_path), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
