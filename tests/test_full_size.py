@@ -12,6 +12,7 @@ import gymnasium as gym
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
@@ -78,6 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Dinov2Model(Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=14)).save_pretrained(
         root / "dino"
     )
+    clip = pytest.importorskip("open_clip").create_model("ViT-L-14", precision="bf16")
+    save_file({name: value.contiguous() for name, value in clip.state_dict().items()}, root / "clip.safetensors")
     return root
 
 
@@ -95,7 +98,7 @@ def test_an_episode_on_the_full_layout(folder: Path, tiny_kwargs: dict[str, Any]
     packaged = addiff_env.TINY | tiny_kwargs
     settings = {
         "model": str(folder / "pipeline"),
-        "clip": "open_clip:ViT-L-14",  # no pretrained tag: random weights
+        "clip": f"open_clip:ViT-L-14@{folder / 'clip.safetensors'}",
         "dino": str(folder / "dino"),
         "scorer": packaged["scorer"],
         "preview_model": str(folder / "taesd"),
