@@ -14,6 +14,7 @@ from addiff_env.evaluation.geneval import (
     COLORS,
     GENEVAL_CLASSES,
     RELATIONS,
+    BoxDetector,
     ClipColors,
     Detection,
     GenEvalRules,
@@ -338,6 +339,27 @@ def test_the_instance_detector_gives_boxes_around_its_masks(small_detector, rng)
         assert d.mask.shape == (48, 80) and d.label in GENEVAL_CLASSES and 0 <= d.score <= 1
         assert d.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         assert object_crop(picture, d, (0, 0, 0)).size == (d.box[2] - d.box[0], d.box[3] - d.box[1])
+
+
+def test_the_box_detector_gives_boxes_in_the_picture(tmp_path, rng):
+    import torch
+    from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
+
+    config = YolosConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[64, 64],
+        num_detection_tokens=5, num_labels=80, id2label=dict(enumerate(GENEVAL_CLASSES)),
+        label2id={name: k for k, name in enumerate(GENEVAL_CLASSES)},
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        YolosForObjectDetection(config).save_pretrained(tmp_path)
+    YolosImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    detections = BoxDetector(str(tmp_path))(Image.fromarray(rng.integers(0, 255, (48, 80, 3), np.uint8)))
+    assert len(detections) == 5 and all(d.label in GENEVAL_CLASSES and d.mask is None for d in detections)
+    assert [d.score for d in detections] == sorted((d.score for d in detections), reverse=True)
+    for d in detections:
+        left, top, right, bottom = d.box
+        assert 0 < right - left <= 80.1 and 0 < bottom - top <= 48.1  # in the picture's own pixels
 
 
 def test_clip_names_colors_by_the_nearest_text(tiny_kwargs):

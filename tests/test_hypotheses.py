@@ -12,10 +12,12 @@ from addiff_env.evaluation.hypotheses import (
     Part,
     Rules,
     conclude,
+    describe,
     h1_efficiency,
     h2_quality,
     h3_adaptivity,
     h4_refinement,
+    solver_fronts,
 )
 from addiff_env.types import Action, ResultRow
 
@@ -285,3 +287,22 @@ def test_rules_and_names_are_checked(rng):
     with pytest.raises(ValueError, match="every front need a method"):
         h2_quality(rows, ["agent"], {"ddim": []}, QUICK)
     assert math.isclose(Rules().level, 0.9)
+
+
+def test_methods_are_sorted_into_fronts_by_solver():
+    names = ["ddim-5", "agent", "dpmpp_2m-10", "ddim-50", "best-of-2", "agent-s0", "-7"]
+    assert solver_fronts(names) == {
+        "ddim": ["ddim-5", "ddim-50"],
+        "dpmpp_2m": ["dpmpp_2m-10"],
+        "best-of": ["best-of-2"],
+    }
+
+
+def test_a_verdict_reads_as_text():
+    parts = [Part("good", SUPPORTED, 0.25, 0.125, 0.5, 0.001), Part("wide", UNDECIDED, required=12_000)]
+    lines = describe(conclude("H2", 64, parts)).split("\n")
+    assert lines == [
+        "H2: undecided (64 prompts; open: wide; about 12,000 prompts would decide)",
+        "  supported: good: 0.25 [0.125, 0.5], p = 0.001",
+        "  undecided: wide",
+    ]

@@ -116,9 +116,8 @@ def test_training_runs_are_a_level_of_their_own(rng):
 
 
 def simulated(rng, effect=0.0, prompts=80):
-    """Per-prompt differences of many simulated evaluations: skewed, like mean successes over four seeds."""
-    a = rng.binomial(4, 0.6, (SIMULATIONS, prompts)) / 4
-    b = rng.binomial(4, 0.6, (SIMULATIONS, prompts)) / 4
+    """Per-prompt differences of many simulated evaluations with skewed scores."""
+    a, b = rng.gamma(2, 0.25, (2, SIMULATIONS, prompts))
     return a - b + effect
 
 
@@ -134,18 +133,26 @@ def test_intervals_cover_and_p_values_are_uniform_under_the_null(rng):
     coverage = np.mean([f.low <= 0 <= f.high for f in found])
     assert coverage == pytest.approx(0.95, abs=0.02)
     p = np.array([f.p_two_sided() for f in found])
-    jitter = rng.uniform(-1e-3, 1e-3, p.size)  # p-values of counts are discrete; ties are no departure
-    assert stats.kstest(np.clip(p + jitter, 0, 1), "uniform").pvalue > 0.01
+    assert stats.kstest(p - rng.uniform(0, 1 / 1501, p.size), "uniform").pvalue > 0.01  # counts, spread out
     assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.02)
     one_sided = np.array([f.p_below(0.0) for f in found])
     assert np.mean(one_sided <= 0.05) == pytest.approx(0.05, abs=0.02)
+
+
+def test_ties_count_as_extreme(rng):
+    # Where nothing can be said for sure, p is 1: rounding must not split exact ties.
+    a = np.r_[np.ones(10), np.zeros(10)]
+    found = bootstrap_difference(a, a[::-1], draws=500)
+    assert found.estimate == 0 and found.p_two_sided() == 1.0
+    assert bootstrap_difference(0.1 * a, 0.1 * a, draws=50).p_two_sided() == 1.0
 
 
 def test_a_planted_effect_is_recovered(rng):
     observed, draws = replicates_of(simulated(rng, effect=0.15))
     found = [interval(estimate, column) for estimate, column in zip(observed, draws.T, strict=True)]
     assert np.mean([f.low <= 0.15 <= f.high for f in found]) == pytest.approx(0.95, abs=0.02)
-    assert np.mean([f.p_two_sided() <= 0.05 for f in found]) > 0.95
+    power = stats.norm.cdf(0.15 / (0.5 / math.sqrt(80)) - 1.96)  # gamma(2) scaled by .25: each variance .125
+    assert np.mean([f.p_two_sided() <= 0.05 for f in found]) == pytest.approx(power, abs=0.04)
 
 
 def test_non_inferiority_at_its_margin_and_inside(rng):
@@ -183,7 +190,8 @@ def test_wilcoxon_agrees_with_its_exact_distribution(rng):
 
 
 def test_wilcoxon_is_calibrated(rng):
-    p = np.array([wilcoxon_p(d) for d in simulated(rng)[:600]])
+    successes = rng.binomial(4, 0.6, (2, 600, 80)) / 4  # ties and zeros, as means over four seeds have them
+    p = np.array([wilcoxon_p(d) for d in successes[0] - successes[1]])
     assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.025)
 
 

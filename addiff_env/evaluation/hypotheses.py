@@ -11,19 +11,20 @@ short. An interval that is merely wide is undecided.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from addiff_env.evaluation.significance import (
     Interval,
-    bootstrap_difference,
+    Measure,
+    Resampled,
     costs_of,
-    distance_to_front,
     paired_values,
     partial_spearman,
     required_prompts,
+    resample,
     score_of,
     spearman_test,
 )
@@ -32,6 +33,7 @@ from addiff_env.types import Action, ResultRow
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
 Groups = Mapping[str, Sequence[str]]  # a name and the methods that are its training runs
 Place = tuple[str, int]  # (prompt, seed)
+AGENT = ""  # the agent's runs as one group; no method has this name
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,13 @@ def _part(
     return Part(condition, outcome, found.estimate, found.low, found.high, p, needed if outcome == UNDECIDED else None)
 
 
-def _difference(a: np.ndarray, b: np.ndarray, rules: Rules) -> Interval:
-    return bootstrap_difference(a, b, level=rules.level, draws=rules.draws, seed=rules.seed)
+def _resample(
+    rows: Sequence[ResultRow], groups: Mapping[str, Sequence[str]], measures: Sequence[Measure], rules: Rules
+) -> tuple[Resampled, int]:
+    """All groups and measures resampled together, and the number of prompts."""
+    values = paired_values(rows, groups, measures)
+    prompts = next(iter(values.values())).shape[-1]
+    return resample(values, level=rules.level, draws=rules.draws, seed=rules.seed), prompts
 
 
 def _flatten(agent: Sequence[str], fronts: Groups, *others: str) -> dict[str, list[str]]:
@@ -131,11 +138,17 @@ def _flatten(agent: Sequence[str], fronts: Groups, *others: str) -> dict[str, li
     overlap = sorted(set(agent) & set(names))
     if overlap:
         raise ValueError(f"{overlap} cannot be the agent and its baseline")
-    return {"": list(agent), **{name: [name] for name in names}}
+    return {AGENT: list(agent), **{name: [name] for name in names}}
 
 
-def _measures(rules: Rules) -> list:
-    return [score_of(rules.metric), costs_of("net_flops"), costs_of("nfe")]
+def solver_fronts(methods: Iterable[str]) -> dict[str, list[str]]:
+    """Fixed-step methods by solver, from names such as ``ddim-50``; other names are left out."""
+    fronts: dict[str, list[str]] = {}
+    for name in methods:
+        solver, _, steps = name.rpartition("-")
+        if solver and steps.isdigit():
+            fronts.setdefault(solver, []).append(name)
+    return fronts
 
 
 # --------------------------------------------------------------------------- H1
@@ -161,25 +174,20 @@ def h1_efficiency(
         fronts: fixed-step methods of each solver.
         rules: margins and levels.
     """
-    values = paired_values(rows, _flatten(agent, fronts, reference), _measures(rules))
-    prompts, learned = values[""].shape[-1], values[""]
-    parts = [
-        _within_nfe(learned[2], prompts, rules),
-        _not_inferior(
-            f"quality not inferior to {reference}", _difference(learned[0], values[reference][0], rules), prompts, rules
-        ),
-    ]
+    measures = [score_of(rules.metric), costs_of("net_flops"), costs_of("nfe")]
+    found, prompts = _resample(rows, _flatten(agent, fronts, reference), measures, rules)
+    against = _not_inferior(f"quality not inferior to {reference}", found.difference(AGENT, reference), prompts, rules)
+    parts = [_within_nfe(found.mean(AGENT, 2), prompts, rules), against]
     for solver, members in fronts.items():
-        found = _distance(learned, {name: values[name] for name in members}, rules)
-        parts.append(_not_inferior(f"not inferior to the front of {solver} at equal net FLOPs", found, prompts, rules))
-    plain = dict.fromkeys(name for members in fronts.values() for name in members)
-    cheaper = [name for name in plain if values[name][1].mean() <= learned[1].mean()]
-    parts += [_no_match(name, _difference(learned[0], values[name][0], rules), prompts, rules) for name in cheaper]
+        condition = f"not inferior to the front of {solver} at equal net FLOPs"
+        parts.append(_not_inferior(condition, found.distance(AGENT, members), prompts, rules))
+    for name in dict.fromkeys(name for members in fronts.values() for name in members):
+        if found.means[name][1] <= found.means[AGENT][1]:
+            parts.append(_no_match(name, found.difference(AGENT, name), prompts, rules))
     return conclude("H1", prompts, parts)
 
 
-def _within_nfe(nfe: np.ndarray, prompts: int, rules: Rules) -> Part:
-    spent = _difference(nfe, np.zeros_like(nfe), rules)
+def _within_nfe(spent: Interval, prompts: int, rules: Rules) -> Part:
     bound = rules.max_nfe
     outcome = SUPPORTED if spent.high <= bound else NOT_SUPPORTED if spent.low > bound else UNDECIDED
     return _part(f"mean NFE at most {bound:g}", outcome, spent, None, abs(spent.estimate - bound), prompts, rules)
@@ -197,11 +205,6 @@ def _no_match(name: str, found: Interval, prompts: int, rules: Rules) -> Part:
     outcome = NOT_SUPPORTED if found.high < rules.margin else SUPPORTED if found.low > 0 else UNDECIDED
     gap = max(found.estimate, rules.margin - found.estimate)
     return _part(condition, outcome, found, found.p_below(0.0), gap, prompts, rules)
-
-
-def _distance(agent: np.ndarray, front: Mapping[str, np.ndarray], rules: Rules) -> Interval:
-    points = {name: array[:2] for name, array in front.items()}
-    return distance_to_front(agent[:2], points, level=rules.level, draws=rules.draws, seed=rules.seed)
 
 
 # --------------------------------------------------------------------------- H2
@@ -222,15 +225,14 @@ def h2_quality(
             a mixture of two solvers is fixed inference too.
         rules: margins and levels.
     """
-    values = paired_values(rows, _flatten(agent, fronts), _measures(rules))
-    prompts = values[""].shape[-1]
+    measures = [score_of(rules.metric), costs_of("net_flops")]
+    found, prompts = _resample(rows, _flatten(agent, fronts), measures, rules)
     together = list(dict.fromkeys(name for members in fronts.values() for name in members))
     families = {**fronts, "all fixed methods": together} if len(fronts) > 1 else dict(fronts)
     parts = []
     for family, members in families.items():
-        found = _distance(values[""], {name: values[name] for name in members}, rules)
         condition = f"above the front of {family} at equal net FLOPs"
-        parts.append(above(condition, found, 0.0, rules.worthwhile, prompts, rules))
+        parts.append(above(condition, found.distance(AGENT, members), 0.0, rules.worthwhile, prompts, rules))
     return conclude("H2", prompts, parts)
 
 
@@ -262,7 +264,9 @@ def h3_adaptivity(
     unknown = [(row.prompt, row.seed) for row in taken if (row.prompt, row.seed) not in complexity]
     if unknown:
         raise ValueError(f"no complexity of {len(unknown)} pictures, e.g. {unknown[0]}")
-    by_prompt = paired_values(rows, {"": agent}, [costs_of("nfe"), lambda row: complexity[row.prompt, row.seed]])[""]
+    by_prompt = paired_values(rows, {AGENT: agent}, [costs_of("nfe"), lambda row: complexity[row.prompt, row.seed]])[
+        AGENT
+    ]
     nfe, level = by_prompt.mean(1)
     if np.ptp(level) == 0:
         raise ValueError(f"every prompt has complexity {level[0]:g}: nothing to adapt to")
@@ -333,18 +337,15 @@ def h4_refinement(
     Raises:
         ValueError: a control that spent less NFE than the agent, so that it is none; with both numbers.
     """
-    values = paired_values(
-        rows, _flatten(refining, {"controls": list(controls)}), [score_of(rules.metric), costs_of("nfe")]
-    )
-    treated, prompts = values[""], values[""].shape[-1]
-    chosen = [row for row in rows if row.method in set(refining) and Action.REFINE in row.actions]
-    if not chosen:
+    groups = _flatten(refining, {"controls": list(controls)})
+    found, prompts = _resample(rows, groups, [score_of(rules.metric), costs_of("nfe")], rules)
+    if not any(row.method in set(refining) and Action.REFINE in row.actions for row in rows):
         return conclude("H4", prompts, [Part("the agent refines (it never does)", NOT_SUPPORTED)])
     parts = []
     for name in controls:
-        _refuse_unmatched(name, float(values[name][1].mean()), float(treated[1].mean()), rules)
-        found = _difference(treated[0], values[name][0], rules)
-        parts.append(above(f"better than {name} at equal NFE", found, 0.0, rules.worthwhile, prompts, rules))
+        _refuse_unmatched(name, float(found.means[name][1]), float(found.means[AGENT][1]), rules)
+        condition = f"better than {name} at equal NFE"
+        parts.append(above(condition, found.difference(AGENT, name), 0.0, rules.worthwhile, prompts, rules))
     return conclude("H4", prompts, parts)
 
 
@@ -362,15 +363,11 @@ FULL_IMAGE, CONTINUED = "agent, mask=full", "agent, continued"  # H4's controls,
 
 
 def solver_families(methods: Sequence[str]) -> dict[str, list[str]]:
-    """Fixed methods grouped by solver: ``ddim-10`` and ``ddim-20`` are one family, best-of-N is another."""
-    families: dict[str, list[str]] = {}
-    for name in methods:
-        family, _, number = name.rpartition("-")
-        if name.startswith("best-of-"):
-            families.setdefault("best-of-N", []).append(name)
-        elif number.isdigit() and ":" not in name and family not in ("words", "stop"):
-            families.setdefault(family, []).append(name)
-    return families
+    """`solver_fronts` without blind and stopping rules, and with best-of-N as a family of its own."""
+    best = [name for name in methods if name.startswith("best-of-")]
+    families = solver_fronts(name for name in methods if ":" not in name)
+    plain = {name: members for name, members in families.items() if name not in ("words", "stop")}
+    return plain | ({"best-of-N": best} if best else {})
 
 
 def all_verdicts(
@@ -397,11 +394,15 @@ def _missing(hypothesis: str, what: str, prompts: int) -> Verdict:
     return Verdict(hypothesis, UNDECIDED, f"{what} was not run", prompts)
 
 
+# --------------------------------------------------------------------------- words
+
+
 def describe(verdict: Verdict) -> str:
-    """One line a verdict, and one for each of its parts."""
-    wanted = "" if verdict.required is None else f"; about {verdict.required} prompts would decide"
-    lines = [f"{verdict.hypothesis}: {verdict.outcome} ({verdict.prompts} prompts){wanted}: {verdict.reason}"]
+    """A verdict as text: one line, and one for each condition with its numbers."""
+    needed = f"; about {verdict.required:,} prompts would decide" if verdict.required else ""
+    lines = [f"{verdict.hypothesis}: {verdict.outcome} ({verdict.prompts:,} prompts; {verdict.reason}{needed})"]
     for part in verdict.parts:
-        numbers = "" if part.estimate is None else f"  {part.estimate:+.3f} [{part.low:+.3f}, {part.high:+.3f}]"
-        lines.append(f"    {part.outcome:<13} {part.condition}{numbers}")
+        numbers = "" if part.estimate is None else f": {part.estimate:.4g} [{part.low:.4g}, {part.high:.4g}]"
+        p = "" if part.p is None else f", p = {part.p:.2g}"
+        lines.append(f"  {part.outcome}: {part.condition}{numbers}{p}")
     return "\n".join(lines)

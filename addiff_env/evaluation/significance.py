@@ -23,6 +23,7 @@ from addiff_env.types import ResultRow
 __all__ = [
     "Comparison",
     "Interval",
+    "Resampled",
     "bootstrap_difference",
     "cohens_dz",
     "compare_methods",
@@ -37,6 +38,7 @@ __all__ = [
     "partial_spearman",
     "rank_biserial",
     "required_prompts",
+    "resample",
     "resampled_means",
     "score_of",
     "spearman_test",
@@ -64,11 +66,16 @@ class Interval:
 
     def p_below(self, bound: float) -> float:
         """One-sided p-value of "the true value is at most ``bound``", from the replicates shifted to it."""
-        return _tail(self.draws - self.estimate >= self.estimate - bound)
+        return _tail(self.draws - self.estimate >= self.estimate - bound - self._rounding)
 
     def p_two_sided(self) -> float:
         """Two-sided p-value of "the true value is zero"."""
-        return _tail(np.abs(self.draws - self.estimate) >= abs(self.estimate))
+        return _tail(np.abs(self.draws - self.estimate) >= abs(self.estimate) - self._rounding)
+
+    @property
+    def _rounding(self) -> float:
+        """Means of counts often tie exactly; rounding must not decide on which side they fall."""
+        return 1e-12 * (1 + abs(self.estimate))
 
 
 def _tail(extreme: np.ndarray) -> float:
@@ -204,7 +211,7 @@ def resampled_means(values: Mapping[str, np.ndarray], draws: int = 10_000, seed:
     chunks: dict[str, list[np.ndarray]] = {name: [] for name in values}
     for start, weights in _weight_chunks(prompt_stream, number, draws):
         for name, array in values.items():
-            means = np.einsum("dp,mrp->dmr", weights, array, optimize=True)
+            means = (weights @ array.reshape(-1, number).T).reshape(-1, *array.shape[:2])  # (D, measures, runs)
             chunks[name].append(_over_runs(means, run_weights.get(name), start))
     return {name: np.concatenate(parts) for name, parts in chunks.items()}
 
@@ -218,7 +225,8 @@ def _over_runs(means: np.ndarray, weights: np.ndarray | None, start: int) -> np.
 
 def _weights(rng: np.random.Generator, number: int, draws: int) -> np.ndarray:
     """How often each of ``number`` units is drawn, as a share (draws, number)."""
-    return rng.multinomial(number, np.full(number, 1 / number), size=draws) / number
+    picked = rng.integers(number, size=(draws, number)) + number * np.arange(draws)[:, None]
+    return np.bincount(picked.ravel(), minlength=draws * number).reshape(draws, number) / number
 
 
 def _weight_chunks(rng: np.random.Generator, number: int, draws: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -248,6 +256,57 @@ def bootstrap_difference(
         both = resampled_means({"a": a[None], "b": b[None]}, draws, seed)
         means = both["a"][:, 0] - both["b"][:, 0]
     return interval(float(a.mean() - b.mean()), means, level)
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Means of several groups and measures, and their bootstrap replicates from the same resampled prompts.
+
+    Whatever is asked of it, differences or distances, is paired and costs no further resampling.
+    """
+
+    means: Mapping[str, np.ndarray]  # per group (measures,)
+    draws: Mapping[str, np.ndarray]  # per group (D, measures)
+    level: float  # of the intervals
+
+    def mean(self, name: str, measure: int = 0) -> Interval:
+        """Mean of one group."""
+        return interval(self.means[name][measure], self.draws[name][:, measure], self.level)
+
+    def difference(self, a: str, b: str, measure: int = 0) -> Interval:
+        """Mean of one group minus that of another."""
+        observed = self.means[a][measure] - self.means[b][measure]
+        return interval(observed, self.draws[a][:, measure] - self.draws[b][:, measure], self.level)
+
+    def distance(self, agent: str, front: Sequence[str]) -> Interval:
+        """How far a group's quality lies above the front of others at its own mean cost, see `front_quality`.
+
+        Measure 0 is the quality and measure 1 the cost. The front is drawn anew in each replicate.
+
+        Raises:
+            ValueError: an empty front.
+        """
+        if not front:
+            raise ValueError("a front needs at least one fixed method")
+        observed = _distance(self.means[agent][None], np.stack([self.means[name] for name in front])[None])[0]
+        points = np.stack([self.draws[name] for name in front], axis=1)  # (D, M, measures)
+        size = max(1, _CELLS // len(front) ** 2)  # the envelope looks at every pair of methods
+        parts = [
+            _distance(self.draws[agent][start : start + size], points[start : start + size])
+            for start in range(0, len(points), size)
+        ]
+        return interval(float(observed), np.concatenate(parts), self.level)
+
+
+def resample(values: Mapping[str, np.ndarray], *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Resampled:
+    """Resample prompts (and runs) once for all groups and measures, see `resampled_means`."""
+    means = {name: array.mean((1, 2)) for name, array in values.items()}
+    return Resampled(means, resampled_means(values, draws, seed), level)
+
+
+def _distance(agent: np.ndarray, front: np.ndarray) -> np.ndarray:
+    """Quality above the front (D,); measures are (quality, cost, ...) of the agent (D, measures), (D, M, measures)."""
+    return agent[:, 0] - front_quality(front[..., 1], front[..., 0], agent[:, 1])
 
 
 # --------------------------------------------------------------------------- tests and effect sizes
@@ -408,8 +467,9 @@ def compare_methods(
     named = methods if isinstance(methods, Mapping) else {name: [name] for name in methods}
     groups = {**{name: [name] for name in baselines}, **named}
     values = paired_values(rows, groups, [score_of(metric) for metric in metrics])
+    resampled = resample(values, draws=draws, seed=seed)
     found = [
-        _compare(metric, (method, values[method][k]), (baseline, values[baseline][k]), draws, seed)
+        _compare((k, metric), method, baseline, values, resampled)
         for k, metric in enumerate(metrics)
         for method in named
         for baseline in baselines
@@ -420,18 +480,18 @@ def compare_methods(
 
 
 def _compare(
-    metric: str, method: tuple[str, np.ndarray], baseline: tuple[str, np.ndarray], draws: int, seed: int
+    metric: tuple[int, str], method: str, baseline: str, values: Mapping[str, np.ndarray], resampled: Resampled
 ) -> Comparison:
-    (name, a), (other, b) = method, baseline  # (runs, prompts)
-    difference = bootstrap_difference(a, b, draws=draws, seed=seed)
-    per_prompt = a.mean(0) - b.mean(0)
+    measure, name = metric
+    difference = resampled.difference(method, baseline, measure)
+    per_prompt = values[method][measure].mean(0) - values[baseline][measure].mean(0)
     return Comparison(
-        metric=metric,
-        method=name,
-        baseline=other,
-        prompts=a.shape[-1],
-        mean=float(a.mean()),
-        baseline_mean=float(b.mean()),
+        metric=name,
+        method=method,
+        baseline=baseline,
+        prompts=per_prompt.size,
+        mean=float(resampled.means[method][measure]),
+        baseline_mean=float(resampled.means[baseline][measure]),
         difference=difference.estimate,
         low=difference.low,
         high=difference.high,
@@ -439,7 +499,7 @@ def _compare(
         p_wilcoxon=wilcoxon_p(per_prompt),
         cohens_dz=cohens_dz(per_prompt),
         rank_biserial=rank_biserial(per_prompt),
-        minimum_detectable=minimum_detectable_effect(float(np.std(per_prompt, ddof=1)), a.shape[-1]),
+        minimum_detectable=minimum_detectable_effect(float(np.std(per_prompt, ddof=1)), per_prompt.size),
     )
 
 
@@ -557,8 +617,6 @@ def distance_to_front(
 ) -> Interval:
     """How far the agent's quality lies above the front of fixed methods at the agent's own mean cost.
 
-    Quality and cost of every method are resampled together, and the front is drawn anew in each replicate.
-
     Args:
         agent: per-prompt (quality, cost), (2, runs, prompts), as `paired_values` gives them.
         front: the same of each fixed method.
@@ -569,21 +627,5 @@ def distance_to_front(
     Raises:
         ValueError: no fixed method.
     """
-    if not front:
-        raise ValueError("a front needs at least one fixed method")
-    names = [f"front/{name}" for name in front]
-    values = {"agent": agent, **dict(zip(names, front.values(), strict=True))}
-    observed = {name: array.mean((1, 2))[None] for name, array in values.items()}
-    replicates = resampled_means(values, draws, seed)
-    size = max(1, _CELLS // len(front) ** 2)  # the envelope looks at every pair of methods
-    parts = [
-        _distance({name: means[start : start + size] for name, means in replicates.items()}, names)
-        for start in range(0, draws, size)
-    ]
-    return interval(float(_distance(observed, names)[0]), np.concatenate(parts), level)
-
-
-def _distance(means: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-    quality, cost = means["agent"].T
-    points = np.stack([means[name] for name in names], axis=1)  # (D, M, 2)
-    return quality - front_quality(points[..., 1], points[..., 0], cost)
+    names = {f"front/{name}": array for name, array in front.items()}
+    return resample({"agent": agent, **names}, level=level, draws=draws, seed=seed).distance("agent", list(names))
