@@ -10,6 +10,7 @@ Rows are appended to <run folder>/rows.jsonl as they are made; the same command 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -87,7 +88,8 @@ class Evaluation:
         return rows
 
     def _save_image(self, method: Method, made: Generated) -> str:
-        relative = Path("images") / method.name / f"{made.seed}.png"
+        name = f"{made.seed}-{zlib.crc32(made.prompt.encode()):08x}.png"  # a file may repeat seeds over prompts
+        relative = Path("images") / method.name.replace(":", "_") / name
         (self.folder / relative).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(made.picture).save(self.folder / relative)
         return str(relative)

@@ -33,7 +33,7 @@ _UNSUPPORTED = (
     "shift_terminal",
     "stochastic_sampling",
 )
-_ALLOWED = {  # options of which only some values are carried out
+_ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {  # options of which only some values are carried out
     "dpmpp_2m": {
         "algorithm_type": ("dpmsolver++",),
         "solver_type": ("midpoint", "heun"),

@@ -70,6 +70,7 @@ class Backbone(ABC):
     device: torch.device
     dtype: torch.dtype
     dtype_name: str
+    tokenizer: Any  # whose positions the attention maps have
     scheduler_config: dict[str, Any]  # of the pipeline's folder, without values that are diffusers' own defaults
     latent_channels: int
     spatial_factor: int  # picture pixels per latent cell

@@ -55,6 +55,7 @@ class StableDiffusionBackbone(Backbone):
         self.is_xl = isinstance(pipeline, StableDiffusionXLPipeline)
         names = ("tokenizer", "tokenizer_2") if self.is_xl else ("tokenizer",)
         self.tokenizers = [t for t in (getattr(pipeline, n) for n in names) if t is not None]
+        self.tokenizer = self.tokenizers[0]
         names = ("text_encoder", "text_encoder_2") if self.is_xl else ("text_encoder",)
         self.text_encoders = [self._frozen(m) for m in (getattr(pipeline, n) for n in names) if m is not None]
         self._format = torch.channels_last if channels_last else torch.contiguous_format
@@ -74,11 +75,6 @@ class StableDiffusionBackbone(Backbone):
         self._attention_layers = [layers[i * len(layers) // number] for i in range(number)]
         if compile:
             self._compile()
-
-    @property
-    def tokenizer(self) -> Any:
-        """The (first) tokenizer, whose positions the attention maps have."""
-        return self.tokenizers[0]
 
     @property
     def text_encoder(self) -> Any:
@@ -222,8 +218,8 @@ class StableDiffusionBackbone(Backbone):
         mean, std = (self.vae.config.get(name) for name in ("latents_mean", "latents_std"))
         if mean is None or std is None:
             return 0.0, 1.0
-        values = (torch.tensor(v, device=self.device, dtype=self.dtype).view(1, -1, 1, 1) for v in (mean, std))
-        return tuple(values)  # type: ignore[return-value]
+        channels = torch.tensor([mean, std], device=self.device, dtype=self.dtype)[:, None, :, None, None]
+        return channels[0], channels[1]
 
     # ----------------------------------------------------------------- cost
 

@@ -383,15 +383,25 @@ def all_verdicts(
     solvers = {name: members for name, members in families.items() if name != "best-of-N"}
     reference = next((name for name in methods if name.endswith("-50") and name in sum(solvers.values(), [])), None)
     controls = [name for name in (FULL_IMAGE, CONTINUED) if name in methods]
-    h1 = h1_efficiency(rows, agent, reference, solvers, rules) if reference else _missing("H1", "ddim-50", prompts)
-    h2 = h2_quality(rows, agent, families, rules) if families else _missing("H2", "any solver", prompts)
-    h3 = h3_adaptivity(rows, agent, complexity, rules)
-    h4 = h4_refinement(rows, agent, controls, rules) if len(controls) == 2 else _missing("H4", "its controls", prompts)
-    return [h1, h2, h3, h4]
+    found = [
+        _undecided("H1", "50-step inference was not run", prompts),
+        _undecided("H2", "no solver was run", prompts),
+        _undecided("H3", "every prompt is equally complex", prompts),
+        _undecided("H4", "its controls were not run", prompts),
+    ]
+    if reference:
+        found[0] = h1_efficiency(rows, agent, reference, solvers, rules)
+    if families:
+        found[1] = h2_quality(rows, agent, families, rules)
+    if len(set(complexity.values())) > 1:
+        found[2] = h3_adaptivity(rows, agent, complexity, rules)
+    if len(controls) == 2:
+        found[3] = h4_refinement(rows, agent, controls, rules)
+    return found
 
 
-def _missing(hypothesis: str, what: str, prompts: int) -> Verdict:
-    return Verdict(hypothesis, UNDECIDED, f"{what} was not run", prompts)
+def _undecided(hypothesis: str, reason: str, prompts: int) -> Verdict:
+    return Verdict(hypothesis, UNDECIDED, reason, prompts)
 
 
 # --------------------------------------------------------------------------- words
