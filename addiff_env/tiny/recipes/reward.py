@@ -15,9 +15,9 @@ from collections import defaultdict
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import rankdata
 
 from addiff_env.scorers import PixelTextReward
+from addiff_env.tiny.auc import auc
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.pairs import Pairs, Samples
 from addiff_env.tiny.scenes import parse_caption
@@ -77,15 +77,6 @@ def hold_out(samples: Samples) -> tuple[Samples, int]:
     held = [zlib.crc32(caption.encode()) % HELD_OUT == 0 for caption in samples.captions]
     order = torch.tensor(sorted(range(len(held)), key=held.__getitem__))
     return samples.take(order), len(held) - sum(held)
-
-
-def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a satisfied picture outscores a failed one (ties count half)."""
-    positive = labels.astype(bool)
-    number, rest = int(positive.sum()), int((~positive).sum())
-    if number == 0 or rest == 0:
-        return float("nan")
-    return float((rankdata(scores)[positive].sum() - number * (number + 1) / 2) / (number * rest))
 
 
 def category_baseline(samples: Samples, train: int) -> np.ndarray:

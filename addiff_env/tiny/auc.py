@@ -1,0 +1,176 @@
+"""How well each scorer foretells the checker's verdict, on finished pictures and on previews along the way.
+
+``python -m addiff_env.tiny.auc`` denoises ``dev`` prompts with the environment's own schedule, decodes the clean
+prediction at 20%, 40%, 60%, 80% and 100% of it, and prints the area under the ROC curve of every scorer for the verdict
+on the *finished* picture. What the prompt alone tells is listed beside them: a scorer is worth its lead over that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+import addiff_env
+from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone
+from addiff_env.encoders import CLIPEncoder, load_clip
+from addiff_env.scorers import load_scorer
+from addiff_env.tiny.checker import judge
+from addiff_env.tiny.quality import WEIGHTS, latent_shape
+from addiff_env.tiny.scenes import balanced, load_split
+
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+LEAST = {1.0: 0.92, 0.6: 0.85}  # of the reward model
+FOLDS, RIDGE = 5, 10.0  # of the text-only probe
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a satisfied picture outscores a failed one, ties counting half.
+
+    NaN where one of the classes is empty (Hanley & McNeil 1982).
+    """
+    positive = labels.astype(bool)
+    number, rest = int(positive.sum()), int((~positive).sum())
+    if number == 0 or rest == 0:
+        return math.nan
+    return float((rankdata(scores)[positive].sum() - number * (number + 1) / 2) / (number * rest))
+
+
+def auc_interval(scores: np.ndarray, labels: np.ndarray, draws: int = 500, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of `auc` over pictures."""
+    rng = np.random.default_rng(seed)
+    index = rng.integers(len(labels), size=(draws, len(labels)))
+    values = [auc(scores[rows], labels[rows]) for rows in index]
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def probe(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Out-of-fold ridge predictions (N,) of ``labels`` (N,) from ``features`` (N, D): what they alone tell."""
+    fold = np.random.default_rng(0).permutation(len(labels)) % FOLDS
+    predictions = np.zeros(len(labels))
+    for held in range(FOLDS):
+        train, test = fold != held, fold == held
+        mean, base = features[train].mean(0), labels[train].mean()
+        centred = features[train] - mean
+        gram = centred.T @ centred + RIDGE / features.shape[1] * np.eye(features.shape[1])
+        weights = np.linalg.solve(gram, centred.T @ (labels[train] - base))
+        predictions[test] = (features[test] - mean) @ weights + base
+    return predictions
+
+
+@torch.no_grad()
+def look(
+    backbone: Backbone, scorers: dict[str, Any], rows: Sequence[dict[str, Any]], guidance: float, steps: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Scores (5, N) of every scorer at `SHARES` of the schedule, and the verdicts (N,) on the finished pictures."""
+    shape = latent_shape(backbone)
+    at = [max(1, round(share * steps)) - 1 for share in SHARES]
+    prompts = [row["prompt"] for row in rows]
+    stages: list[torch.Tensor] = []
+
+    def watch(index: int, latents: torch.Tensor, now: Prediction) -> None:
+        stages.extend([backbone.decode(now.x0)] * at.count(index))
+
+    noise = initial_noise(backbone, shape, [row["seed"] for row in rows])
+    final = denoise(backbone, backbone.schedule(steps, shape), prompts, noise, guidance, watch)
+    stages[-1] = backbone.decode(final)
+    pictures = stages[-1].permute(0, 2, 3, 1).cpu().numpy().clip(0, 1)
+    verdicts = np.array([judge(p, prompt).satisfied for p, prompt in zip(pictures, prompts, strict=True)])
+    scores = {
+        name: np.stack([score(stage, prompts).cpu().numpy() for stage in stages]) for name, score in scorers.items()
+    }
+    return scores, verdicts
+
+
+def scorers_of(weights: Path, clip: CLIPEncoder, device: str) -> dict[str, Any]:
+    """The embedded world's scorers by name: (pictures, prompts) to scores (B,)."""
+    reward = load_scorer(str(weights / "reward"), device)
+    return {
+        "CLIP": lambda pictures, prompts: (clip.image_features(pictures) * clip.text_features(prompts)).sum(1),
+        "reward model": reward.score,
+        # In the aesthetic scorer's place: the same model, told nothing of the prompt.
+        "reward model, no prompt": lambda pictures, prompts: reward.score(pictures, [""] * len(prompts)),
+    }
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """AUCs with intervals of every scorer at every share, and of the prompt alone."""
+    rows = balanced(load_split(args.split), args.number)
+    backbone = load_backbone(
+        str(args.weights / "pipeline"),
+        device=args.device,
+        dtype=args.dtype,
+        attention_stride=addiff_env.TINY["attention_stride"],
+    )
+    clip = load_clip(str(args.weights / "clip"), args.device)
+    scorers, parts = scorers_of(args.weights, clip, args.device), []
+    for start in range(0, len(rows), 64):
+        part = rows[start : start + 64]
+        parts.append(look(backbone, scorers, part, addiff_env.TINY["guidance_scale"], args.steps))
+    labels = np.concatenate([verdicts for _, verdicts in parts])
+    texts = clip.text_features([row["prompt"] for row in rows]).double().cpu().numpy()
+    told = probe(texts, labels.astype(float))
+    found: dict[str, Any] = {}
+    for name in scorers:
+        scores = np.concatenate([each[name] for each, _ in parts], axis=1)  # (5, N)
+        found[name] = {f"{share:g}": entry(scores[k], labels) for k, share in enumerate(SHARES)}
+    found["prompt alone (CLIP text, ridge)"] = {f"{share:g}": entry(told, labels) for share in SHARES}
+    return {"split": args.split, "number": len(rows), "satisfied": float(labels.mean()), "auc": found}
+
+
+def entry(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """One AUC with its interval."""
+    low, high = auc_interval(scores, labels)
+    return {"auc": auc(scores, labels), "low": low, "high": high}
+
+
+def reward_auc(result: dict[str, Any], share: float) -> float:
+    """The reward model's AUC at a share of the schedule."""
+    return result["auc"]["reward model"][f"{share:g}"]["auc"]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result in words."""
+    satisfied = f"{100 * result['satisfied']:.1f}% satisfied"
+    head = f"{result['number']} {result['split']} prompts, {satisfied}; AUC for that verdict"
+    lines = [head, f"{'at share of the schedule':<34}" + "".join(f"{f'{share:.0%}':>18}" for share in SHARES)]
+    for name, shares in result["auc"].items():
+        cells = (f"{e['auc']:.3f} ({e['low']:.2f}-{e['high']:.2f})" for e in shares.values())
+        lines.append(f"{name:<34}" + "".join(f"{cell:>18}" for cell in cells))
+    for share, least in LEAST.items():
+        value = result["auc"]["reward model"][f"{share:g}"]["auc"]
+        lines.append(
+            f"reward model at {share:.0%}: {value:.3f}, wanted {least}: {'pass' if value >= least else 'FAIL'}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line; exits with 1 when the reward model misses its bars."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--split", choices=("dev", "test"), default="dev")
+    parser.add_argument("--number", type=int, default=512, help="prompts, categories in turn")
+    parser.add_argument("--steps", type=int, default=addiff_env.TINY["num_inference_steps"])
+    parser.add_argument("--weights", type=Path, default=WEIGHTS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    args = parser.parse_args()
+    result = measure(args)
+    print(json.dumps(result, indent=2) if args.json else table(result))
+    missed = [
+        share for share, least in LEAST.items() if not result["auc"]["reward model"][f"{share:g}"]["auc"] >= least
+    ]
+    raise SystemExit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()
