@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from addiff_env.tiny.recipes import common, data
 from addiff_env.tiny.recipes.autoencoder import LATENT_CHANNELS
+from addiff_env.tiny.scenes import CATEGORIES, parse_caption
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
 TEXT_WIDTH = 160
@@ -121,6 +122,18 @@ def load_exported(folder: Path, unet: UNet2DConditionModel, text_encoder: CLIPTe
     text_encoder.load_state_dict(exported.state_dict())
 
 
+def rows_of(category: str, captions: list[str]) -> torch.Tensor:
+    """Rows whose caption belongs to ``category``; none for an empty name.
+
+    Raises:
+        ValueError: no such caption.
+    """
+    rows = [row for row, caption in enumerate(captions) if category and parse_caption(caption).category == category]
+    if category and not rows:
+        raise ValueError(f"no caption of category {category!r}; known: {', '.join(CATEGORIES)}")
+    return torch.tensor(rows, dtype=torch.int64)
+
+
 def sample_timesteps(number: int, generator: torch.Generator) -> torch.Tensor:
     """Training timesteps (number,): nine in ten from Beta(1.8, 1.4), the rest uniform.
 
@@ -136,7 +149,16 @@ def sample_timesteps(number: int, generator: torch.Generator) -> torch.Tensor:
 def main() -> None:
     """Command line."""
     args: argparse.Namespace = common.arguments(
-        __doc__ or "", steps=4200, batch=64, lr=8e-4, dropout=0.1, compile=1, pictures=60_000, warm_start=0
+        __doc__ or "",
+        steps=4200,
+        batch=64,
+        lr=8e-4,
+        dropout=0.1,
+        compile=1,
+        pictures=60_000,
+        warm_start=0,
+        focus="",  # a category that lags behind ...
+        focus_share=0.5,  # ... and how much of every batch it then gets
     )
     data.prepare(args.work)
     pictures, captions = data.load(args.work)
@@ -145,6 +167,7 @@ def main() -> None:
     tokenizer = build_tokenizer()
     ids = tokenize(tokenizer, captions)
     empty = tokenize(tokenizer, [""])
+    focused = rows_of(args.focus, captions[: args.pictures])
 
     torch.manual_seed(args.seed)
     unet = build_unet().to(args.device, memory_format=torch.channels_last)
@@ -164,6 +187,9 @@ def main() -> None:
 
     def loss_at(generator: torch.Generator) -> dict[str, torch.Tensor]:
         index = common.batch_indices(generator, len(latents), args.batch)
+        if len(focused):
+            chosen = torch.rand(args.batch, generator=generator) < args.focus_share
+            index = torch.where(chosen, focused[common.batch_indices(generator, len(focused), args.batch)], index)
         x0 = latents[index].to(args.device).float()  # (B, 8, 16, 16)
         noise = torch.randn(x0.shape, generator=generator).to(args.device)
         timesteps = sample_timesteps(args.batch, generator).to(args.device)
