@@ -306,7 +306,10 @@ def test_weights_and_biases_mirrors_tensorboard(small_kwargs, tmp_path, monkeypa
     with weights_and_biases(cfg, tmp_path):
         pass
     assert seen["sync_tensorboard"] and seen["project"] == "mine" and seen["dir"] == str(tmp_path)
-    assert seen["config"]["algorithm"]["name"] == "ppo"
+    assert seen["config"]["algorithm"]["name"] == "ppo" and seen["resume"] == "allow"
+    first = seen["id"]
+    with weights_and_biases(cfg, tmp_path):
+        assert seen["id"] == first  # a resumed run is the same run
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"), weights_and_biases(cfg, tmp_path):
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -69,12 +70,13 @@ def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Seq
     run.mkdir(parents=True, exist_ok=True)
     state = _find_state(cfg, run)
     set_random_seed(cfg.seed)
-    training = Training(cfg, run, judge, state)
-    began = time.monotonic()
-    try:
-        training.learn(callbacks)
-    finally:
-        training.model.logger.close()
+    with weights_and_biases(cfg, run):  # before TensorBoard's writer is made, which it has to see
+        training = Training(cfg, run, judge, state)
+        began = time.monotonic()
+        try:
+            training.learn(callbacks)
+        finally:
+            training.model.logger.close()
     agent = training.bundle(time.monotonic() - began)
     agent.save(Path(cfg.out) if cfg.out else run / "agent")
     return Result(agent, training.model.num_timesteps, training.collapsed, training.held_out_summary)
@@ -108,13 +110,12 @@ class Training:
             *further,
             Checkpoints(self.run / FILE, self.env, self.remembered, config, self.cfg.checkpoint_every),
         ]
-        with weights_and_biases(self.cfg, self.run):
-            self.model.learn(
-                algorithm.total_timesteps - done,
-                callback=CallbackList(callbacks),
-                reset_num_timesteps=self.fresh,  # which also starts every lane
-                progress_bar=self.cfg.progress_bar,
-            )
+        self.model.learn(
+            algorithm.total_timesteps - done,
+            callback=CallbackList(callbacks),
+            reset_num_timesteps=self.fresh,  # which also starts every lane
+            progress_bar=self.cfg.progress_bar,
+        )
 
     @property
     def collapsed(self) -> str | None:
@@ -246,7 +247,8 @@ def weights_and_biases(cfg: DictConfig, run: Path) -> Iterator[None]:
         import wandb
     except ImportError as error:
         raise ImportError("logging=wandb needs: pip install wandb") from error
-    options = _mapping(cfg.logging.wandb)
+    identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]  # a resumed run is the same run
+    options = {"id": identity, **_mapping(cfg.logging.wandb)}
     with wandb.init(sync_tensorboard=True, dir=str(run), config=_mapping(cfg), resume="allow", **options):
         yield
 
