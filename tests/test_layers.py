@@ -29,6 +29,8 @@ LAYERS = (  # low to high; a module imports from strictly lower layers, or from 
     "env",
     "baselines",
     "agent",
+    "offline",
+    "rllib",
     "sb3",
     "pipeline",
     "tiny",

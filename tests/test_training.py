@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from addiff_env.agent import Agent
 from addiff_env.baselines import compute_baselines
 from addiff_env.sb3.checkpoint import FILE, load_checkpoint, random_state, save_checkpoint, set_random_state
-from addiff_env.sb3.training import CONFIG_FILE, train
+from addiff_env.sb3.training import CONFIG_FILE, train, weights_and_biases
 from addiff_env.sb3.vec_env import make_lanes
 
 ROOT = Path(__file__).parent.parent
@@ -288,3 +290,34 @@ def test_killed_with_signal_9_twenty_times(whole, small_kwargs, tmp_path):
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     ours, theirs = weights(tmp_path), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_weights_and_biases_mirrors_tensorboard(small_kwargs, tmp_path, monkeypatch):
+    """A stand-in for the package sees the run folder, the configuration and the wish to mirror TensorBoard."""
+    seen = {}
+
+    @contextmanager
+    def init(**options):
+        seen.update(options)
+        yield
+
+    cfg = configure(small_kwargs, "logging=wandb", "logging.wandb.project=mine")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with weights_and_biases(cfg, tmp_path):
+        pass
+    assert seen["sync_tensorboard"] and seen["project"] == "mine" and seen["dir"] == str(tmp_path)
+    assert seen["config"]["algorithm"]["name"] == "ppo" and seen["resume"] == "allow"
+    first = seen["id"]
+    with weights_and_biases(cfg, tmp_path):
+        assert seen["id"] == first  # a resumed run is the same run
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"), weights_and_biases(cfg, tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("env", ["tiny", "sd15", "sdxl", "flux_schnell"])
+def test_every_preset_resolves(env):
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", [f"env={env}"])
+    assert cfg.env.id.startswith("AdDiffusion-") and "???" not in OmegaConf.to_yaml(cfg, resolve=True)
+    assert cfg.num_envs * cfg.algorithm.n_steps % cfg.algorithm.batch_size == 0  # no truncated mini-batch

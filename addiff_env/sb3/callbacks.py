@@ -288,6 +288,11 @@ class HeldOut(Remembering):
         if self._rollouts % self.every == 0:
             self.look()
 
+    @property
+    def looks(self) -> int:
+        """How many looks were due so far."""
+        return self._rollouts // self.every
+
     def look(self) -> dict[str, float]:
         """Run every held-out prompt once and log what came out; returns the means."""
         strips = self._play(Agent(self.model.policy.export(), {"observation": {}}))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,12 +70,13 @@ def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Seq
     run.mkdir(parents=True, exist_ok=True)
     state = _find_state(cfg, run)
     set_random_seed(cfg.seed)
-    training = Training(cfg, run, judge, state)
-    began = time.monotonic()
-    try:
-        training.learn(callbacks)
-    finally:
-        training.model.logger.close()
+    with weights_and_biases(cfg, run):  # before TensorBoard's writer is made, which it has to see
+        training = Training(cfg, run, judge, state)
+        began = time.monotonic()
+        try:
+            training.learn(callbacks)
+        finally:
+            training.model.logger.close()
     agent = training.bundle(time.monotonic() - began)
     agent.save(Path(cfg.out) if cfg.out else run / "agent")
     return Result(agent, training.model.num_timesteps, training.collapsed, training.held_out_summary)
@@ -108,13 +110,12 @@ class Training:
             *further,
             Checkpoints(self.run / FILE, self.env, self.remembered, config, self.cfg.checkpoint_every),
         ]
-        with weights_and_biases(self.cfg, self.run):
-            self.model.learn(
-                algorithm.total_timesteps - done,
-                callback=CallbackList(callbacks),
-                reset_num_timesteps=self.fresh,  # which also starts every lane
-                progress_bar=self.cfg.progress_bar,
-            )
+        self.model.learn(
+            algorithm.total_timesteps - done,
+            callback=CallbackList(callbacks),
+            reset_num_timesteps=self.fresh,  # which also starts every lane
+            progress_bar=self.cfg.progress_bar,
+        )
 
     @property
     def collapsed(self) -> str | None:
@@ -142,7 +143,7 @@ class Training:
                 "seed": self.cfg.seed,
                 "timesteps": self.model.num_timesteps,
                 "seconds": round(seconds, 1),  # of this process: a resumed run counts from there
-                "algorithm": OmegaConf.to_container(self.cfg.algorithm),
+                "algorithm": _mapping(self.cfg.algorithm),
                 "last_rollout": {name: round(value, 4) for name, value in log.summary.items()},
                 "held_out": {name: round(value, 4) for name, value in self.held_out_summary.items()},
             },
@@ -159,17 +160,21 @@ def env_settings(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: the reward or the prompts are set in ``env.kwargs``, where they would have two truths.
     """
-    settings: dict[str, Any] = dict(OmegaConf.to_container(cfg.env.kwargs, resolve=True))  # type: ignore[arg-type]
+    settings = _mapping(cfg.env.kwargs)
     for name, instead in (("reward", "reward.weights"), ("prompts", "prompts.source")):
         if name in settings:
             raise ValueError(f"env.kwargs.{name}={settings[name]!r}: set {instead} instead")
     if cfg.prompts.source is not None:
         settings["prompts"] = _prompts(cfg.prompts.source)
-    weights = OmegaConf.to_container(cfg.reward.weights, resolve=True)
-    if weights:
+    if weights := _mapping(cfg.reward.weights):
         preset = gym.spec(cfg.env.id).kwargs.get("reward") or {}
-        settings["reward"] = {**preset, **weights}  # type: ignore[dict-item]
+        settings["reward"] = {**preset, **weights}
     return settings
+
+
+def _mapping(cfg: DictConfig) -> dict[str, Any]:
+    """A group of the configuration as a plain dictionary, everything filled in."""
+    return {str(name): value for name, value in OmegaConf.to_container(cfg, resolve=True).items()}  # type: ignore[union-attr]
 
 
 def _prompts(source: Any) -> str | list[str]:
@@ -191,7 +196,7 @@ def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
     Raises:
         ValueError: an unknown algorithm, or a discount that differs from the reward's.
     """
-    options: dict[str, Any] = dict(OmegaConf.to_container(cfg.algorithm, resolve=True))  # type: ignore[arg-type]
+    options = _mapping(cfg.algorithm)
     name = options.pop("name")
     if name not in ALGORITHMS:
         raise ValueError(f"unknown algorithm.name {name!r}; known: {', '.join(ALGORITHMS)}")
@@ -201,7 +206,7 @@ def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
     del options["total_timesteps"], options["ent_coef_end"]
     options["learning_rate"] = LinearSchedule(options["learning_rate"], options.pop("learning_rate_end"))
     algorithm, policy = ALGORITHMS[name]
-    policy_options = {**OmegaConf.to_container(cfg.policy), "parts": observation_parts(env.env)}
+    policy_options = {**_mapping(cfg.policy), "parts": observation_parts(env.env)}
     return algorithm(policy, VecMonitor(env), policy_kwargs=policy_options, seed=cfg.seed, device=cfg.device, **options)
 
 
@@ -224,12 +229,12 @@ def build_callbacks(cfg: DictConfig, env: DenoiseVecEnv, held_out: HeldOut | Non
         callbacks["normalisation"] = RunningNormalisation(env)
     if cfg.reward.target_nfe is not None:
         callbacks["dual"] = TargetNFE(env, cfg.reward.target_nfe, cfg.reward.dual_rate)
-    callbacks["alarm"] = CollapseAlarm(**OmegaConf.to_container(cfg.alarm))  # type: ignore[arg-type]
+    callbacks["alarm"] = CollapseAlarm(**_mapping(cfg.alarm))
     return callbacks | ({"held_out": held_out} if held_out else {})
 
 
 @contextmanager
-def weights_and_biases(cfg: DictConfig, run: Path):  # type: ignore[no-untyped-def]
+def weights_and_biases(cfg: DictConfig, run: Path) -> Iterator[None]:
     """Mirror TensorBoard to Weights & Biases while open, where ``logging.wandb`` (arguments of ``wandb.init``) is set.
 
     Raises:
@@ -242,9 +247,9 @@ def weights_and_biases(cfg: DictConfig, run: Path):  # type: ignore[no-untyped-d
         import wandb
     except ImportError as error:
         raise ImportError("logging=wandb needs: pip install wandb") from error
-    options: dict[str, Any] = dict(OmegaConf.to_container(cfg.logging.wandb, resolve=True))  # type: ignore[arg-type]
-    config = OmegaConf.to_container(cfg, resolve=True)
-    with wandb.init(sync_tensorboard=True, dir=str(run), config=config, resume="allow", **options):
+    identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]  # a resumed run is the same run
+    options = {"id": identity, **_mapping(cfg.logging.wandb)}
+    with wandb.init(sync_tensorboard=True, dir=str(run), config=_mapping(cfg), resume="allow", **options):
         yield
 
 
@@ -258,7 +263,7 @@ def resolved(cfg: DictConfig) -> str:
 
 def differing_values(ours: DictConfig, theirs: DictConfig) -> list[str]:
     """Every value in which two configurations differ, in words, cosmetic ones left out."""
-    flat = [_flatten(OmegaConf.to_container(cfg, resolve=True)) for cfg in (ours, theirs)]
+    flat = [_flatten(_mapping(cfg)) for cfg in (ours, theirs)]
     names = sorted(set(flat[0]) | set(flat[1]))
     names = [name for name in names if name.split(".")[0] not in COSMETIC]
     missing = "nothing"

@@ -1,0 +1,156 @@
+"""Hyperparameter search with Optuna: any number of workers share one journal file, which needs no server.
+
+    python -m addiff_env.sb3.search runs/sweep/tiny --trials 20 env=tiny algorithm.total_timesteps=20000
+
+A trial is a whole training in a folder of its own. It is judged on the held-out prompts by quality less a fixed price
+per evaluation (the reward's own price may be among what is searched), and given up early where it does worse than
+others at the same point, or where its policy collapses.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from stable_baselines3.common.callbacks import BaseCallback
+
+from addiff_env.sb3.callbacks import HeldOut
+from addiff_env.sb3.training import Result, train
+
+Trainer = Callable[..., Result]
+
+
+def open_study(folder: Path, seed: int | None = None) -> optuna.Study:
+    """The study in ``folder``, made if there is none; safe for many workers, on a network file system too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return optuna.create_study(
+        study_name="addiff",
+        storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))),
+        direction="maximize",
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+        load_if_exists=True,
+    )
+
+
+def suggest(trial: optuna.Trial, space: dict[str, Any]) -> list[str]:
+    """Draw every name of ``space`` (see configs/search) and return the values as overrides.
+
+    Raises:
+        ValueError: an entry that is neither choices nor bounds; the message shows it.
+    """
+    return [f"{name}={_draw(trial, name, entry)}" for name, entry in space.items()]
+
+
+def _draw(trial: optuna.Trial, name: str, entry: Any) -> Any:
+    if isinstance(entry, list) and entry:
+        return trial.suggest_categorical(name, entry)
+    if not isinstance(entry, dict) or not {"low", "high"} <= set(entry) <= {"low", "high", "log", "int"}:
+        raise ValueError(f"{name}: expected a list of choices or low and high (log, int), got {entry!r}")
+    draw = trial.suggest_int if entry.get("int") else trial.suggest_float
+    return draw(name, entry["low"], entry["high"], log=bool(entry.get("log", False)))
+
+
+def objective_value(held_out: dict[str, float], price: float) -> float:
+    """Held-out quality less ``price`` per evaluation.
+
+    Raises:
+        ValueError: nothing was held out, so there is nothing to judge by.
+    """
+    if not held_out:
+        raise ValueError("a search needs held-out prompts: set prompts.held_out.source and logging.held_out_every")
+    return held_out["quality"] - price * held_out["nfe_mean"]
+
+
+class Report(BaseCallback):
+    """Tell the study how a trial does after each look at the held-out prompts; gives it up where the pruner says so."""
+
+    def __init__(self, trial: optuna.Trial, price: float) -> None:
+        super().__init__()
+        self.trial, self.price, self._looks = trial, price, 0
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        every_callback = self.locals["callback"].callbacks  # of the list that the training runs
+        held_out = next((callback for callback in every_callback if isinstance(callback, HeldOut)), None)
+        if held_out is None or held_out.looks == self._looks:
+            return
+        self._looks = held_out.looks
+        self.trial.report(objective_value(held_out.summary, self.price), self._looks)
+        if self.trial.should_prune():
+            raise optuna.TrialPruned(f"behind the others after look {self._looks}")
+
+
+def run_trial(
+    trial: optuna.Trial,
+    configure: Callable[[list[str]], DictConfig],
+    space: dict[str, Any],
+    folder: Path,
+    price: float,
+    trainer: Trainer = train,
+) -> float:
+    """Train once with drawn values; returns what `objective_value` makes of it.
+
+    Raises:
+        optuna.TrialPruned: the trial was given up.
+    """
+    cfg = configure([*suggest(trial, space), "alarm.stop=true", "progress_bar=false"])
+    result = trainer(cfg, folder / f"trial-{trial.number:05d}", callbacks=[Report(trial, price)])
+    if result.collapsed:
+        raise optuna.TrialPruned(f"collapsed: {result.collapsed}")
+    return objective_value(result.held_out, price)
+
+
+def read_space(path: Path) -> dict[str, Any]:
+    """The search space of a YAML file.
+
+    Raises:
+        ValueError: it is no mapping.
+    """
+    space = OmegaConf.load(path)
+    if isinstance(space, ListConfig) or not space:
+        raise ValueError(f"{path} must map names of the configuration to what they may be")
+    return {str(name): value for name, value in OmegaConf.to_container(space).items()}  # type: ignore[union-attr]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line: one worker."""
+    parser = argparse.ArgumentParser(description="One worker of a hyperparameter search.")
+    parser.add_argument("folder", type=Path, help="the study's folder; workers that name the same one share the study")
+    parser.add_argument("--trials", type=int, default=20, help="trainings that this worker runs")
+    parser.add_argument("--space", type=Path, default=Path("configs/search/ppo.yaml"), help="what may vary")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the Hydra configuration")
+    parser.add_argument("--price", type=float, default=0.002, help="quality that one evaluation has to be worth")
+    parser.add_argument("--seed", type=int, default=None, help="of this worker's draws; workers need different ones")
+    parser.add_argument("overrides", nargs="*", help="as for train_sb3.py, for every trial")
+    options = parser.parse_intermixed_args(arguments)
+
+    def configure(drawn: list[str]) -> DictConfig:
+        with initialize_config_dir(str(options.configs.resolve()), version_base="1.3"):
+            return compose("train", [*options.overrides, *drawn])
+
+    study, space = open_study(options.folder, options.seed), read_space(options.space)
+    study.optimize(
+        lambda trial: run_trial(trial, configure, space, options.folder, options.price), n_trials=options.trials
+    )
+    complete = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    if not complete:
+        print(f"none of {len(study.trials)} trials was completed")
+        return
+    best = study.best_trial
+    print(f"best of {len(study.trials)} trials: {best.value:.4f} ({options.folder / f'trial-{best.number:05d}'})")
+    for name, value in best.params.items():
+        print(f"  {name}={value}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""RLlib's side of the environment; the training itself needs Ray, which has an environment of its own."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from gymnasium.wrappers.vector import DictInfoToList
+
+from addiff_env import rllib
+
+
+def test_lanes_are_as_an_env_runner_takes_them(small_kwargs):
+    """Infos split into one dictionary per lane, and an ended lane restarts in the next step."""
+    env = DictInfoToList(rllib.make_lanes({"id": "AdDiffusion-Tiny-v0", "kwargs": small_kwargs, "num_envs": 2}))
+    observations, infos = env.reset(seed=3)
+    assert observations.shape[0] == len(infos) == env.num_envs == 2
+    assert {"prompt", "nfe", "action_mask"} <= set(infos[0])
+    _, _, ended, _, infos = env.step(np.array([1, 0]))
+    assert ended.tolist() == [True, False] and infos[1]["nfe"] == 3
+    _, reward, ended, _, infos = env.step(np.array([0, 0]))
+    assert not ended.any() and reward[0] == 0 and infos[0]["nfe"] == 2  # warm-up of the new episode
+
+
+def test_batch_sizes():
+    settings = rllib.Settings(num_env_runners=3, num_envs_per_runner=4, steps_per_lane=5)
+    assert settings.train_batch_size == 60
+    assert rllib.Settings(num_env_runners=0, num_envs_per_runner=4, steps_per_lane=5).train_batch_size == 20
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is not None, reason="Ray is installed")
+def test_without_ray_the_message_says_what_to_install(tmp_path):
+    with pytest.raises(ImportError, match="an environment of its own"):
+        rllib.main([str(tmp_path)])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_two_env_runners_improve_the_return(tmp_path):
+    """On the embedded world, as the issue's acceptance asks; two runners on one machine."""
+    pytest.importorskip("ray.rllib", reason="pip install 'addiff-env[rl]', in an environment of its own")
+    settings = rllib.Settings(num_env_runners=2, num_envs_per_runner=16)
+    returns = rllib.train(settings, tmp_path, iterations=20, checkpoint_every=10)
+    assert np.mean(returns[-4:]) > np.mean(returns[:4])
+    assert rllib.train(settings, tmp_path, iterations=21)  # goes on from the checkpoint with one more iteration

@@ -1,0 +1,108 @@
+"""The hyperparameter search: spaces, pruning of the collapsed, workers that share a journal."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+optuna = pytest.importorskip("optuna", reason="pip install 'addiff-env[search]'")
+
+from addiff_env.sb3 import search  # noqa: E402
+from addiff_env.sb3.training import Result  # noqa: E402
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SPACE = {
+    "algorithm.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+    "algorithm.n_epochs": {"low": 2, "high": 5, "int": True},
+    "policy.hidden": [64, 128],
+}
+
+
+def configure(overrides):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("train", overrides)
+
+
+def trainer(cfg, folder, callbacks=()):
+    """Stands in for a training: best at a learning rate of 1e-3; one width always collapses."""
+    if cfg.policy.hidden == 64:
+        return Result(None, 0, "100% of the decisions were 'continue'", {})
+    quality = 1 - abs(cfg.algorithm.learning_rate - 1e-3)
+    return Result(None, 100, None, {"quality": quality, "nfe_mean": 10.0})
+
+
+def optimise(folder, trials, seed=0):
+    study = search.open_study(folder, seed)
+    study.optimize(lambda trial: search.run_trial(trial, configure, SPACE, folder, 0.002, trainer), n_trials=trials)
+    return study
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def test_collapsed_runs_are_pruned_and_the_rest_judged(tmp_path):
+    study = optimise(tmp_path, 12)
+    for trial in study.trials:
+        assert 1e-4 <= trial.params["algorithm.learning_rate"] <= 1e-2
+        assert trial.params["algorithm.n_epochs"] in (2, 3, 4, 5)
+        if trial.params["policy.hidden"] == 64:
+            assert trial.state.name == "PRUNED"
+        else:
+            expected = 1 - abs(trial.params["algorithm.learning_rate"] - 1e-3) - 0.02
+            assert trial.value == pytest.approx(expected)
+    assert {trial.state.name for trial in study.trials} == {"PRUNED", "COMPLETE"}
+
+
+def test_workers_share_a_study_through_its_journal(tmp_path):
+    optimise(tmp_path, 3, seed=0)
+    again = optimise(tmp_path, 2, seed=1)
+    assert [trial.number for trial in again.trials] == [0, 1, 2, 3, 4]
+    assert len(search.open_study(tmp_path).trials) == 5
+
+
+def test_the_alarm_stops_collapsed_trials(tmp_path):
+    seen = []
+    search.open_study(tmp_path).optimize(
+        lambda trial: search.run_trial(
+            trial,
+            configure,
+            SPACE,
+            tmp_path,
+            0.0,
+            lambda cfg, folder, **_: seen.append((cfg, folder)) or trainer(cfg, folder),
+        ),
+        n_trials=1,
+    )
+    ((cfg, folder),) = seen
+    assert cfg.alarm.stop is True and folder == tmp_path / "trial-00000"
+
+
+@pytest.mark.parametrize("entry", [[], {"low": 1}, "many", {"low": 1, "high": 2, "step": 1}])
+def test_bad_spaces_are_named(tmp_path, entry):
+    trial = search.open_study(tmp_path).ask()
+    with pytest.raises(ValueError, match="policy.hidden"):
+        search.suggest(trial, {"policy.hidden": entry})
+
+
+def test_nothing_held_out_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="held_out.source"):
+        search.objective_value({}, 0.002)
+    (tmp_path / "space.yaml").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="space.yaml"):
+        search.read_space(tmp_path / "space.yaml")
+    assert set(search.read_space(CONFIGS / "search" / "ppo.yaml")) >= {"algorithm.learning_rate", "policy.hidden"}
+
+
+def test_a_worker_trains_and_reports(small_kwargs, tmp_path, capsys):
+    (tmp_path / "space.yaml").write_text("algorithm.ent_coef: [0.01]\n")
+    little = ["num_envs=2", "algorithm.n_steps=4", "algorithm.batch_size=8", "algorithm.total_timesteps=16"]
+    little += ["calibration_steps=2", "logging.formats=[csv]", "logging.held_out_every=1", "prompts.held_out.number=2"]
+    settings = [f"+env.kwargs.{name}={value}" for name, value in small_kwargs.items()]
+    options = ["--trials", "1", "--space", str(tmp_path / "space.yaml"), "--configs", str(CONFIGS)]
+    search.main([str(tmp_path / "study"), *options, *little, *settings])
+    assert "best of 1 trials" in capsys.readouterr().out
+    (trial,) = search.open_study(tmp_path / "study").trials
+    assert len(trial.intermediate_values) == 2 and trial.value == pytest.approx(trial.intermediate_values[2])
+    assert (tmp_path / "study" / "trial-00000" / "agent" / "agent.json").exists()
