@@ -2,7 +2,8 @@
 
     python evaluate.py                          the shipped agent, 256 prompts of the embedded world
     python evaluate.py benchmark.limit=null     the whole test split
-    python evaluate.py agent=runs/train/.../agent hydra.run.dir=runs/mine
+    python evaluate.py agent=runs/train/tiny-seed0/agent hydra.run.dir=runs/mine
+    python evaluate.py shard.index=0 shard.count=4 hydra.run.dir=runs/mine      one quarter; then shard.merge=true
 
 Rows are appended to <run folder>/rows.jsonl as they are made; the same command goes on where it was stopped.
 """
@@ -14,6 +15,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
@@ -30,7 +32,7 @@ from addiff_env.evaluation.benchmarks import Item, load_benchmark
 from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE, all_verdicts, describe
 from addiff_env.evaluation.metrics import score_pictures
 from addiff_env.evaluation.report import plot_filmstrips, plot_quality_against_compute, record_trajectory, summary_table
-from addiff_env.evaluation.rows import append_rows, read_rows
+from addiff_env.evaluation.rows import append_rows, merge_shards, read_rows, shard, shard_path
 from addiff_env.evaluation.version import code_version
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import Action, Generated, ResultRow
@@ -39,9 +41,9 @@ from addiff_env.types import Action, Generated, ResultRow
 class Evaluation:
     """One run folder: which rows exist, and how new ones are made and kept."""
 
-    def __init__(self, folder: Path, env: DiffusionDenoiseVectorEnv, save_images: bool) -> None:
-        self.folder, self.env, self.save_images = folder, env, save_images
-        self.path, self.version = folder / "rows.jsonl", code_version()
+    def __init__(self, path: Path, env: DiffusionDenoiseVectorEnv, save_images: bool) -> None:
+        self.folder, self.env, self.save_images = path.parent, env, save_images
+        self.path, self.version = path, code_version()
         self.rows = read_rows(self.path)
 
     def blank_row(self, method: Method, item: Item) -> ResultRow:
@@ -130,41 +132,65 @@ def decide(rows: list[ResultRow], items: Sequence[Item], path: Path) -> str:
     return "\n".join(describe(verdict) for verdict in verdicts)
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
-def main(cfg: DictConfig) -> None:
-    """Run every method, print the table, draw the pictures."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    items = load_benchmark(cfg.benchmark.name, cfg.benchmark.limit)
-    agent = Agent.load(cfg.agent)
-    overrides = OmegaConf.to_container(cfg.env)
-    env = make_agent_env(agent, cfg.num_envs, **overrides)  # type: ignore[arg-type]
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
-    evaluation = Evaluation(folder, env, cfg.save_images)
+def make_rows(
+    cfg: DictConfig, evaluation: Evaluation, items: Sequence[Item], agent: Agent, overrides: dict[str, Any]
+) -> list[ResultRow]:
+    """Run every method and H4's controls on ``items``; what is there already is not made again."""
+    env = evaluation.env
     methods = [make_method(spec, env, agent) for spec in cfg.methods]  # a misspelt one stops us before any work
     results = {method.name: evaluation.run(method, items) for method in methods}
     if "agent" in results and cfg.controls:
-        full = make_agent_env(agent, cfg.num_envs, **overrides | {"mask": "full"})  # type: ignore[operator]
+        full = make_agent_env(agent, cfg.num_envs, **overrides | {"mask": "full"})
         for control in controls_of(results["agent"], env, full):
             results[control.name] = evaluation.run(control, items)
-    rows = [row for group in results.values() for row in group]
+    return [row for group in results.values() for row in group]
+
+
+def report(
+    cfg: DictConfig, folder: Path, rows: list[ResultRow], items: Sequence[Item], agent: Agent, overrides: dict[str, Any]
+) -> None:
+    """Write and print the table, the plot, the verdicts and the filmstrips."""
     table = summary_table(rows)
     (folder / "table.txt").write_text(table + "\n")
-    written = [folder / "table.txt", evaluation.path, folder / "quality_vs_compute.png"]
+    written = [folder / "table.txt", folder / "rows.jsonl", folder / "quality_vs_compute.png"]
     plot_quality_against_compute(rows, written[-1])
-    if cfg.filmstrips and "agent" in results:
-        written.append(folder / "filmstrips.png")
-        one_lane = make_agent_env(agent, 1, **overrides)  # type: ignore[arg-type]
-        draw_filmstrips(choose_filmstrips(results["agent"], cfg.filmstrips), agent, one_lane, written[-1])
-    print(f"\n{cfg.benchmark.name}, {len(items)} prompts, {env.backbone.dtype_name}; success (%) by the exact checker")
+    print(f"\n{cfg.benchmark.name}, {len(items)} prompts, {rows[0].dtype}; success (%) by the exact checker")
     print(f"{table}\n")
-    if "agent" in results:
+    own = [row for row in rows if row.method == "agent"]
+    if own and cfg.filmstrips:
+        written.append(folder / "filmstrips.png")
+        one_lane = make_agent_env(agent, 1, **overrides)
+        draw_filmstrips(choose_filmstrips(own, cfg.filmstrips), agent, one_lane, written[-1])
+    if own:
         written.append(folder / "verdicts.json")
         print(decide(rows, items, written[-1]) + "\n")
     print("wrote")
     for path in written:
         print(f"  {path}")
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
+def main(cfg: DictConfig) -> None:
+    """Make this shard's rows, or merge those of all; report once they are whole."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    items = load_benchmark(cfg.benchmark.name, cfg.benchmark.limit)
+    agent = Agent.load(cfg.agent)
+    overrides: dict[str, Any] = OmegaConf.to_container(cfg.env)  # type: ignore[assignment]
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    if cfg.shard.merge:
+        rows = merge_shards(folder, cfg.shard.count, [(item.prompt, item.seed) for item in items])
+        (folder / "rows.jsonl").unlink(missing_ok=True)
+        append_rows(folder / "rows.jsonl", rows)
+    else:
+        path = shard_path(folder, cfg.shard.index, cfg.shard.count)
+        evaluation = Evaluation(path, make_agent_env(agent, cfg.num_envs, **overrides), cfg.save_images)
+        rows = make_rows(cfg, evaluation, shard(items, cfg.shard.index, cfg.shard.count), agent, overrides)
+        if cfg.shard.count > 1:
+            print(f"shard {cfg.shard.index} of {cfg.shard.count}: {len(rows)} rows in {path}; then: shard.merge=true")
+            return
+    report(cfg, folder, rows, items, agent, overrides)
 
 
 if __name__ == "__main__":

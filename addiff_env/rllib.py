@@ -4,8 +4,8 @@
     python -m addiff_env.rllib runs/ray/sd15 --env AdDiffusion-SD15-v0 --num-env-runners 8 --gpus-per-runner 1
 
 Ray pins an older Gymnasium than this package is tested with: give it an environment of its own
-(``pip install 'addiff-env[rl]'``). ``slurm/ray.sbatch`` brings Ray up inside a SLURM allocation. The policy is RLlib's;
-agents that `evaluate.py` reads come from ``train_sb3.py``.
+(``pip install 'addiff-env[rllib]'``). ``slurm/ray.sbatch`` brings Ray up inside a SLURM allocation. The policy is
+RLlib's; agents that `evaluate.py` reads come from ``train_sb3.py``.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def make_config(settings: Settings) -> Any:
         from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
         from ray.tune.registry import register_env
     except ImportError as error:
-        raise ImportError("RLlib needs: pip install 'addiff-env[rl]', in an environment of its own") from error
+        raise ImportError("RLlib needs: pip install 'addiff-env[rllib]', in an environment of its own") from error
     register_env(ENV_NAME, make_lanes)
     model = DefaultModelConfig(fcnet_hiddens=[settings.hidden] * 2, fcnet_activation="tanh", vf_share_layers=False)
     return (

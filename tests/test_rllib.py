@@ -37,7 +37,7 @@ def test_without_ray_the_message_says_what_to_install(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_two_env_runners_improve_the_return(tmp_path):
     """On the embedded world, as the issue's acceptance asks; two runners on one machine."""
-    pytest.importorskip("ray.rllib", reason="pip install 'addiff-env[rl]', in an environment of its own")
+    pytest.importorskip("ray.rllib", reason="pip install 'addiff-env[rllib]', in an environment of its own")
     settings = rllib.Settings(num_env_runners=2, num_envs_per_runner=16)
     returns = rllib.train(settings, tmp_path, iterations=20, checkpoint_every=10)
     assert np.mean(returns[-4:]) > np.mean(returns[:4])

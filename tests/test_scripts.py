@@ -77,6 +77,20 @@ def test_evaluation_writes_rows_table_and_pictures_and_goes_on_after_a_kill(trai
         assert resumed[key].scores == pytest.approx(row.scores, abs=1e-2)
 
 
+def test_shards_merge_into_one_run(trained, tmp_path):
+    sizes = ["benchmark.limit=8", "num_envs=4", "filmstrips=0", "save_images=false", "shard.count=2"]
+    options = [f"agent={trained[0] / 'agent'}", "methods=[ddim-2,agent]", *sizes, f"hydra.run.dir={tmp_path}"]
+    assert run("evaluate.py", *options, "shard.index=0").returncode == 0
+    early = run("evaluate.py", *options, "shard.merge=true")
+    assert early.returncode != 0 and "1 of 2 shards left no file" in early.stderr
+    assert run("evaluate.py", *options, "shard.index=1").returncode == 0
+    merged = run("evaluate.py", *options, "shard.merge=true")
+    assert merged.returncode == 0, merged.stderr
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert len(rows) == 4 * 8 and len({row.key for row in rows}) == 4 * 8
+    assert "H4: " in merged.stdout
+
+
 def test_mistakes_are_named(tmp_path):
     result = run("evaluate.py", "agent=/nowhere/agent", f"hydra.run.dir={tmp_path}")
     assert result.returncode != 0 and "/nowhere/agent" in result.stderr and "make train" in result.stderr
