@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from addiff_env import baselines
+from addiff_env import TINY, baselines
 from addiff_env.baselines import BaselineCache, compute_baselines
 from addiff_env.reward import RewardConfig, quality
 
@@ -74,7 +74,9 @@ def test_a_stale_cache_is_refused_and_the_values_named(path: Path, env: Any) -> 
     path.write_text("\n".join([json.dumps(header), *lines[1:]]) + "\n")
     with pytest.raises(ValueError, match="stale") as error:
         BaselineCache.load(path, env)
-    assert "guidance_scale: cached 9.0, now 3.0" in str(error.value) and "scorer: cached 'other'" in str(error.value)
+    assert f"guidance_scale: cached 9.0, now {TINY['guidance_scale']}" in str(
+        error.value
+    ) and "scorer: cached 'other'" in str(error.value)
     assert "height" not in str(error.value)
     with pytest.raises(ValueError, match="steps: cached 6, now 5"):
         header["configuration"] = baselines.baseline_configuration(env, 6)
