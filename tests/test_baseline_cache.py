@@ -76,8 +76,6 @@ def test_a_stale_cache_is_refused_and_the_values_named(path: Path, env: Any) -> 
         BaselineCache.load(path, env)
     now = TINY["guidance_scale"]
     assert f"guidance_scale: cached 9.0, now {now}" in str(error.value) and "scorer: cached 'other'" in str(error.value)
-        error.value
-    ) and "scorer: cached 'other'" in str(error.value)
     assert "height" not in str(error.value)
     with pytest.raises(ValueError, match="steps: cached 6, now 5"):
         header["configuration"] = baselines.baseline_configuration(env, 6)
