@@ -58,6 +58,7 @@ def assert_parity(
     folder: Path,
     scheduler: Any = None,
     unet: Any = None,
+    atol: float = 1e-5,
     **call: Any,
 ) -> None:
     envs.reset(options={"prompt": PROMPTS, "seed": SEEDS})
@@ -84,7 +85,7 @@ def assert_parity(
         expected = pipeline._unpack_latents(expected, c.height, c.width, pipeline.vae_scale_factor)
     assert torch.isfinite(expected).all() and expected.std() > 0.05
     scale = max(1.0, float(expected.abs().max()))  # float32 keeps relative digits
-    torch.testing.assert_close(envs.latents / scale, expected / scale, rtol=0, atol=1e-5)
+    torch.testing.assert_close(envs.latents / scale, expected / scale, rtol=0, atol=atol)
     assert envs.nfe.tolist() == [c.num_inference_steps] * 2
 
 
@@ -99,9 +100,10 @@ def test_sd_ddim(
 ) -> None:
     scheduler = DDIMScheduler(**models.DDIM, timestep_spacing=spacing, prediction_type=prediction)
     folder = models.with_scheduler(folders["sd"], scheduler, tmp_path / "model")
-    # Epsilon made of a predicted x0 divides by a small sigma; strong guidance would amplify float32's last digits.
-    scale = 1.0 if prediction == "sample" else 4.0
-    assert_parity(make(tiny_kwargs, folder, number, guidance_scale=scale), folder)
+    # Epsilon made of a predicted x0 divides by a small sigma, which amplifies float32's last digits: there the
+    # pipeline in float32 is itself up to 3e-5 away from the same pipeline in float64.
+    scale, atol = (1.0, 3e-5) if prediction == "sample" else (4.0, 1e-5)
+    assert_parity(make(tiny_kwargs, folder, number, guidance_scale=scale), folder, atol=atol)
 
 
 @pytest.mark.parametrize(
