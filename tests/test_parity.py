@@ -100,9 +100,8 @@ def test_sd_ddim(
 ) -> None:
     scheduler = DDIMScheduler(**models.DDIM, timestep_spacing=spacing, prediction_type=prediction)
     folder = models.with_scheduler(folders["sd"], scheduler, tmp_path / "model")
-    # Epsilon made of a predicted x0 divides by a small sigma, which amplifies float32's last digits: there the
-    # pipeline in float32 is itself up to 3e-5 away from the same pipeline in float64.
-    scale, atol = (1.0, 3e-5) if prediction == "sample" else (4.0, 1e-5)
+    # Epsilon made of a predicted x0 divides by a small sigma, which amplifies float32's last digits: 1.03e-5 was seen.
+    scale, atol = (1.0, 2e-5) if prediction == "sample" else (4.0, 1e-5)
     assert_parity(make(tiny_kwargs, folder, number, guidance_scale=scale), folder, atol=atol)
 
 
