@@ -34,12 +34,16 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def tiny_kwargs() -> dict[str, Any]:
-    """Where the embedded world's models are: in the package, or in the folder ``ADDIFF_TEST_WEIGHTS``."""
+    """Where the embedded world's models are: in the package, or in the folder ``ADDIFF_TEST_WEIGHTS``.
+
+    *Stop* has its plain meaning in the tests, whatever the preset says; those of ``finish_steps`` name it.
+    """
+    plain: dict[str, Any] = {"finish_steps": 0}
     folder = os.environ.get("ADDIFF_TEST_WEIGHTS")
     if not folder:
-        return {}
+        return plain
     parts = {"model": "pipeline", "clip": "clip", "dino": "dino", "scorer": "reward"}
-    return {name: str(Path(folder, part)) for name, part in parts.items()}
+    return plain | {name: str(Path(folder, part)) for name, part in parts.items()}
 
 
 @pytest.fixture(scope="session")
