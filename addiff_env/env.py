@@ -100,7 +100,9 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         known = [f.name for f in fields(EnvConfig)]
         for name in settings:
             if name not in known:
-                raise TypeError(f"unknown argument {name!r}; known: num_envs, autoreset_mode, {', '.join(known)}")
+                raise TypeError(
+                    f"unexpected keyword argument {name!r}; known: num_envs, autoreset_mode, {', '.join(known)}"
+                )
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         self.config = EnvConfig(**settings)
