@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 
 import addiff_env
 from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone
-from addiff_env.encoders import CLIPEncoder, load_clip
+from addiff_env.encoders import ContrastiveEncoder, load_clip
 from addiff_env.scorers import load_scorer
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.quality import WEIGHTS, latent_shape
@@ -90,7 +90,7 @@ def look(
     return scores, verdicts
 
 
-def scorers_of(weights: Path, clip: CLIPEncoder, device: str) -> dict[str, Any]:
+def scorers_of(weights: Path, clip: ContrastiveEncoder, device: str) -> dict[str, Any]:
     """The embedded world's scorers by name: (pictures, prompts) to scores (B,)."""
     reward = load_scorer(str(weights / "reward"), device)
     return {
