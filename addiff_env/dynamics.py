@@ -30,7 +30,7 @@ class Lanes:
     schedule: Schedule
     latent_shape: tuple[int, int, int]
     price: dict[str, float]  # FLOPs per lane of: denoiser (one pass), decode, text (one prompt), start
-    _tensors: tuple[str, ...] = ("latents", "x0", "previous_x0", "has_previous", "faults", "maps", "unet_features")
+    _tensors: tuple[str, ...] = ("latents", "x0", "has_previous", "faults", "maps", "unet_features")
     _arrays: tuple[str, ...] = ("seed", "step_index", "nfe", "net_flops", "done")
 
     def _set_up(self) -> None:
@@ -52,7 +52,7 @@ class Lanes:
         self.conditioning: Conditioning = self.backbone.encode_prompts([""] * n)
         side = [-(-cells // stride) for cells in self.latent_shape[1:]]
         self.latents = torch.zeros(n, *self.latent_shape, device=device, dtype=self.backbone.dtype)
-        self.x0, self.previous_x0 = torch.zeros_like(self.latents), torch.zeros_like(self.latents)
+        self.x0 = torch.zeros_like(self.latents)
         self.has_previous = torch.zeros(n, dtype=torch.bool, device=device)  # multistep solvers' history
         self.faults = torch.zeros(n, dtype=torch.bool, device=device)  # lanes whose numbers stopped being finite
         self.maps = torch.zeros(n, self.conditioning.content.shape[1], *side, device=device)

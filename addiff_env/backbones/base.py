@@ -162,9 +162,9 @@ class Backbone(ABC):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Full decode to pictures (B, 3, H, W) float32 in [0, 1]."""
 
+    @abstractmethod
     def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], by the autoencoder's mean."""
-        raise NotImplementedError(f"{type(self).__name__} does not encode pictures")
 
     # ----------------------------------------------------------------- cost
 

@@ -44,7 +44,8 @@ TYPICAL_COLOR = {
 TYPICAL_SHARE = 0.85
 SIZES = {"small": (6.8, 7.8), "large": (10.4, 12.4)}  # radius ranges, pixels
 SIZE_BOUNDARY = 9.1  # radius, pixels: below it an object counts as small, above as large
-RELATIONS = ("left of", "right of", "above", "below")
+RELATION_AXES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # x or y, direction
+RELATIONS = tuple(RELATION_AXES)
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 CATEGORIES = (
     "single_object",
@@ -59,6 +60,7 @@ CATEGORIES = (
 # Radius range (pixels) of objects whose size the prompt leaves open, by number of objects.
 _FREE_RADIUS = {1: (7.4, 12.2), 2: (7.2, 11.0), 3: (7.0, 9.2), 4: (6.8, 8.6)}
 _MARGIN = 3.0  # least gap between two objects' bounding circles, pixels
+_ACROSS = 9.0  # most that a related pair is displaced across its relation's axis, pixels
 
 
 @dataclass(frozen=True)
@@ -230,7 +232,8 @@ def _maybe_size(rng: np.random.Generator) -> str | None:
 def sample_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
     """Draw a scene that satisfies ``prompt``: free attributes at random, no two objects touching.
 
-    A colour that the prompt leaves open is the shape's `TYPICAL_COLOR` in `TYPICAL_SHARE` of the draws.
+    A colour that the prompt leaves open is the shape's `TYPICAL_COLOR` in `TYPICAL_SHARE` of the draws. A related
+    pair is placed as people would draw it: one object in each half of the picture, little offset across.
     """
     kinds = [replace(spec, color=_sample_color(rng, spec)) for spec in prompt.objects for _ in range(spec.count)]
     if prompt.relation is None:
@@ -266,9 +269,16 @@ def _place(rng: np.random.Generator, reach: list[float], relation: str | None) -
         apart = all(
             np.hypot(*(xy[i] - xy[j])) >= reach[i] + reach[j] + _MARGIN for i, j in combinations(range(len(xy)), 2)
         )
-        if apart and (relation is None or relation_holds(relation, xy[0], xy[1], margin=12.0, slope=0.9)):
+        if apart and (relation is None or _faces(relation, xy[0], xy[1])):
             return [(float(x), float(y)) for x, y in xy]
     return None
+
+
+def _faces(relation: str, a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether ``a`` lies in the half of the picture that the relation names, ``b`` in the other, about level."""
+    along, sign = RELATION_AXES[relation]
+    sides = sign * (a[along] - SIZE / 2), sign * (b[along] - SIZE / 2)
+    return sides[0] > 0 > sides[1] and abs(a[1 - along] - b[1 - along]) <= _ACROSS
 
 
 def relation_holds(relation: str, a: Any, b: Any, margin: float = 0.0, slope: float = 0.5) -> bool:

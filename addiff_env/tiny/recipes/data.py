@@ -19,7 +19,7 @@ from addiff_env.tiny.recipes import common
 from addiff_env.tiny.scenes import CATEGORIES, render, sample_scene, sample_train_prompt
 
 # Shares of the categories; the harder ones come more often.
-SHARES = (0.06, 0.13, 0.17, 0.07, 0.18, 0.13, 0.13, 0.13)
+SHARES = (0.05, 0.18, 0.13, 0.06, 0.26, 0.10, 0.11, 0.11)
 _CHUNK = 1000
 
 
