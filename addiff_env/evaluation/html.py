@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
@@ -128,6 +128,7 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         metric=headline_metric(rows),
         verdicts=verdicts,
         claims=CLAIMS,
+        subject=SUBJECT,
         methods=_method_table(rows),
         metrics=_metric_table(rows),
         comparisons=_comparisons(rows) if own else [],
@@ -142,7 +143,7 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
 
 
 @cache
-def _template():
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("addiff_env.evaluation"),
         autoescape=True,
@@ -151,6 +152,7 @@ def _template():
         lstrip_blocks=True,
     )
     environment.filters["signed"] = lambda value: f"{value:+.1f}"
+    environment.filters["fixed"] = lambda value: _fixed(value, 3)
     environment.filters["short"] = lambda value: f"{value:.4g}"
     environment.filters["p_value"] = lambda value: "< 0.0001" if value < 1e-4 else f"{value:.2g}"
     return environment.get_template("report.html.jinja")
@@ -246,13 +248,14 @@ def _of(summaries: Mapping[str, MethodSummary], method: str, metric: str, shares
     return _cell(summaries[method].scores.get(metric), metric in shares, summaries[method].number)
 
 
-def _comparisons(rows: Sequence[ResultRow]) -> list[Comparison]:
-    """The agent against every other method on every metric that all rows have, corrected together."""
+def _comparisons(rows: Sequence[ResultRow]) -> list[tuple[str, list[Comparison]]]:
+    """The agent against every other method, for each metric that all rows have; corrected together."""
     others = [name for name in by_method(rows) if name != SUBJECT]
     metrics = [name for name in metric_names(rows) if all(name in row.scores for row in rows)]
     if not others or len({row.prompt for row in rows}) < 2:
         return []
-    return compare_methods(rows, [SUBJECT], others, metrics)
+    found = compare_methods(rows, [SUBJECT], others, metrics)
+    return [(name, [one for one in found if one.metric == name]) for name in metrics]
 
 
 def _actions(own: Sequence[ResultRow]) -> dict[str, Any] | None:
