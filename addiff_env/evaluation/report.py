@@ -175,7 +175,7 @@ def _draw_points(
     color: str,
     marker: str,
 ) -> None:
-    """Means with both intervals, in the order of their cost; members of a family carry their number of steps."""
+    """Means with both intervals, in the order of their cost; members of a family carry what tells them apart."""
     (metric, scale), (name, unit) = quality, cost
     points = sorted(points, key=lambda point: point.costs[name].mean)
     x = [point.costs[name].mean / unit for point in points]
@@ -188,8 +188,14 @@ def _draw_points(
     thin = {"capsize": 2.5, "linewidth": 0.8, "elinewidth": 0.9}
     axis.errorbar(x, y, fmt=marker, color=color, label=label, markersize=size, **thin, **bounds)
     for point, px, py in zip(points, x, y, strict=True):
-        steps = point.method.rpartition("-")[2] if marker == "o-" else ""
-        axis.annotate(steps, (px, py), textcoords="offset points", xytext=(5, 5), fontsize=8.5, color=color)
+        mark = _mark(point.method) if marker == "o-" else ""
+        axis.annotate(mark, (px, py), textcoords="offset points", xytext=(5, 5), fontsize=8.5, color=color)
+
+
+def _mark(method: str) -> str:
+    """What tells members of a family apart: the number of steps, or of pictures that the best is taken of."""
+    head, _, tail = method.partition(":")
+    return f"×{head.rpartition('-')[2]}" if tail else head.rpartition("-")[2]
 
 
 def _lengths(found: Sequence[Estimate], scale: float) -> list[list[float]]:
