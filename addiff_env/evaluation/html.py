@@ -190,8 +190,9 @@ def _cell(found: Estimate | None, is_share: bool, number: int) -> Cell:
         return Cell("–")
     scale, digits = (100, 1) if is_share else (1, 3)
     note = "" if found.number == number else f"n = {found.number:,}"
-    ends = (found.low, found.high)
-    interval = "" if None in ends else f"{_fixed(scale * ends[0], digits)} to {_fixed(scale * ends[1], digits)}"
+    interval = ""
+    if found.low is not None and found.high is not None:
+        interval = f"{_fixed(scale * found.low, digits)} to {_fixed(scale * found.high, digits)}"
     return Cell(_fixed(scale * found.mean, digits), interval, note, found.mean if is_share else None)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.hypotheses import solver_families
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 INK, GRID, AGENT = "#1f2430", "#c9ced6", "#d9480f"
 FAMILIES = ("#1c7ed6", "#2b8a3e", "#7048e8", "#c2255c", "#0b7285", "#846800")  # solvers, best-of-N, single methods
 ACTION_COLORS = ("#4c8ed9", "#7a8494", "#e8590c")  # continue, stop, refine
-_LOOK = {
+_LOOK: dict[Any, Any] = {
     "text.parse_math": False,  # method names are shown as they are
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -180,12 +181,12 @@ def _draw_points(
     points = sorted(points, key=lambda point: point.costs[name].mean)
     x = [point.costs[name].mean / unit for point in points]
     y = [point.scores[metric].mean * scale for point in points]
-    bounds = {
+    bounds: dict[str, Any] = {
         "xerr": _lengths([point.costs[name] for point in points], 1 / unit),
         "yerr": _lengths([point.scores[metric] for point in points], scale),
     }
     size = 13 if marker == "*" else 5
-    thin = {"capsize": 2.5, "linewidth": 0.8, "elinewidth": 0.9}
+    thin: dict[str, Any] = {"capsize": 2.5, "linewidth": 0.8, "elinewidth": 0.9}
     axis.errorbar(x, y, fmt=marker, color=color, label=label, markersize=size, **thin, **bounds)
     for point, px, py in zip(points, x, y, strict=True):
         mark = _mark(point.method) if marker == "o-" else ""
@@ -230,7 +231,7 @@ def actions_figure(rows: Sequence[ResultRow]) -> Figure:
             axis.bar(at, share, bottom=below, width=0.9, color=ACTION_COLORS[action], label=ACTIONS[action])
             below += share
         axis.set(xlabel="decision", ylabel="pictures (%)", ylim=(0, 100))
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=3)
     return figure
 
@@ -248,7 +249,7 @@ def complexity_figure(rows: Sequence[ResultRow], facts: Mapping[tuple[str, int],
         means = [e.mean for e in found]
         axis.errorbar(list(levels), means, yerr=_lengths(found, 1), fmt="o-", color=AGENT, capsize=2.5, label="mean")
         axis.set(xlabel="facts that the prompt states", ylabel="NFE")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=2, markerscale=0.6)
     return figure
 
