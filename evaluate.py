@@ -10,10 +10,8 @@ Rows are appended to <run folder>/rows.jsonl as they are made; the same command 
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,13 @@ from tqdm import tqdm
 from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import MatchedSteps, Method, Replay, make_method
-from addiff_env.evaluation.benchmarks import Item, load_benchmark
-from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE, all_verdicts, describe
+from addiff_env.evaluation.benchmarks import Item, benchmark_record, load_benchmark
+from addiff_env.evaluation.html import write_report
+from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE, Verdict, all_verdicts, describe
 from addiff_env.evaluation.metrics import score_pictures
 from addiff_env.evaluation.report import plot_filmstrips, plot_quality_against_compute, record_trajectory, summary_table
 from addiff_env.evaluation.rows import append_rows, merge_shards, read_rows, shard, shard_path
+from addiff_env.evaluation.runs import Strip, save_strips, write_items, write_provenance, write_verdicts
 from addiff_env.evaluation.version import code_version
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import Action, Generated, ResultRow
@@ -101,22 +101,24 @@ def choose_filmstrips(rows: list[ResultRow], number: int) -> list[ResultRow]:
     """Trajectories worth seeing: refined and satisfied, refined and failed, never refined, in turn."""
     refined = [row for row in rows if Action.REFINE in row.actions]
     groups = [
-        [row for row in refined if row.scores["success"]],
+        [row for row in refined if row.scores.get("success")],
         [row for row in rows if Action.REFINE not in row.actions],
-        [row for row in refined if not row.scores["success"]],
+        [row for row in refined if not row.scores.get("success")],
     ]
     turns = [group[k] for k in range(max(map(len, groups))) for group in groups if k < len(group)]
     return turns[:number]
 
 
-def draw_filmstrips(rows: list[ResultRow], agent: Agent, env: DiffusionDenoiseVectorEnv, path: Path) -> None:
-    """Run the rows' items again, one by one, and draw what happened."""
+def record_filmstrips(
+    rows: list[ResultRow], items: Sequence[Item], agent: Agent, env: DiffusionDenoiseVectorEnv
+) -> list[Strip]:
+    """Run the rows' items again, one by one, and keep what happened."""
+    known = {(item.prompt, item.seed): item for item in items}
     strips = []
     for row in rows:
-        item = Item(row.prompt, row.seed, row.category)
-        frames = record_trajectory(env, agent.act, item)
-        strips.append((item, row.reason, frames))
-    plot_filmstrips(strips, path)
+        item = known[row.prompt, row.seed]
+        strips.append(Strip(item, row.reason, record_trajectory(env, agent.act, item)))
+    return strips
 
 
 def controls_of(rows: list[ResultRow], env: DiffusionDenoiseVectorEnv, full: DiffusionDenoiseVectorEnv) -> list[Method]:
@@ -125,11 +127,9 @@ def controls_of(rows: list[ResultRow], env: DiffusionDenoiseVectorEnv, full: Dif
     return [Replay(full, FULL_IMAGE, scripts), MatchedSteps(env, CONTINUED, scripts)]
 
 
-def decide(rows: list[ResultRow], items: Sequence[Item], path: Path) -> str:
-    """Verdicts on H1-H4 from the rows, in words; the numbers behind them go to ``path``."""
-    verdicts = all_verdicts(rows, {(item.prompt, item.seed): item.facts for item in items})
-    path.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=2) + "\n")
-    return "\n".join(describe(verdict) for verdict in verdicts)
+def decide(rows: list[ResultRow], items: Sequence[Item]) -> list[Verdict]:
+    """Verdicts on H1-H4 from the rows."""
+    return all_verdicts(rows, {(item.prompt, item.seed): item.facts for item in items})
 
 
 def make_rows(
@@ -146,10 +146,21 @@ def make_rows(
     return [row for group in results.values() for row in group]
 
 
+def keep_run(
+    cfg: DictConfig, folder: Path, rows: list[ResultRow], items: Sequence[Item], agent: Agent, overrides: dict[str, Any]
+) -> None:
+    """Keep what the report needs to be made again, and what a reader needs to run this again."""
+    env = agent.config["env"]
+    environment = {"id": env["id"], **env["kwargs"], **overrides}
+    record = benchmark_record(cfg.benchmark.name, items)
+    write_items(folder, items)
+    write_provenance(folder, rows, **record, agent=agent.fingerprint, environment=environment)
+
+
 def report(
     cfg: DictConfig, folder: Path, rows: list[ResultRow], items: Sequence[Item], agent: Agent, overrides: dict[str, Any]
 ) -> None:
-    """Write and print the table, the plot, the verdicts and the filmstrips."""
+    """Write and print the table and the verdicts; write the plot, the filmstrips, ``report.html`` and its exports."""
     table = summary_table(rows)
     (folder / "table.txt").write_text(table + "\n")
     written = [folder / "table.txt", folder / "rows.jsonl", folder / "quality_vs_compute.png"]
@@ -157,13 +168,18 @@ def report(
     print(f"\n{cfg.benchmark.name}, {len(items)} prompts, {rows[0].dtype}; success (%) by the exact checker")
     print(f"{table}\n")
     own = [row for row in rows if row.method == "agent"]
+    strips: list[Strip] = []
     if own and cfg.filmstrips:
-        written.append(folder / "filmstrips.png")
         one_lane = make_agent_env(agent, 1, **overrides)
-        draw_filmstrips(choose_filmstrips(own, cfg.filmstrips), agent, one_lane, written[-1])
-    if own:
-        written.append(folder / "verdicts.json")
-        print(decide(rows, items, written[-1]) + "\n")
+        strips = record_filmstrips(choose_filmstrips(own, cfg.filmstrips), items, agent, one_lane)
+        written.append(folder / "filmstrips.png")
+        plot_filmstrips(strips, written[-1])
+    verdicts = decide(rows, items) if own else []
+    print("\n".join(map(describe, verdicts)) + "\n")
+    keep_run(cfg, folder, rows, items, agent, overrides)
+    save_strips(folder, strips)
+    write_verdicts(folder, verdicts)
+    written += [folder / "verdicts.json", *write_report(folder, rows, items, verdicts)]
     print("wrote")
     for path in written:
         print(f"  {path}")

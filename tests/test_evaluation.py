@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from addiff_env.evaluation.benchmarks import load_benchmark
-from addiff_env.evaluation.report import action_shares, overlay, plot_quality_against_compute, summary_table
+from addiff_env.evaluation.report import overlay, plot_quality_against_compute, summary_table
 from addiff_env.evaluation.rows import append_rows, read_rows
+from addiff_env.evaluation.summary import action_shares
 from addiff_env.stats import wilson_interval
 from addiff_env.types import ResultRow
 

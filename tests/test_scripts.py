@@ -8,6 +8,7 @@ import pytest
 
 from addiff_env.agent import Agent
 from addiff_env.evaluation.rows import read_rows
+from addiff_env.evaluation.runs import read_strips, reported_rows
 
 ROOT = Path(__file__).parent.parent
 LITTLE = ["num_envs=4", "algorithm.n_steps=4", "algorithm.batch_size=8", "algorithm.total_timesteps=32"]
@@ -61,8 +62,11 @@ def test_evaluation_writes_rows_table_and_pictures_and_goes_on_after_a_kill(trai
     assert sorted(spent["agent"]) == sorted(spent["agent, mask=full"]) == sorted(spent["agent, continued"])
     assert all(f"{hypothesis}: " in first.stdout for hypothesis in ("H1", "H2", "H3", "H4"))
     assert all((tmp_path / row.image).exists() for row in rows)
-    for name in ("table.txt", "quality_vs_compute.png", "filmstrips.png", "verdicts.json"):
+    plain = ("table.txt", "quality_vs_compute.png", "filmstrips.png", "verdicts.json")
+    for name in (*plain, "report.html", "table.tex", "table.csv"):
         assert str(tmp_path / name) in first.stdout and (tmp_path / name).stat().st_size > 100
+    assert {row.key: row for row in reported_rows(tmp_path)} == {row.key: row for row in rows}
+    assert len(read_strips(tmp_path)) == 2
 
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(lines[:10]) + lines[10][:40])  # as a kill leaves it

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from addiff_env.tiny.scenes import load_split, parse_caption
 
@@ -180,7 +180,18 @@ def _derived_seed(seed: int, repeat: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{repeat}".encode()).digest()[:4], "big")
 
 
-def categories_in_turn(groups: Sequence[list[Item]]) -> list[list[Item]]:
+class Categorised(Protocol):
+    """Whatever belongs to a category: an item, or a row."""
+
+    @property
+    def category(self) -> str:
+        """Name of the category."""
+
+
+C = TypeVar("C", bound=Categorised)
+
+
+def categories_in_turn(groups: Sequence[list[C]]) -> list[list[C]]:
     """Reorder prompts so that their categories take turns; within a category the order stays."""
     rank: dict[str, int] = {}
     turns = []

@@ -1,0 +1,124 @@
+"""The tables for other programs: LaTeX (booktabs) and tidy CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from addiff_env.evaluation.report import shares_text
+from addiff_env.evaluation.summary import (
+    COSTS,
+    Estimate,
+    MethodSummary,
+    categories_of,
+    headline_metric,
+    share_metrics,
+    summarise,
+    tidy,
+)
+from addiff_env.types import ResultRow
+
+CSV_HEAD = ("method", "metric", "category", "pictures", "mean", "sd", "low", "high")
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    **{character: "\\" + character for character in "&%$#_{}"},
+}
+
+
+def write_csv(rows: Sequence[ResultRow], path: Path) -> None:
+    """One line per method, metric (or cost) and category, see `tidy`; costs in the units of `ResultRow`."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(CSV_HEAD)
+        for method, metric, category, e in tidy(rows):
+            writer.writerow([method, metric, category, e.number, e.mean, e.deviation, _blank(e.low), _blank(e.high)])
+
+
+def _blank(value: float | None) -> float | str:
+    return "" if value is None else value
+
+
+def latex_escape(text: str) -> str:
+    """Text that LaTeX sets as it stands, line breaks as spaces."""
+    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+
+
+def latex_table(rows: Sequence[ResultRow], caption: str) -> str:
+    r"""Two tables: quality and cost of each method, and its quality by category. Needs ``\usepackage{booktabs}``."""
+    metric, shares = headline_metric(rows), share_metrics(rows)
+    is_share, name = metric in shares, latex_escape(metric)
+    summaries = summarise(rows, shares)
+    costs = [cost for cost in COSTS if any(cost.name in summary.costs for summary in summaries)]
+    head = ["method", "$n$", name + r" (\%)" * is_share, r"95\% interval", *(latex_escape(c.label) for c in costs)]
+    body = [_latex_line(summary, metric, is_share, [cost.name for cost in costs]) for summary in summaries]
+    main = _tabular([*head, "continue/stop/refine"], body)
+    text = latex_escape(caption)
+    return "\n".join(
+        [
+            "% \\usepackage{booktabs}",
+            *_float(main, f"{text}. Means over pictures; in parentheses the standard deviation of NFE."),
+            "",
+            *_float(_category_table(rows, metric, shares), f"{text}: {name}{' in percent' * is_share} by category."),
+            "",
+        ]
+    )
+
+
+def _latex_line(summary: MethodSummary, metric: str, is_share: bool, costs: Sequence[str]) -> list[str]:
+    quality = summary.scores[metric]
+    scale, digits = (100, 1) if is_share else (1, 3)
+    cells = [latex_escape(summary.method), str(summary.number), _number(scale * quality.mean, digits)]
+    cells.append(_latex_interval(quality, scale, digits))
+    cells += [_latex_cost(summary, name) for name in costs]
+    return [*cells, "--" if summary.actions is None else shares_text(summary.actions)]
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}".replace("-", "$-$")
+
+
+def _latex_interval(found: Estimate, scale: float, digits: int) -> str:
+    if found.low is None or found.high is None:
+        return "--"
+    return f"[{_number(scale * found.low, digits)}, {_number(scale * found.high, digits)}]"
+
+
+def _latex_cost(summary: MethodSummary, name: str) -> str:
+    if name not in summary.costs:
+        return "--"
+    cost = next(cost for cost in COSTS if cost.name == name)
+    found = summary.costs[name]
+    spread = f" ({found.deviation:.1f})" if name == "nfe" else ""
+    return f"{found.mean / cost.unit:.{cost.digits}f}{spread}"
+
+
+def _category_table(rows: Sequence[ResultRow], metric: str, shares: frozenset[str]) -> list[str]:
+    categories = categories_of(rows)
+    found: dict[str, dict[str, Estimate]] = {}
+    for category in categories:
+        for summary in summarise([row for row in rows if row.category == category], shares):
+            found.setdefault(summary.method, {})[category] = summary.scores[metric]
+    scale, digits = (100, 0) if metric in shares else (1, 2)
+    body = [
+        [latex_escape(method), *(_number(scale * of[c].mean, digits) if c in of else "--" for c in categories)]
+        for method, of in found.items()
+    ]
+    return _tabular(["method", *(latex_escape(category) for category in categories)], body)
+
+
+def _tabular(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = [" & ".join(cells) + r" \\" for cells in (head, *body)]
+    columns = "l" + "r" * (len(head) - 1)
+    return [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"] + [
+        r"\end{tabular}"
+    ]
+
+
+def _float(tabular: Sequence[str], caption: str) -> list[str]:
+    return [r"\begin{table}", r"\centering", *tabular, rf"\caption{{{caption}}}", r"\end{table}"]

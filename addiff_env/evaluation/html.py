@@ -1,0 +1,436 @@
+"""``report.html``: one self-contained page from a run folder's files; no model is needed.
+
+``python -m addiff_env.evaluation.html runs/evaluate`` writes it, ``table.tex`` and ``table.csv`` again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from addiff_env.evaluation.benchmarks import Item, categories_in_turn
+from addiff_env.evaluation.exports import latex_table, write_csv
+from addiff_env.evaluation.hypotheses import Verdict
+from addiff_env.evaluation.report import (
+    ACTION_COLORS,
+    AGENT,
+    FAMILIES,
+    GRID,
+    INK,
+    actions_figure,
+    complexity_figure,
+    overlay,
+    quality_figure,
+    shares_text,
+)
+from addiff_env.evaluation.runs import (
+    SETTINGS,
+    Strip,
+    read_items,
+    read_provenance,
+    read_strips,
+    read_verdicts,
+    reported_rows,
+)
+from addiff_env.evaluation.significance import Comparison, compare_methods
+from addiff_env.evaluation.summary import (
+    COSTS,
+    SUCCESS,
+    Estimate,
+    MethodSummary,
+    by_facts,
+    by_method,
+    categories_of,
+    decision_counts,
+    estimate,
+    headline_metric,
+    metric_names,
+    share_metrics,
+    summarise,
+)
+from addiff_env.types import ACTIONS, ResultRow
+
+SUBJECT = "agent"  # the method whose decisions, failures and comparisons are shown
+MAX_FAILURES, MAX_SIDE = 12, 192  # pictures shown, and their largest side in pixels
+CLAIMS = {
+    "H1": "Efficiency: quality equal to 50-step inference at no more than 30 NFE on average.",
+    "H2": "Quality: higher quality than any fixed-step method at equal compute.",
+    "H3": "Adaptivity: simple prompts stop early, complex ones get more evaluations.",
+    "H4": "Refinement: refining regions beats the same compute spent on full-image steps.",
+}
+DARK = {  # what each colour of the plots becomes on a dark page
+    INK: "#e4e7ec",
+    GRID: "#3d4452",
+    AGENT: "#ff8c57",
+    **dict(zip(FAMILIES, ("#6cb4ff", "#69d07c", "#b197fc", "#ff86ad", "#4fd0e4", "#e3bf3c"), strict=True)),
+    **dict(zip(ACTION_COLORS, ("#6ea8ec", "#98a1b0", "#ff8c42"), strict=True)),
+}
+Place = tuple[str, int]  # (prompt, seed)
+
+
+def write_report(
+    folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdicts: Sequence[Verdict]
+) -> list[Path]:
+    """Write ``report.html``, ``table.tex`` and ``table.csv`` into a run folder; returns their paths.
+
+    Args:
+        folder: the run, whose pictures, filmstrips, ``config.yaml`` and ``provenance.json`` are shown where they exist.
+        rows: per-image rows of all methods.
+        items: the benchmark's items.
+        verdicts: H1-H4; none where no agent was evaluated.
+
+    Raises:
+        ValueError: no rows, no score that all rows have, or a row that belongs to no item.
+    """
+    if not rows:
+        raise ValueError(f"no rows to report on in {folder}")
+    page, tex, table = folder / "report.html", folder / "table.tex", folder / "table.csv"
+    write_csv(rows, table)
+    tex.write_text(latex_table(rows, _caption(rows, read_provenance(folder))), encoding="utf-8")
+    page.write_text(render(folder, rows, items, verdicts), encoding="utf-8")
+    return [page, tex, table]
+
+
+def _caption(rows: Sequence[ResultRow], provenance: Mapping[str, Any]) -> str:
+    number, name = len(next(iter(by_method(rows).values()))), provenance.get("benchmark", "benchmark")
+    return f"{name}, {number:,} pictures, {_one(rows, 'backbone')}, {_one(rows, 'dtype')}"
+
+
+def _one(rows: Sequence[ResultRow], name: str) -> str:
+    return ", ".join(dict.fromkeys(str(getattr(row, name)) for row in rows))
+
+
+def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdicts: Sequence[Verdict]) -> str:
+    """The page as text, see `write_report`. Everything read from files is escaped by the template."""
+    own = by_method(rows).get(SUBJECT, [])
+    facts = {(item.prompt, item.seed): item.facts for item in items}
+    cards, provenance = Cards(rows, folder), read_provenance(folder)
+    return _template().render(
+        css=Markup(_css()),  # noqa: S704 (ours)
+        caption=_caption(rows, provenance),
+        benchmark=provenance.get("benchmark", "benchmark"),
+        pictures=len({(row.prompt, row.seed) for row in rows}),
+        prompts=len({row.prompt for row in rows}),
+        metric=headline_metric(rows),
+        verdicts=verdicts,
+        claims=CLAIMS,
+        subject=SUBJECT,
+        methods=_method_table(rows),
+        metrics=_metric_table(rows),
+        comparisons=_comparisons(rows) if own else [],
+        plots=[_svg(quality_figure(rows, [name]), f"quality-{name}") for name in ("net_flops", "nfe")],
+        actions=_actions(own),
+        complexity=_complexity(own, facts) if own else None,
+        categories=_category_tables(rows),
+        gallery=[cards.trajectory(strip) for strip in read_strips(folder)],
+        failures=cards.failures() if own else None,
+        provenance=_provenance(folder, rows, provenance),
+    )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("addiff_env.evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["signed"] = lambda value: f"{value:+.1f}"
+    environment.filters["fixed"] = lambda value: _fixed(value, 3)
+    environment.filters["short"] = lambda value: f"{value:.4g}"
+    environment.filters["p_value"] = lambda value: "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+    return environment.get_template("report.html.jinja")
+
+
+def _css() -> str:
+    """The style sheet, with the plots' colours for light and for dark pages in front."""
+    light, dark = (
+        "".join(f"{_variable(color)}:{value};" for color, value in pairs)
+        for pairs in ([(color, color) for color in DARK], DARK.items())
+    )
+    rules = f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
+    return rules + (Path(__file__).parent / "templates" / "report.css").read_text()
+
+
+def _variable(color: str) -> str:
+    return f"--plot-{color.removeprefix('#')}"
+
+
+# --------------------------------------------------------------------------- tables
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An estimate as shown: percent where it is a share."""
+
+    mean: str
+    interval: str = ""
+    note: str = ""  # e.g. how many pictures, where not all have the metric
+    level: float | None = None  # in [0, 1], for shading; None: not shaded
+
+
+def _cell(found: Estimate | None, is_share: bool, number: int) -> Cell:
+    if found is None:
+        return Cell("–")
+    scale, digits = (100, 1) if is_share else (1, 3)
+    note = "" if found.number == number else f"n = {found.number:,}"
+    interval = ""
+    if found.low is not None and found.high is not None:
+        interval = f"{_fixed(scale * found.low, digits)} to {_fixed(scale * found.high, digits)}"
+    return Cell(_fixed(scale * found.mean, digits), interval, note, found.mean if is_share else None)
+
+
+def _fixed(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}".replace("-", "−")
+
+
+def _method_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
+    """The main table: quality, costs and actions of each method."""
+    metric, shares, summaries = headline_metric(rows), share_metrics(rows), summarise(rows)
+    costs = [cost for cost in COSTS if any(cost.name in summary.costs for summary in summaries)]
+    lines = []
+    for summary in summaries:
+        shown = [_cost_text(summary, cost.name, cost.unit, cost.digits) for cost in costs]
+        quality = _cell(summary.scores[metric], metric in shares, summary.number)
+        lines.append((summary.method, summary.number, quality, shown, shares_text(summary.actions)))
+    return {"costs": [cost.label for cost in costs], "lines": lines, "percent": metric in shares}
+
+
+def _cost_text(summary: MethodSummary, name: str, unit: float, digits: int) -> str:
+    found = summary.costs.get(name)
+    if found is None:
+        return "–"
+    spread = f" ± {_fixed(found.deviation, 1)}" if name == "nfe" else ""
+    return _fixed(found.mean / unit, digits) + spread
+
+
+def _metric_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
+    """Every per-image metric of every method."""
+    names, shares = metric_names(rows), share_metrics(rows)
+    lines = [
+        (summary.method, [_cell(summary.scores.get(name), name in shares, summary.number) for name in names])
+        for summary in summarise(rows)
+    ]
+    return {"names": [name + " (%)" * (name in shares) for name in names], "lines": lines}
+
+
+def _category_tables(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
+    """One table per metric, methods by categories; the headline metric first."""
+    shares, categories, headline = share_metrics(rows), categories_of(rows), headline_metric(rows)
+    parts = [[row for row in rows if row.category == category] for category in categories]
+    found = [{summary.method: summary for summary in summarise(part, shares)} for part in parts]
+    numbers = [len({(row.prompt, row.seed) for row in part}) for part in parts]
+    tables = []
+    for name in sorted(metric_names(rows), key=lambda name: name != headline):
+        lines = [(method, [_of(summaries, method, name, shares) for summaries in found]) for method in by_method(rows)]
+        tables.append({"metric": name + " (%)" * (name in shares), "lines": lines})
+    return [{**table, "categories": list(zip(categories, numbers, strict=True))} for table in tables]
+
+
+def _of(summaries: Mapping[str, MethodSummary], method: str, metric: str, shares: frozenset[str]) -> Cell:
+    if method not in summaries:
+        return Cell("–")
+    return _cell(summaries[method].scores.get(metric), metric in shares, summaries[method].number)
+
+
+def _comparisons(rows: Sequence[ResultRow]) -> list[tuple[str, list[Comparison]]]:
+    """The agent against every other method, for each metric that all rows have; corrected together."""
+    others = [name for name in by_method(rows) if name != SUBJECT]
+    metrics = [name for name in metric_names(rows) if all(name in row.scores for row in rows)]
+    if not others or len({row.prompt for row in rows}) < 2:
+        return []
+    found = compare_methods(rows, [SUBJECT], others, metrics)
+    return [(name, [one for one in found if one.metric == name]) for name in metrics]
+
+
+def _actions(own: Sequence[ResultRow]) -> dict[str, Any] | None:
+    """What the agent did at its first, second, ... decision: shares of the pictures that came so far."""
+    if not any(row.actions for row in own):
+        return None
+    counts = decision_counts(own)  # (decisions, 3)
+    lines = [
+        (k, int(line.sum()), [f"{100 * share:.1f}" for share in line / line.sum()]) for k, line in enumerate(counts, 1)
+    ]
+    return {"svg": _svg(actions_figure(own), "actions"), "names": ACTIONS, "lines": lines}
+
+
+def _complexity(own: Sequence[ResultRow], facts: Mapping[Place, int]) -> dict[str, Any]:
+    """NFE and quality by how much the pictures must get right."""
+    metric = headline_metric(own)
+    is_share = metric in share_metrics(own)
+    lines = []
+    for level, group in by_facts(own, facts).items():
+        prompts = [row.prompt for row in group]
+        spent = _cell(estimate([row.nfe for row in group], prompts), False, len(group))
+        quality = _cell(estimate([row.scores[metric] for row in group], prompts, is_share), is_share, len(group))
+        lines.append((level, len(group), spent, quality))
+    return {"svg": _svg(complexity_figure(own, facts), "complexity"), "lines": lines, "percent": is_share}
+
+
+# --------------------------------------------------------------------------- pictures
+
+
+class Pictures:
+    """A run's pictures as data URIs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+
+    def of(self, row: ResultRow) -> str | None:
+        """The picture of a row; None where it was not kept.
+
+        Raises:
+            ValueError: the row names a file outside the run folder.
+        """
+        if not row.image:
+            return None
+        path = (self.folder / row.image).resolve()
+        if not path.is_relative_to(self.folder):
+            raise ValueError(f"{row.image!r} lies outside the run folder {self.folder}")
+        return png_uri(np.asarray(Image.open(path).convert("RGB"))) if path.exists() else None
+
+
+def png_uri(picture: np.ndarray) -> str:
+    """A picture uint8 (H, W, 3) as a data URI, made smaller where a side is longer than `MAX_SIDE`."""
+    image = Image.fromarray(picture)
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _svg(figure: Figure, name: str) -> Markup:
+    """A figure as inline SVG: colours follow the page, ids start with ``name``, nothing refers to another file."""
+    buffer = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<style[^>]*>.*?</style>|<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    for color in DARK:
+        text = text.replace(color, f"var({_variable(color)})")
+    text = re.sub(r'<svg[^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', text, count=1)
+    return Markup(text)  # noqa: S704 (matplotlib escapes text)
+
+
+_METADATA = ("Creator", "Date", "Format", "Type")
+
+
+# --------------------------------------------------------------------------- galleries
+
+
+class Cards:
+    """Prompts with what each method made of them, side by side."""
+
+    def __init__(self, rows: Sequence[ResultRow], folder: Path) -> None:
+        self.pictures, self.metric = Pictures(folder), headline_metric(rows)
+        self.groups = by_method(rows)
+        self.by_place: dict[Place, list[ResultRow]] = {}
+        for row in rows:
+            self.by_place.setdefault((row.prompt, row.seed), []).append(row)
+
+    def trajectory(self, strip: Strip) -> dict[str, Any]:
+        """A recorded trajectory, and the final pictures of every method for the same prompt and noise."""
+        place = strip.item.prompt, strip.item.seed
+        own = [row for row in self.by_place.get(place, []) if row.method == SUBJECT]
+        return {
+            "item": strip.item,
+            "reason": strip.reason,
+            "frames": [_frame(frame) for frame in strip.frames],
+            "differs": any(row.actions != strip.actions for row in own),
+            "made": self.made(place),
+        }
+
+    def made(self, place: Place) -> list[dict[str, Any]]:
+        """Final pictures of one prompt and noise, methods in order."""
+        return [self._final(row) for row in self.by_place.get(place, [])]
+
+    def _final(self, row: ResultRow) -> dict[str, Any]:
+        value = row.scores[self.metric]
+        passed = bool(value) if self.metric == SUCCESS else None
+        words = row.reason or f"{self.metric} {value:.3g}"
+        return {"method": row.method, "uri": self.pictures.of(row), "passed": passed, "words": words, "nfe": row.nfe}
+
+    def failures(self) -> dict[str, Any] | None:
+        """What the agent failed, categories in turn, and who passed where it failed; None where nothing is judged."""
+        if self.metric != SUCCESS:
+            return None
+        own = self.groups[SUBJECT]
+        failed = [row for row in own if not row.scores[SUCCESS]]
+        places = {(row.prompt, row.seed) for row in failed}
+        others = {name: group for name, group in self.groups.items() if name != SUBJECT}
+        shown = [row for (row,) in categories_in_turn([[row] for row in failed])][:MAX_FAILURES]
+        return {
+            "number": len(failed),
+            "of": len(own),
+            "balance": [(name, *_discordant(group, places)) for name, group in others.items()],
+            "cards": [{"row": row, "made": self.made((row.prompt, row.seed))} for row in shown],
+        }
+
+
+def _discordant(group: Sequence[ResultRow], failed: set[Place]) -> tuple[int, int]:
+    """Pictures that passed where the agent failed, and that failed where it passed."""
+    won = sum(bool(row.scores[SUCCESS]) for row in group if (row.prompt, row.seed) in failed)
+    lost = sum(not row.scores[SUCCESS] for row in group if (row.prompt, row.seed) not in failed)
+    return won, lost
+
+
+def _frame(frame: Mapping[str, Any]) -> dict[str, Any]:
+    picture = frame["picture"] if frame["mask"] is None else overlay(frame["picture"], frame["mask"])
+    action = "final" if frame["action"] is None else ACTIONS[frame["action"]]
+    return {"uri": png_uri(picture), "action": action, "nfe": frame["nfe"], "score": frame["score"]}
+
+
+# --------------------------------------------------------------------------- provenance
+
+
+def _provenance(folder: Path, rows: Sequence[ResultRow], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """What is needed to run this again."""
+    config = folder / "config.yaml"
+    return {
+        "kept": _flat({name: value for name, value in kept.items() if name != "methods"}),
+        "settings": SETTINGS,
+        "methods": [(name, [_one(group, part) for part in SETTINGS]) for name, group in by_method(rows).items()],
+        "config": config.read_text() if config.exists() else "",
+    }
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
+    """Nested values as dotted names and text."""
+    found: list[tuple[str, str]] = []
+    for name, value in values.items():
+        found += _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else [(above + name, str(value))]
+    return found
+
+
+def main() -> None:
+    """Make a finished run's report again."""
+    parser = argparse.ArgumentParser(description="Make the report of a finished evaluation again, without any model.")
+    parser.add_argument("folder", type=Path, help="run folder of evaluate.py, e.g. runs/evaluate")
+    folder = parser.parse_args().folder
+    if not (folder / "rows.jsonl").exists():
+        parser.error(f"no rows.jsonl in {folder}")
+    for path in write_report(folder, reported_rows(folder), read_items(folder), read_verdicts(folder)):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What a finished run keeps beside its rows, so that its report can be made again without any model.
+
+| file | what |
+|---|---|
+| ``items.jsonl`` | prompt, seed, category and complexity of every picture |
+| ``verdicts.json`` | H1-H4 with their parts |
+| ``provenance.json`` | benchmark, agent, environment, libraries |
+| ``filmstrips/`` | a folder per recorded trajectory: its frames and masks as PNG, and ``strip.json`` |
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from addiff_env.evaluation.benchmarks import Item
+from addiff_env.evaluation.hypotheses import Part, Verdict
+from addiff_env.evaluation.jsonl import append_objects, read_objects
+from addiff_env.evaluation.rows import CONFIGURATION, read_rows
+from addiff_env.types import ResultRow
+
+ITEMS, VERDICTS, PROVENANCE, STRIPS = "items.jsonl", "verdicts.json", "provenance.json", "filmstrips"
+LIBRARIES = ("torch", "diffusers", "transformers", "gymnasium", "numpy")
+SETTINGS = (*CONFIGURATION, "code_version")  # of a method's rows
+_KEPT = ("prompt", "seed", "category", "id", "facts", "complexity")  # of an item
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A recorded trajectory: frames as `report.record_trajectory` gives them, and the checker's words."""
+
+    item: Item
+    reason: str
+    frames: list[dict[str, Any]]
+
+    @property
+    def actions(self) -> list[int]:
+        """Decisions taken, in order."""
+        return [frame["action"] for frame in self.frames if frame["action"] is not None]
+
+
+# --------------------------------------------------------------------------- items, verdicts, provenance
+
+
+def write_items(folder: Path, items: Iterable[Item]) -> None:
+    """Keep what the report needs to know of the benchmark."""
+    (folder / ITEMS).unlink(missing_ok=True)
+    append_objects(folder / ITEMS, ({name: getattr(item, name) for name in _KEPT} for item in items))
+
+
+def read_items(folder: Path) -> list[Item]:
+    """The run's items, without the benchmark's own metadata."""
+    return [Item(**values) for values in read_objects(folder / ITEMS)]
+
+
+def write_verdicts(folder: Path, verdicts: Sequence[Verdict]) -> None:
+    """Keep the verdicts with the numbers behind them."""
+    (folder / VERDICTS).write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=2) + "\n")
+
+
+def read_verdicts(folder: Path) -> list[Verdict]:
+    """The run's verdicts; none where no agent was evaluated."""
+    if not (folder / VERDICTS).exists():
+        return []
+    found = json.loads((folder / VERDICTS).read_text())
+    return [Verdict(**{**values, "parts": tuple(Part(**part) for part in values["parts"])}) for values in found]
+
+
+def write_provenance(folder: Path, rows: Sequence[ResultRow], **facts: Any) -> None:
+    """Keep JSON-able ``facts``, the settings of each method, and the versions of the libraries that ran them."""
+    settings = {row.method: {part: getattr(row, part) for part in SETTINGS} for row in rows}
+    libraries = {"python": python_version(), **{name: version(name) for name in LIBRARIES}}
+    kept = {**facts, "libraries": libraries, "methods": settings}
+    (folder / PROVENANCE).write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What `write_provenance` kept; empty where nothing was."""
+    path = folder / PROVENANCE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def reported_rows(folder: Path) -> list[ResultRow]:
+    """The rows that the run's last report was about: its file may hold those of other methods, items and code too.
+
+    Raises:
+        ValueError: some of them are not there; a damaged file.
+    """
+    rows, methods = read_rows(folder / "rows.jsonl"), read_provenance(folder).get("methods")
+    if methods is None:
+        return rows
+    found = {(row.prompt, row.seed, row.method, *(getattr(row, part) for part in SETTINGS)): row for row in rows}
+    wanted = [
+        (item.prompt, item.seed, name, *(settings[part] for part in SETTINGS))
+        for name, settings in methods.items()
+        for item in read_items(folder)
+    ]
+    missing = [key for key in wanted if key not in found]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(wanted)} reported rows are not in {folder}, e.g. {missing[0]}")
+    return [found[key] for key in wanted]
+
+
+# --------------------------------------------------------------------------- filmstrips
+
+
+def save_strips(folder: Path, strips: Sequence[Strip]) -> None:
+    """Keep trajectories as pictures and numbers; those of an earlier report are replaced."""
+    shutil.rmtree(folder / STRIPS, ignore_errors=True)
+    for number, strip in enumerate(strips):
+        _save_strip(folder / STRIPS / f"{number:03d}", strip)
+
+
+def _save_strip(folder: Path, strip: Strip) -> None:
+    folder.mkdir(parents=True)
+    kept = []
+    for number, frame in enumerate(strip.frames):
+        Image.fromarray(frame["picture"]).save(folder / f"{number:03d}.png")
+        if frame["mask"] is not None:
+            levels = np.rint(255 * np.asarray(frame["mask"], float)).astype(np.uint8)  # (h, w)
+            Image.fromarray(levels).save(folder / f"{number:03d}-mask.png")
+        kept.append({name: value for name, value in frame.items() if name not in ("picture", "mask")})
+    item = {name: getattr(strip.item, name) for name in _KEPT}
+    (folder / "strip.json").write_text(json.dumps({"item": item, "reason": strip.reason, "frames": kept}, indent=2))
+
+
+def read_strips(folder: Path) -> list[Strip]:
+    """The run's trajectories, in the order they were chosen; masks in [0, 1] to the nearest 1/255."""
+    return [_read_strip(path.parent) for path in sorted((folder / STRIPS).glob("*/strip.json"))]
+
+
+def _read_strip(folder: Path) -> Strip:
+    kept = json.loads((folder / "strip.json").read_text())
+    frames = []
+    for number, frame in enumerate(kept["frames"]):
+        picture = np.asarray(Image.open(folder / f"{number:03d}.png").convert("RGB"))  # (H, W, 3)
+        path = folder / f"{number:03d}-mask.png"
+        mask = np.asarray(Image.open(path).convert("L"), float) / 255 if path.exists() else None  # (h, w)
+        frames.append({**frame, "picture": picture, "mask": mask})
+    return Strip(Item(**kept["item"]), kept["reason"], frames)

@@ -1,0 +1,207 @@
+"""What the rows say, in numbers: means with intervals, decisions, categories. Tables, plots and exports draw on these.
+
+Averages are over pictures. Intervals are at 95%: Wilson's for metrics that are 0 or 1, and for others that of the
+normal distribution with a standard error in which the pictures of one prompt belong together (Liang & Zeger 1986).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from addiff_env.stats import Z95, wilson_interval
+from addiff_env.types import ACTIONS, ResultRow
+
+EVERYTHING = "(all)"  # the category that holds all others, in tidy tables
+SUCCESS = "success"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A field of a row that says what its picture cost, and how it is shown."""
+
+    name: str
+    label: str  # with its unit
+    unit: float  # what one unit is in the row
+    digits: int  # behind the point
+
+
+COSTS = (
+    Cost("nfe", "NFE", 1, 1),
+    Cost("forward_passes", "network passes", 1, 1),
+    Cost("net_flops", "net GFLOPs", 1e9, 1),
+    Cost("seconds", "seconds", 1, 3),
+    Cost("peak_memory", "peak MiB", 2**20, 0),  # bytes; only where rows have it
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over ``number`` pictures; the interval is None where one prompt is all there is."""
+
+    number: int
+    mean: float
+    deviation: float  # standard deviation over pictures
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """One method on the pictures given; a metric or cost that no row has is absent."""
+
+    method: str
+    number: int  # pictures
+    scores: dict[str, Estimate]
+    costs: dict[str, Estimate]  # in the row's units
+    actions: np.ndarray | None  # shares (3,) of the decisions taken, None where nobody decided
+
+
+def by_method(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
+    """Rows grouped by method, in order of first appearance."""
+    groups: dict[str, list[ResultRow]] = {}
+    for row in rows:
+        groups.setdefault(row.method, []).append(row)
+    return groups
+
+
+def categories_of(rows: Sequence[ResultRow]) -> list[str]:
+    """Categories, in order of first appearance."""
+    return list(dict.fromkeys(row.category for row in rows))
+
+
+def metric_names(rows: Sequence[ResultRow]) -> list[str]:
+    """Names of every score that some row has, in order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.scores))
+
+
+def share_metrics(rows: Sequence[ResultRow]) -> frozenset[str]:
+    """Metrics that are 0 or 1 in every row that has them, so that their mean is a share."""
+    return frozenset(
+        name for name in metric_names(rows) if all(row.scores[name] in (0, 1) for row in rows if name in row.scores)
+    )
+
+
+def headline_metric(rows: Sequence[ResultRow]) -> str:
+    """``success`` where every row has it, else the first score that every row has.
+
+    Raises:
+        ValueError: there is none.
+    """
+    shared = [name for name in metric_names(rows) if all(name in row.scores for row in rows)]
+    if not shared:
+        raise ValueError(f"no score is in all of the {len(rows)} rows; some have {metric_names(rows)}")
+    return SUCCESS if SUCCESS in shared else shared[0]
+
+
+def action_shares(rows: Sequence[ResultRow]) -> np.ndarray | None:
+    """Shares (3,) of the decisions taken, or None where nobody decided."""
+    taken = [action for row in rows for action in row.actions]
+    return np.bincount(taken, minlength=len(ACTIONS)) / len(taken) if taken else None
+
+
+def cost_value(row: ResultRow, name: str) -> float | None:
+    """A cost of a row in its own units; None where it was not measured."""
+    value = getattr(row, name, None)
+    return None if value is None or (name == "peak_memory" and not value) else float(value)
+
+
+# --------------------------------------------------------------------------- means
+
+
+def estimate(values: Sequence[float], prompts: Sequence[str], is_share: bool = False) -> Estimate:
+    """Mean of per-picture values with its interval; ``prompts`` says which pictures belong together.
+
+    Raises:
+        ValueError: no values, or another number of prompts.
+    """
+    if not len(values) or len(values) != len(prompts):
+        raise ValueError(f"no mean of {len(values)} values of {len(prompts)} pictures")
+    numbers = np.asarray(values, float)
+    low, high = _wilson(numbers) if is_share else _clustered(numbers, prompts)
+    return Estimate(numbers.size, float(numbers.mean()), float(numbers.std()), low, high)
+
+
+def _wilson(numbers: np.ndarray) -> tuple[float, float]:
+    return wilson_interval(round(numbers.sum()), numbers.size)
+
+
+def _clustered(numbers: np.ndarray, prompts: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
+    _, owner = np.unique(np.asarray(prompts), return_inverse=True)
+    sums = np.bincount(owner, numbers - numbers.mean())  # (prompts,)
+    if sums.size < 2:
+        return None, None
+    variance = (sums**2).sum() / numbers.size**2 * sums.size / (sums.size - 1)
+    half = Z95 * np.sqrt(variance)
+    return float(numbers.mean() - half), float(numbers.mean() + half)
+
+
+def summarise(rows: Sequence[ResultRow], shares: frozenset[str] | None = None) -> list[MethodSummary]:
+    """Every method on the rows given.
+
+    Args:
+        rows: per-image rows.
+        shares: metrics whose means are shares; by default `share_metrics` of the rows.
+    """
+    known = share_metrics(rows) if shares is None else shares
+    return [
+        MethodSummary(method, len(group), _scores(group, known), _costs(group), action_shares(group))
+        for method, group in by_method(rows).items()
+    ]
+
+
+def _scores(group: Sequence[ResultRow], shares: frozenset[str]) -> dict[str, Estimate]:
+    found = {}
+    for name in metric_names(group):
+        having = [row for row in group if name in row.scores]
+        values, prompts = [row.scores[name] for row in having], [row.prompt for row in having]
+        found[name] = estimate(values, prompts, name in shares)
+    return found
+
+
+def _costs(group: Sequence[ResultRow]) -> dict[str, Estimate]:
+    found = {}
+    for cost in COSTS:
+        measured = [(value, row.prompt) for row in group if (value := cost_value(row, cost.name)) is not None]
+        if measured:
+            values, prompts = zip(*measured, strict=True)
+            found[cost.name] = estimate(values, prompts)
+    return found
+
+
+def tidy(rows: Sequence[ResultRow]) -> Iterator[tuple[str, str, str, Estimate]]:
+    """Method, metric or cost, category, and what it is there; `EVERYTHING` first, then each category."""
+    shares = share_metrics(rows)
+    parts = {category: [row for row in rows if row.category == category] for category in categories_of(rows)}
+    for category, part in {EVERYTHING: list(rows), **parts}.items():
+        for summary in summarise(part, shares):
+            for metric, found in {**summary.scores, **summary.costs}.items():
+                yield summary.method, metric, category, found
+
+
+# --------------------------------------------------------------------------- decisions and complexity
+
+
+def decision_counts(rows: Sequence[ResultRow]) -> np.ndarray:
+    """How many pictures took each action at their first, second, ... decision: int (decisions, 3)."""
+    length = max((len(row.actions) for row in rows), default=0)
+    counts = np.zeros((length, len(ACTIONS)), int)
+    for row in rows:
+        counts[np.arange(len(row.actions)), row.actions] += 1
+    return counts
+
+
+def by_facts(rows: Sequence[ResultRow], facts: Mapping[tuple[str, int], int]) -> dict[int, list[ResultRow]]:
+    """Rows by how much their pictures must get right (`Item.facts`), least first.
+
+    Raises:
+        ValueError: a row of no known (prompt, seed).
+    """
+    levels: dict[int, list[ResultRow]] = {}
+    for row in rows:
+        if (row.prompt, row.seed) not in facts:
+            raise ValueError(f"{row.prompt!r}, seed {row.seed} belongs to no item: its complexity is not known")
+        levels.setdefault(facts[row.prompt, row.seed], []).append(row)
+    return dict(sorted(levels.items()))
