@@ -13,7 +13,6 @@ from addiff_env.backbones import to_uint8
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import (
     SEED_STRIDE,
-    DiffusersSolver,
     FixedSteps,
     MatchedSteps,
     Replay,
@@ -21,6 +20,7 @@ from addiff_env.evaluation.baselines import (
 )
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE
+from addiff_env.evaluation.outside import DiffusersSolver
 from addiff_env.evaluation.policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
 from addiff_env.perception import QUALITY
 from addiff_env.types import Action, Generated, ResultRow
