@@ -4,6 +4,8 @@
     python evaluate.py benchmark.limit=null     the whole test split
     python evaluate.py agent=runs/train/tiny-seed0/agent hydra.run.dir=runs/mine
     python evaluate.py shard.index=0 shard.count=4 hydra.run.dir=runs/mine      one quarter; then shard.merge=true
+    accelerate launch --num_processes 4 evaluate.py hydra.run.dir=runs/mine     four processes, merged by the last one
+    python evaluate.py benchmark.name=geneval benchmark.root=data metrics=[geneval,clip_score] agent=runs/sd15/agent
 
 Rows are appended to <run folder>/rows.jsonl as they are made; the same command goes on where it was stopped.
 """
@@ -11,6 +13,7 @@ Rows are appended to <run folder>/rows.jsonl as they are made; the same command 
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,10 +32,33 @@ from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import MatchedSteps, Method, Replay, make_method
 from addiff_env.evaluation.benchmarks import Item, load_benchmark
-from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE, all_verdicts, describe
-from addiff_env.evaluation.metrics import score_pictures
+from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE, Rules, all_verdicts, describe
+from addiff_env.evaluation.memory import watched
+from addiff_env.evaluation.metrics import (
+    Metric,
+    columns_of,
+    default_metrics,
+    margins_of,
+    missing,
+    open_metrics,
+    primary_score,
+    protocol_scores,
+    score_pictures,
+)
+from addiff_env.evaluation.outside import MethodOptions
 from addiff_env.evaluation.report import plot_filmstrips, plot_quality_against_compute, record_trajectory, summary_table
-from addiff_env.evaluation.rows import append_rows, merge_shards, read_rows, shard, shard_path
+from addiff_env.evaluation.rows import (
+    append_rows,
+    launched_shard,
+    merge_if_whole,
+    merge_shards,
+    read_rows,
+    shard,
+    shard_path,
+    write_rows,
+)
+from addiff_env.evaluation.sets import References, SetOptions, describe_sets, set_scores
+from addiff_env.evaluation.tune import resolve, stamp_of, tune, tuning_metrics
 from addiff_env.evaluation.version import code_version
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import Action, Generated, ResultRow
@@ -41,14 +67,16 @@ from addiff_env.types import Action, Generated, ResultRow
 class Evaluation:
     """One run folder: which rows exist, and how new ones are made and kept."""
 
-    def __init__(self, path: Path, env: DiffusionDenoiseVectorEnv, save_images: bool) -> None:
-        self.folder, self.env, self.save_images = path.parent, env, save_images
+    def __init__(
+        self, path: Path, env: DiffusionDenoiseVectorEnv, metrics: Sequence[Metric], save_images: bool
+    ) -> None:
+        self.folder, self.env, self.metrics, self.save_images = path.parent, env, metrics, save_images
         self.path, self.version = path, code_version()
         self.rows = read_rows(self.path)
 
     def blank_row(self, method: Method, item: Item) -> ResultRow:
         """A row that names the measurement and holds no result yet."""
-        backbone = self.env.backbone
+        backbone = method.backbone
         return ResultRow(
             method=method.name,
             prompt=item.prompt,
@@ -62,28 +90,40 @@ class Evaluation:
         )
 
     def run(self, method: Method, items: Sequence[Item]) -> list[ResultRow]:
-        """Make what is missing; returns the method's rows for ``items``, in their order."""
+        """Make what is missing; returns the method's rows for ``items``, in their order.
+
+        Raises:
+            ValueError: rows that are there lack a score that is wanted.
+        """
         done = {row.key: row for row in self.rows}
         wanted = [self.blank_row(method, item) for item in items]
         missing = [item for item, row in zip(items, wanted, strict=True) if row.key not in done]
         with tqdm(total=len(items), initial=len(items) - len(missing), desc=method.name, unit="image") as bar:
-            for group in method.make(missing) if missing else ():
-                rows = self._keep(method, group)
+            for group, peak in watched(method.make(missing) if missing else (), method.backbone.device):
+                rows = self._keep(method, group, peak)
                 done |= {row.key: row for row in rows}
                 bar.update(len(rows))
         self.rows = list(done.values())
-        return [done[row.key] for row in wanted]
+        found = [done[row.key] for row in wanted]
+        for item, row in zip(items, found, strict=True):
+            if lacking := set(columns_of(self.metrics, item)) - set(row.scores):
+                raise ValueError(
+                    f"{self.path} holds rows of {method.name!r} without {', '.join(sorted(lacking))}: it was made with "
+                    "other metrics; take another run folder"
+                )
+        return found
 
-    def _keep(self, method: Method, group: list[tuple[Item, Generated]]) -> list[ResultRow]:
+    def _keep(self, method: Method, group: list[tuple[Item, Generated]], peak_memory: int) -> list[ResultRow]:
         if not group:
             return []
         items = [item for item, _ in group]
-        scored = score_pictures(self.env.perception, np.stack([made.picture for _, made in group]), items)
+        scored = score_pictures(self.metrics, np.stack([made.picture for _, made in group]), items)
         rows = []
         for (item, made), (scores, reason) in zip(group, scored, strict=True):
             row = self.blank_row(method, item)
             row.actions, row.nfe, row.forward_passes = made.actions, made.nfe, made.forward_passes
-            row.net_flops, row.seconds, row.scores, row.reason = made.net_flops, made.seconds, scores, reason
+            row.net_flops, row.seconds, row.peak_memory = made.net_flops, made.seconds, peak_memory
+            row.scores, row.reason = scores, reason
             row.image = self._save_image(method, made) if self.save_images else ""
             rows.append(row)
         append_rows(self.path, rows)
@@ -97,13 +137,19 @@ class Evaluation:
         return str(relative)
 
 
-def choose_filmstrips(rows: list[ResultRow], number: int) -> list[ResultRow]:
-    """Trajectories worth seeing: refined and satisfied, refined and failed, never refined, in turn."""
+def choose_filmstrips(rows: list[ResultRow], number: int, metric: str = "success") -> list[ResultRow]:
+    """Trajectories worth seeing: refined and good, never refined, refined and bad, in turn.
+
+    Good is what satisfies its prompt, or where ``metric`` is a number what lies at or above the median.
+    """
+    rows = [row for row in rows if metric in row.scores]
+    scores = [row.scores[metric] for row in rows]
+    bound = 0.5 if set(scores) <= {0.0, 1.0} else float(np.median(scores))
     refined = [row for row in rows if Action.REFINE in row.actions]
     groups = [
-        [row for row in refined if row.scores["success"]],
+        [row for row in refined if row.scores[metric] >= bound],
         [row for row in rows if Action.REFINE not in row.actions],
-        [row for row in refined if not row.scores["success"]],
+        [row for row in refined if row.scores[metric] < bound],
     ]
     turns = [group[k] for k in range(max(map(len, groups))) for group in groups if k < len(group)]
     return turns[:number]
@@ -125,23 +171,64 @@ def controls_of(rows: list[ResultRow], env: DiffusionDenoiseVectorEnv, full: Dif
     return [Replay(full, FULL_IMAGE, scripts), MatchedSteps(env, CONTINUED, scripts)]
 
 
-def decide(rows: list[ResultRow], items: Sequence[Item], path: Path) -> str:
+def decide(rows: list[ResultRow], items: Sequence[Item], path: Path, rules: Rules = Rules()) -> str:  # noqa: B008
     """Verdicts on H1-H4 from the rows, in words; the numbers behind them go to ``path``."""
-    verdicts = all_verdicts(rows, {(item.prompt, item.seed): item.facts for item in items})
+    judged = [row for row in rows if rules.metric in row.scores]
+    verdicts = all_verdicts(judged, {(item.prompt, item.seed): item.facts for item in items}, rules=rules)
     path.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=2) + "\n")
     return "\n".join(describe(verdict) for verdict in verdicts)
 
 
+def rules_of(cfg: DictConfig, metric: str) -> Rules:
+    """The rules of the verdicts: a score's own margins unless the configuration names others."""
+    return Rules(**{"metric": metric, **margins_of(metric), **plain(cfg.rules)})
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A group of the configuration as a dictionary."""
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def make_methods(
+    cfg: DictConfig, evaluation: Evaluation, benchmark: Sequence[Item], agent: Agent, metric: str
+) -> list[Method]:
+    """The methods of the configuration: a misspelt one, or one without its weights, stops us before any work."""
+    env, options = evaluation.env, MethodOptions.read(plain(cfg.method_options))
+    methods = []
+    for spec in tuned_specs(cfg, evaluation.folder, env, agent, metric):
+        try:
+            methods.append(make_method(spec, env, agent, options, benchmark))
+        except (FileNotFoundError, ImportError) as error:
+            if not cfg.allow_missing:
+                raise missing(f"method {spec!r}", error) from error
+            print(f"left out method {spec!r}: {error}")
+    return methods
+
+
+def tuned_specs(cfg: DictConfig, folder: Path, env: DiffusionDenoiseVectorEnv, agent: Agent, metric: str) -> list[str]:
+    """The methods' names, those that are tuned to the agent with their numbers; see `addiff_env.evaluation.tune`."""
+    if not any("auto" in spec for spec in cfg.methods):
+        return list(cfg.methods)
+    items = load_benchmark(cfg.tune.benchmark, cfg.tune.limit, root=cfg.benchmark.root)
+    metrics, score = tuning_metrics(env, items, cfg.tune.metric or metric)
+    path = folder / "tuning.json"
+    stamp = stamp_of(agent, items, score)
+    return resolve(cfg.methods, path, stamp, lambda: tune(env, agent, items, metrics, score))
+
+
 def make_rows(
-    cfg: DictConfig, evaluation: Evaluation, items: Sequence[Item], agent: Agent, overrides: dict[str, Any]
+    cfg: DictConfig,
+    evaluation: Evaluation,
+    items: Sequence[Item],
+    methods: Sequence[Method],
+    agent: Agent,
+    overrides: dict[str, Any],
 ) -> list[ResultRow]:
     """Run every method and H4's controls on ``items``; what is there already is not made again."""
-    env = evaluation.env
-    methods = [make_method(spec, env, agent) for spec in cfg.methods]  # a misspelt one stops us before any work
     results = {method.name: evaluation.run(method, items) for method in methods}
     if "agent" in results and cfg.controls:
         full = make_agent_env(agent, cfg.num_envs, **overrides | {"mask": "full"})
-        for control in controls_of(results["agent"], env, full):
+        for control in controls_of(results["agent"], evaluation.env, full):
             results[control.name] = evaluation.run(control, items)
     return [row for group in results.values() for row in group]
 
@@ -150,23 +237,80 @@ def report(
     cfg: DictConfig, folder: Path, rows: list[ResultRow], items: Sequence[Item], agent: Agent, overrides: dict[str, Any]
 ) -> None:
     """Write and print the table, the plot, the verdicts and the filmstrips."""
-    table = summary_table(rows)
+    metric = primary_score([list(row.scores) for row in rows], cfg.primary)
+    table = summary_table(rows, metric)
     (folder / "table.txt").write_text(table + "\n")
     written = [folder / "table.txt", folder / "rows.jsonl", folder / "quality_vs_compute.png"]
-    plot_quality_against_compute(rows, written[-1])
-    print(f"\n{cfg.benchmark.name}, {len(items)} prompts, {rows[0].dtype}; success (%) by the exact checker")
+    plot_quality_against_compute(rows, written[-1], metric)
+    print(f"\n{cfg.benchmark.name}, {len(items)} pictures a method, {rows[0].dtype}; {metric}, shares in percent")
     print(f"{table}\n")
     own = [row for row in rows if row.method == "agent"]
     if own and cfg.filmstrips:
         written.append(folder / "filmstrips.png")
         one_lane = make_agent_env(agent, 1, **overrides)
-        draw_filmstrips(choose_filmstrips(own, cfg.filmstrips), agent, one_lane, written[-1])
+        draw_filmstrips(choose_filmstrips(own, cfg.filmstrips, metric), agent, one_lane, written[-1])
     if own:
         written.append(folder / "verdicts.json")
-        print(decide(rows, items, written[-1]) + "\n")
+        print(decide(rows, items, written[-1], rules_of(cfg, metric)) + "\n")
     print("wrote")
     for path in written:
         print(f"  {path}")
+
+
+def measure_whole(cfg: DictConfig, folder: Path, rows: list[ResultRow], references: References) -> None:
+    """What is measured of a method's pictures together: the benchmark's own protocol, and the set metrics."""
+    if scores := protocol_scores(rows):
+        (folder / "protocols.json").write_text(json.dumps(scores, indent=2) + "\n")
+        for metric, methods in scores.items():
+            for method, shares in methods.items():
+                print(f"{metric}, {method}: " + "  ".join(f"{name} {share:.4f}" for name, share in shares.items()))
+    if references.features:
+        sets = set_scores(rows, folder, references)
+        (folder / "set_metrics.json").write_text(json.dumps(sets, indent=2) + "\n")
+        print(describe_sets(sets))
+
+
+def open_references(cfg: DictConfig, folder: Path, device: str) -> References:
+    """The references of set metrics; what they need is missed before any picture is made."""
+    options = SetOptions(**plain(cfg.set_metrics))
+    try:
+        return References(options, folder, device)
+    except (FileNotFoundError, ImportError) as error:
+        if not cfg.allow_missing:
+            raise missing("set metrics", error) from error
+        print(f"left out set metrics {list(options.names)}: {error}")
+        return References(SetOptions(), folder, device)
+
+
+def evaluate(
+    cfg: DictConfig,
+    folder: Path,
+    items: Sequence[Item],
+    agent: Agent,
+    overrides: dict[str, Any],
+    place: tuple[int, int],
+) -> list[ResultRow]:
+    """Make the rows of one shard, ``place`` (index, number of shards), of ``items``."""
+    env = make_agent_env(agent, cfg.num_envs, **overrides)
+    settings = default_metrics(items) if cfg.metrics is None else list(cfg.metrics)
+    metrics, skipped = open_metrics(settings, env.perception, items, cfg.allow_missing)
+    for setting, why in skipped.items():
+        print(f"left out metric {setting!r}: {why}")
+    metric = primary_score([columns_of(metrics, item) for item in items], cfg.primary)
+    evaluation = Evaluation(shard_path(folder, *place), env, metrics, cfg.save_images)
+    methods = make_methods(cfg, evaluation, items, agent, metric)
+    return make_rows(cfg, evaluation, shard(items, *place), methods, agent, overrides)
+
+
+def whole_run(
+    cfg: DictConfig, folder: Path, items: Sequence[Item], place: tuple[int, int], launched: bool
+) -> list[ResultRow] | None:
+    """All shards' rows, also written to ``rows.jsonl``; None where a launched run's other processes are at work."""
+    places = [(item.prompt, item.seed) for item in items]
+    rows = merge_if_whole(folder, place[1], places) if launched else merge_shards(folder, place[1], places)
+    if rows is not None:
+        write_rows(folder / "rows.jsonl", rows)
+    return rows
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
@@ -174,22 +318,35 @@ def main(cfg: DictConfig) -> None:
     """Make this shard's rows, or merge those of all; report once they are whole."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    told = (cfg.shard.index, cfg.shard.count)
+    place = told if cfg.shard.merge else launched_shard(*told)
+    launched = place != told
+    if launched and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place[0])))  # each process has its own GPU
     folder = Path(HydraConfig.get().runtime.output_dir)
-    items = load_benchmark(cfg.benchmark.name, cfg.benchmark.limit)
+    b = cfg.benchmark
+    items = load_benchmark(b.name, b.limit, root=b.root, images_per_prompt=b.images_per_prompt)
     agent = Agent.load(cfg.agent)
-    overrides: dict[str, Any] = OmegaConf.to_container(cfg.env)  # type: ignore[assignment]
+    overrides = plain(cfg.env)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
-    if cfg.shard.merge:
-        rows = merge_shards(folder, cfg.shard.count, [(item.prompt, item.seed) for item in items])
-        (folder / "rows.jsonl").unlink(missing_ok=True)
-        append_rows(folder / "rows.jsonl", rows)
-    else:
-        path = shard_path(folder, cfg.shard.index, cfg.shard.count)
-        evaluation = Evaluation(path, make_agent_env(agent, cfg.num_envs, **overrides), cfg.save_images)
-        rows = make_rows(cfg, evaluation, shard(items, cfg.shard.index, cfg.shard.count), agent, overrides)
-        if cfg.shard.count > 1:
-            print(f"shard {cfg.shard.index} of {cfg.shard.count}: {len(rows)} rows in {path}; then: shard.merge=true")
+    references = open_references(cfg, folder, "cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[ResultRow] | None = None
+    if not cfg.shard.merge:
+        rows = evaluate(cfg, folder, items, agent, overrides, place)
+    if place[1] > 1:
+        if rows is not None:
+            print(f"shard {place[0]} of {place[1]}: {len(rows)} rows in {shard_path(folder, *place)}")
+        if not cfg.shard.merge and not launched:
+            print("when all are made: shard.merge=true")
             return
+        rows = whole_run(cfg, folder, items, place, launched)
+        if rows is None:
+            print("the process that finishes last merges them")
+            return
+    elif cfg.shard.merge:
+        rows = whole_run(cfg, folder, items, place, False)
+    assert rows is not None
+    measure_whole(cfg, folder, rows, references)
     report(cfg, folder, rows, items, agent, overrides)
 
 

@@ -84,6 +84,23 @@ def resolve_model(model: str) -> str:
     return str(folder)
 
 
+@contextmanager
+def fetching(model: str, setting: str) -> Iterator[None]:
+    """Turn what a library says of a model that is not there into what to do about it.
+
+    Raises:
+        FileNotFoundError: ``model`` is neither a local folder nor to be had from the Hub; names ``setting``.
+        ValueError: it is a local folder, and damaged.
+    """
+    try:
+        yield
+    except OSError as error:
+        text = f"cannot load {model!r}: {reason(error)}"
+        if Path(model).is_dir():
+            raise ValueError(text) from error
+        raise FileNotFoundError(f"{text}; download it and pass {setting}") from error
+
+
 def reason(error: Exception, limit: int = 600) -> str:
     """What an error says, shortened, and without torch's advice to unpickle what is not trusted."""
     text = str(error).split("weights_only")[0].strip()

@@ -46,19 +46,31 @@ class FixedSteps(Batched):
 
 
 class WordCount(Batched):
-    """As many steps as the prompt's length asks for, at a mean of ``mean_steps``: adaptive, but blind."""
+    """As many steps as the prompt's length asks for, at a mean of ``mean_steps``: adaptive, but blind.
 
-    def __init__(self, env: DiffusionDenoiseVectorEnv, mean_steps: int, batch_size: int = 64) -> None:
+    ``benchmark`` holds all items of the evaluation, whose mean length sets the scale: a shard, or what an interruption
+    left over, gets the steps that it gets in the whole.
+    """
+
+    def __init__(
+        self, env: DiffusionDenoiseVectorEnv, mean_steps: int, benchmark: Sequence[Item], batch_size: int = 64
+    ) -> None:
         super().__init__(env, f"words-{mean_steps}", batch_size)
-        self.mean_steps = mean_steps
+        if not benchmark or mean_steps < 1:
+            raise ValueError(f"{self.name} needs at least one step and one prompt, got {len(benchmark)}")
+        self.mean_steps, self.mean_words = mean_steps, float(np.mean([_words(item) for item in benchmark]))
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
-        """Make one picture per item; the scale is set by the mean length of ``items``."""
-        lengths = np.array([max(1, len(item.prompt.split())) for item in items])
-        steps = np.maximum(1, np.rint(self.mean_steps * lengths / max(1.0, lengths.mean()))).astype(int)
+        """Make one picture per item."""
+        lengths = np.array([_words(item) for item in items])
+        steps = np.maximum(1, np.rint(self.mean_steps * lengths / self.mean_words)).astype(int)
         for number in sorted(set(steps.tolist())):
             chosen = [item for item, own in zip(items, steps, strict=True) if own == number]
             yield from FixedSteps(self.env, number, batch_size=self.batch_size).make(chosen)
+
+
+def _words(item: Item) -> int:
+    return max(1, len(item.prompt.split()))
 
 
 class BestOf(Batched):
@@ -198,7 +210,8 @@ def _script(scripts: Scripts, item: Item) -> ResultRow:
 METHODS = (
     "agent, ddim-N, dpmpp_2m-N, euler-N, unipc-N, pndm-N, sag-N, attend-and-excite-N, lcm-N, sdxl-turbo-N, "
     "best-of-K:<solver>-N, oracle-stop:<solver>-N, "
-    "words-N, stop-N, refine-always, threshold:<steps>:<score>, random:<continue>:<stop>:<refine>"
+    "words-N, stop-N, refine-always, threshold:<steps>:<score>, random:<continue>:<stop>:<refine>; "
+    "and tuned to the agent on other prompts: threshold:auto, random:auto, words-auto"
 )
 
 
@@ -207,8 +220,11 @@ def make_method(
     env: DiffusionDenoiseVectorEnv,
     agent: Agent | None = None,
     options: MethodOptions = MethodOptions(),  # noqa: B008 (frozen)
+    benchmark: Sequence[Item] = (),
 ) -> Method:
     """The method that ``spec`` names (`METHODS`), on the model and settings of ``env``.
+
+    ``benchmark`` holds all items of the evaluation, also those of other shards.
 
     Raises:
         ValueError: unknown, or its numbers do not parse; the message quotes it.
@@ -225,6 +241,8 @@ def make_method(
         if policy := _policy(head, tail, env):
             return PolicyMethod(env, policy, spec)
         name, _, number = spec.rpartition("-")
+        if name == "words":
+            return WordCount(env, int(number), benchmark)
         return _solver(name, int(number), env, options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"cannot make the method {spec!r}: {error}; known: {METHODS}") from error
@@ -250,8 +268,6 @@ def _fixed(spec: str, env: DiffusionDenoiseVectorEnv) -> FixedSteps:
 
 
 def _solver(name: str, steps: int, env: DiffusionDenoiseVectorEnv, options: MethodOptions) -> Method:
-    if name == "words":
-        return WordCount(env, steps)
     if name in SOLVERS and (name != "euler" or env.backbone.solver == "euler"):
         return FixedSteps(env, steps, name)
     method = solver_method(name, steps, env, options)

@@ -8,7 +8,7 @@ cruder: a verb that is in no list and not followed by a function word stays in i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[.,;:!?()\"]")
@@ -48,7 +48,8 @@ class NounPhrase:
     text: str  # as in the prompt, its determiner included
     head: str  # its noun, as in the prompt: the last word
     end: int  # where the head ends in the prompt, characters
-    number: int = 1  # how many, by its number word
+    number: int = 1  # how many, by its number word ...
+    counted: bool = False  # ... if it has one
 
 
 def noun_phrases(prompt: str) -> list[NounPhrase]:
@@ -116,12 +117,22 @@ def _phrase(prompt: str, group: list[re.Match[str]]) -> NounPhrase | None:
         return None
     counted = [NUMBERS[word[0].lower()] for word in group if word[0].lower() in NUMBERS]
     head = content[-1]
-    return NounPhrase(prompt[group[0].start() : head.end()], head[0], head.end(), counted[0] if counted else 1)
+    return NounPhrase(prompt[group[0].start() : head.end()], head[0], head.end(), (*counted, 1)[0], bool(counted))
 
 
 def _names_nothing(word: str, determined: bool) -> bool:
     """Whether a lone word is a place, or (without a determiner) a verb."""
     return word in _PLACES or (not determined and (word in _VERBS or word.endswith(("ed", "ing"))))
+
+
+def is_quality(word: str) -> bool:
+    """Whether the word is one of the list of adjectives."""
+    return word.lower() in _QUALITIES
+
+
+def without(prompt: str, unwanted: Callable[[str], bool]) -> str:
+    """The prompt's words and punctuation, separated by spaces, without the ``unwanted`` ones."""
+    return " ".join(word[0] for word in _WORD.finditer(prompt) if not unwanted(word[0]))
 
 
 def singular(noun: str) -> str:

@@ -34,13 +34,13 @@ def action_shares(rows: Sequence[ResultRow]) -> np.ndarray | None:
     return np.bincount(taken, minlength=len(ACTIONS)) / len(taken) if taken else None
 
 
-def summary_table(rows: Sequence[ResultRow]) -> str:
-    """A table with one line per method; success with its 95% Wilson interval, percent."""
+def summary_table(rows: Sequence[ResultRow], metric: str = "success") -> str:
+    """A table with one line per method; ``metric`` with its 95% interval, in percent where it is 0 or 1."""
     categories = list(dict.fromkeys(row.category for row in rows))
-    head = ["method", "n", "success", "95% interval", "NFE", "NFE sd", "GFLOPs", "s/image", "cont/stop/refine"]
+    head = ["method", "n", metric, "95% interval", "NFE", "NFE sd", "GFLOPs", "s/image", "cont/stop/refine"]
     lines = [head + [_short(category) for category in categories]]
     for method, group in by_method(rows).items():
-        lines.append(_table_line(method, group, categories))
+        lines.append(_table_line(method, group, categories, metric))
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     text = [
         "  ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True)))
@@ -49,20 +49,37 @@ def summary_table(rows: Sequence[ResultRow]) -> str:
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
+def scores_of(rows: Sequence[ResultRow], metric: str) -> list[float]:
+    """The scores of the rows that have one."""
+    return [row.scores[metric] for row in rows if metric in row.scores]
+
+
+def mean_interval(scores: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and 95% interval: Wilson's where every score is 0 or 1, else by the standard error; NaN of nothing."""
+    if not scores:
+        return (float("nan"),) * 3
+    mean = float(np.mean(scores))
+    if set(scores) <= {0.0, 1.0}:
+        return mean, *wilson_interval(int(sum(scores)), len(scores))
+    half = 1.96 * float(np.std(scores, ddof=1)) / len(scores) ** 0.5 if len(scores) > 1 else float("nan")
+    return mean, mean - half, mean + half
+
+
 def _short(category: str) -> str:
     return category.replace("_objects", "").replace("_object", "").replace("color_attribution", "attrib.")
 
 
-def _table_line(method: str, group: list[ResultRow], categories: list[str]) -> list[str]:
-    success = [row.scores["success"] for row in group]
-    low, high = wilson_interval(int(sum(success)), len(success))
+def _table_line(method: str, group: list[ResultRow], categories: list[str], metric: str) -> list[str]:
+    scores = scores_of(group, metric)
+    share = set(scores) <= {0.0, 1.0}
+    mean, low, high = (f"{100 * v:.1f}" if share else f"{v:.4g}" for v in mean_interval(scores))
     nfe = np.array([row.nfe for row in group])
     shares = action_shares(group)
     line = [
         method,
-        str(len(group)),
-        f"{100 * np.mean(success):.1f}",
-        f"{100 * low:.1f}-{100 * high:.1f}",
+        str(len(scores)),
+        mean,
+        f"{low}-{high}",
         f"{nfe.mean():.1f}",
         f"{nfe.std():.1f}",
         f"{np.mean([row.net_flops for row in group]) / 1e9:.1f}",
@@ -70,40 +87,39 @@ def _table_line(method: str, group: list[ResultRow], categories: list[str]) -> l
         "-" if shares is None else "/".join(f"{100 * share:.0f}" for share in shares),
     ]
     for category in categories:
-        members = [row.scores["success"] for row in group if row.category == category]
-        line.append(f"{100 * np.mean(members):.0f}" if members else "-")
+        members = scores_of([row for row in group if row.category == category], metric)
+        line.append("-" if not members else f"{100 * np.mean(members):.0f}" if share else f"{np.mean(members):.3g}")
     return line
 
 
-def plot_quality_against_compute(rows: Sequence[ResultRow], path: Path) -> None:
-    """Success with 95% intervals against mean net FLOPs and mean NFE; fixed steps form a line."""
+def plot_quality_against_compute(rows: Sequence[ResultRow], path: Path, metric: str = "success") -> None:
+    """``metric`` with 95% intervals against mean net FLOPs and mean NFE; fixed steps form a line."""
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.2), sharey=True, layout="constrained")
     groups = by_method(rows)
     measures = (("net GFLOPs per image", lambda r: r.net_flops / 1e9), ("NFE per image", lambda r: r.nfe))
     for axis, (label, cost) in zip(axes, measures, strict=True):
         fixed = {name: group for name, group in groups.items() if name.startswith("ddim-")}
         others = {name: group for name, group in groups.items() if name not in fixed}
-        _draw_points(axis, fixed, cost, FIXED, "o-")
-        _draw_points(axis, others, cost, AGENT, "*")
+        _draw_points(axis, fixed, cost, FIXED, "o-", metric)
+        _draw_points(axis, others, cost, AGENT, "*", metric)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("prompts satisfied (%)")
+    axes[0].set_ylabel("prompts satisfied (%)" if metric == "success" else metric)
     figure.suptitle(f"Quality against compute, {len(next(iter(groups.values())))} held-out prompts, 95% intervals")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-def _draw_points(axis, groups: dict[str, list[ResultRow]], cost, color: str, style: str) -> None:
+def _draw_points(axis, groups: dict[str, list[ResultRow]], cost, color: str, style: str, metric: str) -> None:
+    groups = {name: group for name, group in groups.items() if scores_of(group, metric)}
     if not groups:
         return
     x = [float(np.mean([cost(row) for row in group])) for group in groups.values()]
-    y = [100 * float(np.mean([row.scores["success"] for row in group])) for group in groups.values()]
-    bounds = [wilson_interval(int(sum(r.scores["success"] for r in g)), len(g)) for g in groups.values()]
-    error = [
-        [v - 100 * low for v, (low, _) in zip(y, bounds, strict=True)],
-        [100 * high - v for v, (_, high) in zip(y, bounds, strict=True)],
-    ]
+    scale = 100 if metric == "success" else 1
+    bounds = [mean_interval(scores_of(group, metric)) for group in groups.values()]
+    y = [scale * mean for mean, _, _ in bounds]
+    error = [[scale * (mean - low) for mean, low, _ in bounds], [scale * (high - mean) for mean, _, high in bounds]]
     axis.errorbar(x, y, yerr=error, fmt=style, color=color, capsize=3, markersize=13 if "*" in style else 6)
     for name, px, py in zip(groups, x, y, strict=True):
         axis.annotate(name, (px, py), textcoords="offset points", xytext=(7, 7), fontsize=9, color=color)
