@@ -38,6 +38,7 @@ from addiff_env.evaluation.metrics import (
     Metric,
     columns_of,
     default_metrics,
+    is_embedded_world,
     margins_of,
     missing,
     open_metrics,
@@ -58,7 +59,7 @@ from addiff_env.evaluation.rows import (
     write_rows,
 )
 from addiff_env.evaluation.sets import References, SetOptions, describe_sets, set_scores
-from addiff_env.evaluation.tune import resolve, stamp_of, tune, tuning_metrics
+from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune
 from addiff_env.evaluation.version import code_version
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import Action, Generated, ResultRow
@@ -97,9 +98,9 @@ class Evaluation:
         """
         done = {row.key: row for row in self.rows}
         wanted = [self.blank_row(method, item) for item in items]
-        missing = [item for item, row in zip(items, wanted, strict=True) if row.key not in done]
-        with tqdm(total=len(items), initial=len(items) - len(missing), desc=method.name, unit="image") as bar:
-            for group, peak in watched(method.make(missing) if missing else (), method.backbone.device):
+        left = [item for item, row in zip(items, wanted, strict=True) if row.key not in done]
+        with tqdm(total=len(items), initial=len(items) - len(left), desc=method.name, unit="image") as bar:
+            for group, peak in watched(method.make(left) if left else (), method.backbone.device):
                 rows = self._keep(method, group, peak)
                 done |= {row.key: row for row in rows}
                 bar.update(len(rows))
@@ -193,11 +194,14 @@ def make_methods(
     cfg: DictConfig, evaluation: Evaluation, benchmark: Sequence[Item], agent: Agent, metric: str
 ) -> list[Method]:
     """The methods of the configuration: a misspelt one, or one without its weights, stops us before any work."""
-    env, options = evaluation.env, MethodOptions.read(plain(cfg.method_options))
+    options = MethodOptions.read(plain(cfg.method_options))
+    specs = list(cfg.methods)
+    if set(specs) & set(AUTO):
+        specs = tuned_specs(cfg, evaluation, benchmark, agent, metric)
     methods = []
-    for spec in tuned_specs(cfg, evaluation.folder, env, agent, metric):
+    for spec in specs:
         try:
-            methods.append(make_method(spec, env, agent, options, benchmark))
+            methods.append(make_method(spec, evaluation.env, agent, options, benchmark))
         except (FileNotFoundError, ImportError) as error:
             if not cfg.allow_missing:
                 raise missing(f"method {spec!r}", error) from error
@@ -205,15 +209,27 @@ def make_methods(
     return methods
 
 
-def tuned_specs(cfg: DictConfig, folder: Path, env: DiffusionDenoiseVectorEnv, agent: Agent, metric: str) -> list[str]:
-    """The methods' names, those that are tuned to the agent with their numbers; see `addiff_env.evaluation.tune`."""
-    if not any("auto" in spec for spec in cfg.methods):
-        return list(cfg.methods)
-    items = load_benchmark(cfg.tune.benchmark, cfg.tune.limit, root=cfg.benchmark.root)
-    metrics, score = tuning_metrics(env, items, cfg.tune.metric or metric)
-    path = folder / "tuning.json"
-    stamp = stamp_of(agent, items, score)
-    return resolve(cfg.methods, path, stamp, lambda: tune(env, agent, items, metrics, score))
+def tuned_specs(
+    cfg: DictConfig, evaluation: Evaluation, benchmark: Sequence[Item], agent: Agent, metric: str
+) -> list[str]:
+    """The methods' names with numbers for those that are tuned to the agent; see `addiff_env.evaluation.tune`.
+
+    Raises:
+        ValueError: no prompts to tune on, or some that the evaluation uses.
+    """
+    name = cfg.tune.benchmark or ("tiny-dev" if is_embedded_world(benchmark) else None)
+    if name is None:
+        raise ValueError(f"{', '.join(AUTO)} need tune.benchmark=<prompts that the evaluation does not use>")
+    items = load_benchmark(name, cfg.tune.limit, root=cfg.benchmark.root)
+    if shared := {item.prompt for item in items} & {item.prompt for item in benchmark}:
+        raise ValueError(f"{len(shared)} prompts of {name!r} are the evaluation's own, e.g. {sorted(shared)[0]!r}")
+    env, metrics = evaluation.env, evaluation.metrics
+    return resolve(
+        cfg.methods,
+        evaluation.folder / "tuning.json",
+        stamp_of(agent, items, metric),
+        lambda: tune(env, agent, items, metrics, metric),
+    )
 
 
 def make_rows(
@@ -273,6 +289,8 @@ def measure_whole(cfg: DictConfig, folder: Path, rows: list[ResultRow], referenc
 def open_references(cfg: DictConfig, folder: Path, device: str) -> References:
     """The references of set metrics; what they need is missed before any picture is made."""
     options = SetOptions(**plain(cfg.set_metrics))
+    if options.names and not cfg.save_images:
+        raise ValueError(f"set metrics {list(options.names)} need the pictures: save_images=true")
     try:
         return References(options, folder, device)
     except (FileNotFoundError, ImportError) as error:

@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode
 from addiff_env.evaluation import tune as tuning_module
 from addiff_env.evaluation.baselines import PolicyMethod, make_method
 from addiff_env.evaluation.benchmarks import load_benchmark
+from addiff_env.evaluation.metrics import open_metrics
 from addiff_env.evaluation.policies import RandomPolicy, StopAt
 from addiff_env.evaluation.tune import (
     AUTO,
@@ -24,7 +25,6 @@ from addiff_env.evaluation.tune import (
     stamp_of,
     threshold_grid,
     tune,
-    tuning_metrics,
 )
 from addiff_env.types import Action
 
@@ -43,6 +43,14 @@ def test_the_best_rule_at_the_agents_compute_is_chosen() -> None:
     assert best_matched(rules, 10).spec == "cheap"  # none is affordable: the one that exceeds least
     with pytest.raises(ValueError, match="no rule"):
         best_matched([], 10)
+
+
+def test_the_command_names_its_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tuning_module.main(["--agent", "/nowhere/agent"])
+    assert "/nowhere/agent" in capsys.readouterr().err
+    words = tuning_module.describe(TUNING)
+    assert words.splitlines()[-1] == "methods=[threshold:5:0.5,random:0.8:0.1:0.1,words-7]"
 
 
 def test_auto_is_replaced_and_kept(tmp_path: Path) -> None:
@@ -86,8 +94,7 @@ def test_tuning_measures_the_agent_and_a_grid(small_kwargs: dict[str, Any], monk
     monkeypatch.setattr(tuning_module, "LOOKS", (1.0,))
     monkeypatch.setattr(tuning_module, "QUANTILES", (0.5,))
     items = load_benchmark("tiny-dev", 4)
-    metrics, metric = tuning_metrics(env, items, None)
-    assert metric == "success" and tuning_metrics(env, items, "reward_score")[1] == "reward_score"
+    metrics, metric = open_metrics(["checker"], env.perception, items)[0], "success"
     agent: Any = Drawn([0.7, 0.1, 0.2])
     found = tune(env, agent, items, metrics, metric)
     (own, rule_) = found.measured
@@ -101,5 +108,7 @@ def test_tuning_measures_the_agent_and_a_grid(small_kwargs: dict[str, Any], monk
     assert [float(share) for share in found.random.split(":")[1:]] == pytest.approx(shares, abs=1e-3)
     assert found.words == f"words-{round(own['nfe'])}"
     assert found.stamp == stamp_of(agent, items, "success") != stamp_of(agent, items[:2], "success")
-    stopped = measure(PolicyMethod(env, StopAt(3, 6), "stop"), items, metrics, metric)
+    stopped = measure(PolicyMethod(env, StopAt(3, 6), "stop"), env, items, metrics, metric)
     assert stopped.nfe == 3 and len(stopped.reward_scores) == 4
+    with pytest.raises(ValueError, match="'beauty' says nothing of 4 tuning prompts"):
+        tune(env, agent, items, metrics, "beauty")

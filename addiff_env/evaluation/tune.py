@@ -1,7 +1,7 @@
 """Baselines tuned to an agent: the best threshold rule, its action shares and its mean NFE, measured on other prompts.
 
     python -m addiff_env.evaluation.tune                            the shipped agent, 64 dev prompts
-    python -m addiff_env.evaluation.tune --agent runs/train/tiny-seed0/agent --limit 128 --metric success
+    python -m addiff_env.evaluation.tune --agent runs/train/tiny-seed0/agent --limit 128 --metric checker
 
 A rule `threshold:n:tau` runs n steps, looks, refines while the reward model's score is under tau, else stops. Of a grid
 of such rules the one with the highest mean score is taken among those that spend no more net FLOPs than the agent does.
@@ -26,14 +26,14 @@ from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import Method, make_method
 from addiff_env.evaluation.benchmarks import Item, id_list_hash, load_benchmark
 from addiff_env.evaluation.metrics import (
-    EASY,
     Metric,
+    ModelScore,
     columns_of,
     default_metrics,
-    is_embedded_world,
     margins_of,
     open_metrics,
     primary_score,
+    reward_score,
     score_pictures,
 )
 from addiff_env.pipeline import make_agent_env
@@ -74,23 +74,20 @@ class Tuning:
         return dict(zip(AUTO, (self.threshold, self.random, self.words), strict=True))[auto]
 
 
-def measure(method: Method, items: Sequence[Item], metrics: Sequence[Metric], metric: str) -> Measured:
-    """Run a method on the tuning prompts.
-
-    Raises:
-        ValueError: the metric says nothing of them.
-    """
+def measure(
+    method: Method, env: DiffusionDenoiseVectorEnv, items: Sequence[Item], metrics: Sequence[Metric], metric: str
+) -> Measured:
+    """Run a method on the tuning prompts; ``env``'s reward model looks at the final pictures."""
     made = [pair for group in method.make(list(items)) for pair in group]
-    quality, scores = [], []
-    for item, result in made:
-        ((values, _),) = score_pictures(metrics, result.picture[None], [item])
-        quality.append(values[metric])
-        scores.append(values["reward_score"])
+    pictures = np.stack([result.picture for _, result in made])
+    chosen = [item for item, _ in made]
+    quality = [scores[metric] for scores, _ in score_pictures(metrics, pictures, chosen)]
+    looks = score_pictures([ModelScore("look", reward_score(env.perception), env.perception.device)], pictures, chosen)
     taken = [action for _, result in made for action in result.actions]
     shares = np.bincount(taken, minlength=len(Action)) / len(taken) if taken else np.zeros(0)
-    costs = [(result.net_flops, result.nfe) for _, result in made]
-    flops, nfe = np.mean(costs, axis=0)
-    return Measured(method.name, float(np.mean(quality)), float(flops), float(nfe), (*shares.tolist(),), (*scores,))
+    flops, nfe = np.mean([(result.net_flops, result.nfe) for _, result in made], axis=0)
+    seen = tuple(scores["look"] for scores, _ in looks)
+    return Measured(method.name, float(np.mean(quality)), float(flops), float(nfe), (*shares.tolist(),), seen)
 
 
 def best_matched(candidates: Sequence[Measured], net_flops: float) -> Measured:
@@ -118,15 +115,27 @@ def threshold_grid(env: DiffusionDenoiseVectorEnv, scores: Sequence[float]) -> l
 def tune(
     env: DiffusionDenoiseVectorEnv, agent: Agent, items: Sequence[Item], metrics: Sequence[Metric], metric: str
 ) -> Tuning:
-    """Measure the agent and a grid of threshold rules on ``items``, which are not those of the evaluation."""
-    own = measure(make_method("agent", env, agent), items, metrics, metric)
-    tried = [measure(make_method(s, env), items, metrics, metric) for s in threshold_grid(env, own.reward_scores)]
+    """Measure the agent and a grid of threshold rules on ``items``, which are not those of the evaluation.
+
+    Raises:
+        ValueError: an item that ``metric`` says nothing of.
+    """
+    _refuse_unmeasured(items, metrics, metric)
+    own = measure(make_method("agent", env, agent), env, items, metrics, metric)
+    grid = threshold_grid(env, own.reward_scores)
+    tried = [measure(make_method(spec, env), env, items, metrics, metric) for spec in grid]
     shares = [round(share, 4) for share in own.shares[1:]]
     stamp = stamp_of(agent, items, metric)
     best = best_matched(tried, own.net_flops)
     random = ":".join(f"{share:g}" for share in (round(1 - sum(shares), 4), *shares))
     kept = [{key: value for key, value in asdict(one).items() if key != "reward_scores"} for one in (own, *tried)]
     return Tuning(best.spec, f"random:{random}", f"words-{max(1, round(own.nfe))}", metric, stamp, kept)
+
+
+def _refuse_unmeasured(items: Sequence[Item], metrics: Sequence[Metric], metric: str) -> None:
+    mute = [item.prompt for item in items if metric not in columns_of(metrics, item)]
+    if mute:
+        raise ValueError(f"{metric!r} says nothing of {len(mute)} tuning prompts, e.g. {mute[0]!r}: name other ones")
 
 
 def stamp_of(agent: Agent, items: Sequence[Item], metric: str) -> dict[str, Any]:
@@ -165,40 +174,20 @@ def _keep(path: Path, tuning: Tuning) -> None:
         partial.unlink()
 
 
-def tuning_metrics(
-    env: DiffusionDenoiseVectorEnv, items: Sequence[Item], metric: str | None
-) -> tuple[list[Metric], str]:
-    """Metrics of the tuning prompts, with the environment's reward score among them, and the name of the chosen one.
-
-    Args:
-        env: whose CLIP and reward model look.
-        items: the tuning prompts.
-        metric: a setting of `addiff_env.evaluation.metrics`, ``success`` or None.
-
-    Raises:
-        ValueError, FileNotFoundError, ImportError: as `open_metrics` and `primary_score`.
-    """
-    settings = [*default_metrics(items)] if is_embedded_world(items) else [*EASY]
-    wanted = metric.partition(":")[0] if metric else None
-    if metric is not None and wanted not in ("success", "requirements", *settings):
-        settings.append(metric)
-    metrics, _ = open_metrics(settings, env.perception, items)
-    return metrics, primary_score([columns_of(metrics, item) for item in items], wanted)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m addiff_env.evaluation.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--agent", default=PACKAGED, help="folder of an agent bundle")
     parser.add_argument("--benchmark", default="tiny-dev", help="prompts to tune on; never those of the evaluation")
     parser.add_argument("--limit", type=int, default=64, help="prompts, categories in turn")
-    parser.add_argument("--metric", help="score to maximise (default: success where the checker can judge)")
+    parser.add_argument("--metric", help="metric to maximise (default: the checker, or hpsv2.1)")
     parser.add_argument("--num-envs", type=int, default=32, help="lanes denoised in one batch")
     options = parser.parse_args(arguments)
     try:
         agent, items = Agent.load(options.agent), load_benchmark(options.benchmark, options.limit)
         env = make_agent_env(agent, options.num_envs)
-        metrics, metric = tuning_metrics(env, items, options.metric)
+        metrics, _ = open_metrics([options.metric or default_metrics(items)[0]], env.perception, items)
+        metric = primary_score([columns_of(metrics, item) for item in items])
     except (ValueError, FileNotFoundError, ImportError) as error:
         parser.error(str(error))
     print(describe(tune(env, agent, items, metrics, metric)))
