@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import HFValidationError
 from transformers.utils import logging as transformers_logging
 
 PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package
@@ -94,7 +95,7 @@ def fetching(model: str, setting: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, HFValidationError) as error:  # the latter: a path that is not there is no Hub id either
         text = f"cannot load {model!r}: {reason(error)}"
         if Path(model).is_dir():
             raise ValueError(text) from error

@@ -135,7 +135,7 @@ def test_what_is_missing_stops_an_evaluation_before_any_picture(trained, tmp_pat
     assert other.returncode != 0 and "made with other metrics" in other.stderr
 
 
-COMPARED = ["methods=[ddim-2,best-of-2:ddim-2,words-3,'threshold:4:0.0','random:0.7:0.1:0.2',agent]"]
+COMPARED = ["methods=[ddim-2,best-of-2:ddim-2,words-auto,threshold:auto,random:auto,agent]", "tune.limit=4"]
 
 
 def same(rows, others):
@@ -155,11 +155,14 @@ def same(rows, others):
 @pytest.fixture(scope="module")
 def uninterrupted(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    sizes = ["benchmark.limit=12", "num_envs=3", "filmstrips=0", "threads=1"]
+    sizes = ["benchmark.limit=16", "num_envs=3", "filmstrips=0", "threads=1"]
     options = [f"agent={trained[0] / 'agent'}", *COMPARED, *sizes]
     result = run("evaluate.py", *options, f"hydra.run.dir={folder}")
     assert result.returncode == 0, result.stderr
-    return options, read_rows(folder / "rows.jsonl")
+    tuned = json.loads((folder / "tuning.json").read_text())
+    rows = read_rows(folder / "rows.jsonl")
+    assert {tuned["threshold"], tuned["random"], tuned["words"]} < {row.method for row in rows} | {tuned["words"]}
+    return options, rows
 
 
 @pytest.mark.slow
@@ -172,7 +175,7 @@ def test_an_evaluation_killed_ten_times_equals_an_uninterrupted_one(uninterrupte
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and (path.stat().st_size if path.exists() else 0) <= begun:
             time.sleep(0.002)  # until it has written a row more
-        time.sleep(rng.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.02))
         assert process.poll() is None, f"it ended before the {kills + 1}th kill: make the run longer"
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -238,26 +238,25 @@ class BlipVqa:
 
     @torch.no_grad()
     def probabilities(self, picture: Image.Image, asked: Sequence[str]) -> list[float]:
-        """P(yes) / (P(yes) + P(no)) of each question, from the decoder's first token."""
-        text = self.processor.tokenizer(
-            list(asked), padding="longest", truncation=True, max_length=35, return_tensors="pt"
-        ).to(self.device)
-        start = self.model.config.text_config.bos_token_id
-        if start + 1 < self.model.config.text_config.vocab_size:
-            text.input_ids[:, 0] = start + 1  # BLIP's encoder token, which the official code puts there
+        """P(yes) / (P(yes) + P(no)) of each question, from the decoder's first token.
+
+        Questions are asked one by one: `transformers` lets the padding of a shorter one change its answer.
+        """
         pixels = self.processor.image_processor(picture.convert("RGB"), return_tensors="pt").pixel_values
-        seen = self.model.vision_model(pixels.to(self.device)).last_hidden_state.expand(len(asked), -1, -1)
+        seen = self.model.vision_model(pixels.to(self.device)).last_hidden_state  # (1, patches, width)
+        return [self._probability(seen, question) for question in asked]
+
+    def _probability(self, seen: torch.Tensor, question: str) -> float:
+        text = self.processor.tokenizer(question, truncation=True, max_length=35, return_tensors="pt").to(self.device)
+        config = self.model.config.text_config
+        if config.bos_token_id + 1 < config.vocab_size:
+            text.input_ids[:, 0] = config.bos_token_id + 1  # BLIP's encoder token, as in the official code
         read = self.model.text_encoder(
-            input_ids=text.input_ids,
-            attention_mask=text.attention_mask,
-            encoder_hidden_states=seen,
-            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=self.device),
+            input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=seen
         ).last_hidden_state
-        begin = torch.full((len(asked), 1), start, device=self.device)
-        logits = self.model.text_decoder(
-            input_ids=begin, encoder_hidden_states=read, encoder_attention_mask=text.attention_mask
-        ).logits[:, 0]
-        return logits[:, self.answers].float().softmax(1)[:, 0].tolist()
+        begin = torch.tensor([[config.bos_token_id]], device=self.device)
+        logits = self.model.text_decoder(input_ids=begin, encoder_hidden_states=read).logits[0, 0]
+        return float(logits[self.answers].float().softmax(0)[0])
 
 
 class WordDetector:
@@ -292,7 +291,8 @@ class WordDetector:
             outputs, threshold=0.0, target_sizes=[(picture.height, picture.width)]
         )
         parts = (result["labels"].tolist(), result["scores"].tolist(), result["boxes"].tolist())
-        found = [Detection(self.words[label], score, tuple(box)) for label, score, box in zip(*parts, strict=True)]
+        known = [(self.words[label], score, box) for label, score, box in zip(*parts, strict=True)]
+        found = [Detection(word, score, (b[0], b[1], b[2], b[3])) for word, score, b in known]
         return sorted(found, key=lambda f: -f.score)
 
 
@@ -300,7 +300,10 @@ def detect(detector: Detector, picture: np.ndarray, threshold: float) -> list[De
     """Detections above a confidence, boxes in pixels of a picture whose shorter side is `SIDE`."""
     scale = SIDE / min(picture.shape[:2])
     found = [one for one in detector(Image.fromarray(picture)) if one.score > threshold]
-    return [replace(one, box=tuple(edge * scale for edge in one.box)) for one in found]
+    boxes = [
+        (scale * left, scale * top, scale * right, scale * low) for left, top, right, low in (f.box for f in found)
+    ]
+    return [replace(one, box=box) for one, box in zip(found, boxes, strict=True)]
 
 
 # --------------------------------------------------------------------------- metrics
