@@ -227,7 +227,7 @@ def tuned_specs(
     return resolve(
         cfg.methods,
         evaluation.folder / "tuning.json",
-        stamp_of(agent, items, metric),
+        stamp_of(agent, env, items, metric),
         lambda: tune(env, agent, items, metrics, metric),
     )
 

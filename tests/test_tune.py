@@ -107,7 +107,7 @@ def test_tuning_measures_the_agent_and_a_grid(small_kwargs: dict[str, Any], monk
     assert isinstance(drawn, PolicyMethod)
     assert [float(share) for share in found.random.split(":")[1:]] == pytest.approx(shares, abs=1e-3)
     assert found.words == f"words-{round(own['nfe'])}"
-    assert found.stamp == stamp_of(agent, items, "success") != stamp_of(agent, items[:2], "success")
+    assert found.stamp == stamp_of(agent, env, items, "success") != stamp_of(agent, env, items[:2], "success")
     stopped = measure(PolicyMethod(env, StopAt(3, 6), "stop"), env, items, metrics, metric)
     assert stopped.nfe == 3 and len(stopped.reward_scores) == 4
     with pytest.raises(ValueError, match="'beauty' says nothing of 4 tuning prompts"):

@@ -11,6 +11,7 @@ Nothing is tuned on the prompts of the evaluation: a baseline that was, would be
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -125,7 +126,7 @@ def tune(
     grid = threshold_grid(env, own.reward_scores)
     tried = [measure(make_method(spec, env), env, items, metrics, metric) for spec in grid]
     shares = [round(share, 4) for share in own.shares[1:]]
-    stamp = stamp_of(agent, items, metric)
+    stamp = stamp_of(agent, env, items, metric)
     best = best_matched(tried, own.net_flops)
     random = ":".join(f"{share:g}" for share in (round(1 - sum(shares), 4), *shares))
     kept = [{key: value for key, value in asdict(one).items() if key != "reward_scores"} for one in (own, *tried)]
@@ -138,9 +139,11 @@ def _refuse_unmeasured(items: Sequence[Item], metrics: Sequence[Metric], metric:
         raise ValueError(f"{metric!r} says nothing of {len(mute)} tuning prompts, e.g. {mute[0]!r}: name other ones")
 
 
-def stamp_of(agent: Agent, items: Sequence[Item], metric: str) -> dict[str, Any]:
+def stamp_of(agent: Agent, env: DiffusionDenoiseVectorEnv, items: Sequence[Item], metric: str) -> dict[str, Any]:
     """What a tuning depends on."""
-    return {"agent": agent.fingerprint, "prompts": id_list_hash(items), "items": len(items), "metric": metric}
+    settings = hashlib.sha256(repr(env.config).encode()).hexdigest()[:12]
+    prompts = {"prompts": id_list_hash(items), "items": len(items)}
+    return {"agent": agent.fingerprint, "settings": settings, **prompts, "metric": metric}
 
 
 def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Callable[[], Tuning]) -> list[str]:
@@ -150,7 +153,7 @@ def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Calla
     measure it at once, the first to finish is believed.
 
     Raises:
-        ValueError: the one kept there was measured with another agent, other prompts or another metric.
+        ValueError: the one kept there was measured with another agent, other settings, prompts or metric.
     """
     if not set(specs) & set(AUTO):
         return list(specs)
