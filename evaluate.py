@@ -4,12 +4,16 @@
     python evaluate.py benchmark.limit=null     the whole test split
     python evaluate.py agent=runs/train/tiny-seed0/agent hydra.run.dir=runs/mine
     python evaluate.py shard.index=0 shard.count=4 hydra.run.dir=runs/mine      one quarter; then shard.merge=true
+    accelerate launch --num_processes 4 evaluate.py hydra.run.dir=runs/mine     four processes, merged by the last one
+    python evaluate.py benchmark.name=geneval benchmark.root=data metrics=[geneval,clip_score] agent=runs/sd15/agent
 
 Rows are appended to <run folder>/rows.jsonl as they are made; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,11 +32,36 @@ from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import MatchedSteps, Method, Replay, make_method
 from addiff_env.evaluation.benchmarks import Item, benchmark_record, load_benchmark
 from addiff_env.evaluation.html import write_report
-from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE, Verdict, all_verdicts, describe
-from addiff_env.evaluation.metrics import score_pictures
+from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE, Rules, Verdict, all_verdicts, describe
+from addiff_env.evaluation.memory import watched
+from addiff_env.evaluation.metrics import (
+    Metric,
+    columns_of,
+    default_metrics,
+    is_embedded_world,
+    margins_of,
+    missing,
+    open_metrics,
+    primary_score,
+    protocol_scores,
+    score_pictures,
+)
+from addiff_env.evaluation.outside import MethodOptions
 from addiff_env.evaluation.report import plot_filmstrips, plot_quality_against_compute, record_trajectory, summary_table
-from addiff_env.evaluation.rows import append_rows, merge_shards, read_rows, shard, shard_path
+from addiff_env.evaluation.rows import (
+    append_rows,
+    launched_shard,
+    merge_if_whole,
+    merge_shards,
+    read_rows,
+    shard,
+    shard_path,
+    write_rows,
+)
 from addiff_env.evaluation.runs import Strip, save_strips, write_items, write_provenance, write_verdicts
+from addiff_env.evaluation.sets import References, SetOptions, describe_sets, set_scores
+from addiff_env.evaluation.summary import lead_with
+from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune
 from addiff_env.evaluation.version import code_version
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import Action, Generated, ResultRow
@@ -41,14 +70,16 @@ from addiff_env.types import Action, Generated, ResultRow
 class Evaluation:
     """One run folder: which rows exist, and how new ones are made and kept."""
 
-    def __init__(self, path: Path, env: DiffusionDenoiseVectorEnv, save_images: bool) -> None:
-        self.folder, self.env, self.save_images = path.parent, env, save_images
+    def __init__(
+        self, path: Path, env: DiffusionDenoiseVectorEnv, metrics: Sequence[Metric], save_images: bool
+    ) -> None:
+        self.folder, self.env, self.metrics, self.save_images = path.parent, env, metrics, save_images
         self.path, self.version = path, code_version()
         self.rows = read_rows(self.path)
 
     def blank_row(self, method: Method, item: Item) -> ResultRow:
         """A row that names the measurement and holds no result yet."""
-        backbone = self.env.backbone
+        backbone = method.backbone
         return ResultRow(
             method=method.name,
             prompt=item.prompt,
@@ -62,28 +93,40 @@ class Evaluation:
         )
 
     def run(self, method: Method, items: Sequence[Item]) -> list[ResultRow]:
-        """Make what is missing; returns the method's rows for ``items``, in their order."""
+        """Make what is missing; returns the method's rows for ``items``, in their order.
+
+        Raises:
+            ValueError: rows that are there lack a score that is wanted.
+        """
         done = {row.key: row for row in self.rows}
         wanted = [self.blank_row(method, item) for item in items]
-        missing = [item for item, row in zip(items, wanted, strict=True) if row.key not in done]
-        with tqdm(total=len(items), initial=len(items) - len(missing), desc=method.name, unit="image") as bar:
-            for group in method.make(missing) if missing else ():
-                rows = self._keep(method, group)
+        left = [item for item, row in zip(items, wanted, strict=True) if row.key not in done]
+        with tqdm(total=len(items), initial=len(items) - len(left), desc=method.name, unit="image") as bar:
+            for group, peak in watched(method.make(left) if left else (), method.backbone.device):
+                rows = self._keep(method, group, peak)
                 done |= {row.key: row for row in rows}
                 bar.update(len(rows))
         self.rows = list(done.values())
-        return [done[row.key] for row in wanted]
+        found = [done[row.key] for row in wanted]
+        for item, row in zip(items, found, strict=True):
+            if lacking := set(columns_of(self.metrics, item)) - set(row.scores):
+                raise ValueError(
+                    f"{self.path} holds rows of {method.name!r} without {', '.join(sorted(lacking))}: it was made with "
+                    "other metrics; take another run folder"
+                )
+        return found
 
-    def _keep(self, method: Method, group: list[tuple[Item, Generated]]) -> list[ResultRow]:
+    def _keep(self, method: Method, group: list[tuple[Item, Generated]], peak_memory: int) -> list[ResultRow]:
         if not group:
             return []
         items = [item for item, _ in group]
-        scored = score_pictures(self.env.perception, np.stack([made.picture for _, made in group]), items)
+        scored = score_pictures(self.metrics, np.stack([made.picture for _, made in group]), items)
         rows = []
         for (item, made), (scores, reason) in zip(group, scored, strict=True):
             row = self.blank_row(method, item)
             row.actions, row.nfe, row.forward_passes = made.actions, made.nfe, made.forward_passes
-            row.net_flops, row.seconds, row.scores, row.reason = made.net_flops, made.seconds, scores, reason
+            row.net_flops, row.seconds, row.peak_memory = made.net_flops, made.seconds, peak_memory
+            row.scores, row.reason = scores, reason
             row.image = self._save_image(method, made) if self.save_images else ""
             rows.append(row)
         append_rows(self.path, rows)
@@ -97,13 +140,19 @@ class Evaluation:
         return str(relative)
 
 
-def choose_filmstrips(rows: list[ResultRow], number: int) -> list[ResultRow]:
-    """Trajectories worth seeing: refined and satisfied, refined and failed, never refined, in turn."""
+def choose_filmstrips(rows: list[ResultRow], number: int, metric: str = "success") -> list[ResultRow]:
+    """Trajectories worth seeing: refined and good, never refined, refined and bad, in turn.
+
+    Good is what satisfies its prompt, or where ``metric`` is a number what lies at or above the median.
+    """
+    rows = [row for row in rows if metric in row.scores]
+    scores = [row.scores[metric] for row in rows]
+    bound = 0.5 if set(scores) <= {0.0, 1.0} else float(np.median(scores))
     refined = [row for row in rows if Action.REFINE in row.actions]
     groups = [
-        [row for row in refined if row.scores.get("success")],
+        [row for row in refined if row.scores[metric] >= bound],
         [row for row in rows if Action.REFINE not in row.actions],
-        [row for row in refined if not row.scores.get("success")],
+        [row for row in refined if row.scores[metric] < bound],
     ]
     turns = [group[k] for k in range(max(map(len, groups))) for group in groups if k < len(group)]
     return turns[:number]
@@ -127,56 +176,120 @@ def controls_of(rows: list[ResultRow], env: DiffusionDenoiseVectorEnv, full: Dif
     return [Replay(full, FULL_IMAGE, scripts), MatchedSteps(env, CONTINUED, scripts)]
 
 
-def decide(rows: list[ResultRow], items: Sequence[Item]) -> list[Verdict]:
-    """Verdicts on H1-H4 from the rows."""
-    return all_verdicts(rows, {(item.prompt, item.seed): item.facts for item in items})
+def decide(rows: list[ResultRow], items: Sequence[Item], rules: Rules = Rules()) -> list[Verdict]:  # noqa: B008
+    """Verdicts on H1-H4 from the rows that have the rules' metric."""
+    judged = [row for row in rows if rules.metric in row.scores]
+    return all_verdicts(judged, {(item.prompt, item.seed): item.facts for item in items}, rules=rules)
+
+
+def rules_of(cfg: DictConfig, metric: str) -> Rules:
+    """The rules of the verdicts: a score's own margins unless the configuration names others."""
+    return Rules(**{"metric": metric, **margins_of(metric), **plain(cfg.rules)})
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """A group of the configuration as a dictionary."""
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def make_methods(
+    cfg: DictConfig, evaluation: Evaluation, benchmark: Sequence[Item], agent: Agent, metric: str
+) -> list[Method]:
+    """The methods of the configuration: a misspelt one, or one without its weights, stops us before any work."""
+    options = MethodOptions.read(plain(cfg.method_options))
+    specs = list(cfg.methods)
+    if set(specs) & set(AUTO):
+        specs = tuned_specs(cfg, evaluation, benchmark, agent, metric)
+    methods = []
+    for spec in specs:
+        try:
+            methods.append(make_method(spec, evaluation.env, agent, options, benchmark))
+        except (FileNotFoundError, ImportError) as error:
+            if not cfg.allow_missing:
+                raise missing(f"method {spec!r}", error) from error
+            print(f"left out method {spec!r}: {error}")
+    return methods
+
+
+def tuned_specs(
+    cfg: DictConfig, evaluation: Evaluation, benchmark: Sequence[Item], agent: Agent, metric: str
+) -> list[str]:
+    """The methods' names with numbers for those that are tuned to the agent; see `addiff_env.evaluation.tune`.
+
+    Raises:
+        ValueError: no prompts to tune on, or some that the evaluation uses.
+    """
+    name = cfg.tune.benchmark or ("tiny-dev" if is_embedded_world(benchmark) else None)
+    if name is None:
+        raise ValueError(f"{', '.join(AUTO)} need tune.benchmark=<prompts that the evaluation does not use>")
+    items = load_benchmark(name, cfg.tune.limit, root=cfg.benchmark.root)
+    if shared := {item.prompt for item in items} & {item.prompt for item in benchmark}:
+        raise ValueError(f"{len(shared)} prompts of {name!r} are the evaluation's own, e.g. {sorted(shared)[0]!r}")
+    env, metrics = evaluation.env, evaluation.metrics
+    return resolve(
+        cfg.methods,
+        evaluation.folder / "tuning.json",
+        stamp_of(agent, env, items, metric),
+        lambda: tune(env, agent, items, metrics, metric),
+    )
 
 
 def make_rows(
-    cfg: DictConfig, evaluation: Evaluation, items: Sequence[Item], agent: Agent, overrides: dict[str, Any]
+    cfg: DictConfig,
+    evaluation: Evaluation,
+    items: Sequence[Item],
+    methods: Sequence[Method],
+    agent: Agent,
+    overrides: dict[str, Any],
 ) -> list[ResultRow]:
     """Run every method and H4's controls on ``items``; what is there already is not made again."""
-    env = evaluation.env
-    methods = [make_method(spec, env, agent) for spec in cfg.methods]  # a misspelt one stops us before any work
     results = {method.name: evaluation.run(method, items) for method in methods}
     if "agent" in results and cfg.controls:
         full = make_agent_env(agent, cfg.num_envs, **overrides | {"mask": "full"})
-        for control in controls_of(results["agent"], env, full):
+        for control in controls_of(results["agent"], evaluation.env, full):
             results[control.name] = evaluation.run(control, items)
     return [row for group in results.values() for row in group]
 
 
 def keep_run(
-    cfg: DictConfig, folder: Path, rows: list[ResultRow], items: Sequence[Item], agent: Agent, overrides: dict[str, Any]
+    cfg: DictConfig,
+    folder: Path,
+    rows: list[ResultRow],
+    items: Sequence[Item],
+    agent: Agent,
+    overrides: dict[str, Any],
+    metric: str,
 ) -> None:
     """Keep what the report needs to be made again, and what a reader needs to run this again."""
     env = agent.config["env"]
     environment = {"id": env["id"], **env["kwargs"], **overrides}
     record = benchmark_record(cfg.benchmark.name, items)
     write_items(folder, items)
-    write_provenance(folder, rows, **record, agent=agent.fingerprint, environment=environment)
+    write_provenance(folder, rows, **record, metric=metric, agent=agent.fingerprint, environment=environment)
 
 
 def report(
     cfg: DictConfig, folder: Path, rows: list[ResultRow], items: Sequence[Item], agent: Agent, overrides: dict[str, Any]
 ) -> None:
     """Write and print the table and the verdicts; write the plot, the filmstrips, ``report.html`` and its exports."""
+    metric = primary_score([list(row.scores) for row in rows], cfg.primary)
+    rows = lead_with(rows, metric)
     table = summary_table(rows)
     (folder / "table.txt").write_text(table + "\n")
     written = [folder / "table.txt", folder / "rows.jsonl", folder / "quality_vs_compute.png"]
     plot_quality_against_compute(rows, written[-1])
-    print(f"\n{cfg.benchmark.name}, {len(items)} prompts, {rows[0].dtype}; success (%) by the exact checker")
+    print(f"\n{cfg.benchmark.name}, {len(items)} pictures a method, {rows[0].dtype}; {metric}, shares in percent")
     print(f"{table}\n")
     own = [row for row in rows if row.method == "agent"]
     strips: list[Strip] = []
     if own and cfg.filmstrips:
         one_lane = make_agent_env(agent, 1, **overrides)
-        strips = record_filmstrips(choose_filmstrips(own, cfg.filmstrips), items, agent, one_lane)
+        strips = record_filmstrips(choose_filmstrips(own, cfg.filmstrips, metric), items, agent, one_lane)
         written.append(folder / "filmstrips.png")
         plot_filmstrips(strips, written[-1])
-    verdicts = decide(rows, items) if own else []
+    verdicts = decide(rows, items, rules_of(cfg, metric)) if own else []
     print("\n".join(map(describe, verdicts)) + "\n")
-    keep_run(cfg, folder, rows, items, agent, overrides)
+    keep_run(cfg, folder, rows, items, agent, overrides, metric)
     save_strips(folder, strips)
     write_verdicts(folder, verdicts)
     written += [folder / "verdicts.json", *write_report(folder, rows, items, verdicts)]
@@ -185,27 +298,98 @@ def report(
         print(f"  {path}")
 
 
+def measure_whole(cfg: DictConfig, folder: Path, rows: list[ResultRow], references: References) -> None:
+    """What is measured of a method's pictures together: the benchmark's own protocol, and the set metrics."""
+    if scores := protocol_scores(rows):
+        (folder / "protocols.json").write_text(json.dumps(scores, indent=2) + "\n")
+        for metric, methods in scores.items():
+            for method, shares in methods.items():
+                print(f"{metric}, {method}: " + "  ".join(f"{name} {share:.4f}" for name, share in shares.items()))
+    if references.features:
+        sets = set_scores(rows, folder, references)
+        (folder / "set_metrics.json").write_text(json.dumps(sets, indent=2) + "\n")
+        print(describe_sets(sets))
+
+
+def open_references(cfg: DictConfig, folder: Path, device: str) -> References:
+    """The references of set metrics; what they need is missed before any picture is made."""
+    options = SetOptions(**plain(cfg.set_metrics))
+    if options.names and not cfg.save_images:
+        raise ValueError(f"set metrics {list(options.names)} need the pictures: save_images=true")
+    try:
+        return References(options, folder, device)
+    except (FileNotFoundError, ImportError) as error:
+        if not cfg.allow_missing:
+            raise missing("set metrics", error) from error
+        print(f"left out set metrics {list(options.names)}: {error}")
+        return References(SetOptions(), folder, device)
+
+
+def evaluate(
+    cfg: DictConfig,
+    folder: Path,
+    items: Sequence[Item],
+    agent: Agent,
+    overrides: dict[str, Any],
+    place: tuple[int, int],
+) -> list[ResultRow]:
+    """Make the rows of one shard, ``place`` (index, number of shards), of ``items``."""
+    env = make_agent_env(agent, cfg.num_envs, **overrides)
+    settings = default_metrics(items) if cfg.metrics is None else list(cfg.metrics)
+    metrics, skipped = open_metrics(settings, env.perception, items, cfg.allow_missing)
+    for setting, why in skipped.items():
+        print(f"left out metric {setting!r}: {why}")
+    metric = primary_score([columns_of(metrics, item) for item in items], cfg.primary)
+    evaluation = Evaluation(shard_path(folder, *place), env, metrics, cfg.save_images)
+    methods = make_methods(cfg, evaluation, items, agent, metric)
+    return make_rows(cfg, evaluation, shard(items, *place), methods, agent, overrides)
+
+
+def whole_run(
+    cfg: DictConfig, folder: Path, items: Sequence[Item], place: tuple[int, int], launched: bool
+) -> list[ResultRow] | None:
+    """All shards' rows, also written to ``rows.jsonl``; None where a launched run's other processes are at work."""
+    places = [(item.prompt, item.seed) for item in items]
+    rows = merge_if_whole(folder, place[1], places) if launched else merge_shards(folder, place[1], places)
+    if rows is not None:
+        write_rows(folder / "rows.jsonl", rows)
+    return rows
+
+
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Make this shard's rows, or merge those of all; report once they are whole."""
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    told = (cfg.shard.index, cfg.shard.count)
+    place = told if cfg.shard.merge else launched_shard(*told)
+    launched = place != told
+    if launched and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place[0])))  # each process has its own GPU
     folder = Path(HydraConfig.get().runtime.output_dir)
-    items = load_benchmark(cfg.benchmark.name, cfg.benchmark.limit)
+    b = cfg.benchmark
+    items = load_benchmark(b.name, b.limit, root=b.root, images_per_prompt=b.images_per_prompt)
     agent = Agent.load(cfg.agent)
-    overrides: dict[str, Any] = OmegaConf.to_container(cfg.env)  # type: ignore[assignment]
+    overrides = plain(cfg.env)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
-    if cfg.shard.merge:
-        rows = merge_shards(folder, cfg.shard.count, [(item.prompt, item.seed) for item in items])
-        (folder / "rows.jsonl").unlink(missing_ok=True)
-        append_rows(folder / "rows.jsonl", rows)
-    else:
-        path = shard_path(folder, cfg.shard.index, cfg.shard.count)
-        evaluation = Evaluation(path, make_agent_env(agent, cfg.num_envs, **overrides), cfg.save_images)
-        rows = make_rows(cfg, evaluation, shard(items, cfg.shard.index, cfg.shard.count), agent, overrides)
-        if cfg.shard.count > 1:
-            print(f"shard {cfg.shard.index} of {cfg.shard.count}: {len(rows)} rows in {path}; then: shard.merge=true")
+    references = open_references(cfg, folder, "cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[ResultRow] | None = None
+    if not cfg.shard.merge:
+        rows = evaluate(cfg, folder, items, agent, overrides, place)
+    if place[1] > 1:
+        if rows is not None:
+            print(f"shard {place[0]} of {place[1]}: {len(rows)} rows in {shard_path(folder, *place)}")
+        if not cfg.shard.merge and not launched:
+            print("when all are made: shard.merge=true")
             return
+        rows = whole_run(cfg, folder, items, place, launched)
+        if rows is None:
+            print("the process that finishes last merges them")
+            return
+    elif cfg.shard.merge:
+        rows = whole_run(cfg, folder, items, place, False)
+    assert rows is not None
+    measure_whole(cfg, folder, rows, references)
     report(cfg, folder, rows, items, agent, overrides)
 
 

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import HFValidationError
 from transformers.utils import logging as transformers_logging
 
 PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package
@@ -82,6 +83,23 @@ def resolve_model(model: str) -> str:
     if not folder.exists():
         raise FileNotFoundError(f"packaged model {model!r} is missing ({folder}); retrain it with: make tiny")
     return str(folder)
+
+
+@contextmanager
+def fetching(model: str, setting: str) -> Iterator[None]:
+    """Turn what a library says of a model that is not there into what to do about it.
+
+    Raises:
+        FileNotFoundError: ``model`` is neither a local folder nor to be had from the Hub; names ``setting``.
+        ValueError: it is a local folder, and damaged.
+    """
+    try:
+        yield
+    except (OSError, HFValidationError) as error:  # the latter: a path that is not there is no Hub id either
+        text = f"cannot load {model!r}: {reason(error)}"
+        if Path(model).is_dir():
+            raise ValueError(text) from error
+        raise FileNotFoundError(f"{text}; download it and pass {setting}") from error
 
 
 def reason(error: Exception, limit: int = 600) -> str:

@@ -74,7 +74,8 @@ class AdaptivePipeline:
             began = time.perf_counter()
             active = sorted(running)
             actions = np.zeros(env.num_envs, np.int64)
-            actions[active] = self.agent.act(observation[active], info["action_mask"][active])
+            episodes = [running[lane][1] for lane in active]
+            actions[active] = self._decide(observation[active], info["action_mask"][active], episodes)
             observation, _, terminated, _, info = env.step(actions)
             share = (time.perf_counter() - began) / len(active)
             for lane in active:
@@ -83,6 +84,11 @@ class AdaptivePipeline:
             ended = [lane for lane in active if terminated[lane]]
             free = [lane for lane in range(env.num_envs) if lane not in running or lane in ended]
             yield [self._finish(running.pop(lane), lane, info) for lane in ended]
+
+    def _decide(self, observation: Any, action_mask: np.ndarray, episodes: list[Generated]) -> np.ndarray:
+        """Actions of the running lanes; who draws at random is told whose turn it is, so that lanes do not mix."""
+        draw = getattr(self.agent, "act_in", None)
+        return self.agent.act(observation, action_mask) if draw is None else draw(observation, action_mask, episodes)
 
     def _start(
         self,

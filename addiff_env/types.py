@@ -53,8 +53,9 @@ class ResultRow:
     net_flops: float = 0.0  # everything spent on this lane, floating-point operations
     seconds: float = 0.0  # wall-clock of this image's batch divided by the batch size
     scores: dict[str, float] = field(default_factory=dict)  # per metric
-    reason: str = ""  # the checker's words
+    reason: str = ""  # the words of metrics that have some: why the checker or GenEval is not content
     image: str = ""  # path of the picture relative to the run folder, "" if not kept
+    peak_memory: int = 0  # bytes: CUDA's peak allocation while the batch was made, else the process' peak; 0: unknown
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -13,7 +13,6 @@ from addiff_env.backbones import to_uint8
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import (
     SEED_STRIDE,
-    DiffusersSolver,
     FixedSteps,
     MatchedSteps,
     Replay,
@@ -21,6 +20,7 @@ from addiff_env.evaluation.baselines import (
 )
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE
+from addiff_env.evaluation.outside import DiffusersSolver
 from addiff_env.evaluation.policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
 from addiff_env.perception import QUALITY
 from addiff_env.types import Action, Generated, ResultRow
@@ -42,7 +42,11 @@ def env(small_kwargs: dict[str, Any]) -> DiffusionDenoiseVectorEnv:
 
 def results(spec: str, env: DiffusionDenoiseVectorEnv, items: list[Item] = ITEMS) -> list[Generated]:
     """Results in the items' order."""
-    made = {item.seed: result for group in make_method(spec, env).make(list(items)) for item, result in group}
+    made = {
+        item.seed: result
+        for group in make_method(spec, env, benchmark=ITEMS).make(list(items))
+        for item, result in group
+    }
     assert len(made) == len(items)
     return [made[item.seed] for item in items]
 
@@ -147,6 +151,15 @@ def test_oracle_stop_is_the_best_stop(env: DiffusionDenoiseVectorEnv) -> None:
 def test_longer_prompts_get_more_steps(env: DiffusionDenoiseVectorEnv) -> None:
     made = results("words-6", env)  # 3, 3 and 6 words: mean 4
     assert [r.nfe for r in made] == [4, 4, 9]
+    assert [r.nfe for r in results("words-6", env, ITEMS[1:])] == [4, 9]  # as in the whole benchmark
+
+
+def test_random_actions_do_not_depend_on_the_batch(env: DiffusionDenoiseVectorEnv) -> None:
+    whole = results("random:0.6:0.1:0.3", env)
+    assert len({tuple(made.actions) for made in whole}) > 1
+    for item, made in zip(ITEMS, whole, strict=True):
+        (alone,) = results("random:0.6:0.1:0.3", env, [item])
+        assert alone.actions == made.actions
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,17 @@ def test_action_shares():
     assert action_shares([row(actions=[0, 0, 0, 1])]) == pytest.approx([0.75, 0.25, 0.0])
 
 
+def test_table_of_another_metric_is_of_its_own_scores():
+    rows = [row("ddim-5"), row("agent"), row("agent"), row("none")]
+    for one, score in zip(rows, (0.25, 0.21, 0.23, None), strict=True):
+        one.scores = {"clip_score": 0.5} if score is None else {"hpsv2.1": score}
+    lines = summary_table(rows, "hpsv2.1").splitlines()
+    assert lines[0].split()[2] == "hpsv2.1" and "success" not in lines[0]
+    half = 1.96 * 0.01 * 2**0.5 / 2**0.5
+    assert lines[3].split()[:4] == ["agent", "2", "0.22", f"{0.22 - half:.4g}-{0.22 + half:.4g}"]
+    assert lines[4].split()[:3] == ["none", "0", "nan"]
+
+
 def test_plot_is_written(tmp_path):
     path = tmp_path / "plot.png"
     plot_quality_against_compute([row(), row("agent", nfe=7)], path)

@@ -13,11 +13,14 @@ import addiff_env
 from addiff_env.evaluation.jsonl import append_objects, read_objects
 from addiff_env.evaluation.rows import (
     append_rows,
+    launched_shard,
+    merge_if_whole,
     merge_rows,
     merge_shards,
     read_rows,
     shard,
     shard_path,
+    write_rows,
 )
 from addiff_env.evaluation.version import code_version
 from addiff_env.types import ResultRow
@@ -153,6 +156,48 @@ def test_lines_that_are_no_objects_are_refused(tmp_path):
     path.write_text(json.dumps({"method": "agent"}) + "\n")
     with pytest.raises(ValueError, match="rows.jsonl:1 is damaged.*prompt"):
         read_rows(path)
+
+
+def test_processes_of_a_launcher_are_shards():
+    assert launched_shard(0, 1, {}) == (0, 1)
+    assert launched_shard(2, 4, {}) == (2, 4)
+    assert launched_shard(0, 1, {"RANK": "0", "WORLD_SIZE": "1"}) == (0, 1)
+    assert launched_shard(2, 4, {"RANK": "0", "WORLD_SIZE": "1"}) == (2, 4)
+    assert [launched_shard(0, 1, {"RANK": str(k), "WORLD_SIZE": "3"}) for k in range(3)] == [(0, 3), (1, 3), (2, 3)]
+    with pytest.raises(ValueError, match="3 processes were launched.*shard 1 of 2"):
+        launched_shard(1, 2, {"RANK": "0", "WORLD_SIZE": "3"})
+    with pytest.raises(ValueError, match="'first' and '3'"):
+        launched_shard(0, 1, {"RANK": "first", "WORLD_SIZE": "3"})
+    with pytest.raises(ValueError, match="no shard 3 of 3"):
+        launched_shard(0, 1, {"RANK": "3", "WORLD_SIZE": "3"})
+
+
+def test_the_last_shard_to_finish_merges(tmp_path):
+    for index in range(3):
+        assert merge_if_whole(tmp_path, 3, PLACES) is None
+        rows = [row(method, *place) for method in METHODS for place in shard(PLACES, index, 3)]
+        append_rows(shard_path(tmp_path, index, 3), rows[:-1])
+        assert merge_if_whole(tmp_path, 3, PLACES) is None
+        append_rows(shard_path(tmp_path, index, 3), rows[-1:])
+    assert merge_if_whole(tmp_path, 3, PLACES) == WHOLE
+    append_rows(shard_path(tmp_path, 0, 3), WHOLE[:1])
+    with pytest.raises(ValueError, match="appear more than once"):  # waiting would not mend it
+        merge_if_whole(tmp_path, 3, PLACES)
+
+
+def test_a_file_is_written_as_a_whole(tmp_path):
+    append_rows(tmp_path / "rows.jsonl", [row(seed=99)])
+    write_rows(tmp_path / "rows.jsonl", WHOLE)
+    assert read_rows(tmp_path / "rows.jsonl") == WHOLE
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_rows_from_before_peak_memory_are_read(tmp_path):
+    append_rows(tmp_path / "rows.jsonl", [replace(row(), peak_memory=123)])
+    values = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert values.pop("peak_memory") == 123
+    (tmp_path / "old.jsonl").write_text(json.dumps(values) + "\n")
+    assert read_rows(tmp_path / "old.jsonl") == [row()]
 
 
 # --------------------------------------------------------------------------- code version

@@ -1,7 +1,13 @@
 """The two scripts as a user runs them: train a little, evaluate the result, kill and go on."""
 
+import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 LITTLE = ["num_envs=4", "algorithm.n_steps=4", "algorithm.batch_size=8", "algorithm.total_timesteps=32"]
 
 
-def run(script, *overrides):
+def run(script, *overrides, **environment):
     command = [sys.executable, str(ROOT / script), *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ | environment)
 
 
 def added(settings):
@@ -93,6 +99,105 @@ def test_shards_merge_into_one_run(trained, tmp_path):
     rows = read_rows(tmp_path / "rows.jsonl")
     assert len(rows) == 4 * 8 and len({row.key for row in rows}) == 4 * 8
     assert "H4: " in merged.stdout
+
+
+def test_processes_of_a_launcher_share_the_work_and_the_last_one_merges(trained, tmp_path):
+    """As ``accelerate launch`` and ``torchrun`` start them: each with its rank, all with the same command."""
+    sizes = ["benchmark.limit=4", "num_envs=2", "filmstrips=0", "controls=false"]
+    options = [f"agent={trained[0] / 'agent'}", "methods=[ddim-2,words-2]", *sizes, f"hydra.run.dir={tmp_path}"]
+    first = run("evaluate.py", *options, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1")
+    assert first.returncode == 0, first.stderr
+    assert "the process that finishes last merges" in first.stdout and not (tmp_path / "rows.jsonl").exists()
+    last = run("evaluate.py", *options, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    assert last.returncode == 0, last.stderr
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert len(rows) == 8 and str(tmp_path / "table.txt") in last.stdout
+    assert all(row.peak_memory > 50_000_000 for row in rows)
+
+
+def test_what_is_missing_stops_an_evaluation_before_any_picture(trained, tmp_path):
+    options = [f"agent={trained[0] / 'agent'}", "benchmark.limit=2", f"hydra.run.dir={tmp_path}", "filmstrips=0"]
+    options += ["methods=[ddim-2,lcm-2]", "controls=false", "method_options.lcm_lora=/nowhere/lora.safetensors"]
+    refused = run("evaluate.py", *options)
+    assert refused.returncode != 0 and not (tmp_path / "rows.jsonl").exists()
+    assert "method 'lcm-2'" in refused.stderr and "allow_missing=true" in refused.stderr
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A cat wearing sunglasses\nAn astronaut on a horse\n")
+    metrics = ["metrics=[clip_score,reward_score,pickscore:/nowhere/pickscore]", f"benchmark.name={prompts}"]
+    refused = run("evaluate.py", *options, *metrics)
+    assert refused.returncode != 0 and "metric 'pickscore:/nowhere/pickscore'" in refused.stderr
+    allowed = run("evaluate.py", *options, *metrics, "allow_missing=true")
+    assert allowed.returncode == 0, allowed.stderr
+    assert "left out method 'lcm-2'" in allowed.stdout and "left out metric 'pickscore" in allowed.stdout
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert [sorted(row.scores) for row in rows] == [["clip_score", "reward_score"]] * 2  # no success without a checker
+    assert "clip_score" in (tmp_path / "table.txt").read_text().splitlines()[0]
+    again = run("evaluate.py", *options, metrics[1], "metrics=[clip_score]", "methods=[ddim-2]")
+    assert again.returncode == 0, again.stderr
+    other = run("evaluate.py", *options, "methods=[ddim-2]", f"benchmark.name={prompts}",
+                "metrics=[clip_score,'clipscore:addiff_env:tiny/weights/clip']")  # fmt: skip
+    assert other.returncode != 0 and "made with other metrics" in other.stderr
+
+
+COMPARED = ["methods=[ddim-2,best-of-2:ddim-2,words-auto,threshold:auto,random:auto,agent]", "tune.limit=4"]
+
+
+def same(rows, others):
+    """Rows are equal but for time and memory, which are measured, and the last digits of networks' outputs."""
+
+    def plain(row):
+        return replace(row, seconds=0.0, peak_memory=0, scores={}, net_flops=round(row.net_flops))
+
+    ours, theirs = ({row.key: row for row in part} for part in (rows, others))
+    assert len(ours) == len(rows) and ours.keys() == theirs.keys()
+    for key, row in ours.items():
+        assert plain(row) == plain(theirs[key])
+        # A row that was missing travelled in another batch, which moves the last digits.
+        assert row.scores == pytest.approx(theirs[key].scores, abs=2e-3)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    sizes = ["benchmark.limit=16", "num_envs=3", "filmstrips=0", "threads=1"]
+    options = [f"agent={trained[0] / 'agent'}", *COMPARED, *sizes]
+    result = run("evaluate.py", *options, f"hydra.run.dir={folder}")
+    assert result.returncode == 0, result.stderr
+    tuned = json.loads((folder / "tuning.json").read_text())
+    rows = read_rows(folder / "rows.jsonl")
+    assert {tuned["threshold"], tuned["random"], tuned["words"]} < {row.method for row in rows} | {tuned["words"]}
+    return options, rows
+
+
+@pytest.mark.slow
+def test_an_evaluation_killed_ten_times_equals_an_uninterrupted_one(uninterrupted, tmp_path):
+    options, whole = uninterrupted
+    path, rng, kills = tmp_path / "rows.jsonl", random.Random(0), 0
+    command = [sys.executable, str(ROOT / "evaluate.py"), *options, f"hydra.run.dir={tmp_path}"]
+    while kills < 10:
+        begun = path.stat().st_size if path.exists() else 0
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (path.stat().st_size if path.exists() else 0) <= begun:
+            time.sleep(0.002)  # until it has written a row more
+        time.sleep(rng.uniform(0, 0.02))
+        assert process.poll() is None, f"it ended before the {kills + 1}th kill: make the run longer"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert run("evaluate.py", *options, f"hydra.run.dir={tmp_path}").returncode == 0
+    same(read_rows(path), whole)
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+@pytest.mark.slow
+def test_four_shards_merged_equal_one_run(uninterrupted, tmp_path):
+    options, whole = uninterrupted
+    options = [*options, "shard.count=4", f"hydra.run.dir={tmp_path}"]
+    for index in (2, 0, 3, 1):
+        assert run("evaluate.py", *options, f"shard.index={index}").returncode == 0
+    merged = run("evaluate.py", *options, "shard.merge=true")
+    assert merged.returncode == 0, merged.stderr
+    same(read_rows(tmp_path / "rows.jsonl"), whole)
 
 
 def test_mistakes_are_named(tmp_path):

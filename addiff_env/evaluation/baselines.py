@@ -2,74 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    EulerDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionSAGPipeline,
-    UniPCMultistepScheduler,
-)
 
 from addiff_env.agent import Agent
-from addiff_env.backbones import Prediction, StableDiffusionBackbone, denoise, initial_noise, to_uint8
+from addiff_env.backbones import Prediction, denoise, to_uint8
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
+from addiff_env.evaluation.method import Batched, Method
+from addiff_env.evaluation.outside import MethodOptions, solver_method
 from addiff_env.evaluation.policies import Policy, RandomPolicy, RefineAlways, StopAt, ThresholdRule
 from addiff_env.pipeline import AdaptivePipeline
 from addiff_env.samplers import SOLVERS
 from addiff_env.types import Action, Generated, ResultRow
 
 SEED_STRIDE = 1_000_003  # between an item's seeds in best-of-N; the first try has the item's own
-
-
-class Method(Protocol):
-    """A way to make pictures; `make` yields them in groups, so that finished ones can be written down."""
-
-    name: str
-    solver: str
-    policy: str
-
-    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
-        """Make one picture per item."""
-
-
-class Batched:
-    """What methods share that make their pictures batch by batch."""
-
-    def __init__(self, env: DiffusionDenoiseVectorEnv, name: str, batch_size: int = 64) -> None:
-        self.env, self.batch_size = env, batch_size
-        self.name = self.solver = self.policy = name
-
-    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
-        """Make one picture per item."""
-        for start in range(0, len(items), self.batch_size):
-            part = items[start : start + self.batch_size]
-            began = time.perf_counter()
-            made = self._batch(part)
-            for result in made:
-                result.seconds = (time.perf_counter() - began) / len(part)
-            yield list(zip(part, made, strict=True))
-
-    def _batch(self, items: list[Item]) -> list[Generated]:
-        raise NotImplementedError
-
-    def _noise(self, seeds: Sequence[int]) -> torch.Tensor:
-        return initial_noise(self.env.backbone, self.env.latent_shape, seeds)
-
-    def _generated(self, item: Item, picture: np.ndarray, passes: float, decodes: int = 1, looks: int = 0) -> Generated:
-        """A result whose cost is ``passes`` of the network, ``decodes``, ``looks`` at final pictures, and the text."""
-        env = self.env
-        text = env.price["start"] - (0 if looks else env.perception.text_flops())  # CLIP reads only for who looks
-        look = env.price["look"] - env.price["preview"]
-        flops = passes * env.price["denoiser"] + decodes * env.price["decode"] + looks * look + text
-        nfe = round(passes / env.passes_per_nfe)
-        return Generated(item.prompt, item.seed, picture, [], nfe, round(passes), flops)
 
 
 class FixedSteps(Batched):
@@ -96,19 +46,31 @@ class FixedSteps(Batched):
 
 
 class WordCount(Batched):
-    """As many steps as the prompt's length asks for, at a mean of ``mean_steps``: adaptive, but blind."""
+    """As many steps as the prompt's length asks for, at a mean of ``mean_steps``: adaptive, but blind.
 
-    def __init__(self, env: DiffusionDenoiseVectorEnv, mean_steps: int, batch_size: int = 64) -> None:
+    ``benchmark`` holds all items of the evaluation, whose mean length sets the scale: a shard, or what an interruption
+    left over, gets the steps that it gets in the whole.
+    """
+
+    def __init__(
+        self, env: DiffusionDenoiseVectorEnv, mean_steps: int, benchmark: Sequence[Item], batch_size: int = 64
+    ) -> None:
         super().__init__(env, f"words-{mean_steps}", batch_size)
-        self.mean_steps = mean_steps
+        if not benchmark or mean_steps < 1:
+            raise ValueError(f"{self.name} needs at least one step and one prompt, got {len(benchmark)}")
+        self.mean_steps, self.mean_words = mean_steps, float(np.mean([_words(item) for item in benchmark]))
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
-        """Make one picture per item; the scale is set by the mean length of ``items``."""
-        lengths = np.array([max(1, len(item.prompt.split())) for item in items])
-        steps = np.maximum(1, np.rint(self.mean_steps * lengths / max(1.0, lengths.mean()))).astype(int)
+        """Make one picture per item."""
+        lengths = np.array([_words(item) for item in items])
+        steps = np.maximum(1, np.rint(self.mean_steps * lengths / self.mean_words)).astype(int)
         for number in sorted(set(steps.tolist())):
             chosen = [item for item, own in zip(items, steps, strict=True) if own == number]
             yield from FixedSteps(self.env, number, batch_size=self.batch_size).make(chosen)
+
+
+def _words(item: Item) -> int:
+    return max(1, len(item.prompt.split()))
 
 
 class BestOf(Batched):
@@ -160,58 +122,11 @@ class OracleStop(Batched):
         ]
 
 
-class DiffusersSolver(Batched):
-    """diffusers' own Stable Diffusion pipeline with another scheduler; network passes are counted as they happen.
-
-    Raises:
-        ValueError: the environment's model is not a `StableDiffusionPipeline`.
-    """
-
-    def __init__(
-        self,
-        env: DiffusionDenoiseVectorEnv,
-        name: str,
-        steps: int,
-        scheduler: Any,
-        pipeline: Any = StableDiffusionPipeline,
-        batch_size: int = 64,
-    ) -> None:
-        super().__init__(env, f"{name}-{steps}", batch_size)
-        backbone = env.backbone
-        if not isinstance(backbone, StableDiffusionBackbone) or backbone.is_xl:
-            raise ValueError(f"{self.name} needs a StableDiffusionPipeline, {backbone.name!r} is none")
-        parts = (backbone.vae, backbone.text_encoder, backbone.tokenizer, backbone.unet)
-        options = _PLMS if scheduler is PNDMScheduler else {}
-        made = scheduler.from_config({**backbone.scheduler_config, "_class_name": scheduler.__name__}, **options)
-        self.pipeline = pipeline(*parts, made, None, None, requires_safety_checker=False)
-        self.pipeline.set_progress_bar_config(disable=True)
-        self.steps = steps
-
-    def _batch(self, items: list[Item]) -> list[Generated]:
-        rows: list[int] = []
-        count = self.pipeline.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-        try:
-            latents = self.pipeline(
-                [item.prompt for item in items],
-                num_inference_steps=self.steps,
-                guidance_scale=self.env.config.guidance_scale,
-                height=self.env.config.height,
-                width=self.env.config.width,
-                latents=self._noise([item.seed for item in items]),
-                output_type="latent",
-            ).images
-        finally:
-            count.remove()
-        pictures = to_uint8(self.env.backbone.decode(latents))
-        passes = sum(rows) / len(items)
-        return [self._generated(item, picture, passes) for item, picture in zip(items, pictures, strict=True)]
-
-
 class PolicyMethod:
     """A policy on its environment: a trained agent or a hand-made rule."""
 
     def __init__(self, env: DiffusionDenoiseVectorEnv, policy: Policy, name: str = "agent") -> None:
-        self.pipeline, self.name = AdaptivePipeline(env, policy), name
+        self.pipeline, self.name, self.backbone = AdaptivePipeline(env, policy), name, env.backbone
         self.solver = f"{env.config.solver}-{env.config.num_inference_steps}"
         self.policy = policy.fingerprint
 
@@ -292,19 +207,28 @@ def _script(scripts: Scripts, item: Item) -> ResultRow:
 
 # --------------------------------------------------------------------------- methods by name
 
-_DIFFUSERS = {"euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler, "pndm": PNDMScheduler}
-_PLMS = {"skip_prk_steps": True}  # as Stable Diffusion uses PNDM: N + 1 evaluations, no Runge-Kutta start
 METHODS = (
-    "agent, ddim-N, dpmpp_2m-N, euler-N, unipc-N, pndm-N, sag-N, best-of-K:<solver>-N, oracle-stop:<solver>-N, "
-    "words-N, stop-N, refine-always, threshold:<steps>:<score>, random:<continue>:<stop>:<refine>"
+    "agent, ddim-N, dpmpp_2m-N, euler-N, unipc-N, pndm-N, sag-N, attend-and-excite-N, lcm-N, sdxl-turbo-N, "
+    "best-of-K:<solver>-N, oracle-stop:<solver>-N, "
+    "words-N, stop-N, refine-always, threshold:<steps>:<score>, random:<continue>:<stop>:<refine>; "
+    "and tuned to the agent on other prompts: threshold:auto, random:auto, words-auto"
 )
 
 
-def make_method(spec: str, env: DiffusionDenoiseVectorEnv, agent: Agent | None = None) -> Method:
+def make_method(
+    spec: str,
+    env: DiffusionDenoiseVectorEnv,
+    agent: Agent | None = None,
+    options: MethodOptions = MethodOptions(),  # noqa: B008 (frozen)
+    benchmark: Sequence[Item] = (),
+) -> Method:
     """The method that ``spec`` names (`METHODS`), on the model and settings of ``env``.
+
+    ``benchmark`` holds all items of the evaluation, also those of other shards.
 
     Raises:
         ValueError: unknown, or its numbers do not parse; the message quotes it.
+        FileNotFoundError, ImportError: weights or a package that it needs are missing; says what to get.
     """
     head, _, tail = spec.partition(":")
     try:
@@ -317,7 +241,9 @@ def make_method(spec: str, env: DiffusionDenoiseVectorEnv, agent: Agent | None =
         if policy := _policy(head, tail, env):
             return PolicyMethod(env, policy, spec)
         name, _, number = spec.rpartition("-")
-        return _solver(name, int(number), env)
+        if name == "words":
+            return WordCount(env, int(number), benchmark)
+        return _solver(name, int(number), env, options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"cannot make the method {spec!r}: {error}; known: {METHODS}") from error
 
@@ -341,13 +267,10 @@ def _fixed(spec: str, env: DiffusionDenoiseVectorEnv) -> FixedSteps:
     return FixedSteps(env, int(number), name)
 
 
-def _solver(name: str, steps: int, env: DiffusionDenoiseVectorEnv) -> Method:
-    if name == "words":
-        return WordCount(env, steps)
-    if name == "sag":  # self-attention guidance (Hong et al. 2023) on the model's own schedule
-        return DiffusersSolver(env, name, steps, PNDMScheduler, StableDiffusionSAGPipeline)
+def _solver(name: str, steps: int, env: DiffusionDenoiseVectorEnv, options: MethodOptions) -> Method:
     if name in SOLVERS and (name != "euler" or env.backbone.solver == "euler"):
         return FixedSteps(env, steps, name)
-    if name in _DIFFUSERS:
-        return DiffusersSolver(env, name, steps, _DIFFUSERS[name])
-    raise ValueError(f"unknown solver {name!r}")
+    method = solver_method(name, steps, env, options)
+    if method is None:
+        raise ValueError(f"unknown solver {name!r}")
+    return method

@@ -15,10 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from addiff_env.loading import quiet_loading
+from addiff_env.evaluation.benchmarks import Item
+from addiff_env.loading import fetching, quiet_loading
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
+SETTING = "geneval:<folder of a detector>"
 # GenEval's names for COCO classes that it renamed.
 ALIASES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 
@@ -264,7 +266,7 @@ class InstanceDetector:
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
         self.name, self.device = model, device
-        with quiet_loading():
+        with fetching(model, SETTING), quiet_loading():
             self.processor = AutoImageProcessor.from_pretrained(model, revision=revision)
             loaded = Mask2FormerForUniversalSegmentation.from_pretrained(model, revision=revision)
         self.model = loaded.eval().to(device)
@@ -298,28 +300,34 @@ def _from_mask(label: str | None, score: float, mask: np.ndarray) -> Detection |
 
 
 class BoxDetector:
-    """A DETR-like detector of the `transformers` library with COCO classes: boxes without masks.
+    """A DETR-like detector of the `transformers` library: boxes without masks.
 
     Args:
         model: hub id or folder.
         device: where it runs.
+        coco: whether it must know GenEval's classes, and gives these alone, under GenEval's names; else all it knows.
         revision: of the hub repository.
 
     Raises:
-        ValueError: the model does not know a class of `GENEVAL_CLASSES`.
+        ValueError: the model does not know a class of `GENEVAL_CLASSES`. FileNotFoundError: it is not there.
     """
 
     def __init__(
-        self, model: str = "facebook/detr-resnet-50", device: str = "cpu", revision: str | None = None
+        self,
+        model: str = "facebook/detr-resnet-50",
+        device: str = "cpu",
+        coco: bool = True,
+        revision: str | None = None,
     ) -> None:
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         self.name, self.device = model, device
-        with quiet_loading():
+        with fetching(model, SETTING), quiet_loading():
             self.processor = AutoImageProcessor.from_pretrained(model, revision=revision)
             loaded = AutoModelForObjectDetection.from_pretrained(model, revision=revision)
         self.model = loaded.eval().to(device)
-        self.labels = vocabulary(self.model.config.id2label)
+        names = self.model.config.id2label
+        self.labels = vocabulary(names) if coco else dict(names)
 
     def __call__(self, picture: Image.Image) -> list[Detection]:
         """Detections of one picture, most confident first."""
@@ -368,7 +376,7 @@ class ClipColors:
         from transformers import AutoProcessor, CLIPModel
 
         self.name, self.device = model, device
-        with quiet_loading():
+        with fetching(model, f"{SETTING},colors=<folder>"), quiet_loading():
             self.processor = AutoProcessor.from_pretrained(model, revision=revision)
             self.model = CLIPModel.from_pretrained(model, revision=revision).eval().to(device)
         self._classes: dict[str, Any] = {}
@@ -421,6 +429,63 @@ def object_crop(picture: Image.Image, found: Detection, background: tuple[int, i
         shown = Image.composite(shown, blank, Image.fromarray(found.mask.astype(np.uint8) * 255))
     left, top, right, bottom = (int(round(edge)) for edge in found.box)
     return shown.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+
+
+# --------------------------------------------------------------------------- the metric
+
+
+class GenEval:
+    """``geneval``: whether a picture satisfies GenEval's metadata (0 or 1), with the reason where it does not.
+
+    Args:
+        detector: finds the objects.
+        colors: names their colours.
+        rules: thresholds.
+    """
+
+    name = "geneval"
+
+    def __init__(
+        self,
+        detector: Detector,
+        colors: ClipColors,
+        rules: GenEvalRules = GenEvalRules(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.detector, self.colors, self.rules = detector, colors, rules
+
+    def columns(self, item: Item) -> tuple[str, ...]:
+        """``geneval`` of items with GenEval's metadata."""
+        return ("geneval",) if {"tag", "include"} <= set(item.metadata) else ()
+
+    def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[tuple[dict[str, float], str]]:
+        """Verdicts on pictures, uint8 (B, H, W, 3)."""
+        verdicts = [self._judge(picture, item) for picture, item in zip(pictures, items, strict=True)]
+        return [({"geneval": float(v.correct)}, v.reason) for v in verdicts]
+
+    def _judge(self, picture: np.ndarray, item: Item) -> GenEvalVerdict:
+        shown = Image.fromarray(picture)
+        return judge_picture(self.detector(shown), item.metadata, self.colors.of(shown), self.rules)
+
+
+def open_geneval(rest: str, device: str) -> GenEval:
+    """The metric with its models: ``[<detector>][,colors=<CLIP>]``, hub ids or folders.
+
+    A detector without masks (DETR) is told from one with masks (Mask2Former, the script's) by its configuration.
+
+    Raises:
+        FileNotFoundError: a model is not there. ValueError: an unknown option, or a detector without COCO's classes.
+    """
+    from transformers import AutoConfig
+
+    parts = [part for part in rest.split(",") if part]
+    model = parts.pop(0) if parts and "=" not in parts[0] else "facebook/mask2former-swin-small-coco-instance"
+    options = dict(part.partition("=")[::2] for part in parts)
+    if set(options) - {"colors"}:
+        raise ValueError(f"cannot read {rest!r} of 'geneval'; known options: colors")
+    with fetching(model, SETTING):
+        masks = AutoConfig.from_pretrained(model).model_type == "mask2former"
+    detector: Detector = InstanceDetector(model, device) if masks else BoxDetector(model, device)
+    return GenEval(detector, ClipColors(options.get("colors", "openai/clip-vit-large-patch14"), device))
 
 
 GENEVAL_CLASSES = tuple(

@@ -363,10 +363,11 @@ FULL_IMAGE, CONTINUED = "agent, mask=full", "agent, continued"  # H4's controls,
 
 
 def solver_families(methods: Sequence[str]) -> dict[str, list[str]]:
-    """`solver_fronts` without blind and stopping rules, and with best-of-N as a family of its own."""
+    """`solver_fronts` without blind and stopping rules and other models, and with best-of-N as a family of its own."""
     best = [name for name in methods if name.startswith("best-of-")]
     families = solver_fronts(name for name in methods if ":" not in name)
-    plain = {name: members for name, members in families.items() if name not in ("words", "stop")}
+    others = ("words", "stop", "sdxl-turbo")  # SDXL-Turbo is another model: no fixed-step inference of this one
+    plain = {name: members for name, members in families.items() if name not in others}
     return plain | ({"best-of-N": best} if best else {})
 
 

@@ -1,30 +1,264 @@
-"""Per-image metrics."""
+"""Per-image metrics by name: what an evaluation writes into each row's ``scores``.
+
+| setting | scores | of |
+|---|---|---|
+| ``checker`` | success (0 or 1), requirements | captions of the embedded world, and no others |
+| ``clip_score``, ``reward_score`` | the same | the environment's own CLIP and reward model |
+| ``imagereward``, ``hpsv2.1``, ``aesthetic``, ``pickscore``, ``clipscore:<CLIP setting>`` | the same | any prompt |
+| ``geneval`` | geneval (0 or 1) | GenEval's prompts, by their metadata |
+| ``blip_vqa``, ``spatial``, ``numeracy``, ``non_spatial``, ``three_in_one`` | the same | T2I-CompBench, by category |
+| ``t2i_compbench`` | t2i_compbench, and the one of the above that is its category's own | T2I-CompBench |
+
+Behind a colon follows what `addiff_env.scorers.load_scorer` takes, or the model of `addiff_env.evaluation.geneval` and
+`addiff_env.evaluation.t2i`: ``imagereward:<file>``, ``geneval:<detector>,colors=<CLIP>``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.perception import Perception
+from addiff_env.scorers import Scorer, load_scorer
 from addiff_env.tiny.checker import judge
+from addiff_env.tiny.scenes import parse_caption
+from addiff_env.types import ResultRow
+
+Scored = tuple[dict[str, float], str]  # a picture's scores, and words about them
+_CHUNK = 16  # pictures that a model sees at a time
+SCORERS = {name: name for name in ("imagereward", "aesthetic", "pickscore", "clipscore")} | {"hpsv2.1": "hps"}
+EASY = ("clip_score", "reward_score")  # what policies look at or are paid by: no headline where anything else is there
+
+# Quality lost that still counts as equal, and the smallest gain worth calling one; in the metric's own unit.
+MARGINS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("clip_score", "clipscore", "non_spatial", "hpsv2.1"), (0.002, 0.001)),
+    **dict.fromkeys(("reward_score", "imagereward", "aesthetic", "pickscore"), (0.05, 0.025)),
+}
+SHARE = (0.02, 0.01)  # the same of scores in [0, 1] that are shares of something satisfied
 
 
-def score_pictures(
-    perception: Perception, pictures: np.ndarray, items: Sequence[Item]
-) -> list[tuple[dict[str, float], str]]:
-    """Scores and the checker's reason of pictures, uint8 (B, H, W, 3).
+class Metric(Protocol):
+    """Scores pictures one by one."""
 
-    ``success`` (0 or 1) and ``requirements`` (share met) are the checker's; ``clip_score`` and
-    ``reward_score`` are those of the frozen models.
+    name: str
+
+    def columns(self, item: Item) -> tuple[str, ...]:
+        """Names of the scores that a picture of ``item`` gets; none where the metric does not apply."""
+
+    def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
+        """Scores of pictures, uint8 (B, H, W, 3), of items that it applies to."""
+
+
+def score_pictures(metrics: Sequence[Metric], pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
+    """Every metric's scores, and joined words, of pictures uint8 (B, H, W, 3)."""
+    scores: list[dict[str, float]] = [{} for _ in items]
+    words: list[list[str]] = [[] for _ in items]
+    for metric in metrics:
+        rows = [row for row, item in enumerate(items) if metric.columns(item)]
+        for start in range(0, len(rows), _CHUNK):
+            part = rows[start : start + _CHUNK]
+            found = metric.score(pictures[part], [items[row] for row in part])
+            for row, (values, said) in zip(part, found, strict=True):
+                scores[row] |= values
+                words[row] += [said] if said else []
+    return [(values, "; ".join(said)) for values, said in zip(scores, words, strict=True)]
+
+
+def columns_of(metrics: Sequence[Metric], item: Item) -> tuple[str, ...]:
+    """Names of all scores that a picture of ``item`` gets."""
+    return tuple(dict.fromkeys(name for metric in metrics for name in metric.columns(item)))
+
+
+# --------------------------------------------------------------------------- the metrics
+
+
+class Checker:
+    """The embedded world's exact checker: ``success`` (0 or 1) and ``requirements`` (share met)."""
+
+    name = "checker"
+
+    def columns(self, item: Item) -> tuple[str, ...]:
+        """Always the same two."""
+        return "success", "requirements"
+
+    def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
+        """Verdicts with their reasons."""
+        verdicts = [judge(picture, item.prompt) for picture, item in zip(pictures, items, strict=True)]
+        return [({"success": float(v.satisfied), "requirements": v.score}, v.reason) for v in verdicts]
+
+
+class ModelScore:
+    """One number per picture from a frozen model: ``score`` of pictures (B, 3, H, W) in [0, 1] and prompts."""
+
+    def __init__(
+        self, name: str, score: Callable[[torch.Tensor, list[str]], torch.Tensor], device: torch.device | str
+    ) -> None:
+        self.name, self.device, self._score = name, device, score
+
+    def columns(self, item: Item) -> tuple[str, ...]:
+        """Its name."""
+        return (self.name,)
+
+    @torch.no_grad()
+    def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
+        """Scores without words."""
+        values = self._score(as_tensor(pictures, self.device), [item.prompt for item in items])
+        return [({self.name: value}, "") for value in values.float().tolist()]
+
+
+def as_tensor(pictures: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Pictures uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [0, 1] on ``device``."""
+    return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255).to(device)
+
+
+def clip_score(perception: Perception) -> Callable[[torch.Tensor, list[str]], torch.Tensor]:
+    """The cosine of the environment's own CLIP."""
+    clip = perception.clip
+    return lambda pictures, prompts: (clip.image_features(pictures) * clip.text_features(prompts)).sum(1)
+
+
+def reward_score(perception: Perception) -> Callable[[torch.Tensor, list[str]], torch.Tensor]:
+    """The environment's own reward model, within its limits, as policies see it."""
+    limit, scorer = perception.score_limit, perception.scorer
+    return lambda pictures, prompts: scorer.score(pictures, prompts).clamp(-limit, limit)
+
+
+# --------------------------------------------------------------------------- metrics by name
+
+
+def known_metrics() -> tuple[str, ...]:
+    """Names that `open_metric` takes."""
+    from addiff_env.evaluation.t2i import T2I_METRICS
+
+    return ("checker", *EASY, *SCORERS, "geneval", *T2I_METRICS)
+
+
+def default_metrics(items: Sequence[Item]) -> list[str]:
+    """What is measured where nothing is said: the checker where it can judge, else HPS v2.1; and what policies see."""
+    return ["checker" if is_embedded_world(items) else "hpsv2.1", *EASY]
+
+
+def is_embedded_world(items: Sequence[Item]) -> bool:
+    """Whether every prompt is a caption of the embedded world, so that its checker can judge pictures of it."""
+    try:
+        for item in items:
+            parse_caption(item.prompt)
+    except ValueError:
+        return False
+    return bool(items)
+
+
+def open_metrics(
+    settings: Sequence[str], perception: Perception, items: Sequence[Item], allow_missing: bool = False
+) -> tuple[list[Metric], dict[str, str]]:
+    """The metrics of ``settings``, and why those are left out whose weights are missing.
+
+    Raises:
+        FileNotFoundError, ImportError: weights or a package are missing and that is not allowed; says what to get.
+        ValueError: an unknown name (the known ones are listed), one named twice, one that judges none of ``items``,
+            or none left.
     """
-    tensor = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
-    look = perception.look(tensor.to(perception.device), [item.prompt for item in items])
-    clip, reward = look.clip_score.tolist(), look.reward_score.tolist()
-    verdicts = [judge(picture, item.prompt) for picture, item in zip(pictures, items, strict=True)]
-    return [
-        ({"success": float(v.satisfied), "requirements": v.score, "clip_score": c, "reward_score": r}, v.reason)
-        for v, c, r in zip(verdicts, clip, reward, strict=True)
-    ]
+    metrics: list[Metric] = []
+    skipped: dict[str, str] = {}
+    for setting in settings:
+        try:
+            metrics.append(open_metric(setting, perception, items))
+        except (FileNotFoundError, ImportError) as error:
+            if not allow_missing:
+                raise missing(f"metric {setting!r}", error) from error
+            skipped[setting] = str(error)
+    names = [metric.name for metric in metrics]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"expected metrics, each once, got {list(settings)}, of which {names or 'none'} can be had")
+    return metrics, skipped
+
+
+def missing(what: str, error: Exception) -> Exception:
+    """The same kind of error, saying of what and how to go on without it."""
+    kind = ImportError if isinstance(error, ImportError) else FileNotFoundError
+    return kind(f"{what}: {error} (allow_missing=true leaves it out)")
+
+
+def open_metric(setting: str, perception: Perception, items: Sequence[Item]) -> Metric:
+    """One metric by its setting; raises as `open_metrics`."""
+    name, _, rest = setting.partition(":")
+    if name not in known_metrics():
+        raise ValueError(f"unknown metric {setting!r}; known: {', '.join(known_metrics())}")
+    metric = _open(name, rest, perception, items)
+    if not any(metric.columns(item) for item in items):
+        raise ValueError(f"metric {setting!r} judges none of the {len(items)} items, e.g. {items[0].prompt!r}")
+    return metric
+
+
+def _open(name: str, rest: str, perception: Perception, items: Sequence[Item]) -> Metric:
+    device = str(perception.device)
+    if name == "checker":
+        if not is_embedded_world(items):
+            raise ValueError("metric 'checker' reads the embedded world's pictures only; these prompts are of another")
+        return Checker()
+    if name in EASY:
+        return ModelScore(name, (clip_score if name == "clip_score" else reward_score)(perception), device)
+    if name in SCORERS:
+        scorer: Scorer = load_scorer(f"{SCORERS[name]}:{rest}" if rest else SCORERS[name], device)
+        return ModelScore(name, scorer.score, device)
+    if name == "geneval":
+        from addiff_env.evaluation.geneval import open_geneval
+
+        return open_geneval(rest, device)
+    from addiff_env.evaluation.t2i import open_t2i
+
+    return open_t2i(name, rest, device, items)
+
+
+def primary_score(measured: Sequence[Collection[str]], wanted: str | None = None) -> str:
+    """The score that tables and verdicts speak of: the one ``wanted``, else one that no policy looks at, if there is.
+
+    Of those the one that most pictures have is taken, the first named of equals.
+
+    Args:
+        measured: names of the scores of every picture (or item), in the metrics' order.
+        wanted: its name, or None.
+
+    Raises:
+        ValueError: no such score.
+    """
+    counts = Counter(name for names in measured for name in names)
+    if not counts or (wanted is not None and wanted not in counts):
+        raise ValueError(f"no score {wanted!r} is measured; measured are: {', '.join(counts) or 'none'}")
+    return wanted or max(counts, key=lambda name: (name not in EASY, counts[name]))
+
+
+def margins_of(metric: str) -> dict[str, float]:
+    """`hypotheses.Rules`' margins of a score."""
+    margin, worthwhile = MARGINS.get(metric, SHARE)
+    return {"margin": margin, "worthwhile": worthwhile}
+
+
+def protocol_scores(rows: Sequence[ResultRow]) -> dict[str, dict[str, dict[str, float]]]:
+    """What benchmarks with a protocol of their own report: per metric, method and category (or tag) the mean score.
+
+    GenEval's has its headline number besides, under ``overall``: the mean over tags.
+    """
+    from addiff_env.evaluation.geneval import summarize
+
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for metric in ("geneval", "t2i_compbench"):
+        having = [row for row in rows if metric in row.scores]
+        for method in dict.fromkeys(row.method for row in having):
+            pairs = [(row.category, row.scores[metric]) for row in having if row.method == method]
+            shares = summarize(pairs) if metric == "geneval" else category_means(pairs)
+            found.setdefault(metric, {})[method] = shares
+    return found
+
+
+def category_means(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Mean score of every category."""
+    by: dict[str, list[float]] = {}
+    for category, score in scores:
+        by.setdefault(category, []).append(score)
+    return {category: float(np.mean(values)) for category, values in by.items()}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from addiff_env.perception import QUALITY
-from addiff_env.types import Action
+from addiff_env.types import Action, Generated
 
 
 class Policy(Protocol):
@@ -117,9 +119,23 @@ class RandomPolicy:
 
     def act(self, obs: Any, action_mask: Any = None) -> np.ndarray:
         """Actions (B,) int64; an inadmissible one is drawn again among the others."""
-        allowed = np.ones((len(obs), len(Action)), bool) if action_mask is None else np.asarray(action_mask)
+        return self._choose(self._rng.random((len(obs), 1)), action_mask)
+
+    def act_in(self, obs: Any, action_mask: Any, episodes: Sequence[Generated]) -> np.ndarray:
+        """As `act`, each draw being its episode's own: prompt, seed and number of decisions so far determine it.
+
+        What an item gets then depends neither on the others in its batch nor on an interruption.
+        """
+        drawn = [self._draw(made.prompt, made.seed, len(made.actions)) for made in episodes]
+        return self._choose(np.array(drawn)[:, None], action_mask)
+
+    def _draw(self, prompt: str, seed: int, turn: int) -> float:
+        return np.random.default_rng([self.seed, zlib.crc32(prompt.encode()), seed, turn]).random()
+
+    def _choose(self, drawn: np.ndarray, action_mask: Any) -> np.ndarray:
+        """Actions (B,) int64 for uniform numbers (B, 1)."""
+        allowed = np.ones((len(drawn), len(Action)), bool) if action_mask is None else np.asarray(action_mask)
         weights = np.where(allowed, self.shares, 0.0)
         weights[weights.sum(1) == 0, Action.CONTINUE] = 1.0
         bounds = (weights / weights.sum(1, keepdims=True)).cumsum(1)
-        drawn = self._rng.random((len(obs), 1))
         return (drawn >= bounds[:, :-1]).sum(1).astype(np.int64)

@@ -6,6 +6,7 @@ A run may be split: shard ``k`` of ``n`` makes the items whose index is ``k`` mo
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -18,6 +19,7 @@ from addiff_env.types import ResultRow
 T = TypeVar("T")
 Place = tuple[str, int]  # (prompt, seed): one picture of a benchmark, whoever makes it
 CONFIGURATION = ("backbone", "solver", "policy", "dtype")  # one value each per method
+_LAUNCHED = ("RANK", "WORLD_SIZE")  # set by accelerate and torchrun, one process each
 _SHOWN = 5  # offending values that a message lists
 
 
@@ -40,6 +42,14 @@ def _parse(values: dict[str, Any], place: str) -> ResultRow:
         raise ValueError(f"{place} is damaged: {error}") from error
 
 
+def write_rows(path: Path, rows: Iterable[ResultRow]) -> None:
+    """Write a whole file at once: a kill leaves the old one or the new one; raises as `append_rows`."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    append_rows(partial, rows)
+    os.replace(partial, path)
+
+
 def append_rows(path: Path, rows: Iterable[ResultRow]) -> None:
     """Append rows and force them to disk; a torn last line left by a kill is cut off first.
 
@@ -50,6 +60,37 @@ def append_rows(path: Path, rows: Iterable[ResultRow]) -> None:
 
 
 # --------------------------------------------------------------------------- shards
+
+
+class MissingRows(ValueError):
+    """A run that is not whole yet."""
+
+
+def launched_shard(index: int, shards: int, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """The shard of this process, of how many: as told, or its rank where accelerate or torchrun launched several.
+
+    Raises:
+        ValueError: both, or ranks that make no sense.
+    """
+    rank, world = (environment.get(name) for name in _LAUNCHED)
+    if rank is None or world is None or world == "1":
+        return index, shards
+    if shards != 1:
+        raise ValueError(f"{world} processes were launched, each of which would make shard {index} of {shards}")
+    try:
+        place = int(rank), int(world)
+    except ValueError as error:
+        raise ValueError(f"expected whole numbers in RANK and WORLD_SIZE, got {rank!r} and {world!r}") from error
+    _check_shard(*place)
+    return place
+
+
+def merge_if_whole(folder: Path, shards: int, places: Sequence[Place]) -> list[ResultRow] | None:
+    """As `merge_shards`, or None while other shards are at work; raises for whatever more rows would not mend."""
+    try:
+        return merge_shards(folder, shards, places)
+    except (MissingRows, FileNotFoundError):
+        return None
 
 
 def shard(items: Sequence[T], index: int, shards: int) -> list[T]:
@@ -144,7 +185,7 @@ def _refuse_strangers(found: Mapping[tuple, ResultRow], wanted: set[tuple]) -> N
 def _refuse_gaps(wanted: Sequence[tuple], found: Mapping[tuple, ResultRow]) -> None:
     gaps = [key for key in wanted if key not in found]
     if gaps:
-        raise ValueError(f"{len(gaps)} of {len(wanted)} rows are missing (method, prompt, seed): {_some(gaps)}")
+        raise MissingRows(f"{len(gaps)} of {len(wanted)} rows are missing (method, prompt, seed): {_some(gaps)}")
 
 
 def _counts(values: Counter) -> str:

@@ -26,6 +26,7 @@ from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.hypotheses import Part, Verdict
 from addiff_env.evaluation.jsonl import append_objects, read_objects
 from addiff_env.evaluation.rows import CONFIGURATION, read_rows
+from addiff_env.evaluation.summary import lead_with
 from addiff_env.types import ResultRow
 
 ITEMS, VERDICTS, PROVENANCE, STRIPS = "items.jsonl", "verdicts.json", "provenance.json", "filmstrips"
@@ -95,7 +96,8 @@ def reported_rows(folder: Path) -> list[ResultRow]:
     Raises:
         ValueError: some of them are not there; a damaged file.
     """
-    rows, methods = read_rows(folder / "rows.jsonl"), read_provenance(folder).get("methods")
+    rows, kept = read_rows(folder / "rows.jsonl"), read_provenance(folder)
+    methods = kept.get("methods")
     if methods is None:
         return rows
     found = {(row.prompt, row.seed, row.method, *(getattr(row, part) for part in SETTINGS)): row for row in rows}
@@ -107,7 +109,8 @@ def reported_rows(folder: Path) -> list[ResultRow]:
     missing = [key for key in wanted if key not in found]
     if missing:
         raise ValueError(f"{len(missing)} of {len(wanted)} reported rows are not in {folder}, e.g. {missing[0]}")
-    return [found[key] for key in wanted]
+    rows = [found[key] for key in wanted]
+    return lead_with(rows, kept["metric"]) if "metric" in kept else rows
 
 
 # --------------------------------------------------------------------------- filmstrips

@@ -284,7 +284,7 @@ def reference_features(path: Path, stamp: Stamp, compute: Callable[[], np.ndarra
         return _load_features(path, stamp)
     features = np.asarray(compute(), np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # shards may measure it at the same time
     with partial.open("wb") as file:
         np.savez(file, features=features, stamp=np.array(json.dumps(asdict(stamp))))
     os.replace(partial, path)  # a kill leaves no half a file under the final name

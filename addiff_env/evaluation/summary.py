@@ -7,15 +7,15 @@ normal distribution with a standard error in which the pictures of one prompt be
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from addiff_env.stats import Z95, wilson_interval
 from addiff_env.types import ACTIONS, ResultRow
 
+SUCCESS = "success"  # the exact checker's verdict
 EVERYTHING = "(all)"  # the category that holds all others, in tidy tables
-SUCCESS = "success"
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def share_metrics(rows: Sequence[ResultRow]) -> frozenset[str]:
 
 
 def headline_metric(rows: Sequence[ResultRow]) -> str:
-    """``success`` where every row has it, else the first score that every row has.
+    """The first score that every row has; `lead_with` puts another one first.
 
     Raises:
         ValueError: there is none.
@@ -93,7 +93,12 @@ def headline_metric(rows: Sequence[ResultRow]) -> str:
     shared = [name for name in metric_names(rows) if all(name in row.scores for row in rows)]
     if not shared:
         raise ValueError(f"no score is in all of the {len(rows)} rows; some have {metric_names(rows)}")
-    return SUCCESS if SUCCESS in shared else shared[0]
+    return shared[0]
+
+
+def lead_with(rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
+    """The rows that have ``metric``, with it as their first score."""
+    return [replace(row, scores={metric: row.scores[metric]} | row.scores) for row in rows if metric in row.scores]
 
 
 def action_shares(rows: Sequence[ResultRow]) -> np.ndarray | None:

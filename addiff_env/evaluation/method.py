@@ -1,0 +1,61 @@
+"""What a way to make pictures offers, and what those share that make them batch by batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from addiff_env.backbones import Backbone, initial_noise
+from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.evaluation.benchmarks import Item
+from addiff_env.types import Generated
+
+
+class Method(Protocol):
+    """A way to make pictures; `make` yields them in groups, so that finished ones can be written down."""
+
+    name: str
+    solver: str
+    policy: str
+    backbone: Backbone  # whose pictures they are
+
+    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
+        """Make one picture per item."""
+
+
+class Batched:
+    """What methods share that make their pictures batch by batch."""
+
+    def __init__(self, env: DiffusionDenoiseVectorEnv, name: str, batch_size: int = 64) -> None:
+        self.env, self.batch_size = env, batch_size
+        self.name = self.solver = self.policy = name
+        self.backbone = env.backbone
+
+    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
+        """Make one picture per item."""
+        for start in range(0, len(items), self.batch_size):
+            part = items[start : start + self.batch_size]
+            began = time.perf_counter()
+            made = self._batch(part)
+            for result in made:
+                result.seconds = (time.perf_counter() - began) / len(part)
+            yield list(zip(part, made, strict=True))
+
+    def _batch(self, items: list[Item]) -> list[Generated]:
+        raise NotImplementedError
+
+    def _noise(self, seeds: Sequence[int]) -> torch.Tensor:
+        return initial_noise(self.env.backbone, self.env.latent_shape, seeds)
+
+    def _generated(self, item: Item, picture: np.ndarray, passes: float, decodes: int = 1, looks: int = 0) -> Generated:
+        """A result whose cost is ``passes`` of the network, ``decodes``, ``looks`` at final pictures, and the text."""
+        env = self.env
+        text = env.price["start"] - (0 if looks else env.perception.text_flops())  # CLIP reads only for who looks
+        look = env.price["look"] - env.price["preview"]
+        flops = passes * env.price["denoiser"] + decodes * env.price["decode"] + looks * look + text
+        nfe = round(passes / env.passes_per_nfe)
+        return Generated(item.prompt, item.seed, picture, [], nfe, round(passes), flops)

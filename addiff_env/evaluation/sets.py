@@ -1,0 +1,153 @@
+"""Set metrics of an evaluation: FID, KID and CMMD of each method's pictures against a folder of references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from addiff_env.evaluation.set_metrics import (
+    Stamp,
+    clip_features,
+    cmmd,
+    codec_of,
+    file_list_hash,
+    frechet_distance,
+    inception_features,
+    inception_name,
+    kernel_distance,
+    reference_features,
+)
+from addiff_env.loading import reason
+from addiff_env.types import ResultRow
+
+SET_METRICS = ("fid", "kid", "cmmd")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+Extract = Callable[[Sequence[Path]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class SetOptions:
+    """Which set metrics, and against what."""
+
+    names: Sequence[str] = ()  # of SET_METRICS
+    reference: str | None = None  # folder of pictures, searched with its subfolders
+    size: int | None = None  # side in pixels to which FID and KID prepare all pictures first; None: as they are
+    resizer: str = "bicubic"  # of that preparation
+    inception: str | None = None  # file of FID's network; None: torch-fidelity fetches it
+    clip: str = "openai/clip-vit-large-patch14-336"  # of CMMD
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.names if name not in SET_METRICS]
+        if unknown:
+            raise ValueError(f"unknown set metrics {unknown}; known: {', '.join(SET_METRICS)}")
+        if self.names and not self.reference:
+            raise ValueError(f"{', '.join(self.names)} need references: set_metrics.reference=<folder of pictures>")
+
+
+class References:
+    """The features of the references, made or read when this is made, so that what is missing is missed early.
+
+    Args:
+        options: what to measure.
+        cache: folder in which the features are kept.
+        device: where the networks run.
+
+    Raises:
+        FileNotFoundError: no such folder, no pictures in it, or the networks' weights are missing; says what to get.
+        ImportError: `torch-fidelity` is not installed. ValueError: kept features are of other references.
+    """
+
+    def __init__(self, options: SetOptions, cache: Path, device: str) -> None:
+        self.options, self.device = options, device
+        self.features: dict[str, np.ndarray] = {}
+        self.stamps: dict[str, Stamp] = {}
+        if not options.names:
+            return
+        paths = pictures_in(Path(str(options.reference)))
+        for kind in dict.fromkeys(_kind(name) for name in options.names):
+            stamp = self._stamp(kind, paths)
+            self.stamps[kind] = stamp
+            try:
+                self.features[kind] = reference_features(
+                    cache / f"references-{kind}.npz", stamp, lambda kind=kind: self._extract(kind)(paths)
+                )
+            except OSError as error:  # offline, not cached
+                raise FileNotFoundError(
+                    f"{kind} features for {', '.join(options.names)}: {reason(error)}; get the network and pass "
+                    f"set_metrics.{kind}=<its {'file' if kind == 'inception' else 'folder'}>"
+                ) from error
+
+    def _stamp(self, kind: str, paths: Sequence[Path]) -> Stamp:
+        o, of_inception = self.options, kind == "inception"
+        size = o.size if of_inception else None
+        extractor = inception_name() if of_inception else f"CLIP {o.clip}"
+        return Stamp(file_list_hash(paths), extractor, size, o.resizer if size else "none", codec_of(paths))
+
+    def _extract(self, kind: str) -> Extract:
+        o = self.options
+        if kind == "clip":
+            return lambda paths: clip_features(paths, o.clip, self.device)
+        weights = Path(o.inception) if o.inception else None
+        return lambda paths: inception_features(paths, weights, self.device, size=o.size, resizer=o.resizer)
+
+    def measure(self, paths: Sequence[Path]) -> dict[str, float]:
+        """The set metrics of some pictures; KID with its standard deviation over subsets."""
+        own = {kind: self._extract(kind)(paths) for kind in self.features}
+        found: dict[str, float] = {}
+        for name in self.options.names:
+            pair = own[_kind(name)], self.features[_kind(name)]
+            if name == "kid":
+                found["kid"], found["kid_std"] = kernel_distance(*pair)
+            else:
+                found[name] = (frechet_distance if name == "fid" else cmmd)(*pair)
+        return found
+
+
+def _kind(name: str) -> str:
+    return "clip" if name == "cmmd" else "inception"
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures of a folder and its subfolders, by name.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    if not found:
+        raise FileNotFoundError(f"no pictures ({', '.join(PICTURES)}) in the reference folder {str(folder)!r}")
+    return found
+
+
+def set_scores(rows: Sequence[ResultRow], folder: Path, references: References) -> dict[str, Any]:
+    """The set metrics of every method, with the stamps of what they were measured against.
+
+    Args:
+        rows: with the paths of their pictures, relative to ``folder``.
+        folder: of the run.
+        references: what they are compared with.
+
+    Raises:
+        ValueError: rows whose pictures were not kept.
+    """
+    lost = [row for row in rows if not row.image]
+    if lost:
+        raise ValueError(f"set metrics need the pictures: {len(lost)} rows have none (save_images=true keeps them)")
+    methods: dict[str, Any] = {}
+    for method in dict.fromkeys(row.method for row in rows):
+        paths = [folder / row.image for row in rows if row.method == method]
+        methods[method] = {"pictures": len(paths), **references.measure(paths)}
+    return {"references": {kind: asdict(stamp) for kind, stamp in references.stamps.items()}, "methods": methods}
+
+
+def describe_sets(scores: Mapping[str, Any]) -> str:
+    """One line per method."""
+    lines = []
+    for method, values in scores["methods"].items():
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        lines.append(f"{method}: {numbers}")
+    return "\n".join(lines)

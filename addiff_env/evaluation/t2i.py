@@ -1,0 +1,460 @@
+"""T2I-CompBench's metrics (Huang et al. 2023, 2025): BLIP-VQA, detector-based spatial and numeracy, CLIP, 3-in-1.
+
+The scoring rules are those of the benchmark's own scripts, as pure functions over answers and detections. Different
+from them are: noun phrases come from `phrases` instead of spaCy; the detector is one of the `transformers` library
+instead of UniDet; BLIP is the `transformers` port. Tables should name the models, and numbers made with others than
+the scripts' are not comparable with published ones. 3D-spatial needs a depth estimator besides and is not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from addiff_env.evaluation.benchmarks import Item
+from addiff_env.evaluation.geneval import BoxDetector, Detection, Detector
+from addiff_env.evaluation.metrics import as_tensor
+from addiff_env.evaluation.phrases import NounPhrase, is_quality, noun_phrases, singular, without
+from addiff_env.loading import fetching, quiet_loading
+from addiff_env.scorers import Scorer, load_scorer
+
+T2I_METRICS = ("blip_vqa", "spatial", "numeracy", "non_spatial", "three_in_one", "t2i_compbench")
+OWN = {  # each category's own metric, as the benchmark has it
+    **dict.fromkeys(("color", "shape", "texture"), "blip_vqa"),
+    "spatial": "spatial",
+    "numeracy": "numeracy",
+    "non_spatial": "non_spatial",
+    "complex": "three_in_one",
+}
+BLIP = "Salesforce/blip-vqa-capfilt-large"
+DETECTOR = "google/owlv2-base-patch16-ensemble"  # any word may be asked of it; COCO's 80 classes lack half the objects
+CLIP = "clipscore:open_clip:ViT-B-32/openai"
+SIDE = 479  # the scripts' pictures have this shorter side; distances are in its pixels
+PHRASES = 8  # noun phrases asked for at most
+
+RELATIONS = (  # in the order in which the script looks for them
+    "on side of",
+    "next to",
+    "near",
+    "on the left of",
+    "on the right of",
+    "on the bottom of",
+    "on the top of",
+    "on top of",
+)
+COMPLEX_RELATIONS = ("on top of", "on bottom of", "on the left", "on the right", "next to", "on side of", "near")
+_PERSONS = ("girl", "boy", "man", "woman")
+_RENAMED = {
+    **dict.fromkeys(_PERSONS, "person"),
+    "ship": "boat",
+    "television": "tv",
+    "telivision": "tv",
+    "goldfish": "fish",
+    "painting": "picture",
+}
+
+
+# --------------------------------------------------------------------------- rules
+
+
+def relation_score(relation: str | None, a: Sequence[float], b: Sequence[float]) -> float:
+    """How well box ``a`` stands in ``relation`` to box ``b``, in [0, 1]; boxes in pixels of a picture of side `SIDE`.
+
+    *Next to*: nearer than 150 pixels along either axis, else 150 by the longer distance. The other four: on that side,
+    along the longer axis of the offset; boxes that overlap by an IoU of .1 or more get .1 / IoU. *On top of* (without
+    *the*) is never satisfied, as in the script.
+    """
+    right = (b[0] + b[2] - a[0] - a[2]) / 2  # from a's centre to b's
+    down = (b[1] + b[3] - a[1] - a[3]) / 2
+    if relation in ("next to", "on side of", "near"):
+        return 1.0 if min(abs(right), abs(down)) < 150 else 150 / max(abs(right), abs(down))
+    sideways, vertical = abs(right) > abs(down), abs(down) > abs(right)
+    holds = {
+        "on the right of": sideways and right < 0,
+        "on the left of": sideways and right > 0,
+        "on the bottom of": vertical and down < 0,
+        "on the top of": vertical and down > 0,
+    }.get(relation or "", False)
+    overlap = _overlap(a, b)
+    return 0.0 if not holds else 1.0 if overlap < 0.1 else 0.1 / overlap
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes; 0 where both are empty."""
+    shared = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared
+    return shared / union if union else 0.0
+
+
+def spatial_score(detections: Sequence[Detection], objects: tuple[str, str] | None, relation: str | None) -> float:
+    """A quarter of each object's confidence and half the relation's score; below .5 it is 0.
+
+    Args:
+        detections: most confident first; the first of a label counts.
+        objects: what has to stand in ``relation``, in its order; None where the prompt does not say.
+        relation: one of `RELATIONS`.
+    """
+    if objects is None:
+        return 0.0
+    first = [next((found for found in detections if found.label == name), None) for name in objects]
+    score = sum(0.25 * found.score for found in first if found)
+    one, other = first
+    if one and other:
+        score += relation_score(relation, one.box, other.box) / 2
+    return score if score >= 0.5 else 0.0
+
+
+def numeracy_score(detections: Sequence[Detection], wanted: Sequence[tuple[str, int]]) -> float:
+    """Every object's equal share: half of it for being there, half for being there so many times.
+
+    Detections of a label that cover another by more than nine tenths count once. An object that is no label counts as
+    every label that contains it ("fish" as "goldfish").
+
+    Raises:
+        ValueError: nothing is wanted.
+    """
+    if not wanted:
+        raise ValueError("a numeracy prompt must name at least one object with its number")
+    labels = [found.label for found in _distinct(detections)]
+    score = 0.0
+    for name, number in wanted:
+        if name not in labels:
+            labels = [name if name in label else label for label in labels]
+        score += 0.5 * (name in labels) + 0.5 * (name in labels and labels.count(name) == number)
+    return score / len(wanted)
+
+
+def _distinct(detections: Sequence[Detection]) -> list[Detection]:
+    kept: list[Detection] = []
+    for found in detections:
+        if not any(found.label == other.label and _covers(found.box, other.box) for other in kept):
+            kept.append(found)
+    return kept
+
+
+def _covers(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether the boxes, border pixels included, overlap by more than .9 of their union or of either."""
+    shared = max(0, min(a[2], b[2]) - max(a[0], b[0]) + 1) * max(0, min(a[3], b[3]) - max(a[1], b[1]) + 1)
+    areas = [(box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b)]
+    return any(shared / area > 0.9 for area in (*areas, sum(areas) - shared))
+
+
+# --------------------------------------------------------------------------- prompts
+
+
+def questions(prompt: str) -> list[str]:
+    """What BLIP is asked: each noun phrase of the prompt with a question mark."""
+    return [f"{phrase.text}?" for phrase in noun_phrases(prompt)[:PHRASES]]
+
+
+def spatial_demand(prompt: str) -> tuple[tuple[str, str] | None, str | None]:
+    """The first and the last object of a prompt such as "a cat on the left of a dog", and their relation."""
+    names = [_name(phrase.head) for phrase in noun_phrases(prompt)]
+    relation = next((words for words in RELATIONS if words in prompt), None)
+    return ((names[0], names[-1]) if len(names) > 1 else None), relation
+
+
+def complex_demand(prompt: str) -> tuple[tuple[str, str] | None, str | None]:
+    """The objects before and behind the one relation of a longer prompt; no objects where there is not exactly one."""
+    lowered, phrases = prompt.lower(), noun_phrases(prompt)
+    places = sorted((lowered.find(words), words) for words in COMPLEX_RELATIONS if words in lowered)
+    relation = next((words for words in RELATIONS if words in lowered), None)
+    if len(places) != 1:
+        return None, relation
+    at, words = places[0]
+    before = [phrase for phrase in phrases if phrase.end <= at]
+    behind = [phrase for phrase in phrases if phrase.end > at + len(words)]
+    return ((_name(before[-1].head), _name(behind[0].head)) if before and behind else None), relation
+
+
+def numeracy_demand(prompt: str) -> list[tuple[str, int]]:
+    """The counted objects of a prompt: "two dogs and a traffic light" is (dog, 2) and (traffic light, 1)."""
+    return [(_object(phrase), phrase.number) for phrase in noun_phrases(prompt) if _is_counted(phrase)]
+
+
+def _is_counted(phrase: NounPhrase) -> bool:
+    first = phrase.text.split()[0].lower()
+    return first in ("a", "an") or phrase.counted
+
+
+def _object(phrase: NounPhrase) -> str:
+    """The words behind the number, the last one in the singular."""
+    words = phrase.text.lower().split()[1:] or [phrase.head.lower()]
+    return _name(" ".join([*words[:-1], singular(words[-1])]))
+
+
+def _name(noun: str) -> str:
+    return _RENAMED.get(noun.lower(), noun.lower())
+
+
+def objects_of(items: Sequence[Item]) -> list[str]:
+    """Every object that detectors are asked for by the items' prompts."""
+    names: dict[str, None] = {}
+    for item in items:
+        if item.category == "numeracy":
+            names |= dict.fromkeys(name for name, _ in numeracy_demand(item.prompt))
+        elif item.category in ("spatial", "complex"):
+            objects, _ = (spatial_demand if item.category == "spatial" else complex_demand)(item.prompt)
+            names |= dict.fromkeys(objects or ())
+    return list(names)
+
+
+# --------------------------------------------------------------------------- models
+
+
+class BlipVqa:
+    """How surely BLIP sees every noun phrase of the prompt: the product of P(yes) / (P(yes) + P(no)) over questions.
+
+    Args:
+        model: hub id or folder of a `BlipForQuestionAnswering`.
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: it is not there. ValueError: its vocabulary lacks *yes* or *no*.
+    """
+
+    def __init__(self, model: str = BLIP, device: str = "cpu") -> None:
+        from transformers import BlipForQuestionAnswering, BlipProcessor
+
+        self.name, self.device = model, device
+        with fetching(model, "blip_vqa:<folder>"), quiet_loading():
+            self.processor = BlipProcessor.from_pretrained(model)
+            self.model = BlipForQuestionAnswering.from_pretrained(model).eval().to(device)
+        tokenizer = self.processor.tokenizer
+        self.answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
+        if tokenizer.unk_token_id in self.answers:
+            raise ValueError(f"{model!r} knows no token for 'yes' and 'no'")
+
+    def __call__(self, picture: Image.Image, prompt: str) -> float:
+        """The picture's score; 1 where the prompt has no noun phrase, as in the script."""
+        asked = questions(prompt)
+        return float(np.prod(self.probabilities(picture, asked))) if asked else 1.0
+
+    @torch.no_grad()
+    def probabilities(self, picture: Image.Image, asked: Sequence[str]) -> list[float]:
+        """P(yes) / (P(yes) + P(no)) of each question, from the decoder's first token.
+
+        Questions are asked one by one: `transformers` lets the padding of a shorter one change its answer.
+        """
+        pixels = self.processor.image_processor(picture.convert("RGB"), return_tensors="pt").pixel_values
+        seen = self.model.vision_model(pixels.to(self.device)).last_hidden_state  # (1, patches, width)
+        return [self._probability(seen, question) for question in asked]
+
+    def _probability(self, seen: torch.Tensor, question: str) -> float:
+        text = self.processor.tokenizer(question, truncation=True, max_length=35, return_tensors="pt").to(self.device)
+        config = self.model.config.text_config
+        if config.bos_token_id + 1 < config.vocab_size:
+            text.input_ids[:, 0] = config.bos_token_id + 1  # BLIP's encoder token, as in the official code
+        read = self.model.text_encoder(
+            input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=seen
+        ).last_hidden_state
+        begin = torch.tensor([[config.bos_token_id]], device=self.device)
+        logits = self.model.text_decoder(input_ids=begin, encoder_hidden_states=read).logits[0, 0]
+        return float(logits[self.answers].float().softmax(0)[0])
+
+
+class WordDetector:
+    """A detector that is asked for words, of the `transformers` library (OWL-ViT, OWLv2): boxes without masks.
+
+    Args:
+        words: what is looked for in every picture.
+        model: hub id or folder.
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: the model is not there. ValueError: no words.
+    """
+
+    def __init__(self, words: Sequence[str], model: str = DETECTOR, device: str = "cpu") -> None:
+        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+        if not words:
+            raise ValueError("the prompts name no object to detect")
+        self.name, self.device, self.words = model, device, list(words)
+        with fetching(model, "spatial:<folder>"), quiet_loading():
+            self.processor = AutoProcessor.from_pretrained(model)
+            self.model = AutoModelForZeroShotObjectDetection.from_pretrained(model).eval().to(device)
+
+    @torch.no_grad()
+    def __call__(self, picture: Image.Image) -> list[Detection]:
+        """Detections of one picture, most confident first."""
+        texts = [[f"a photo of a {word}" for word in self.words]]
+        inputs = self.processor(text=texts, images=picture.convert("RGB"), return_tensors="pt").to(self.device)
+        outputs = self.model(**inputs)
+        (result,) = self.processor.post_process_grounded_object_detection(
+            outputs, threshold=0.0, target_sizes=[(picture.height, picture.width)]
+        )
+        parts = (result["labels"].tolist(), result["scores"].tolist(), result["boxes"].tolist())
+        known = [(self.words[label], score, box) for label, score, box in zip(*parts, strict=True)]
+        found = [Detection(word, score, (b[0], b[1], b[2], b[3])) for word, score, b in known]
+        return sorted(found, key=lambda f: -f.score)
+
+
+def detect(detector: Detector, picture: np.ndarray, threshold: float) -> list[Detection]:
+    """Detections above a confidence, boxes in pixels of a picture whose shorter side is `SIDE`."""
+    scale = SIDE / min(picture.shape[:2])
+    found = [one for one in detector(Image.fromarray(picture)) if one.score > threshold]
+    boxes = [
+        (scale * left, scale * top, scale * right, scale * low) for left, top, right, low in (f.box for f in found)
+    ]
+    return [replace(one, box=box) for one, box in zip(found, boxes, strict=True)]
+
+
+# --------------------------------------------------------------------------- metrics
+
+
+class T2IMetric:
+    """One of `T2I_METRICS`; it applies to the categories that it is for.
+
+    Args:
+        name: ``t2i_compbench`` gives each category's own score under both names.
+        blip: a picture's and a prompt's BLIP-VQA score.
+        detector: finds the objects.
+        threshold: detections count above this confidence.
+        clip: cosine of pictures and prompts.
+        lists: prompts (lower case, without full stop) that have a spatial relation only, or an action only.
+        device: where the CLIP is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        blip: BlipVqa | None = None,
+        detector: Detector | None = None,
+        threshold: float = 0.5,
+        clip: Scorer | None = None,
+        lists: tuple[frozenset[str], frozenset[str]] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.name, self.blip, self.detector, self.threshold = name, blip, detector, threshold
+        self.clip, self.lists, self.device = clip, lists, device
+
+    def columns(self, item: Item) -> tuple[str, ...]:
+        """The category's own metric, if it is this one or this is all of them."""
+        own = OWN.get(item.category)
+        if own is None or self.name not in (own, "t2i_compbench"):
+            return ()
+        return (own,) if self.name == own else (own, self.name)
+
+    def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[tuple[dict[str, float], str]]:
+        """Scores in [0, 1] (CLIP's cosines in [-1, 1]), without words."""
+        values = [self._own(picture, item) for picture, item in zip(pictures, items, strict=True)]
+        return [(dict.fromkeys(self.columns(item), value), "") for value, item in zip(values, items, strict=True)]
+
+    def _own(self, picture: np.ndarray, item: Item) -> float:
+        own = OWN[item.category]
+        if own == "blip_vqa":
+            return self._attributes(picture, item.prompt)
+        if own == "numeracy":
+            return numeracy_score(self._detect(picture), numeracy_demand(item.prompt))
+        if own == "spatial":
+            return spatial_score(self._detect(picture), *spatial_demand(item.prompt))
+        if own == "non_spatial":
+            return self._cosine(picture, item.prompt)
+        return self._complex(picture, item.prompt)
+
+    def _complex(self, picture: np.ndarray, prompt: str) -> float:
+        """The mean of attributes and whichever relations the prompt has (Huang et al. 2023, 3-in-1)."""
+        spatial, action = self._relations(prompt)
+        parts = [self._attributes(picture, prompt)]
+        if spatial:
+            parts.append(spatial_score(self._detect(picture), *complex_demand(prompt)))
+        if action:
+            parts.append(self._cosine(picture, without(prompt, is_quality)))
+        return float(np.mean(parts))
+
+    def _relations(self, prompt: str) -> tuple[bool, bool]:
+        """Whether the prompt has a spatial relation, and an action; by the benchmark's lists, else by its words.
+
+        With the lists a prompt on neither has both; without them one that names a place has a spatial relation, and
+        any other an action.
+        """
+        if self.lists is None:
+            spatial = any(words in prompt.lower() for words in COMPLEX_RELATIONS)
+            return spatial, not spatial
+        text = prompt.split(".")[0].lower()
+        spatial_only, action_only = (text in part for part in self.lists)
+        return not (action_only and not spatial_only), not spatial_only
+
+    def _attributes(self, picture: np.ndarray, prompt: str) -> float:
+        assert self.blip is not None
+        return self.blip(Image.fromarray(picture), prompt)
+
+    def _detect(self, picture: np.ndarray) -> list[Detection]:
+        assert self.detector is not None
+        return detect(self.detector, picture, self.threshold)
+
+    def _cosine(self, picture: np.ndarray, prompt: str) -> float:
+        assert self.clip is not None
+        return float(self.clip.score(as_tensor(picture[None], self.device), [prompt])[0])
+
+
+def open_t2i(name: str, rest: str, device: str, items: Sequence[Item]) -> T2IMetric:
+    """One of `T2I_METRICS` with its models.
+
+    Args:
+        name: of the metric.
+        rest: the model of a metric that has one, or ``blip=``, ``detector=``, ``clip=``, ``threshold=``, ``lists=``
+            (a folder with ``complex_val_spatial.txt`` and ``complex_val_action.txt``), separated by commas.
+        device: where the models run.
+        items: whose objects an open-vocabulary detector is asked for.
+
+    Raises:
+        FileNotFoundError: weights or lists are missing. ValueError: an unknown option.
+    """
+    options = _read_options(name, rest)
+    categories = {item.category for item in items}
+    needed = {own for category, own in OWN.items() if category in categories and name in (own, "t2i_compbench")}
+    parts: dict[str, Any] = {}
+    if needed & {"blip_vqa", "three_in_one"}:
+        parts["blip"] = BlipVqa(options.get("blip", BLIP), device)
+    if needed & {"spatial", "numeracy", "three_in_one"}:
+        parts |= _open_detector(options, device, items)
+    if needed & {"non_spatial", "three_in_one"}:
+        parts["clip"] = load_scorer(options.get("clip", CLIP), device)
+    if "lists" in options:
+        parts["lists"] = _read_lists(Path(options["lists"]))
+    return T2IMetric(name, **parts, device=device)
+
+
+_MODEL = {"blip_vqa": "blip", "spatial": "detector", "numeracy": "detector", "non_spatial": "clip"}
+_OPTIONS = ("blip", "detector", "clip", "threshold", "lists")
+
+
+def _read_options(name: str, rest: str) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for number, part in enumerate(filter(None, rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals and number == 0 and name in _MODEL:
+            key, value = _MODEL[name], part
+        if key not in _OPTIONS or not value:
+            raise ValueError(f"cannot read {part!r} in {name}:{rest}; known options: {', '.join(_OPTIONS)}")
+        options[key] = value
+    return options
+
+
+def _open_detector(options: Mapping[str, str], device: str, items: Sequence[Item]) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    model = options.get("detector", DETECTOR)
+    with fetching(model, "spatial:<folder>"):
+        asked = AutoConfig.from_pretrained(model).model_type in ("owlvit", "owlv2")
+    detector: Detector = (
+        WordDetector(objects_of(items), model, device) if asked else BoxDetector(model, device, coco=False)
+    )
+    threshold = float(options.get("threshold", 0.2 if asked else 0.5))
+    return {"detector": detector, "threshold": threshold}
+
+
+def _read_lists(folder: Path) -> tuple[frozenset[str], frozenset[str]]:
+    spatial, action = (
+        frozenset(line.split(".")[0].lower() for line in (folder / f"complex_val_{kind}.txt").read_text().splitlines())
+        for kind in ("spatial", "action")
+    )
+    return spatial, action

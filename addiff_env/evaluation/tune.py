@@ -1,0 +1,211 @@
+"""Baselines tuned to an agent: the best threshold rule, its action shares and its mean NFE, measured on other prompts.
+
+    python -m addiff_env.evaluation.tune                            the shipped agent, 64 dev prompts
+    python -m addiff_env.evaluation.tune --agent runs/train/tiny-seed0/agent --limit 128 --metric checker
+
+A rule `threshold:n:tau` runs n steps, looks, refines while the reward model's score is under tau, else stops. Of a grid
+of such rules the one with the highest mean score is taken among those that spend no more net FLOPs than the agent does.
+Nothing is tuned on the prompts of the evaluation: a baseline that was, would be a bound and no baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from addiff_env.agent import Agent
+from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.evaluation.baselines import Method, make_method
+from addiff_env.evaluation.benchmarks import Item, id_list_hash, load_benchmark
+from addiff_env.evaluation.metrics import (
+    Metric,
+    ModelScore,
+    columns_of,
+    default_metrics,
+    margins_of,
+    open_metrics,
+    primary_score,
+    reward_score,
+    score_pictures,
+)
+from addiff_env.pipeline import make_agent_env
+from addiff_env.types import Action
+
+AUTO = ("threshold:auto", "random:auto", "words-auto")
+MATCHED = 1.02  # net FLOPs of the agent that a rule may spend
+LOOKS = (0.5, 0.75, 1.0)  # shares of the schedule after which rules look
+QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the agent's final reward scores, at which rules' thresholds lie
+PACKAGED = str(Path(__file__).resolve().parents[1] / "tiny" / "weights" / "agent")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a method does on the tuning prompts; means over pictures."""
+
+    spec: str
+    quality: float  # mean of the metric
+    net_flops: float
+    nfe: float
+    shares: tuple[float, ...] = ()  # of the decisions taken; none where nobody decides
+    reward_scores: tuple[float, ...] = field(default=(), repr=False)  # of the final pictures
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What ``:auto`` stands for, and how it was found."""
+
+    threshold: str
+    random: str
+    words: str
+    metric: str
+    stamp: dict[str, Any]  # agent, prompts: what it was measured with
+    measured: list[dict[str, Any]]  # every method tried
+
+    def spec(self, auto: str) -> str:
+        """The method that one of `AUTO` stands for."""
+        return dict(zip(AUTO, (self.threshold, self.random, self.words), strict=True))[auto]
+
+
+def measure(
+    method: Method, env: DiffusionDenoiseVectorEnv, items: Sequence[Item], metrics: Sequence[Metric], metric: str
+) -> Measured:
+    """Run a method on the tuning prompts; ``env``'s reward model looks at the final pictures."""
+    made = [pair for group in method.make(list(items)) for pair in group]
+    pictures = np.stack([result.picture for _, result in made])
+    chosen = [item for item, _ in made]
+    quality = [scores[metric] for scores, _ in score_pictures(metrics, pictures, chosen)]
+    looks = score_pictures([ModelScore("look", reward_score(env.perception), env.perception.device)], pictures, chosen)
+    taken = [action for _, result in made for action in result.actions]
+    shares = np.bincount(taken, minlength=len(Action)) / len(taken) if taken else np.zeros(0)
+    flops, nfe = np.mean([(result.net_flops, result.nfe) for _, result in made], axis=0)
+    seen = tuple(scores["look"] for scores, _ in looks)
+    return Measured(method.name, float(np.mean(quality)), float(flops), float(nfe), (*shares.tolist(),), seen)
+
+
+def best_matched(candidates: Sequence[Measured], net_flops: float) -> Measured:
+    """The best of those that spend no more than ``net_flops`` (and a little), or the cheapest where none does.
+
+    Raises:
+        ValueError: no candidates.
+    """
+    if not candidates:
+        raise ValueError("no rule to choose from")
+    affordable = [one for one in candidates if one.net_flops <= MATCHED * net_flops]
+    if not affordable:
+        return min(candidates, key=lambda one: one.net_flops)
+    return max(affordable, key=lambda one: (one.quality, -one.net_flops))
+
+
+def threshold_grid(env: DiffusionDenoiseVectorEnv, scores: Sequence[float]) -> list[str]:
+    """Rules that look after some shares of the schedule and have thresholds at quantiles of ``scores``."""
+    steps, warmup = env.config.num_inference_steps, env.config.warmup_steps
+    looks = sorted({min(steps - 1, max(warmup, 1, round(share * steps))) for share in LOOKS})
+    taus = sorted({round(float(tau), 3) for tau in np.quantile(scores, QUANTILES)})
+    return [f"threshold:{look}:{tau:g}" for look in looks for tau in taus]
+
+
+def tune(
+    env: DiffusionDenoiseVectorEnv, agent: Agent, items: Sequence[Item], metrics: Sequence[Metric], metric: str
+) -> Tuning:
+    """Measure the agent and a grid of threshold rules on ``items``, which are not those of the evaluation.
+
+    Raises:
+        ValueError: an item that ``metric`` says nothing of.
+    """
+    _refuse_unmeasured(items, metrics, metric)
+    own = measure(make_method("agent", env, agent), env, items, metrics, metric)
+    grid = threshold_grid(env, own.reward_scores)
+    tried = [measure(make_method(spec, env), env, items, metrics, metric) for spec in grid]
+    shares = [round(share, 4) for share in own.shares[1:]]
+    stamp = stamp_of(agent, env, items, metric)
+    best = best_matched(tried, own.net_flops)
+    random = ":".join(f"{share:g}" for share in (round(1 - sum(shares), 4), *shares))
+    kept = [{key: value for key, value in asdict(one).items() if key != "reward_scores"} for one in (own, *tried)]
+    return Tuning(best.spec, f"random:{random}", f"words-{max(1, round(own.nfe))}", metric, stamp, kept)
+
+
+def _refuse_unmeasured(items: Sequence[Item], metrics: Sequence[Metric], metric: str) -> None:
+    mute = [item.prompt for item in items if metric not in columns_of(metrics, item)]
+    if mute:
+        raise ValueError(f"{metric!r} says nothing of {len(mute)} tuning prompts, e.g. {mute[0]!r}: name other ones")
+
+
+def stamp_of(agent: Agent, env: DiffusionDenoiseVectorEnv, items: Sequence[Item], metric: str) -> dict[str, Any]:
+    """What a tuning depends on."""
+    settings = hashlib.sha256(repr(env.config).encode()).hexdigest()[:12]
+    prompts = {"prompts": id_list_hash(items), "items": len(items)}
+    return {"agent": agent.fingerprint, "settings": settings, **prompts, "metric": metric}
+
+
+def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Callable[[], Tuning]) -> list[str]:
+    """``specs`` with what `AUTO` stands for in place of it.
+
+    The tuning is kept at ``path``: an interrupted run and every shard go on with the same one. Where several processes
+    measure it at once, the first to finish is believed.
+
+    Raises:
+        ValueError: the one kept there was measured with another agent, other settings, prompts or metric.
+    """
+    if not set(specs) & set(AUTO):
+        return list(specs)
+    if not path.exists():
+        _keep(path, make())
+    tuning = Tuning(**json.loads(path.read_text()))
+    if tuning.stamp != stamp:
+        raise ValueError(f"{path} was tuned with {tuning.stamp}, not with {stamp}: delete it to tune again")
+    return [tuning.spec(spec) if spec in AUTO else spec for spec in specs]
+
+
+def _keep(path: Path, tuning: Tuning) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(asdict(tuning), indent=2) + "\n")
+    try:
+        os.link(partial, path)  # whole or not at all, and never over another's
+    except FileExistsError:
+        pass
+    finally:
+        partial.unlink()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m addiff_env.evaluation.tune", description=__doc__.split("\n")[0])
+    parser.add_argument("--agent", default=PACKAGED, help="folder of an agent bundle")
+    parser.add_argument("--benchmark", default="tiny-dev", help="prompts to tune on; never those of the evaluation")
+    parser.add_argument("--limit", type=int, default=64, help="prompts, categories in turn")
+    parser.add_argument("--metric", help="metric to maximise (default: the checker, or hpsv2.1)")
+    parser.add_argument("--num-envs", type=int, default=32, help="lanes denoised in one batch")
+    options = parser.parse_args(arguments)
+    try:
+        agent, items = Agent.load(options.agent), load_benchmark(options.benchmark, options.limit)
+        env = make_agent_env(agent, options.num_envs)
+        metrics, _ = open_metrics([options.metric or default_metrics(items)[0]], env.perception, items)
+        metric = primary_score([columns_of(metrics, item) for item in items])
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        parser.error(str(error))
+    print(describe(tune(env, agent, items, metrics, metric)))
+    return 0
+
+
+def describe(tuning: Tuning) -> str:
+    """The methods tried, and what to name in ``methods``."""
+    worthwhile = margins_of(tuning.metric)["worthwhile"]
+    lines = [f"{tuning.metric} (differences below {worthwhile:g} are none), mean NFE, mean net GFLOPs"]
+    for one in tuning.measured:
+        mark = "*" if one["spec"] == tuning.threshold else " "
+        lines.append(f"{mark} {one['spec']:<20} {one['quality']:8.4f} {one['nfe']:7.2f} {one['net_flops'] / 1e9:9.2f}")
+    return "\n".join([*lines, f"methods=[{tuning.threshold},{tuning.random},{tuning.words}]"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

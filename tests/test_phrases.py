@@ -1,0 +1,45 @@
+"""Noun phrases without a parser: what captions of the benchmarks are split into."""
+
+import pytest
+
+from addiff_env.evaluation.phrases import noun_phrases, singular
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrases"),
+    [
+        ("a red apple and a wooden desk", ["a red apple", "a wooden desk"]),
+        ("rubber sole shoes and fluffy clouds", ["rubber sole shoes", "fluffy clouds"]),
+        ("The brown dog was lying on the green mat.", ["The brown dog", "the green mat"]),
+        ("The black and white cat lay next to a grey blanket", ["The black and white cat", "a grey blanket"]),
+        ("The striped rug was on top of the wooden floor.", ["The striped rug", "the wooden floor"]),
+        ("A long, narrow kitchen with yellow tiles", ["A long, narrow kitchen", "yellow tiles"]),
+        ("a red circle left of a blue star", ["a red circle", "a blue star"]),
+        ("a star above a green ring", ["a star", "a green ring"]),
+        ("a blue rose and a tulip", ["a blue rose", "a tulip"]),
+        ("eight cats lounged in the sun", ["eight cats", "the sun"]),
+        ("a airplane on the top of a horse", ["a airplane", "a horse"]),
+        ("A person is jumping on a trampoline", ["A person", "a trampoline"]),
+        ("", []),
+        ("on the left of", []),
+    ],
+)
+def test_phrases_by_hand(prompt: str, phrases: list[str]) -> None:
+    found = noun_phrases(prompt)
+    assert [phrase.text for phrase in found] == phrases
+    for phrase in found:
+        assert prompt[: phrase.end].endswith(phrase.head) and phrase.text.endswith(phrase.head)
+
+
+def test_numbers_are_read() -> None:
+    counts = {phrase.head: phrase.number for phrase in noun_phrases("four tents, the two boats, one pig and a cow")}
+    assert counts == {"tents": 4, "boats": 2, "pig": 1, "cow": 1}
+
+
+@pytest.mark.parametrize(
+    ("plural", "one"),
+    [("dogs", "dog"), ("mice", "mouse"), ("people", "person"), ("boxes", "box"), ("strawberries", "strawberry"),
+     ("knives", "knife"), ("couches", "couch"), ("glass", "glass"), ("bus", "bus"), ("Trains", "train")],
+)  # fmt: skip
+def test_singulars(plural: str, one: str) -> None:
+    assert singular(plural) == one

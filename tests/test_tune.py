@@ -1,0 +1,114 @@
+"""Baselines tuned to an agent: what is chosen, what it stands for, and that a run keeps it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from addiff_env.evaluation import tune as tuning_module
+from addiff_env.evaluation.baselines import PolicyMethod, make_method
+from addiff_env.evaluation.benchmarks import load_benchmark
+from addiff_env.evaluation.metrics import open_metrics
+from addiff_env.evaluation.policies import RandomPolicy, StopAt
+from addiff_env.evaluation.tune import (
+    AUTO,
+    Measured,
+    Tuning,
+    best_matched,
+    measure,
+    resolve,
+    stamp_of,
+    threshold_grid,
+    tune,
+)
+from addiff_env.types import Action
+
+TUNING = Tuning("threshold:5:0.5", "random:0.8:0.1:0.1", "words-7", "success", {"agent": "a"}, [])
+
+
+def rule(spec: str, quality: float, net_flops: float) -> Measured:
+    return Measured(spec, quality, net_flops, 5.0)
+
+
+def test_the_best_rule_at_the_agents_compute_is_chosen() -> None:
+    rules = [rule("cheap", 0.5, 50), rule("good", 0.7, 101), rule("dear", 0.9, 130), rule("same", 0.7, 90)]
+    assert best_matched(rules, 100).spec == "same"  # as good as the dearer one
+    assert best_matched(rules, 95).spec == "same"
+    assert best_matched(rules, 60).spec == "cheap"
+    assert best_matched(rules, 10).spec == "cheap"  # none is affordable: the one that exceeds least
+    with pytest.raises(ValueError, match="no rule"):
+        best_matched([], 10)
+
+
+def test_the_command_names_its_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tuning_module.main(["--agent", "/nowhere/agent"])
+    assert "/nowhere/agent" in capsys.readouterr().err
+    words = tuning_module.describe(TUNING)
+    assert words.splitlines()[-1] == "methods=[threshold:5:0.5,random:0.8:0.1:0.1,words-7]"
+
+
+def test_auto_is_replaced_and_kept(tmp_path: Path) -> None:
+    path, made = tmp_path / "run" / "tuning.json", []
+
+    def make() -> Tuning:
+        made.append(1)
+        return TUNING
+
+    specs = ["ddim-5", *AUTO]
+    wanted = ["ddim-5", "threshold:5:0.5", "random:0.8:0.1:0.1", "words-7"]
+    assert resolve(["ddim-5"], path, {"agent": "a"}, make) == ["ddim-5"] and not path.exists()
+    assert resolve(specs, path, {"agent": "a"}, make) == wanted
+    assert resolve(specs, path, {"agent": "a"}, make) == wanted and len(made) == 1  # another shard, or a rerun
+    with pytest.raises(ValueError, match="tuned with .*'a'.* not with .*'b'.*: delete it"):
+        resolve(specs, path, {"agent": "b"}, make)
+    assert [other.name for other in path.parent.iterdir()] == ["tuning.json"]
+
+
+def test_the_first_of_several_processes_is_believed(tmp_path: Path) -> None:
+    path = tmp_path / "tuning.json"
+
+    def overtaken() -> Tuning:
+        path.write_text(json.dumps(asdict(TUNING)))
+        return Tuning("threshold:9:9", "", "", "success", {"agent": "a"}, [])
+
+    assert resolve(["threshold:auto"], path, {"agent": "a"}, overtaken) == ["threshold:5:0.5"]
+
+
+class Drawn(RandomPolicy):
+    """Random actions under the name of an agent."""
+
+    fingerprint = "drawn"
+
+
+def test_tuning_measures_the_agent_and_a_grid(small_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    env: Any = gym.make_vec("AdDiffusion-Tiny-v0", 4, autoreset_mode=AutoresetMode.DISABLED, **small_kwargs).unwrapped
+    assert threshold_grid(env, [0.0, 1.0]) == [
+        f"threshold:{n}:{t:g}" for n in (3, 4, 5) for t in (0.1, 0.25, 0.5, 0.75)
+    ]
+    monkeypatch.setattr(tuning_module, "LOOKS", (1.0,))
+    monkeypatch.setattr(tuning_module, "QUANTILES", (0.5,))
+    items = load_benchmark("tiny-dev", 4)
+    metrics, metric = open_metrics(["checker"], env.perception, items)[0], "success"
+    agent: Any = Drawn([0.7, 0.1, 0.2])
+    found = tune(env, agent, items, metrics, metric)
+    (own, rule_) = found.measured
+    made = [result for group in PolicyMethod(env, agent).make(list(items)) for _, result in group]
+    taken = np.array([action for result in made for action in result.actions])
+    shares = [float(np.mean(taken == action)) for action in Action]
+    assert own["shares"] == pytest.approx(shares) and own["nfe"] == np.mean([result.nfe for result in made])
+    assert found.threshold == rule_["spec"] and found.threshold.startswith("threshold:5:")
+    drawn = make_method(found.spec("random:auto"), env)
+    assert isinstance(drawn, PolicyMethod)
+    assert [float(share) for share in found.random.split(":")[1:]] == pytest.approx(shares, abs=1e-3)
+    assert found.words == f"words-{round(own['nfe'])}"
+    assert found.stamp == stamp_of(agent, env, items, "success") != stamp_of(agent, env, items[:2], "success")
+    stopped = measure(PolicyMethod(env, StopAt(3, 6), "stop"), env, items, metrics, metric)
+    assert stopped.nfe == 3 and len(stopped.reward_scores) == 4
+    with pytest.raises(ValueError, match="'beauty' says nothing of 4 tuning prompts"):
+        tune(env, agent, items, metrics, "beauty")
