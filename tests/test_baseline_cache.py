@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from addiff_env import TINY, baselines
-from addiff_env.baselines import BaselineCache, compute_baselines
+from addiff_env import TINY, baseline_cache
+from addiff_env.baseline_cache import BaselineCache, compute_baselines
 from addiff_env.reward import RewardConfig, quality
 
 PROMPTS = ["a red circle", "a blue square and a green star"]
@@ -59,8 +59,8 @@ def test_an_interrupted_computation_goes_on(path: Path, env: Any, monkeypatch: p
     lines = whole.splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:25])
     asked = []
-    real = baselines.score_fixed_steps
-    monkeypatch.setattr(baselines, "score_fixed_steps", lambda *a: asked.extend(a[2]) or real(*a))
+    real = baseline_cache.score_fixed_steps
+    monkeypatch.setattr(baseline_cache, "score_fixed_steps", lambda *a: asked.extend(a[2]) or real(*a))
     compute_baselines(path, env, 6, PROMPTS, [0, 1])
     assert asked == [(PROMPTS[1], 0), (PROMPTS[1], 1)]
     again = [json.loads(line) for line in path.read_text().splitlines()]
@@ -78,7 +78,7 @@ def test_a_stale_cache_is_refused_and_the_values_named(path: Path, env: Any) -> 
     assert f"guidance_scale: cached 9.0, now {now}" in str(error.value) and "scorer: cached 'other'" in str(error.value)
     assert "height" not in str(error.value)
     with pytest.raises(ValueError, match="steps: cached 6, now 5"):
-        header["configuration"] = baselines.baseline_configuration(env, 6)
+        header["configuration"] = baseline_cache.baseline_configuration(env, 6)
         path.write_text(json.dumps(header) + "\n")
         compute_baselines(path, env, 5, PROMPTS, [0])
 
@@ -91,13 +91,13 @@ def test_other_files_are_refused(tmp_path: Path, env: Any, text: str) -> None:
 
 
 def test_a_missing_cache_names_the_command(tmp_path: Path, env: Any) -> None:
-    with pytest.raises(FileNotFoundError, match="python -m addiff_env.baselines .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="python -m addiff_env.baseline_cache .*nowhere"):
         BaselineCache.load(tmp_path / "nowhere.jsonl", env)
 
 
 def test_the_command(tmp_path: Path, small_kwargs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--kwargs", json.dumps(small_kwargs | {"prompts": PROMPTS}), "--steps", "3", "--seeds", "1"]
-    baselines.main([str(tmp_path / "b.jsonl"), *options])
+    baseline_cache.main([str(tmp_path / "b.jsonl"), *options])
     assert "2 baselines of 3 steps" in capsys.readouterr().out
     header = json.loads((tmp_path / "b.jsonl").read_text().splitlines()[0])
-    assert header["key"] == baselines.configuration_hash(header["configuration"])
+    assert header["key"] == baseline_cache.configuration_hash(header["configuration"])

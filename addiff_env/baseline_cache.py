@@ -1,6 +1,6 @@
 """What plain fixed-step inference scores on each prompt and seed: the terminal reward can be counted from there.
 
-    python -m addiff_env.baselines runs/baselines/tiny.jsonl --env AdDiffusion-Tiny-v0 --steps 10 --seeds 2
+    python -m addiff_env.baseline_cache runs/baselines/tiny.jsonl --env AdDiffusion-Tiny-v0 --steps 10 --seeds 2
 
 The file is JSON lines: a header with the configuration, then a line per (prompt, seed) with the raw scores, so that
 the reward's weights and scales may change without computing anything again. The same command goes on where it stopped.
@@ -60,7 +60,7 @@ class BaselineCache:
             ValueError: none; the message names the prompt.
         """
         if prompt not in self._seeds:
-            raise ValueError(f"no baseline for the prompt {prompt!r}; add it with: python -m addiff_env.baselines")
+            raise ValueError(f"no baseline for the prompt {prompt!r}; add it with: python -m addiff_env.baseline_cache")
         return self._seeds[prompt]
 
     def quality(self, prompts: Sequence[str], seeds: Sequence[int], config: RewardConfig) -> np.ndarray:
@@ -88,7 +88,7 @@ class BaselineCache:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"no baselines {str(path)!r}; make them with: python -m addiff_env.baselines {path}"
+                f"no baselines {str(path)!r}; make them with: python -m addiff_env.baseline_cache {path}"
             )
         lines = _read_lines(path)
         steps = _header(path, lines).get("steps")
