@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,30 +40,30 @@ class AttentionRecord:
 
 
 class _CapturingProcessor:
-    """diffusers' attention written out, so that the probabilities exist to be looked at."""
+    """A layer's own processor, which does the work, and beside it the probabilities of some lanes.
 
-    def __init__(self, record: AttentionRecord, lanes: slice) -> None:
-        self.record, self.lanes = record, lanes
+    What the network says is the same to the last bit whether it is looked at or not.
+    """
+
+    def __init__(self, record: AttentionRecord, processor: Any, lanes: slice) -> None:
+        self.record, self.processor, self.lanes = record, processor, lanes
 
     def __call__(
         self,
         attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            layer(inputs).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, tokens, dim)
-            for layer, inputs in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        query, key = (
+            layer(inputs[self.lanes]).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, tokens, dim)
+            for layer, inputs in ((attn.to_q, hidden_states), (attn.to_k, context))
         )
         scores = query @ key.transpose(-1, -2) * attn.scale
-        probabilities = scores.float().softmax(-1)
-        self.record.add(probabilities[self.lanes].mean(1))
-        out = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out))
+        self.record.add(scores.float().softmax(-1).mean(1))
+        return self.processor(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
 
 
 def cross_attention_layers(unet: nn.Module, blocks: tuple[str, ...]) -> list[str]:
@@ -89,7 +90,7 @@ def capture_cross_attention(unet: nn.Module, layers: list[str], lanes: slice) ->
     """
     record = AttentionRecord()
     modules = [unet.get_submodule(name) for name in layers]
-    with _replaced_processors(modules, [_CapturingProcessor(record, lanes) for _ in modules]):
+    with _replaced_processors(modules, [_CapturingProcessor(record, m.processor, lanes) for m in modules]):
         yield record
 
 
@@ -169,7 +170,7 @@ def attention_entropy(maps: torch.Tensor, content: torch.Tensor) -> torch.Tensor
     """Mean over content tokens of the spatial entropy of their maps, as a share of the maximum: (B,) in [0, 1]."""
     p = maps.flatten(2)  # (B, tokens, h*w)
     p = p / p.sum(-1, keepdim=True).clamp_min(1e-12)
-    entropy = -(p * p.clamp_min(1e-12).log()).sum(-1) / torch.log(torch.tensor(float(p.shape[-1])))
+    entropy = -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(p.shape[-1])
     weight = content.to(entropy.dtype)
     return (entropy * weight).sum(1) / weight.sum(1).clamp_min(1)
 
@@ -200,8 +201,8 @@ def refinement_mask(
     if kind == "full":
         return torch.ones(batch, 1, *size, device=maps.device, dtype=torch.float32)
     if kind == "grid":
-        ys, xs = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
-        cell = ((ys * 4 // size[0] + xs * 4 // size[1]) % 2).float().to(maps.device)
+        rows, columns = (torch.arange(side, device=maps.device) * 4 // side for side in size)
+        cell = ((rows[:, None] + columns) % 2).float()
         return gaussian_blur(cell.expand(batch, 1, *size), blur_sigma)
     field = _mask_field(kind, maps.float(), content, noise)  # (B, 1, h', w'), low = renew
     field = F.interpolate(field, size=size, mode="bilinear", align_corners=False)

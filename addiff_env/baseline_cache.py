@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,47 @@ from tqdm import tqdm
 
 from addiff_env.backbones import denoise, initial_noise
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.loading import resolve_model
 from addiff_env.reward import RewardConfig, quality
 
-FORMAT_VERSION = 1
-# The settings of an environment that decide what fixed-step inference scores.
+FORMAT_VERSION = 2
+# The settings of an environment that decide what fixed-step inference scores, and those of them that name weights.
 DECISIVE = ("model", "revision", "lora", "solver", "guidance_scale", "height", "width", "clip", "scorer")
+WEIGHTS = ("model", "lora", "clip", "scorer")
+_WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth"}
+_PROBE = 2**16  # bytes looked at, at either end of a file
 
 
 def baseline_configuration(env: DiffusionDenoiseVectorEnv, steps: int | None) -> dict[str, Any]:
     """Everything that the cached scores depend on, JSON-able."""
     settings = {name: getattr(env.config, name) for name in DECISIVE}
-    return {"format_version": FORMAT_VERSION, "steps": steps, "dtype": env.backbone.dtype_name, **settings}
+    weights = {f"{name}_weights": weights_fingerprint(settings[name]) for name in WEIGHTS}
+    return {"format_version": FORMAT_VERSION, "steps": steps, "dtype": env.backbone.dtype_name, **settings, **weights}
+
+
+def weights_fingerprint(setting: str | None) -> str | None:
+    """12 hex digits that change with the local weights a setting names (a retrained model keeps its path).
+
+    Names, sizes and both ends of every weight file count. None where nothing is local: a Hub id has its revision.
+    """
+    places = [Path(resolve_model(name)) for name in _possible_paths(setting or "")]
+    files = {file for place in places if place.exists() for file in (place.rglob("*") if place.is_dir() else [place])}
+    found = sorted(file for file in files if file.suffix in _WEIGHT_FILES and file.is_file())
+    digest = hashlib.sha256()
+    for file in found:
+        digest.update(f"{file.parent.name}/{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_PROBE))
+            stream.seek(-min(_PROBE, file.stat().st_size), 2)
+            digest.update(stream.read())
+    return digest.hexdigest()[:12] if found else None
+
+
+def _possible_paths(setting: str) -> Iterator[str]:
+    """What may be a path in ``scorer:file,option=folder`` and its like: every part, and what follows its colons."""
+    for part in re.split("[,=@]", setting):
+        pieces = part.split(":")
+        yield from filter(None, (":".join(pieces[start:]) for start in range(len(pieces))))
 
 
 def configuration_hash(configuration: dict[str, Any]) -> str:

@@ -348,6 +348,8 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     def _end_faulty(self, lanes: np.ndarray) -> None:
         """End those of ``lanes`` whose numbers stopped being finite; their picture is their last finite x0."""
         faulty = lanes[self.faults[self._index(lanes)].cpu().numpy()]
+        if len(faulty) == 0:
+            return
         index = self._index(faulty)
         self.latents[index] = self.x0[index]
         self.fault[faulty], self.done[faulty] = True, True
@@ -386,7 +388,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     def _look_at(self, lanes: np.ndarray, first: bool) -> None:
         index, finished = self._index(lanes), self.done[lanes]
         pictures = self._decode(lanes)
-        look = self.perception.look(pictures, [self.prompt[lane] for lane in lanes])
+        look = self.perception.look(pictures, [self.prompt[lane] for lane in lanes], vouched=True)
         before = look if first else Look(*(getattr(self.seen, name)[index] for name in vars(self.seen)))
         self.seen_before.put(index, before)
         self.seen.put(index, look)
@@ -402,15 +404,16 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
 
     def _decode(self, lanes: np.ndarray) -> torch.Tensor:
         """Final pictures of finished ``lanes``, previews of the others: (L, 3, H, W) in [0, 1]."""
-        index, finished = self._index(lanes), self._index(self.done[lanes])
+        index, finished = self._index(lanes), self.done[lanes]
         if isinstance(self.previewer, FullDecoder):
-            return _finite(self.backbone.decode(_choose(finished, self.latents[index], self.x0[index])))
+            return _finite(self.backbone.decode(_choose(self._index(finished), self.latents[index], self.x0[index])))
         pictures = torch.zeros(len(lanes), 3, self.config.height, self.config.width, device=self.backbone.device)
-        ended = self.done[lanes]
-        if ended.any():
-            pictures[finished] = self.backbone.decode(self.latents[index[finished]])
-        if not ended.all():
-            pictures[~finished] = self.previewer.decode(self.x0[index[~finished]])
+        for rows, decode, latents in (
+            (np.flatnonzero(finished), self.backbone.decode, self.latents),
+            (np.flatnonzero(~finished), self.previewer.decode, self.x0),
+        ):
+            if len(rows):
+                pictures[self._index(rows)] = decode(latents[self._index(lanes[rows])])
         return _finite(pictures)
 
     def _look_at_nothing(self, lanes: np.ndarray) -> None:
@@ -451,7 +454,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
                 np.minimum(1.0, self.nfe / self.config.nfe_budget),
             ]
         )
-        similarity, steps, nfe = torch.as_tensor(ratios, dtype=torch.float32, device=self.backbone.device)
+        similarity, steps, nfe = self._index(ratios.astype(np.float32))
         slots = [
             self.seen.clip_score.clamp(-1, 1),
             self.seen.clip_score - self.seen_before.clip_score,
@@ -501,7 +504,8 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
 
     def preview_images(self) -> np.ndarray:
         """Decoded latest clean predictions of all lanes: uint8 (B, H, W, 3)."""
-        return to_uint8(_finite(self.previewer.decode(self.x0)))
+        chunks = [to_uint8(_finite(self.previewer.decode(self.x0[rows]))) for rows in self._chunks(self.num_envs)]
+        return np.concatenate(chunks)
 
     def final_image(self, lane: int) -> np.ndarray:
         """The final picture of a terminated lane: uint8 (H, W, 3).
