@@ -300,14 +300,22 @@ def test_flux_maps_by_hand(folders: dict[str, Path]) -> None:
     torch.testing.assert_close(record.maps(4, 6), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kwargs", ["flux"], indirect=True)
-def test_flux_keeps_its_processors(kwargs: Kwargs) -> None:
+@every_backbone
+def test_looking_at_attention_changes_nothing(kwargs: Kwargs) -> None:
+    """Not a bit of the prediction, and nothing is left in the network afterwards."""
     envs = vector(kwargs)
-    before = [block.attn.processor for block in envs.backbone.transformer.transformer_blocks]
     start(envs)
-    assert before == [block.attn.processor for block in envs.backbone.transformer.transformer_blocks]
-    assert envs.maps.sum() > 0
-    torch.testing.assert_close(envs.maps.sum(1), torch.ones_like(envs.maps[:, 0]))
+    network = getattr(envs.backbone, "unet", None) or envs.backbone.transformer
+    before = [(module, getattr(module, "processor", None)) for module in network.modules()]
+    at = torch.tensor([1, 4])
+    inputs = (envs.latents, envs.schedule.timesteps[at], envs.schedule.here.at(at), envs.conditioning)
+    seen, unseen = (envs.backbone.predict(*inputs, kwargs["guidance_scale"], capture) for capture in (True, False))
+    assert torch.equal(seen.x0, unseen.x0) and torch.equal(seen.features, unseen.features)
+    assert seen.maps.shape[1] == envs.conditioning.content.shape[1] and unseen.maps.shape[1] == 0
+    torch.testing.assert_close(seen.maps.sum(1), torch.ones_like(seen.maps[:, 0]))  # over the tokens of one query
+    for module, processor in before:
+        assert getattr(module, "processor", None) is processor
+        assert not module._forward_hooks and not module._forward_pre_hooks
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
