@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -63,11 +64,12 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     See `addiff_env.reward`; ``info["reward"]`` carries every component.
 
     ## Start, end
-    ``reset(options={"prompt": [...], "seed": [...], "latents": ...})`` names the lanes' prompts
-    (B strings), seeds (B ints) or initial latents (B, C, h, w), as diffusers' pipelines take them;
-    what is left out is drawn. An episode is ``terminated`` by *stop*, by the last solver step, or when the
-    budget is spent; ``truncated`` is left to wrappers. With ``AutoresetMode.DISABLED`` an ended lane waits, at no cost,
-    until ``reset(options={"reset_mask": ...})`` names it.
+    ``reset(options={"prompt": [...], "seed": [...], "latents": ...})`` names the lanes' prompts (B strings), seeds
+    (B ints) or initial latents (B, C, h, w), as diffusers' pipelines take them; what is left out is drawn. With
+    ``"reset_mask"`` (B,) bool they are those of the lanes that start. An episode is ``terminated`` by *stop*, by
+    the last solver step, or when the budget is spent; ``truncated`` is left to wrappers. With
+    ``AutoresetMode.DISABLED`` an ended lane waits, at no cost, until ``reset(options={"reset_mask": ...})`` names
+    it.
 
     ## Info
     ``prompt, seed, step_index, nfe, forward_passes, net_flops, action_mask, action_taken, clip_score,
@@ -208,12 +210,12 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         """Start new episodes in all lanes, or in those of ``options["reset_mask"]`` (B,) bool.
 
         Raises:
-            TypeError, ValueError: a prompt that is no string, or the wrong number of prompts, seeds,
-            latents or seeds; the message shows the value.
+            TypeError, ValueError: a prompt that is no string, a seed that is no whole number, latents of another shape
+            or not finite, or the wrong number of any of them; the message shows the value.
         """
         if "backbone" not in self.__dict__:
             raise gym.error.ClosedEnvironmentError("reset() of an environment that was closed")
-        options = dict(options or {})
+        options = _as_mapping(options)
         lanes = self._lanes_to_reset(options.pop("reset_mask", None))
         streams = self._seed(seed)
         self._reset_lanes(lanes, options, streams)
@@ -278,18 +280,22 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
                 raise TypeError(f"the vector environment takes one {name} per lane, got {value!r}")
             if len(value) != number:
                 raise ValueError(f"{len(value)} {name} values for {number} lanes: {str(value)[:200]}")
-        if "prompt" in options:
-            options["prompt"] = [check_prompt(prompt) for prompt in options["prompt"]]
-        for value in options.get("seed", ()):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**63:
-                raise ValueError(f"a seed must be a non-negative integer, got {value!r}")
-        if "latents" in options:
-            options["latents"] = torch.as_tensor(options["latents"]).to(self.latents)
-            if not torch.isfinite(options["latents"]).all():
-                raise ValueError(f"latents must be finite, got {options['latents'].isnan().sum()} NaN among them")
-            if options["latents"].shape[1:] != self.latents.shape[1:]:
-                raise ValueError(f"latents must be (B, {self.latent_shape}), got {tuple(options['latents'].shape)}")
-        return options
+        read = {"prompt": check_prompt, "seed": _check_seed}
+        given = {name: [read[name](value) for value in options[name]] for name in read if name in options}
+        return given | ({"latents": self._read_latents(options["latents"])} if "latents" in options else {})
+
+    def _read_latents(self, values: Any) -> torch.Tensor:
+        """Initial latents (B, C, h, w) on the device, of a tensor, an array or a sequence of lanes."""
+        try:
+            rows = values if hasattr(values, "shape") else torch.stack([torch.as_tensor(row) for row in values])
+            latents = torch.as_tensor(rows).to(self.latents)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"latents must be numbers (B, C, h, w), got {str(values)[:200]}: {error}") from error
+        if latents.shape[1:] != self.latents.shape[1:]:
+            raise ValueError(f"latents must be (B, {self.latent_shape}), got {tuple(latents.shape)}")
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"latents must be finite, {int((~latents.isfinite()).sum())} of their values are not")
+        return latents
 
     # ----------------------------------------------------------------- step
 
@@ -563,7 +569,7 @@ class DiffusionDenoiseEnv(gym.Env):
         """Start an episode; see `DiffusionDenoiseVectorEnv.reset`."""
         super().reset(seed=seed)
         self.vector._np_random = self.np_random  # one stream of random numbers, the one users can seed
-        options = {name: self._one(name, value) for name, value in (options or {}).items()}
+        options = {name: self._one(name, value) for name, value in _as_mapping(options).items()}
         observation, info = self.vector.reset(options=options)
         return _row(observation, 0), _single_info(info)
 
@@ -572,9 +578,8 @@ class DiffusionDenoiseEnv(gym.Env):
         self.vector.close()
 
     def _one(self, name: str, value: Any) -> Any:
-        if name == "latents":
-            latents = torch.as_tensor(value)
-            return latents if latents.ndim == 4 else latents[None]
+        if name == "latents" and getattr(value, "ndim", 0) == 4:
+            return value
         return [check_prompt(value) if name == "prompt" else value]
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -598,6 +603,22 @@ class DiffusionDenoiseEnv(gym.Env):
         """The final picture, or the preview before the end: uint8 (H, W, 3)."""
         pictures = self.vector.render()
         return None if pictures is None else pictures[0]
+
+
+def _as_mapping(options: Any) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"reset options must be a mapping, got {options!r}")
+    return dict(options or {})
+
+
+def _check_seed(value: Any) -> int:
+    try:
+        seed = -1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        seed = -1
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"a seed must be a non-negative integer, got {value!r}")
+    return seed
 
 
 def _choose(rows: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, DDIMScheduler
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from hypothesis import HealthCheck, given
@@ -229,9 +229,10 @@ def test_a_lane_that_breaks_down_ends_alone(kwargs: Kwargs, monkeypatch: pytest.
 def test_latents_that_are_not_finite_are_refused(kwargs: Kwargs) -> None:
     envs = vector(kwargs)
     latents = torch.zeros(2, *envs.latent_shape)
-    latents[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="finite, got 1 NaN"):
-        envs.reset(options={"latents": latents})
+    for value in (torch.nan, -torch.inf):
+        latents[0, 0, 0, 0] = value
+        with pytest.raises(ValueError, match="finite, 1 of their values"):
+            envs.reset(options={"latents": latents})
 
 
 # ------------------------------------------------------------------ one model for many environments
@@ -446,8 +447,16 @@ def test_settings_that_do_not_fit_are_shown(
         gym.make("AdDiffusion-Tiny-v0", **settings)
 
 
+def test_a_scheduler_that_clips_is_refused(tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path) -> None:
+    """SDXL's pipeline would cut x0 off at 1 with DDIMScheduler's defaults; leaving that out would not be parity."""
+    folder = models.with_scheduler(folders["sdxl"], DDIMScheduler(**models.BETAS), tmp_path / "clips")
+    settings = {**tiny_kwargs, "attention_stride": 2, "model": str(folder)}
+    with pytest.raises(ValueError, match="clip_sample = True"):
+        gym.make("AdDiffusion-Tiny-v0", **settings)
+
+
 def test_pipelines_of_other_kinds_are_refused(tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path) -> None:
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+    from diffusers import DDIMPipeline, UNet2DModel
 
     unet = UNet2DModel(
         sample_size=8,

@@ -255,7 +255,7 @@ def scheduler_settings(scheduler: Any) -> dict[str, Any]:
     diffusers does the same when another scheduler class is made of it (``from_config``).
     """
     config = dict(scheduler.config)
-    filled = set(config.pop("_use_default_values", []))
+    filled = set(config.pop("_use_default_values", [])) - {"clip_sample"}  # diffusers clips unless told not to
     kept = {name: value for name, value in config.items() if name not in filled}
     return kept | {"_class_name": type(scheduler).__name__}
 
