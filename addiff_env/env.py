@@ -280,9 +280,13 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
                 raise TypeError(f"the vector environment takes one {name} per lane, got {value!r}")
             if len(value) != number:
                 raise ValueError(f"{len(value)} {name} values for {number} lanes: {str(value)[:200]}")
-        read = {"prompt": check_prompt, "seed": _check_seed}
-        given = {name: [read[name](value) for value in options[name]] for name in read if name in options}
-        return given | ({"latents": self._read_latents(options["latents"])} if "latents" in options else {})
+        given: dict[str, Any] = {}
+        for name, check in (("prompt", check_prompt), ("seed", _check_seed)):
+            if name in options:
+                given[name] = [check(value) for value in options[name]]
+        if "latents" in options:
+            given["latents"] = self._read_latents(options["latents"])
+        return given
 
     def _read_latents(self, values: Any) -> torch.Tensor:
         """Initial latents (B, C, h, w) on the device, of a tensor, an array or a sequence of lanes."""
