@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,33 +39,6 @@ class AttentionRecord:
         return maps.unflatten(2, (height, width))
 
 
-class _CapturingProcessor:
-    """diffusers' attention written out, so that the probabilities exist to be looked at."""
-
-    def __init__(self, record: AttentionRecord, lanes: slice) -> None:
-        self.record, self.lanes = record, lanes
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            layer(inputs).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, tokens, dim)
-            for layer, inputs in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        scores = query @ key.transpose(-1, -2) * attn.scale
-        probabilities = scores.float().softmax(-1)
-        self.record.add(probabilities[self.lanes].mean(1))
-        out = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](out))
-
-
 def cross_attention_layers(unet: nn.Module, blocks: tuple[str, ...]) -> list[str]:
     """Names of the U-Net's cross-attention modules inside the named blocks.
 
@@ -85,73 +59,86 @@ def cross_attention_layers(unet: nn.Module, blocks: tuple[str, ...]) -> list[str
 def capture_cross_attention(unet: nn.Module, layers: list[str], lanes: slice) -> Iterator[AttentionRecord]:
     """While the context lasts, record the attention of ``layers`` for ``lanes`` of the batch.
 
-    All other layers keep their fast kernels, and afterwards these have their own processors back.
+    Every layer keeps its own processor and fast kernel; queries and keys are read where they are made. What the network
+    says is the same to the last bit whether it is looked at or not.
     """
     record = AttentionRecord()
-    modules = [unet.get_submodule(name) for name in layers]
-    with _replaced_processors(modules, [_CapturingProcessor(record, lanes) for _ in modules]):
+    with _hooked([hook for name in layers for hook in _cross_hooks(unet.get_submodule(name), record, lanes)]):
         yield record
-
-
-@contextmanager
-def _replaced_processors(modules: list[Any], substitutes: list[Any]) -> Iterator[None]:
-    processors = [module.processor for module in modules]
-    try:
-        for module, substitute in zip(modules, substitutes, strict=True):
-            module.processor = substitute
-        yield
-    finally:
-        for module, processor in zip(modules, processors, strict=True):
-            module.processor = processor
-
-
-class _JointCapturingProcessor:
-    """Flux's own processor, which does the work, and beside it the image-query x text-key rows."""
-
-    def __init__(self, record: AttentionRecord, processor: Any) -> None:
-        self.record, self.processor = record, processor
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
-        self.record.add(_text_rows(attn, hidden_states, encoder_hidden_states, image_rotary_emb))
-        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-
-
-def _text_rows(attn: Any, image: torch.Tensor, text: torch.Tensor, rotary: Any) -> torch.Tensor:
-    """Softmax over text keys of image queries (B, queries, tokens), averaged over heads.
-
-    Head by head, so that never more than one (B, queries, tokens) matrix is in memory.
-    """
-    query = attn.norm_q(attn.to_q(image).unflatten(-1, (-1, attn.head_dim)))  # (B, queries, heads, dim)
-    key = attn.norm_added_k(attn.add_k_proj(text).unflatten(-1, (-1, attn.head_dim)))
-    if rotary is not None:  # positions of the text come first
-        tokens = text.shape[1]
-        query = apply_rotary_emb(query, tuple(part[tokens:] for part in rotary), sequence_dim=1)
-        key = apply_rotary_emb(key, tuple(part[:tokens] for part in rotary), sequence_dim=1)
-    heads = query.shape[2]
-    total = torch.zeros(*query.shape[:2], key.shape[1], device=query.device)
-    for head in range(heads):
-        scores = query[:, :, head] @ key[:, :, head].transpose(1, 2) * attn.head_dim**-0.5
-        total += scores.float().softmax(-1)
-    return total / heads
 
 
 @contextmanager
 def capture_joint_attention(transformer: Any, blocks: list[int]) -> Iterator[AttentionRecord]:
     """While the context lasts, record image-on-text attention of a Flux transformer's double-stream ``blocks``.
 
-    The full joint matrix is never made: the blocks keep their fast kernels, and afterwards their own processors.
+    As `capture_cross_attention`; the full joint matrix is never made.
     """
     record = AttentionRecord()
-    modules = [transformer.transformer_blocks[index].attn for index in blocks]
-    with _replaced_processors(modules, [_JointCapturingProcessor(record, m.processor) for m in modules]):
+    attentions = [transformer.transformer_blocks[index].attn for index in blocks]
+    with _hooked([hook for attn in attentions for hook in _joint_hooks(attn, record)]):
         yield record
+
+
+@contextmanager
+def _hooked(hooks: list[Any]) -> Iterator[None]:
+    """Remove the hooks when the context ends, however it ends."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _cross_hooks(attn: Any, record: AttentionRecord, lanes: slice) -> list[Any]:
+    """Hooks that add the probabilities of one cross-attention layer to ``record`` whenever it runs."""
+    queries: list[torch.Tensor] = []
+
+    def see_query(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        queries.append(output[lanes])
+
+    def see_key(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        query, key = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (queries.pop(), output[lanes]))
+        scores = query * attn.scale @ key.transpose(-1, -2)  # (B, heads, queries, tokens)
+        record.add(scores.float().softmax(-1).mean(1))
+
+    return [attn.to_q.register_forward_hook(see_query), attn.to_k.register_forward_hook(see_key)]
+
+
+def _joint_hooks(attn: Any, record: AttentionRecord) -> list[Any]:
+    """Hooks that add the image-query x text-key rows of one double-stream block to ``record`` whenever it runs."""
+    seen: dict[str, Any] = {}
+
+    def see_positions(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen["rotary"] = kwargs.get("image_rotary_emb")
+
+    def see_query(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        seen["query"] = output
+
+    def see_key(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        record.add(_text_rows(seen.pop("query"), output, seen.pop("rotary")))
+
+    return [
+        attn.register_forward_pre_hook(see_positions, with_kwargs=True),
+        attn.norm_q.register_forward_hook(see_query),
+        attn.norm_added_k.register_forward_hook(see_key),
+    ]
+
+
+def _text_rows(query: torch.Tensor, key: torch.Tensor, rotary: Any) -> torch.Tensor:
+    """Softmax over text keys (B, tokens, heads, dim) of image queries (B, queries, heads, dim), averaged over heads.
+
+    Head by head, so that never more than one (B, queries, tokens) matrix is in memory.
+    """
+    if rotary is not None:  # positions of the text come first
+        tokens = key.shape[1]
+        query = apply_rotary_emb(query, tuple(part[tokens:] for part in rotary), sequence_dim=1)
+        key = apply_rotary_emb(key, tuple(part[:tokens] for part in rotary), sequence_dim=1)
+    heads, scale = query.shape[2], query.shape[3] ** -0.5
+    total = torch.zeros(*query.shape[:2], key.shape[1], device=query.device)
+    for head in range(heads):
+        scores = query[:, :, head] * scale @ key[:, :, head].transpose(1, 2)
+        total += scores.float().softmax(-1)
+    return total / heads
 
 
 def content_maps(maps: torch.Tensor, content: torch.Tensor) -> torch.Tensor:
@@ -169,7 +156,7 @@ def attention_entropy(maps: torch.Tensor, content: torch.Tensor) -> torch.Tensor
     """Mean over content tokens of the spatial entropy of their maps, as a share of the maximum: (B,) in [0, 1]."""
     p = maps.flatten(2)  # (B, tokens, h*w)
     p = p / p.sum(-1, keepdim=True).clamp_min(1e-12)
-    entropy = -(p * p.clamp_min(1e-12).log()).sum(-1) / torch.log(torch.tensor(float(p.shape[-1])))
+    entropy = -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(p.shape[-1])
     weight = content.to(entropy.dtype)
     return (entropy * weight).sum(1) / weight.sum(1).clamp_min(1)
 
@@ -200,8 +187,8 @@ def refinement_mask(
     if kind == "full":
         return torch.ones(batch, 1, *size, device=maps.device, dtype=torch.float32)
     if kind == "grid":
-        ys, xs = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
-        cell = ((ys * 4 // size[0] + xs * 4 // size[1]) % 2).float().to(maps.device)
+        rows, columns = (torch.arange(side, device=maps.device) * 4 // side for side in size)
+        cell = ((rows[:, None] + columns) % 2).float()
         return gaussian_blur(cell.expand(batch, 1, *size), blur_sigma)
     field = _mask_field(kind, maps.float(), content, noise)  # (B, 1, h', w'), low = renew
     field = F.interpolate(field, size=size, mode="bilinear", align_corners=False)

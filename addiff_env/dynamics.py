@@ -42,6 +42,7 @@ class Lanes:
         self.latent_shape = self.backbone.latent_shape(c.height, c.width)
         self.schedule = self.backbone.schedule(c.num_inference_steps, self.latent_shape, c.solver, c.eta)
         self._grid = self.schedule.timesteps.cpu().numpy()
+        self._trained = self.schedule.training_timesteps.cpu().numpy()
         self.passes_per_nfe = self.backbone.passes(c.guidance_scale)
         self.price = {name: self.backbone.flops(name, self.latent_shape) for name in ("denoiser", "decode", "text")}
         encoded = 2 if self.passes_per_nfe == 2 and self.backbone.encodes_negative else 1
@@ -111,11 +112,12 @@ class Lanes:
         self.conditioning.put(self._index(np.arange(self.num_envs)), self.backbone.encode_prompts(self.prompt))
 
     def _index(self, lanes: np.ndarray) -> torch.Tensor:
-        return torch.as_tensor(lanes, device=self.backbone.device)
+        """Host numbers on the device, without waiting for it."""
+        return torch.as_tensor(lanes).to(self.backbone.device, non_blocking=True)
 
     def _fresh_noise(self, lanes: np.ndarray) -> torch.Tensor:
         """Noise (L, C, h, w), each lane's from its own generator."""
-        return torch.stack([draw_noise(self.backbone, self.latent_shape, self.generators[lane]) for lane in lanes])
+        return draw_noise(self.backbone, self.latent_shape, [self.generators[lane] for lane in lanes])
 
     def _forget(self, lanes: np.ndarray) -> None:
         """Clear the solver history of ``lanes``, and of no others."""
@@ -131,6 +133,7 @@ class Lanes:
     def _evaluate(self, lanes: np.ndarray, timesteps: torch.Tensor, level: Level, capture: bool = True) -> None:
         """One denoiser evaluation of ``lanes`` at their ``timesteps`` and levels; sets x0, maps and features.
 
+        ``capture``: somebody will look at this evaluation's attention. Of several in one action it is the last's only.
         A lane whose prediction is not finite is marked in ``faults`` and keeps its x0 of before, so that everything
         downstream stays finite; the others do not notice.
         """
@@ -184,13 +187,15 @@ class Lanes:
         here, told = level, timesteps
         for j in range(steps):
             there, next_told = self._towards_zero(timesteps, (steps - j - 1) / steps)
-            self._coarse_step(lanes, told, here, there)
+            self._coarse_step(lanes, told, here, there, capture=j + 1 == steps)
             here, told = there, next_told
 
-    def _coarse_step(self, lanes: np.ndarray, timesteps: torch.Tensor, here: Level, there: Level) -> None:
+    def _coarse_step(
+        self, lanes: np.ndarray, timesteps: torch.Tensor, here: Level, there: Level, capture: bool
+    ) -> None:
         """Evaluate at ``here`` and go to ``there`` by DDIM with eta 0."""
         index = self._index(lanes)
-        self._evaluate(lanes, timesteps, here)
+        self._evaluate(lanes, timesteps, here, capture)
         self.latents[index] = ddim_between(self.latents[index], self.x0[index], here, there)
 
     def _towards_zero(self, timesteps: torch.Tensor, share: float) -> tuple[Level, torch.Tensor]:

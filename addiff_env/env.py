@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -63,11 +64,12 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     See `addiff_env.reward`; ``info["reward"]`` carries every component.
 
     ## Start, end
-    ``reset(options={"prompt": [...], "seed": [...], "latents": ...})`` names the lanes' prompts
-    (B strings), seeds (B ints) or initial latents (B, C, h, w), as diffusers' pipelines take them;
-    what is left out is drawn. An episode is ``terminated`` by *stop*, by the last solver step, or when the
-    budget is spent; ``truncated`` is left to wrappers. With ``AutoresetMode.DISABLED`` an ended lane waits, at no cost,
-    until ``reset(options={"reset_mask": ...})`` names it.
+    ``reset(options={"prompt": [...], "seed": [...], "latents": ...})`` names the lanes' prompts (B strings), seeds
+    (B ints) or initial latents (B, C, h, w), as diffusers' pipelines take them; what is left out is drawn. With
+    ``"reset_mask"`` (B,) bool they are those of the lanes that start. An episode is ``terminated`` by *stop*, by
+    the last solver step, or when the budget is spent; ``truncated`` is left to wrappers. With
+    ``AutoresetMode.DISABLED`` an ended lane waits, at no cost, until ``reset(options={"reset_mask": ...})`` names
+    it.
 
     ## Info
     ``prompt, seed, step_index, nfe, forward_passes, net_flops, action_mask, action_taken, clip_score,
@@ -208,12 +210,12 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         """Start new episodes in all lanes, or in those of ``options["reset_mask"]`` (B,) bool.
 
         Raises:
-            TypeError, ValueError: a prompt that is no string, or the wrong number of prompts, seeds,
-            latents or seeds; the message shows the value.
+            TypeError, ValueError: a prompt that is no string, a seed that is no whole number, latents of another shape
+            or not finite, or the wrong number of any of them; the message shows the value.
         """
         if "backbone" not in self.__dict__:
             raise gym.error.ClosedEnvironmentError("reset() of an environment that was closed")
-        options = dict(options or {})
+        options = _as_mapping(options)
         lanes = self._lanes_to_reset(options.pop("reset_mask", None))
         streams = self._seed(seed)
         self._reset_lanes(lanes, options, streams)
@@ -278,18 +280,26 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
                 raise TypeError(f"the vector environment takes one {name} per lane, got {value!r}")
             if len(value) != number:
                 raise ValueError(f"{len(value)} {name} values for {number} lanes: {str(value)[:200]}")
-        if "prompt" in options:
-            options["prompt"] = [check_prompt(prompt) for prompt in options["prompt"]]
-        for value in options.get("seed", ()):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**63:
-                raise ValueError(f"a seed must be a non-negative integer, got {value!r}")
+        given: dict[str, Any] = {}
+        for name, check in (("prompt", check_prompt), ("seed", _check_seed)):
+            if name in options:
+                given[name] = [check(value) for value in options[name]]
         if "latents" in options:
-            options["latents"] = torch.as_tensor(options["latents"]).to(self.latents)
-            if not torch.isfinite(options["latents"]).all():
-                raise ValueError(f"latents must be finite, got {options['latents'].isnan().sum()} NaN among them")
-            if options["latents"].shape[1:] != self.latents.shape[1:]:
-                raise ValueError(f"latents must be (B, {self.latent_shape}), got {tuple(options['latents'].shape)}")
-        return options
+            given["latents"] = self._read_latents(options["latents"])
+        return given
+
+    def _read_latents(self, values: Any) -> torch.Tensor:
+        """Initial latents (B, C, h, w) on the device, of a tensor, an array or a sequence of lanes."""
+        try:
+            rows = values if hasattr(values, "shape") else torch.stack([torch.as_tensor(row) for row in values])
+            latents = torch.as_tensor(rows).to(self.latents)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"latents must be numbers (B, C, h, w), got {str(values)[:200]}: {error}") from error
+        if latents.shape[1:] != self.latents.shape[1:]:
+            raise ValueError(f"latents must be (B, {self.latent_shape}), got {tuple(latents.shape)}")
+        if not torch.isfinite(latents).all():
+            raise ValueError(f"latents must be finite, {int((~latents.isfinite()).sum())} of their values are not")
+        return latents
 
     # ----------------------------------------------------------------- step
 
@@ -348,6 +358,8 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     def _end_faulty(self, lanes: np.ndarray) -> None:
         """End those of ``lanes`` whose numbers stopped being finite; their picture is their last finite x0."""
         faulty = lanes[self.faults[self._index(lanes)].cpu().numpy()]
+        if len(faulty) == 0:
+            return
         index = self._index(faulty)
         self.latents[index] = self.x0[index]
         self.fault[faulty], self.done[faulty] = True, True
@@ -386,7 +398,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     def _look_at(self, lanes: np.ndarray, first: bool) -> None:
         index, finished = self._index(lanes), self.done[lanes]
         pictures = self._decode(lanes)
-        look = self.perception.look(pictures, [self.prompt[lane] for lane in lanes])
+        look = self.perception.look(pictures, [self.prompt[lane] for lane in lanes], vouched=True)
         before = look if first else Look(*(getattr(self.seen, name)[index] for name in vars(self.seen)))
         self.seen_before.put(index, before)
         self.seen.put(index, look)
@@ -402,15 +414,16 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
 
     def _decode(self, lanes: np.ndarray) -> torch.Tensor:
         """Final pictures of finished ``lanes``, previews of the others: (L, 3, H, W) in [0, 1]."""
-        index, finished = self._index(lanes), self._index(self.done[lanes])
+        index, finished = self._index(lanes), self.done[lanes]
         if isinstance(self.previewer, FullDecoder):
-            return _finite(self.backbone.decode(_choose(finished, self.latents[index], self.x0[index])))
+            return _finite(self.backbone.decode(_choose(self._index(finished), self.latents[index], self.x0[index])))
         pictures = torch.zeros(len(lanes), 3, self.config.height, self.config.width, device=self.backbone.device)
-        ended = self.done[lanes]
-        if ended.any():
-            pictures[finished] = self.backbone.decode(self.latents[index[finished]])
-        if not ended.all():
-            pictures[~finished] = self.previewer.decode(self.x0[index[~finished]])
+        for rows, decode, latents in (
+            (np.flatnonzero(finished), self.backbone.decode, self.latents),
+            (np.flatnonzero(~finished), self.previewer.decode, self.x0),
+        ):
+            if len(rows):
+                pictures[self._index(rows)] = decode(latents[self._index(lanes[rows])])
         return _finite(pictures)
 
     def _look_at_nothing(self, lanes: np.ndarray) -> None:
@@ -451,7 +464,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
                 np.minimum(1.0, self.nfe / self.config.nfe_budget),
             ]
         )
-        similarity, steps, nfe = torch.as_tensor(ratios, dtype=torch.float32, device=self.backbone.device)
+        similarity, steps, nfe = self._index(ratios.astype(np.float32))
         slots = [
             self.seen.clip_score.clamp(-1, 1),
             self.seen.clip_score - self.seen_before.clip_score,
@@ -501,7 +514,8 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
 
     def preview_images(self) -> np.ndarray:
         """Decoded latest clean predictions of all lanes: uint8 (B, H, W, 3)."""
-        return to_uint8(_finite(self.previewer.decode(self.x0)))
+        chunks = [to_uint8(_finite(self.previewer.decode(self.x0[rows]))) for rows in self._chunks(self.num_envs)]
+        return np.concatenate(chunks)
 
     def final_image(self, lane: int) -> np.ndarray:
         """The final picture of a terminated lane: uint8 (H, W, 3).
@@ -559,7 +573,7 @@ class DiffusionDenoiseEnv(gym.Env):
         """Start an episode; see `DiffusionDenoiseVectorEnv.reset`."""
         super().reset(seed=seed)
         self.vector._np_random = self.np_random  # one stream of random numbers, the one users can seed
-        options = {name: self._one(name, value) for name, value in (options or {}).items()}
+        options = {name: self._one(name, value) for name, value in _as_mapping(options).items()}
         observation, info = self.vector.reset(options=options)
         return _row(observation, 0), _single_info(info)
 
@@ -568,9 +582,8 @@ class DiffusionDenoiseEnv(gym.Env):
         self.vector.close()
 
     def _one(self, name: str, value: Any) -> Any:
-        if name == "latents":
-            latents = torch.as_tensor(value)
-            return latents if latents.ndim == 4 else latents[None]
+        if name == "latents" and getattr(value, "ndim", 0) == 4:
+            return value
         return [check_prompt(value) if name == "prompt" else value]
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -594,6 +607,22 @@ class DiffusionDenoiseEnv(gym.Env):
         """The final picture, or the preview before the end: uint8 (H, W, 3)."""
         pictures = self.vector.render()
         return None if pictures is None else pictures[0]
+
+
+def _as_mapping(options: Any) -> dict[str, Any]:
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"reset options must be a mapping, got {options!r}")
+    return dict(options or {})
+
+
+def _check_seed(value: Any) -> int:
+    try:
+        seed = -1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        seed = -1
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"a seed must be a non-negative integer, got {value!r}")
+    return seed
 
 
 def _choose(rows: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch
 from addiff_env.backbones import count_flops
 from addiff_env.encoders import load_clip, load_dino
 from addiff_env.loading import resolve_model
+from addiff_env.preprocessing import vouched_pictures
 from addiff_env.scorers import load_scorer
 
 QUALITY = (
@@ -78,15 +80,19 @@ class Perception:
         self.score_limit = float(self.scorer.limit)
         self._flops: dict[tuple[int, ...], float] = {}
 
-    def look(self, pictures: torch.Tensor, prompts: list[str]) -> Look:
-        """Encode and score pictures (B, 3, H, W) in [0, 1] of ``prompts`` (B)."""
-        features = self.clip.image_features(pictures)
-        return Look(
-            features,
-            self.dino.image_features(pictures),
-            (features * self.clip.text_features(prompts)).sum(1),
-            self.scorer.score(pictures, prompts).to(self.device).clamp(-self.score_limit, self.score_limit),
-        )
+    def look(self, pictures: torch.Tensor, prompts: list[str], vouched: bool = False) -> Look:
+        """Encode and score pictures (B, 3, H, W) in [0, 1] of ``prompts`` (B).
+
+        ``vouched`` says that the values are known to be finite and in range, which spares asking the device for them.
+        """
+        with vouched_pictures() if vouched else nullcontext():
+            features = self.clip.image_features(pictures)
+            return Look(
+                features,
+                self.dino.image_features(pictures),
+                (features * self.clip.text_features(prompts)).sum(1),
+                self.scorer.score(pictures, prompts).to(self.device).clamp(-self.score_limit, self.score_limit),
+            )
 
     def flops(self, height: int, width: int) -> float:
         """FLOPs of one look at one picture, preview decode not included; measured once per size."""

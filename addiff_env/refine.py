@@ -44,8 +44,8 @@ class RefinableLanes(Lanes):
         c, index, noise = self.config, self._index(lanes), None
         if c.mask == "random":
             side = self.maps.shape[-2:]
-            noise = torch.stack([torch.randn(1, *side, generator=self.generators[lane]) for lane in lanes])
-            noise = noise.to(self.backbone.device)
+            drawn = torch.stack([torch.randn(1, *side, generator=self.generators[lane]) for lane in lanes])
+            noise = drawn.to(self.backbone.device, non_blocking=True)
         return refinement_mask(
             c.mask,
             self.maps[index],
@@ -59,21 +59,23 @@ class RefinableLanes(Lanes):
     def _renoise_index(self, lanes: np.ndarray) -> np.ndarray:
         """Index (L,) into the training levels of t', where ``lanes`` go back to."""
         current = self._grid[np.minimum(self.step_index[lanes], len(self._grid) - 1)]
-        total = len(self.schedule.training_timesteps)
+        total = len(self._trained)
         return np.array([renoise_timestep(self.config.renoise, round(float(t)), total) for t in current])
 
     def _rewind(self, lanes: np.ndarray) -> None:
         """Go back to the grid point nearest t' and step on from there, for k ordinary solver steps."""
         index = self._index(lanes)
-        target = self.schedule.training_timesteps[self._index(self._renoise_index(lanes))].cpu().numpy()
+        target = self._trained[self._renoise_index(lanes)]
         nearest = np.abs(self._grid[None] - target[:, None]).argmin(1)
         nearest = np.minimum(nearest, self.step_index[lanes])  # a refinement never skips steps
         self.step_index[lanes] = nearest
         old, noise = self.x0[index].clone(), self._fresh_noise(lanes)
         self.latents[index] = add_noise(old, noise, self.schedule.here.at(self._index(nearest)))
         running = np.ones(len(lanes), bool)
-        for _ in range(self.config.refine_k):
-            self._continue(lanes[running])
+        for j in range(self.config.refine_k):
+            going = lanes[running]
+            ends = self.step_index[going] + 1 == self.schedule.num_inference_steps
+            self._continue(going, capture=bool(j + 1 == self.config.refine_k or ends.any()))
             # Before the next evaluation the outside is brought to that evaluation's own noise level.
             rows = self._index(np.flatnonzero(running))
             self._hold_outside(lanes[running], old[rows], noise[rows])
@@ -102,7 +104,7 @@ class RefinableLanes(Lanes):
         self.latents[index] = add_noise(old, noise, here)
         for j in range(steps):
             there, next_told = self._towards_zero(start, (steps - j - 1) / steps)
-            self._coarse_step(lanes, told, here, there)
+            self._coarse_step(lanes, told, here, there, capture=j + 1 == steps)
             if j + 1 < steps:
                 self._blend(lanes, old, noise, there)
             here, told = there, next_told

@@ -61,21 +61,51 @@ def unet(cross_attention_dim: int, **more: Any) -> UNet2DConditionModel:
     )
 
 
-def build_sd() -> StableDiffusionPipeline:
-    parts = {"vae": autoencoder(), "text_encoder": clip_text(32), "tokenizer": build_tokenizer(), "unet": unet(32)}
+# What a network says of unit Gaussian latents x at high noise, as a multiple of x: epsilon is nearly all of x (a little
+# less here, which leaves latents of unit size at the end), v nothing of it.
+GAINS = {"epsilon": 0.93, "v_prediction": 0.0, "sample": 1.0}
+
+
+@torch.no_grad()
+def denoiser_like(model: UNet2DConditionModel, prediction_type: str) -> UNet2DConditionModel:
+    """Let ``model`` answer ``GAINS`` times its normalised input, plus an eighth of what its random weights say.
+
+    Half of its outermost channels carry x and -x past everything else, which SiLU(x) - SiLU(-x) = x adds up again.
+    Random weights alone would let latents grow fifteenfold on their way down an epsilon schedule, and float32's last
+    digits with them: on the scale of ordinary latents nothing could be told from rounding.
+    """
+    size = model.config.block_out_channels[0]
+    last, carried = model.up_blocks[-1].resnets[-1], 2 * model.config.in_channels
+    for layer in (model.conv_in, last.conv_shortcut, last.conv2):
+        layer.weight[:carried], layer.bias[:carried] = 0, 0
+    model.conv_out.weight /= 8
+    model.conv_out.weight[:, :carried] = 0
+    for channel in range(carried):
+        latent, sign = channel // 2, 1 - 2 * (channel % 2)
+        model.conv_in.weight[channel, latent, 1, 1] = sign
+        last.conv_shortcut.weight[channel, size + channel] = 1  # the skip connection comes second
+        model.conv_out.weight[latent, channel, 1, 1] = sign * GAINS[prediction_type]
+    return model
+
+
+def build_sd(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    denoiser = denoiser_like(unet(32), prediction_type)
+    parts = {"vae": autoencoder(), "text_encoder": clip_text(32), "tokenizer": build_tokenizer(), "unet": denoiser}
     extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(**parts, scheduler=DDIMScheduler(**DDIM), **extra)
+    scheduler = DDIMScheduler(**DDIM, prediction_type=prediction_type)
+    return StableDiffusionPipeline(**parts, scheduler=scheduler, **extra)
 
 
 def build_sdxl(force_zeros: bool = True) -> StableDiffusionXLPipeline:
     added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    denoiser = unet(64, projection_class_embeddings_input_dim=40 + 6 * 8, **added)
     return StableDiffusionXLPipeline(
         vae=autoencoder(force_upcast=True, scaling_factor=0.13025),
         text_encoder=clip_text(24),
         text_encoder_2=clip_text(40, with_projection=True),
         tokenizer=build_tokenizer(),
         tokenizer_2=build_tokenizer(),
-        unet=unet(64, projection_class_embeddings_input_dim=40 + 6 * 8, **added),
+        unet=denoiser_like(denoiser, "epsilon"),
         scheduler=DDIMScheduler(**DDIM),
         force_zeros_for_empty_prompt=force_zeros,
         add_watermarker=False,

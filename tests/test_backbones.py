@@ -1,6 +1,7 @@
 """What SD, SDXL and Flux have in common: lanes, attention, previews, costs, the shared model, faults."""
 
 import gc
+import json
 import pickle
 import warnings
 import weakref
@@ -10,14 +11,16 @@ from typing import Any
 import gymnasium as gym
 import models
 import numpy as np
+import open_clip
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, DDIMScheduler
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import addiff_env
@@ -121,6 +124,7 @@ def test_sixteen_lanes_equal_sixteen_runs(kwargs: Kwargs, plans: list[list[int]]
     prompts, seeds = [PROMPTS[i % 4] for i in range(16)], list(range(16))
     envs.reset(options={"prompt": prompts, "seed": seeds})
     rewards: list[list[float]] = [[] for _ in plans]
+    finals: list[torch.Tensor | None] = [None] * 16
     spent, running = np.zeros(16, int), np.ones(16, bool)
     for t in range(10):
         if not running.any():
@@ -130,11 +134,15 @@ def test_sixteen_lanes_equal_sixteen_runs(kwargs: Kwargs, plans: list[list[int]]
         for lane in np.flatnonzero(running):
             rewards[lane].append(float(reward[lane]))
             spent[lane] = (last if terminated[lane] else info)["nfe"][lane]
+            gone = mode == AutoresetMode.SAME_STEP and terminated[lane]  # the next episode's are there already
+            finals[lane] = None if gone else envs.latents[lane].clone()
         running &= ~terminated
     for lane, plan in enumerate(plans):
-        alone, nfe, _ = episode(env, prompts[lane], seeds[lane], plan)
+        alone, nfe, latents = episode(env, prompts[lane], seeds[lane], plan)
         assert nfe == spent[lane]
         np.testing.assert_allclose(rewards[lane], alone, atol=1e-4)
+        if (final := finals[lane]) is not None:
+            torch.testing.assert_close(final, latents[0], rtol=0, atol=1e-4)
 
 
 @every_backbone
@@ -221,9 +229,10 @@ def test_a_lane_that_breaks_down_ends_alone(kwargs: Kwargs, monkeypatch: pytest.
 def test_latents_that_are_not_finite_are_refused(kwargs: Kwargs) -> None:
     envs = vector(kwargs)
     latents = torch.zeros(2, *envs.latent_shape)
-    latents[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="finite, got 1 NaN"):
-        envs.reset(options={"latents": latents})
+    for value in (torch.nan, -torch.inf):
+        latents[0, 0, 0, 0] = value
+        with pytest.raises(ValueError, match="finite, 1 of their values"):
+            envs.reset(options={"latents": latents})
 
 
 # ------------------------------------------------------------------ one model for many environments
@@ -292,14 +301,22 @@ def test_flux_maps_by_hand(folders: dict[str, Path]) -> None:
     torch.testing.assert_close(record.maps(4, 6), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kwargs", ["flux"], indirect=True)
-def test_flux_keeps_its_processors(kwargs: Kwargs) -> None:
+@every_backbone
+def test_looking_at_attention_changes_nothing(kwargs: Kwargs) -> None:
+    """Not a bit of the prediction, and nothing is left in the network afterwards."""
     envs = vector(kwargs)
-    before = [block.attn.processor for block in envs.backbone.transformer.transformer_blocks]
     start(envs)
-    assert before == [block.attn.processor for block in envs.backbone.transformer.transformer_blocks]
-    assert envs.maps.sum() > 0
-    torch.testing.assert_close(envs.maps.sum(1), torch.ones_like(envs.maps[:, 0]))
+    network = getattr(envs.backbone, "unet", None) or envs.backbone.transformer
+    before = [(module, getattr(module, "processor", None)) for module in network.modules()]
+    at = torch.tensor([1, 4])
+    inputs = (envs.latents, envs.schedule.timesteps[at], envs.schedule.here.at(at), envs.conditioning)
+    seen, unseen = (envs.backbone.predict(*inputs, kwargs["guidance_scale"], capture) for capture in (True, False))
+    assert torch.equal(seen.x0, unseen.x0) and torch.equal(seen.features, unseen.features)
+    assert seen.maps.shape[1] == envs.conditioning.content.shape[1] and unseen.maps.shape[1] == 0
+    torch.testing.assert_close(seen.maps.sum(1), torch.ones_like(seen.maps[:, 0]))  # over the tokens of one query
+    for module, processor in before:
+        assert getattr(module, "processor", None) is processor
+        assert not module._forward_hooks and not module._forward_pre_hooks
 
 
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
@@ -430,8 +447,16 @@ def test_settings_that_do_not_fit_are_shown(
         gym.make("AdDiffusion-Tiny-v0", **settings)
 
 
+def test_a_scheduler_that_clips_is_refused(tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path) -> None:
+    """SDXL's pipeline would cut x0 off at 1 with DDIMScheduler's defaults; leaving that out would not be parity."""
+    folder = models.with_scheduler(folders["sdxl"], DDIMScheduler(**models.BETAS), tmp_path / "clips")
+    settings = {**tiny_kwargs, "attention_stride": 2, "model": str(folder)}
+    with pytest.raises(ValueError, match="clip_sample = True"):
+        gym.make("AdDiffusion-Tiny-v0", **settings)
+
+
 def test_pipelines_of_other_kinds_are_refused(tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path) -> None:
-    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+    from diffusers import DDIMPipeline, UNet2DModel
 
     unet = UNet2DModel(
         sample_size=8,
@@ -473,6 +498,21 @@ def test_every_id_runs_on_its_own_kind_of_model(env_id: str, tiny_kwargs: Kwargs
     assert gym.envs.registration.EnvSpec.from_json(spec.to_json()) == spec
     assert pickle.loads(pickle.dumps(spec)) == spec
     assert envs.unwrapped.config.solver == addiff_env.PRESETS[env_id].get("solver", "ddim")
+
+
+def test_sd15s_observation_is_1672_wide(tiny_kwargs: Kwargs, folders: dict[str, Path], tmp_path: Path) -> None:
+    """768 + 768 + 128 + 8 with a CLIP of ViT-L/14's embedding, through open_clip as the id has it."""
+    vision = {"image_size": 224, "layers": 1, "width": 32, "head_width": 16, "patch_size": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 1}
+    config = {"embed_dim": 768, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    save_file(open_clip.CLIP(**config).state_dict(), tmp_path / "open_clip_model.safetensors")
+    local = {name: addiff_env.TINY[name] for name in ("dino", "scorer", "prompts")} | tiny_kwargs
+    local |= {"model": str(folders["sd"]), "clip": f"open_clip:local-dir:{tmp_path}", "device": "cpu"}
+    small = {"height": 64, "width": 64, "attention_stride": 2, "preview": "latent_rgb", "num_inference_steps": 4}
+    env = gym.make("AdDiffusion-SD15-v0", **{**local, **small})
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.shape == observation.shape == (1672,) and env.observation_space.contains(observation)
 
 
 def test_missing_hub_models_say_what_to_do(tiny_kwargs: Kwargs) -> None:

@@ -1,16 +1,19 @@
 """The cache of fixed-step scores: right, resumable, refused when stale."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import AutoresetMode
+from safetensors.torch import load_file, save_file
 
-from addiff_env import TINY, baselines
-from addiff_env.baselines import BaselineCache, compute_baselines
+from addiff_env import TINY, baseline_cache
+from addiff_env.baseline_cache import BaselineCache, compute_baselines, weights_fingerprint
 from addiff_env.reward import RewardConfig, quality
 
 PROMPTS = ["a red circle", "a blue square and a green star"]
@@ -59,8 +62,8 @@ def test_an_interrupted_computation_goes_on(path: Path, env: Any, monkeypatch: p
     lines = whole.splitlines(keepends=True)
     path.write_text("".join(lines[:3]) + lines[3][:25])
     asked = []
-    real = baselines.score_fixed_steps
-    monkeypatch.setattr(baselines, "score_fixed_steps", lambda *a: asked.extend(a[2]) or real(*a))
+    real = baseline_cache.score_fixed_steps
+    monkeypatch.setattr(baseline_cache, "score_fixed_steps", lambda *a: asked.extend(a[2]) or real(*a))
     compute_baselines(path, env, 6, PROMPTS, [0, 1])
     assert asked == [(PROMPTS[1], 0), (PROMPTS[1], 1)]
     again = [json.loads(line) for line in path.read_text().splitlines()]
@@ -78,9 +81,36 @@ def test_a_stale_cache_is_refused_and_the_values_named(path: Path, env: Any) -> 
     assert f"guidance_scale: cached 9.0, now {now}" in str(error.value) and "scorer: cached 'other'" in str(error.value)
     assert "height" not in str(error.value)
     with pytest.raises(ValueError, match="steps: cached 6, now 5"):
-        header["configuration"] = baselines.baseline_configuration(env, 6)
+        header["configuration"] = baseline_cache.baseline_configuration(env, 6)
         path.write_text(json.dumps(header) + "\n")
         compute_baselines(path, env, 5, PROMPTS, [0])
+
+
+def test_other_weights_at_the_same_path_make_the_cache_stale(
+    tmp_path: Path, small_kwargs: dict[str, Any], small_model: Path
+) -> None:
+    shutil.copytree(small_model, tmp_path / "model")
+    settings = small_kwargs | {"model": str(tmp_path / "model")}
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    env: Any = gym.make_vec("AdDiffusion-Tiny-v0", num_envs=1, **settings).unwrapped
+    compute_baselines(tmp_path / "b.jsonl", env, 2, PROMPTS[:1], [0])
+    assert len(BaselineCache.load(tmp_path / "b.jsonl", env).scores) == 1
+    save_file({name: value + 1e-3 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="stale.*model_weights: cached '[0-9a-f]{12}', now '[0-9a-f]{12}'"):
+        BaselineCache.load(tmp_path / "b.jsonl", env)
+
+
+def test_fingerprints_find_local_weights_in_a_setting(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "head.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    one = weights_fingerprint(f"aesthetic:{tmp_path / 'head.safetensors'},clip=someone/clip")
+    assert one is not None and one == weights_fingerprint(f"open_clip:ViT-L-14@{tmp_path / 'head.safetensors'}")
+    assert one == weights_fingerprint(str(tmp_path))
+    both = weights_fingerprint(f"aesthetic:{tmp_path / 'head.safetensors'},clip={TINY['clip']}")
+    assert both not in (None, one, weights_fingerprint(TINY["clip"]))
+    save_file({"a": torch.ones(2)}, tmp_path / "head.safetensors")
+    assert weights_fingerprint(str(tmp_path)) not in (None, one)
+    assert [weights_fingerprint(name) for name in (None, "", "someone/model", "imagereward")] == [None] * 4
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "[]\n", "{\n", '{"configuration": 3}\n'])
@@ -91,13 +121,13 @@ def test_other_files_are_refused(tmp_path: Path, env: Any, text: str) -> None:
 
 
 def test_a_missing_cache_names_the_command(tmp_path: Path, env: Any) -> None:
-    with pytest.raises(FileNotFoundError, match="python -m addiff_env.baselines .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="python -m addiff_env.baseline_cache .*nowhere"):
         BaselineCache.load(tmp_path / "nowhere.jsonl", env)
 
 
 def test_the_command(tmp_path: Path, small_kwargs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--kwargs", json.dumps(small_kwargs | {"prompts": PROMPTS}), "--steps", "3", "--seeds", "1"]
-    baselines.main([str(tmp_path / "b.jsonl"), *options])
+    baseline_cache.main([str(tmp_path / "b.jsonl"), *options])
     assert "2 baselines of 3 steps" in capsys.readouterr().out
     header = json.loads((tmp_path / "b.jsonl").read_text().splitlines()[0])
-    assert header["key"] == baselines.configuration_hash(header["configuration"])
+    assert header["key"] == baseline_cache.configuration_hash(header["configuration"])

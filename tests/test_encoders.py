@@ -1,6 +1,7 @@
 """Encoders: preprocessing against the official processors, features against the libraries' own forward, bad input."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from addiff_env.encoders import (
     load_clip,
 )
 from addiff_env.loading import resolve_model
-from addiff_env.preprocessing import OPENAI_CLIP, Preprocess, check_pairs, check_pictures
+from addiff_env.preprocessing import OPENAI_CLIP, Preprocess, check_pairs, check_pictures, vouched_pictures
 
 SMALL_CLIP: dict[str, Any] = {
     "embed_dim": 48,
@@ -358,6 +359,21 @@ def test_bad_texts_are_shown(small_clip: OpenCLIPEncoder) -> None:
         check_pairs(torch.rand(2, 3, 8, 8), ["a", "b", "c"])
     with pytest.raises(TypeError, match="ndarray"):
         check_pictures(np.zeros((1, 3, 8, 8)))  # type: ignore[arg-type]
+
+
+def test_vouched_pictures_are_not_asked_for_their_values(packaged_clip: ContrastiveEncoder) -> None:
+    pictures = torch.rand(1, 3, 64, 64)
+    with vouched_pictures():
+        check_pictures(pictures * math.nan)
+        assert torch.equal(packaged_clip.image_features(pictures), packaged_clip.image_features(pictures))
+        with pytest.raises(ValueError, match=r"\(3, 64, 64\)"):
+            check_pictures(pictures[0])
+    with pytest.raises(ValueError, match="nan"):
+        check_pictures(pictures * math.nan)
+    with pytest.raises(KeyError), vouched_pictures():
+        raise KeyError("on the way")
+    with pytest.raises(ValueError, match="nan"):
+        check_pictures(pictures * math.nan)
 
 
 def test_a_little_overshoot_is_allowed(packaged_clip: ContrastiveEncoder) -> None:

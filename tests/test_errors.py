@@ -68,6 +68,31 @@ def test_latents_of_another_shape_are_shown(env: DiffusionDenoiseEnv) -> None:
         env.reset(options={"latents": torch.zeros(3, 16, 16)})
 
 
+@pytest.mark.parametrize("latents", ["noise", None, [["a"], ["b"]]])
+def test_latents_that_are_no_numbers_are_shown(
+    env: DiffusionDenoiseEnv, envs: DiffusionDenoiseVectorEnv, latents: Any
+) -> None:
+    for made in (env, envs):
+        with pytest.raises(TypeError, match="latents") as error:
+            made.reset(options={"latents": latents})
+        assert str(latents) in str(error.value)
+
+
+def test_latents_may_be_given_in_any_form(envs: DiffusionDenoiseVectorEnv) -> None:
+    noise = torch.randn(2, *envs.latent_shape, generator=torch.Generator().manual_seed(0))
+    finals = []
+    for latents in (noise, noise.double().numpy(), list(noise), noise.tolist()):
+        envs.reset(options={"latents": latents, "prompt": ["a star"] * 2, "seed": torch.tensor([1, 2])})
+        finals.append(envs.latents.clone())
+    assert all(torch.equal(final, finals[0]) for final in finals)
+
+
+def test_options_must_be_a_mapping(env: DiffusionDenoiseEnv, envs: DiffusionDenoiseVectorEnv) -> None:
+    for made in (env, envs):
+        with pytest.raises(TypeError, match=r"mapping, got \['seed'\]"):
+            made.reset(options=["seed"])  # type: ignore[arg-type]
+
+
 def test_a_refused_reset_leaves_the_episode_alone(env: DiffusionDenoiseEnv) -> None:
     env.reset(options={"prompt": "a star", "seed": 1})
     before = env.latents.clone()

@@ -27,7 +27,7 @@ LAYERS = (  # low to high; a module imports from strictly lower layers, or from 
     "perception",
     "costs",
     "env",
-    "baselines",
+    "baseline_cache",
     "agent",
     "offline",
     "rllib",

@@ -10,7 +10,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 from addiff_env.agent import Agent
-from addiff_env.baselines import compute_baselines
+from addiff_env.baseline_cache import compute_baselines
 from addiff_env.reward import quality
 from addiff_env.sb3 import (
     DenoisePolicy,

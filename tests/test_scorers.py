@@ -1,5 +1,6 @@
 """Scorers: official state dicts and formulas, settings, damaged checkpoints, bad input."""
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from addiff_env.scorers import (
 )
 from addiff_env.scorers.base import Source, find_checkpoint, load_exactly, read_checkpoint
 from addiff_env.scorers.image_reward import MEAN, STD, UNUSED, bert_tokenizer, rename_official
+from addiff_env.tiny.tokenizer import build_tokenizer
 
 TINY_CLIP = addiff_env.TINY["clip"]
 DINO = resolve_model(addiff_env.TINY["dino"])
@@ -242,6 +244,33 @@ def test_pick_score_is_transformers_logit() -> None:
     assert scorer.limit == pytest.approx(float(encoder.model.logit_scale.exp()))
 
 
+def test_a_pickscore_folder_by_the_official_formula(tmp_path: Path) -> None:
+    """Random weights as transformers saves them; its model, processor and tokenizer, and the model card's formula."""
+    tokenizer = build_tokenizer()
+    text = {**TEXT, "vocab_size": len(tokenizer), "max_position_embeddings": 77, "eos_token_id": tokenizer.eos_token_id}
+    vision = {**VISION, "image_size": 224, "patch_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = transformers.CLIPModel(
+            transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
+        ).eval()
+    processor = transformers.CLIPImageProcessor()
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(tmp_path)
+    batch, prompts = pictures(2, 300, 260).mul(255).round() / 255, ["a red circle", "two blue squares and a star"]
+    as_pil = [Image.fromarray((p.permute(1, 2, 0) * 255).round().byte().numpy()) for p in batch]
+    tokens = tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        image = model.visual_projection(model.vision_model(**processor(as_pil, return_tensors="pt")).pooler_output)
+        words = model.text_projection(
+            model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+        )
+    image, words = image / image.norm(dim=-1, keepdim=True), words / words.norm(dim=-1, keepdim=True)
+    expected = model.logit_scale.exp() * (words @ image.T).diagonal()
+    torch.testing.assert_close(load_scorer(f"pickscore:{tmp_path}").score(batch, prompts), expected, rtol=0, atol=2e-2)
+    assert abs(float(expected[0] - expected[1])) > 0.1
+
+
 def test_aesthetic_is_a_linear_map_of_unit_features(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sizes = {0: (1024, 128), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
@@ -256,7 +285,39 @@ def test_aesthetic_is_a_linear_map_of_unit_features(tmp_path: Path) -> None:
     for i in sizes:
         hidden = hidden @ state[f"layers.{i}.weight"].T + state[f"layers.{i}.bias"]
     assert scorer.score(pictures(), ["a", "b"]).tolist() == pytest.approx(hidden[:, 0].tolist(), rel=1e-4)
+    published = torch.nn.Sequential(  # LAION's own module: dropouts hold the odd places, and do nothing here
+        *(torch.nn.Linear(encoder.width, 1024), torch.nn.Dropout(0.2), torch.nn.Linear(1024, 128)),
+        *(torch.nn.Dropout(0.2), torch.nn.Linear(128, 64), torch.nn.Dropout(0.1), torch.nn.Linear(64, 16)),
+        torch.nn.Linear(16, 1),
+    ).eval()
+    names = {name.removeprefix("layers."): value for name, value in torch.load(file, weights_only=True).items()}
+    published.load_state_dict(names)
+    with torch.no_grad():
+        rated = published(encoder.image_features(pictures()))[:, 0]
+    torch.testing.assert_close(scorer.score(pictures(), ["a", "b"]), rated)
     assert load_scorer(f"aesthetic:{tmp_path},clip={TINY_CLIP}").score(pictures(), ["a", "b"]).shape == (2,)
+
+
+def test_a_hps_checkpoint_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that open_clip made and saved, its own forward, and the published score: a product of unit features."""
+    config = SMALL_CLIP | {"vision_cfg": SMALL_CLIP["vision_cfg"] | {"image_size": 224, "patch_size": 32}}
+    (tmp_path / "small-hps-of-a-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = open_clip.create_model("small-hps-of-a-test").eval()
+    torch.save({"state_dict": model.state_dict(), "epoch": 1}, tmp_path / "HPS_v2.1_compressed.pt")
+    monkeypatch.setattr("addiff_env.scorers.clip_based.HPS_ARCHITECTURE", "small-hps-of-a-test")
+    scorer = load_scorer(f"hps:{tmp_path}")
+    batch, prompts = pictures(2, 120, 300), ["a bird", "a castle by the sea " * 30]
+    canvas = torch.zeros(2, 3, 224, 224)
+    canvas[:, :, 67:157] = F.interpolate(batch, (90, 224), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        image, text = model.encode_image(normalised(canvas)), model.encode_text(open_clip.tokenize(prompts))
+    expected = (F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T).diagonal()
+    scores = scorer.score(batch, prompts)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-5)
+    assert abs(float(scores[0] - scores[1])) > 1e-3
 
 
 def test_hps_checkpoints_carry_open_clips_vit_h() -> None:

@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from addiff_env.agent import Agent
-from addiff_env.baselines import compute_baselines
+from addiff_env.baseline_cache import compute_baselines
 from addiff_env.sb3.checkpoint import FILE, load_checkpoint, random_state, save_checkpoint, set_random_state
 from addiff_env.sb3.training import CONFIG_FILE, train, weights_and_biases
 from addiff_env.sb3.vec_env import make_lanes

@@ -183,15 +183,18 @@ class Backbone(ABC):
 # --------------------------------------------------------------------------- noise, plain denoising
 
 
-def draw_noise(backbone: Backbone, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Noise of one lane, ``shape`` (C, h, w), drawn on the CPU as diffusers does with CPU generators."""
-    noise = torch.randn(1, *shape, generator=generator, dtype=backbone.dtype)
-    return noise[0].to(backbone.device)
+def draw_noise(backbone: Backbone, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Noise (B, C, h, w) of ``shape`` (C, h, w), each lane's drawn by its own generator.
+
+    It is drawn on the CPU, as diffusers does with CPU generators, and sent to the device in one piece.
+    """
+    noise = [torch.randn(1, *shape, generator=generator, dtype=backbone.dtype) for generator in generators]
+    return torch.cat(noise).to(backbone.device, non_blocking=True)
 
 
 def initial_noise(backbone: Backbone, shape: tuple[int, ...], seeds: Sequence[int]) -> torch.Tensor:
     """Initial latents (B, C, h, w) of ``seeds``: the same for every method, whatever batch they travel in."""
-    return torch.stack([draw_noise(backbone, shape, torch.Generator().manual_seed(int(seed))) for seed in seeds])
+    return draw_noise(backbone, shape, [torch.Generator().manual_seed(int(seed)) for seed in seeds])
 
 
 def denoise(
@@ -252,7 +255,7 @@ def scheduler_settings(scheduler: Any) -> dict[str, Any]:
     diffusers does the same when another scheduler class is made of it (``from_config``).
     """
     config = dict(scheduler.config)
-    filled = set(config.pop("_use_default_values", []))
+    filled = set(config.pop("_use_default_values", [])) - {"clip_sample"}  # diffusers clips unless told not to
     kept = {name: value for name, value in config.items() if name not in filled}
     return kept | {"_class_name": type(scheduler).__name__}
 

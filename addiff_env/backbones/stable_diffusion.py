@@ -53,6 +53,8 @@ class StableDiffusionBackbone(Backbone):
     ) -> None:
         super().__init__(name, revision, device, dtype_name)
         self.is_xl = isinstance(pipeline, StableDiffusionXLPipeline)
+        self._sizes: dict[tuple[int, int], torch.Tensor] = {}
+        self._channels: torch.Tensor | None = None
         names = ("tokenizer", "tokenizer_2") if self.is_xl else ("tokenizer",)
         self.tokenizers = [t for t in (getattr(pipeline, n) for n in names) if t is not None]
         self.tokenizer = self.tokenizers[0]
@@ -190,10 +192,16 @@ class StableDiffusionBackbone(Backbone):
         if guided:
             assert conditioning.negative_pooled is not None
             pooled = torch.cat([conditioning.negative_pooled, pooled])
-        height, width = (cells * self.spatial_factor for cells in shape[2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device, dtype=context.dtype)
-        added = {"text_embeds": pooled, "time_ids": sizes.expand(len(context), -1)}  # Podell et al. 2024, section 2.2
+        added = {"text_embeds": pooled, "time_ids": self._time_ids(shape).expand(len(context), -1)}
         return {"encoder_hidden_states": context, "added_cond_kwargs": added}
+
+    def _time_ids(self, shape: torch.Size) -> torch.Tensor:
+        """What SDXL is told of the picture's size and crop (6,) (Podell et al. 2024, section 2.2); sent once a size."""
+        height, width = (cells * self.spatial_factor for cells in shape[2:])
+        if (height, width) not in self._sizes:
+            sizes = [height, width, 0, 0, height, width]
+            self._sizes[height, width] = torch.tensor(sizes, device=self.device, dtype=self.dtype)
+        return self._sizes[height, width]
 
     # ----------------------------------------------------------------- pictures
 
@@ -218,8 +226,9 @@ class StableDiffusionBackbone(Backbone):
         mean, std = (self.vae.config.get(name) for name in ("latents_mean", "latents_std"))
         if mean is None or std is None:
             return 0.0, 1.0
-        channels = torch.tensor([mean, std], device=self.device, dtype=self.dtype)[:, None, :, None, None]
-        return channels[0], channels[1]
+        if self._channels is None:  # sent once
+            self._channels = torch.tensor([mean, std], device=self.device, dtype=self.dtype)[:, None, :, None, None]
+        return self._channels[0], self._channels[1]
 
     # ----------------------------------------------------------------- cost
 

@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecMonitor
 
 from addiff_env.agent import Agent
-from addiff_env.baselines import BaselineCache
+from addiff_env.baseline_cache import BaselineCache
 from addiff_env.prompts import load_prompts
 from addiff_env.sb3.callbacks import (
     CollapseAlarm,

@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 
-from addiff_env.baselines import BaselineCache
+from addiff_env.baseline_cache import BaselineCache
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.perception import QUALITY, TIMESTEP_WIDTH
 from addiff_env.reward import COMPONENTS, RewardConfig, relative_to_baseline

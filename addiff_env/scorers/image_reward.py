@@ -91,7 +91,7 @@ class ImageReward(nn.Module):
         device = self.head[0].weight.device
         tokens = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
-        ).to(device)
+        ).to(device, non_blocking=True)
         seen = self.vision(self.preprocess(pictures.to(device))).last_hidden_state  # (B, 1 + patches, width)
         mixed = self.text(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=seen

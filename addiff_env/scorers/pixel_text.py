@@ -162,7 +162,8 @@ class PixelTextReward(nn.Module):
         if pictures.shape[-2:] != (size, size):
             pictures = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
         ids, mask = self.tokenize(texts)
-        return self(pictures, ids.to(weight.device), mask.to(weight.device)).float()
+        ids, mask = (tokens.to(weight.device, non_blocking=True) for tokens in (ids, mask))
+        return self(pictures, ids, mask).float()
 
     def save_pretrained(self, folder: str | Path, tokenizer: CLIPTokenizer) -> None:
         """Write ``config.json``, fp16 ``model.safetensors`` and the tokenizer's files into ``folder``."""

@@ -1,6 +1,6 @@
 """What plain fixed-step inference scores on each prompt and seed: the terminal reward can be counted from there.
 
-    python -m addiff_env.baselines runs/baselines/tiny.jsonl --env AdDiffusion-Tiny-v0 --steps 10 --seeds 2
+    python -m addiff_env.baseline_cache runs/baselines/tiny.jsonl --env AdDiffusion-Tiny-v0 --steps 10 --seeds 2
 
 The file is JSON lines: a header with the configuration, then a line per (prompt, seed) with the raw scores, so that
 the reward's weights and scales may change without computing anything again. The same command goes on where it stopped.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,47 @@ from tqdm import tqdm
 
 from addiff_env.backbones import denoise, initial_noise
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.loading import resolve_model
 from addiff_env.reward import RewardConfig, quality
 
-FORMAT_VERSION = 1
-# The settings of an environment that decide what fixed-step inference scores.
+FORMAT_VERSION = 2
+# The settings of an environment that decide what fixed-step inference scores, and those of them that name weights.
 DECISIVE = ("model", "revision", "lora", "solver", "guidance_scale", "height", "width", "clip", "scorer")
+WEIGHTS = ("model", "lora", "clip", "scorer")
+_WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth"}
+_PROBE = 2**16  # bytes looked at, at either end of a file
 
 
 def baseline_configuration(env: DiffusionDenoiseVectorEnv, steps: int | None) -> dict[str, Any]:
     """Everything that the cached scores depend on, JSON-able."""
     settings = {name: getattr(env.config, name) for name in DECISIVE}
-    return {"format_version": FORMAT_VERSION, "steps": steps, "dtype": env.backbone.dtype_name, **settings}
+    weights = {f"{name}_weights": weights_fingerprint(settings[name]) for name in WEIGHTS}
+    return {"format_version": FORMAT_VERSION, "steps": steps, "dtype": env.backbone.dtype_name, **settings, **weights}
+
+
+def weights_fingerprint(setting: str | None) -> str | None:
+    """12 hex digits that change with the local weights a setting names (a retrained model keeps its path).
+
+    Names, sizes and both ends of every weight file count. None where nothing is local: a Hub id has its revision.
+    """
+    places = [Path(resolve_model(name)) for name in _possible_paths(setting or "")]
+    files = {file for place in places if place.exists() for file in (place.rglob("*") if place.is_dir() else [place])}
+    found = sorted(file for file in files if file.suffix in _WEIGHT_FILES and file.is_file())
+    digest = hashlib.sha256()
+    for file in found:
+        digest.update(f"{file.parent.name}/{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_PROBE))
+            stream.seek(-min(_PROBE, file.stat().st_size), 2)
+            digest.update(stream.read())
+    return digest.hexdigest()[:12] if found else None
+
+
+def _possible_paths(setting: str) -> Iterator[str]:
+    """What may be a path in ``scorer:file,option=folder`` and its like: every part, and what follows its colons."""
+    for part in re.split("[,=@]", setting):
+        pieces = part.split(":")
+        yield from filter(None, (":".join(pieces[start:]) for start in range(len(pieces))))
 
 
 def configuration_hash(configuration: dict[str, Any]) -> str:
@@ -60,7 +91,7 @@ class BaselineCache:
             ValueError: none; the message names the prompt.
         """
         if prompt not in self._seeds:
-            raise ValueError(f"no baseline for the prompt {prompt!r}; add it with: python -m addiff_env.baselines")
+            raise ValueError(f"no baseline for the prompt {prompt!r}; add it with: python -m addiff_env.baseline_cache")
         return self._seeds[prompt]
 
     def quality(self, prompts: Sequence[str], seeds: Sequence[int], config: RewardConfig) -> np.ndarray:
@@ -88,7 +119,7 @@ class BaselineCache:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"no baselines {str(path)!r}; make them with: python -m addiff_env.baselines {path}"
+                f"no baselines {str(path)!r}; make them with: python -m addiff_env.baseline_cache {path}"
             )
         lines = _read_lines(path)
         steps = _header(path, lines).get("steps")
