@@ -75,10 +75,11 @@ class AdaptivePipeline:
             active = sorted(running)
             actions = np.zeros(env.num_envs, np.int64)
             actions[active] = self.agent.act(observation[active], info["action_mask"][active])
-            observation, _, terminated, _, info = env.step(actions)
+            observation, reward, terminated, _, info = env.step(actions)
             share = (time.perf_counter() - began) / len(active)
             for lane in active:
                 running[lane][1].actions.append(int(info["action_taken"][lane]))
+                running[lane][1].reward += float(reward[lane])
                 running[lane][1].seconds += share
             ended = [lane for lane in active if terminated[lane]]
             free = [lane for lane in range(env.num_envs) if lane not in running or lane in ended]
