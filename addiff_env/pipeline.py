@@ -28,6 +28,9 @@ def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDe
 class AdaptivePipeline:
     """An agent on its environment, most likely action first; anything with an agent's ``act`` and ``flops`` will do.
 
+    Raises:
+        ValueError: lanes that restart by themselves, or an agent that sees other observations than ``env`` makes.
+
     >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env/tiny/weights/agent")  # doctest: +SKIP
     >>> pictures = pipeline(["a red circle", "two blue stars"], seeds=[0, 1])  # doctest: +SKIP
     """
@@ -35,6 +38,8 @@ class AdaptivePipeline:
     def __init__(self, env: DiffusionDenoiseVectorEnv, agent: Any) -> None:
         if env.autoreset_mode != AutoresetMode.DISABLED:
             raise ValueError(f"the pipeline needs lanes that wait (autoreset DISABLED), got {env.autoreset_mode}")
+        if isinstance(agent, Agent):
+            agent.require_layout(env.perception.parts)
         self.env, self.agent = env, agent
 
     @classmethod
