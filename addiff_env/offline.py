@@ -4,14 +4,16 @@
     python -m addiff_env.offline addiff/tiny-agent-v0 --episodes 200 --agent addiff_env/tiny/weights/agent
 
 An episode holds observations (T + 1, width), actions (T,) as carried out, rewards (T,), and per step its prompt, seed,
-NFE and action mask in ``infos``. Read one back with ``minari.load_dataset`` or `read_episodes`.
+NFE and action mask in ``infos``. Read one back with ``minari.load_dataset`` or `read_episodes`; its
+``recover_environment()`` makes the environment again, with every setting.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import gymnasium as gym
@@ -102,11 +104,21 @@ def write_dataset(name: str, env: DiffusionDenoiseVectorEnv, episodes: Sequence[
     return minari.create_dataset_from_buffers(
         dataset_id=name,
         buffer=buffers,
+        env=_single_spec(env),
         observation_space=env.single_observation_space,
         action_space=env.single_action_space,
         algorithm_name=algorithm,
         description=f"Denoising decisions on {env.config.model}; prompts and seeds are in the infos.",
     )
+
+
+def _single_spec(env: DiffusionDenoiseVectorEnv) -> Any:
+    """What makes the one-lane environment with the settings of ``env``; None where it was made without an id."""
+    if env.spec is None:
+        return None
+    spec = copy.deepcopy(gym.spec(env.spec.id))
+    spec.kwargs = asdict(env.config) | {"reward": dict(vars(env.reward_config))}
+    return spec
 
 
 def _buffer(minari: Any, number: int, episode: Trajectory) -> Any:
@@ -172,8 +184,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rng = np.random.default_rng(options.seed)
     agent = Agent.load(options.agent) if options.agent else None
     spec = agent.config["env"] if agent else {"id": options.env, "kwargs": {}}
+    paid = {"reward": agent.config["reward"]} if agent and "reward" in agent.config else {}  # as training left it
     modes = {"num_envs": options.num_envs, "autoreset_mode": AutoresetMode.DISABLED}
-    env = gym.make_vec(spec["id"], **modes, **spec["kwargs"]).unwrapped
+    env = gym.make_vec(spec["id"], **modes, **spec["kwargs"] | paid).unwrapped
     assert isinstance(env, DiffusionDenoiseVectorEnv)
     prompts = rng.choice(np.array(env.prompts, dtype=object), size=options.episodes)
     pairs = [(str(prompt), int(rng.integers(2**31))) for prompt in prompts]

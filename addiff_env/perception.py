@@ -80,6 +80,12 @@ class Perception:
         self.score_limit = float(self.scorer.limit)
         self._flops: dict[tuple[int, ...], float] = {}
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """Widths of the flat observation's parts, in order."""
+        clip = self.clip.width
+        return {"clip_image": clip, "clip_text": clip, "timestep": TIMESTEP_WIDTH, "quality": len(QUALITY)}
+
     def look(self, pictures: torch.Tensor, prompts: list[str], vouched: bool = False) -> Look:
         """Encode and score pictures (B, 3, H, W) in [0, 1] of ``prompts`` (B).
 

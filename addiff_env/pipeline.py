@@ -28,6 +28,9 @@ def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDe
 class AdaptivePipeline:
     """An agent on its environment, most likely action first; anything with an agent's ``act`` and ``flops`` will do.
 
+    Raises:
+        ValueError: lanes that restart by themselves, or an agent that sees other observations than ``env`` makes.
+
     >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env/tiny/weights/agent")  # doctest: +SKIP
     >>> pictures = pipeline(["a red circle", "two blue stars"], seeds=[0, 1])  # doctest: +SKIP
     """
@@ -35,6 +38,8 @@ class AdaptivePipeline:
     def __init__(self, env: DiffusionDenoiseVectorEnv, agent: Any) -> None:
         if env.autoreset_mode != AutoresetMode.DISABLED:
             raise ValueError(f"the pipeline needs lanes that wait (autoreset DISABLED), got {env.autoreset_mode}")
+        if isinstance(agent, Agent):
+            agent.require_layout(env.perception.parts)
         self.env, self.agent = env, agent
 
     @classmethod
@@ -76,10 +81,11 @@ class AdaptivePipeline:
             actions = np.zeros(env.num_envs, np.int64)
             episodes = [running[lane][1] for lane in active]
             actions[active] = self._decide(observation[active], info["action_mask"][active], episodes)
-            observation, _, terminated, _, info = env.step(actions)
+            observation, reward, terminated, _, info = env.step(actions)
             share = (time.perf_counter() - began) / len(active)
             for lane in active:
                 running[lane][1].actions.append(int(info["action_taken"][lane]))
+                running[lane][1].reward += float(reward[lane])
                 running[lane][1].seconds += share
             ended = [lane for lane in active if terminated[lane]]
             free = [lane for lane in range(env.num_envs) if lane not in running or lane in ended]

@@ -22,6 +22,7 @@ import gymnasium as gym
 from gymnasium.vector import AutoresetMode, VectorWrapper
 
 ENV_NAME = "addiff"
+PACKAGE = "addiff_env:"  # before an id: import the package, which registers it; a worker process may not have yet
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def make_lanes(context: Mapping[str, Any]) -> gym.vector.VectorEnv:
     Lanes restart in the step after the one that ended them (Gymnasium's default), which RLlib relies on.
     """
     lanes = gym.make_vec(
-        context["id"],
+        PACKAGE + context["id"].removeprefix(PACKAGE),
         num_envs=context.get("num_envs", 1),
         autoreset_mode=AutoresetMode.NEXT_STEP,
         **context["kwargs"],

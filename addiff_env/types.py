@@ -32,6 +32,7 @@ class Generated:
     forward_passes: int = 0
     net_flops: float = 0.0
     seconds: float = 0.0  # wall-clock, shared equally by the lanes of a batch
+    reward: float = 0.0  # rewards of all decisions, summed; 0 where nobody decided
 
 
 @dataclass

@@ -20,3 +20,5 @@ bin="${ADDIFF_VENV:-$ADDIFF_HOME/.venv}/bin"
 export PATH="$bin:$PATH"
 # As many threads as were allocated: libraries would otherwise take every core of the node.
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
+# Since SLURM 22.05 srun no longer takes the job's --cpus-per-task over: a step would get one core.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"

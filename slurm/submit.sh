@@ -13,11 +13,12 @@
 #   ADDIFF_CPUS       CPU cores per task             (default: 8)
 #   ADDIFF_MEM        memory per node                (default: 64G)
 #   ADDIFF_NODES      nodes, for ray                 (default: 1)
+#   ADDIFF_TRIALS     trainings per worker, for sweep (default: 8)
 #   ADDIFF_TEST_ONLY  1: let sbatch check the job without queueing it
 set -euo pipefail
 
 usage() {
-    sed -n '2,17p' "${BASH_SOURCE[0]}" | cut -c 3-
+    sed -n '2,18p' "${BASH_SOURCE[0]}" | cut -c 3-
     exit 2
 }
 (($# >= 1)) || usage

@@ -35,6 +35,8 @@ LAYERS = (  # low to high; a module imports from strictly lower layers, or from 
     "pipeline",
     "tiny",
     "evaluation",
+    "bar",
+    "share",
 )
 SB3 = {"stable_baselines3", "sb3_contrib"}
 LIGHT = {*sys.stdlib_module_names, "gymnasium", "numpy", "addiff_env"}  # what a package's __init__ may import

@@ -43,7 +43,7 @@ def test_other_autoreset_modes_are_refused(small_kwargs):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_minari_gives_back_what_was_recorded(env, episodes, tmp_path, monkeypatch):
-    pytest.importorskip("minari", reason="pip install 'addiff-env[offline]'")
+    minari = pytest.importorskip("minari", reason="pip install 'addiff-env[offline]'")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     write_dataset("addiff/test-v0", env, episodes, "random")
     again = list(read_episodes("addiff/test-v0"))
@@ -58,5 +58,8 @@ def test_minari_gives_back_what_was_recorded(env, episodes, tmp_path, monkeypatc
         np.testing.assert_array_equal(ours.observations, theirs.observations)
         np.testing.assert_array_equal(ours.masks, theirs.masks)
         assert ours.rewards == pytest.approx(theirs.rewards)
+    recovered = minari.load_dataset("addiff/test-v0").recover_environment().unwrapped
+    assert recovered.config.model == env.config.model and recovered.config.max_nfe == env.config.max_nfe
+    assert recovered.vector.reward_config == env.reward_config
     with pytest.raises(ValueError, match="no episodes"):
         write_dataset("addiff/none-v0", env, [], "random")

@@ -1,7 +1,10 @@
 """RLlib's side of the environment; the training itself needs Ray, which has an environment of its own."""
 
 import importlib.util
+import subprocess
+import sys
 
+import cloudpickle
 import numpy as np
 import pytest
 from gymnasium.wrappers.vector import DictInfoToList
@@ -19,6 +22,22 @@ def test_lanes_are_as_an_env_runner_takes_them(small_kwargs):
     assert ended.tolist() == [True, False] and infos[1]["nfe"] == 3
     _, reward, ended, _, infos = env.step(np.array([0, 0]))
     assert not ended.any() and reward[0] == 0 and infos[0]["nfe"] == 2  # warm-up of the new episode
+
+
+def test_a_worker_needs_no_more_than_the_function(tmp_path):
+    """``python -m addiff_env.rllib`` sends it by value to processes that have not imported the package."""
+    cloudpickle.register_pickle_by_value(rllib)
+    try:
+        (tmp_path / "make_lanes").write_bytes(cloudpickle.dumps(rllib.make_lanes))
+    finally:
+        cloudpickle.unregister_pickle_by_value(rllib)
+    code = (
+        "import pickle, sys; make = pickle.load(open(sys.argv[1], 'rb')); assert 'addiff_env' not in sys.modules;"
+        "make({'id': 'AdDiffusion-Tiny-v0', 'kwargs': {'vectorization_mode': 'nose'}})"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "make_lanes")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert "Invalid vectorization mode: 'nose'" in result.stderr  # so the id was found
 
 
 def test_batch_sizes():

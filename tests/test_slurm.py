@@ -37,7 +37,7 @@ FAKES = {
     "hostname": "echo '10.0.0.1 10.0.0.2'",
     "ray": "exec sleep 30",  # as ray start --block
     "python": """
-        echo "threads=$OMP_NUM_THREADS" >>"$LOG"
+        echo "threads=$OMP_NUM_THREADS cores=$SRUN_CPUS_PER_TASK" >>"$LOG"
         if [[ "$*" == *addiff_env.rllib* ]]; then  # which waits until Ray runs on every node
             until (($(grep -c '^ray start' "$LOG") == (${FAKE_NODES:-1} > 1 ? 2 : 1))); do sleep 0.02; done
         fi
@@ -102,7 +102,7 @@ def test_training(cluster, tmp_path):
     assert calls(lines, "python") == [
         f"train_sb3.py hydra.run.dir={tmp_path}/runs/train/first progress_bar=false env=sd15 seed=1"
     ]
-    assert "threads=4" in lines and result.stdout == "41;cluster\n"
+    assert "threads=4 cores=4" in lines and result.stdout == "41;cluster\n"
     assert (tmp_path / "runs" / "logs").is_dir()
 
 
@@ -149,7 +149,8 @@ def test_failures_are_passed_on(cluster):
     assert result.returncode == 0  # the fake sbatch, like the real one, only queues
     assert cluster("sweep", check=False)[0].returncode == 2
     assert "got 'x'" in cluster("sweep", "x", check=False)[0].stderr
-    assert "slurm/submit.sh train" in cluster("nothing", check=False)[0].stdout
+    usage = cluster("nothing", check=False)[0].stdout
+    assert "slurm/submit.sh train" in usage and "ADDIFF_TRIALS" in usage and "ADDIFF_TEST_ONLY" in usage
 
 
 @pytest.mark.parametrize("name", ["ADDIFF_PARTITION", "ADDIFF_RUNS"])

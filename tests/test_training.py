@@ -308,8 +308,10 @@ def test_weights_and_biases_mirrors_tensorboard(small_kwargs, tmp_path, monkeypa
     assert seen["sync_tensorboard"] and seen["project"] == "mine" and seen["dir"] == str(tmp_path)
     assert seen["config"]["algorithm"]["name"] == "ppo" and seen["resume"] == "allow"
     first = seen["id"]
-    with weights_and_biases(cfg, tmp_path):
+    with weights_and_biases(cfg, tmp_path, fresh=False):
         assert seen["id"] == first  # a resumed run is the same run
+    with weights_and_biases(cfg, tmp_path, fresh=True):
+        assert seen["id"] != first  # one that starts anew in the same folder is not
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"), weights_and_biases(cfg, tmp_path):
         pass

@@ -43,7 +43,11 @@ class Remembering(BaseCallback):
 
 
 class EpisodeLog(Remembering):
-    """TensorBoard keys of this project: NFE, action shares, reward components; and the latest means as ``summary``."""
+    """TensorBoard keys of this project, and the latest means as ``summary``.
+
+    ``action/`` shares and ``reward/`` components are means over the rollout's decisions (``rollout/ep_rew_mean`` is
+    SB3's mean return of an episode); ``episode/`` and ``nfe_by_complexity/`` are means over the episodes that ended.
+    """
 
     def __init__(self) -> None:
         super().__init__()

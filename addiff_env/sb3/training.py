@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,6 +38,7 @@ from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
 
 CALIBRATION_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine
 CONFIG_FILE = "config.yaml"
+WANDB_FILE = "wandb-id.txt"
 COSMETIC = ("progress_bar", "threads", "out", "resume", "logging")  # may differ between a run and its continuation
 
 
@@ -70,7 +71,7 @@ def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Seq
     run.mkdir(parents=True, exist_ok=True)
     state = _find_state(cfg, run)
     set_random_seed(cfg.seed)
-    with weights_and_biases(cfg, run):  # before TensorBoard's writer is made, which it has to see
+    with weights_and_biases(cfg, run, fresh=state is None):  # before TensorBoard's writer is made, which it has to see
         training = Training(cfg, run, judge, state)
         began = time.monotonic()
         try:
@@ -234,8 +235,10 @@ def build_callbacks(cfg: DictConfig, env: DenoiseVecEnv, held_out: HeldOut | Non
 
 
 @contextmanager
-def weights_and_biases(cfg: DictConfig, run: Path) -> Iterator[None]:
+def weights_and_biases(cfg: DictConfig, run: Path, fresh: bool = True) -> Iterator[None]:
     """Mirror TensorBoard to Weights & Biases while open, where ``logging.wandb`` (arguments of ``wandb.init``) is set.
+
+    A run that goes on is the same run there; a ``fresh`` one is a new one, whatever the folder held before.
 
     Raises:
         ImportError: wandb is not installed.
@@ -247,10 +250,16 @@ def weights_and_biases(cfg: DictConfig, run: Path) -> Iterator[None]:
         import wandb
     except ImportError as error:
         raise ImportError("logging=wandb needs: pip install wandb") from error
-    identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]  # a resumed run is the same run
-    options = {"id": identity, **_mapping(cfg.logging.wandb)}
+    options = {"id": _wandb_id(run, fresh), **_mapping(cfg.logging.wandb)}
     with wandb.init(sync_tensorboard=True, dir=str(run), config=_mapping(cfg), resume="allow", **options):
         yield
+
+
+def _wandb_id(run: Path, fresh: bool) -> str:
+    path = run / WANDB_FILE
+    if fresh or not path.is_file():
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text()
 
 
 # --------------------------------------------------------------------------- run folder

@@ -12,7 +12,6 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from addiff_env.baseline_cache import BaselineCache
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.perception import QUALITY, TIMESTEP_WIDTH
 from addiff_env.reward import COMPONENTS, RewardConfig, relative_to_baseline
 from addiff_env.sb3.episodes import PromptOrder
 
@@ -33,8 +32,7 @@ def make_lanes(env_id: str, num_envs: int, **kwargs: Any) -> DiffusionDenoiseVec
 
 def observation_parts(env: DiffusionDenoiseVectorEnv) -> dict[str, int]:
     """Widths of the flat observation's parts, in order."""
-    clip = env.perception.clip.width
-    return {"clip_image": clip, "clip_text": clip, "timestep": TIMESTEP_WIDTH, "quality": len(QUALITY)}
+    return env.perception.parts
 
 
 class DenoiseVecEnv(VecEnv):

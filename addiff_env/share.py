@@ -1,0 +1,95 @@
+"""Write what was measured into an agent's bundle, and put it on the Hugging Face Hub.
+
+    python -m addiff_env.share runs/train/tiny-seed0/agent --evaluation runs/mine --card
+    python -m addiff_env.share runs/train/tiny-seed0/agent --evaluation runs/mine --push someone/my-agent
+
+``--evaluation`` names run folders of `evaluate.py`: the agent's own rows in them become ``results`` in its
+``agent.json`` and the table of its model card. Pushing needs ``hf auth login`` once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from omegaconf import OmegaConf
+
+from addiff_env.agent import Agent
+from addiff_env.evaluation.rows import read_rows
+from addiff_env.evaluation.significance import wilson_interval
+from addiff_env.types import ResultRow
+
+
+def measured(agent: Agent, folder: Path) -> tuple[str, dict[str, float]]:
+    """The benchmark that ``folder``, a run of `evaluate.py`, was made on, and what it says about ``agent``.
+
+    Raises:
+        FileNotFoundError: no such run; ValueError: it holds no rows of this agent, or rows that do not belong together.
+    """
+    for name in ("rows.jsonl", "config.yaml"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {str(folder)!r}: --evaluation wants a finished run of evaluate.py")
+    rows = [row for row in read_rows(folder / "rows.jsonl") if row.policy == agent.fingerprint]
+    rows = [row for row in rows if row.method == "agent"]
+    if not rows:
+        raise ValueError(f"{folder / 'rows.jsonl'} has no rows of agent {agent.fingerprint}: evaluate this one")
+    kinds = sorted({(row.code_version, row.dtype, row.backbone, row.solver) for row in rows})
+    if len(kinds) > 1:
+        raise ValueError(f"{folder / 'rows.jsonl'} mixes measurements of this agent: {kinds}")
+    return str(OmegaConf.load(folder / "config.yaml").benchmark.name), _numbers(rows)
+
+
+def _numbers(rows: Sequence[ResultRow]) -> dict[str, float]:
+    """Means over pictures; a share of successes has its 95% Wilson interval."""
+    metrics = [name for name in rows[0].scores if all(name in row.scores for row in rows)]
+    numbers = {name: float(np.mean([row.scores[name] for row in rows])) for name in metrics}
+    if "success" in numbers:
+        low, high = wilson_interval(round(sum(row.scores["success"] for row in rows)), len(rows))
+        numbers |= {"success_95_low": low, "success_95_high": high}
+    nfe = np.array([row.nfe for row in rows])
+    gflops = float(np.mean([row.net_flops for row in rows])) / 1e9
+    numbers |= {"pictures": len(rows), "nfe": float(nfe.mean()), "nfe_std": float(nfe.std()), "net_gflops": gflops}
+    return {name: round(value, 4) for name, value in numbers.items()}
+
+
+def record(folder: Path, evaluations: Sequence[Path]) -> Agent:
+    """Write the results of ``evaluations`` into the bundle in ``folder``; returns the agent.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Agent.load` and `measured`; nothing is written then.
+    """
+    agent = Agent.load(folder)
+    found = dict(measured(agent, evaluation) for evaluation in evaluations)
+    if found:
+        agent.config["results"] = agent.config.get("results", {}) | found
+        agent.save(folder)
+    return agent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m addiff_env.share", description="Record results, share an agent.")
+    parser.add_argument("agent", type=Path, help="folder of an agent bundle")
+    parser.add_argument("--evaluation", type=Path, nargs="+", default=[], help="run folders of evaluate.py")
+    parser.add_argument("--card", action="store_true", help="print the model card")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="repository on the Hub, made if there is none")
+    parser.add_argument("--private", action="store_true", help="a new repository is private")
+    options = parser.parse_args(arguments)
+    try:
+        agent = record(options.agent, options.evaluation)
+        if options.card:
+            print(agent.model_card(options.push or "owner/name"))
+        if options.push:
+            print(agent.push_to_hub(options.push, private=options.private or None))
+    except (FileNotFoundError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
