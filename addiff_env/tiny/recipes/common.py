@@ -115,7 +115,7 @@ class Loop:
         self.writer.close()
 
     def _log(self, losses: dict[str, torch.Tensor]) -> None:
-        values = {key: float(value) for key, value in losses.items()}
+        values = {key: float(value.detach()) for key, value in losses.items()}
         for key, value in values.items():
             self.writer.add_scalar(f"{self.name}/{key}", value, self.step)
         if self.step % 200 == 0:

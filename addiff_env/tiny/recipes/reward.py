@@ -25,7 +25,7 @@ from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
 HELD_OUT = 6  # one in so many captions is held out, with all its samples
 STAGE_WEIGHTS = (0.1, 0.2, 0.2, 0.5)  # how often each kept stage of a sample is drawn, the finished picture last
-GENERATED_SHARE = 0.7  # of a batch, in the second half of training
+GENERATED_SHARE = 0.7  # of a batch, once generated pictures come in
 
 Labelled = tuple[Pairs, torch.Tensor]
 
@@ -128,7 +128,7 @@ def train(args: argparse.Namespace, scenes: Pairs, previews: Pairs, samples: Sam
     loop = common.Loop("reward", args, modules, args.lr)
 
     def loss_at(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        generated = round(GENERATED_SHARE * args.batch) if loop.step >= args.steps // 2 else 0
+        generated = round(GENERATED_SHARE * args.batch) if loop.step >= args.generated_from * args.steps else 0
         parts = [rendered_batch(scenes, previews, args.batch - generated, generator)]
         if generated:
             parts.append(generated_batch(samples, first_held, generated, generator))
@@ -153,7 +153,14 @@ def train(args: argparse.Namespace, scenes: Pairs, previews: Pairs, samples: Sam
 
 def main() -> None:
     """Command line."""
-    args = common.arguments(__doc__ or "", steps=1300, batch=96, lr=1.2e-3, warm_start=0)
+    args = common.arguments(
+        __doc__ or "",
+        steps=1300,
+        batch=96,
+        lr=1.2e-3,
+        warm_start=0,
+        generated_from=0.5,  # share of the training after which generated pictures come in
+    )
     scenes = pairs.load_scenes(args.work, args.seed)
     previews, samples = pairs.load_previews(args.work, scenes), pairs.load_samples(args.work)
     samples, first_held = hold_out(samples)
