@@ -54,7 +54,7 @@ def test_the_gpu_gives_the_cpus_latents(kwargs: Kwargs, dtype: str) -> None:
         while not envs.done.all():
             envs.step(np.zeros(3, int))
         finals.append(envs.latents.float().cpu())
-    difference = (finals[1] - finals[0]).abs().max() / max(1, finals[0].abs().max())
+    difference = (finals[1] - finals[0]).abs().max()
     assert torch.isfinite(finals[1]).all() and difference <= TOLERANCE[dtype]
 
 
@@ -68,7 +68,7 @@ def test_lanes_equal_single_runs_on_the_gpu(kwargs: Kwargs, dtype: str) -> None:
         for action in plan:
             if not alone.done.all():
                 alone.step(np.array([action]))
-        difference = (together[lane] - alone.latents[0].float().cpu()).abs().max() / max(1, together.abs().max())
+        difference = (together[lane] - alone.latents[0].float().cpu()).abs().max()
         assert difference <= TOLERANCE[dtype]
 
 

@@ -251,7 +251,8 @@ def protocol_scores(rows: Sequence[ResultRow]) -> dict[str, dict[str, dict[str, 
         having = [row for row in rows if metric in row.scores]
         for method in dict.fromkeys(row.method for row in having):
             pairs = [(row.category, row.scores[metric]) for row in having if row.method == method]
-            shares = summarize(pairs) if metric == "geneval" else category_means(pairs)
+            geneval = metric == "geneval"
+            shares = summarize((tag, bool(v)) for tag, v in pairs) if geneval else category_means(pairs)
             found.setdefault(metric, {})[method] = shares
     return found
 

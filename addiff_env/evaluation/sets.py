@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,9 @@ class References:
         for kind in dict.fromkeys(_kind(name) for name in options.names):
             stamp = self._stamp(kind, paths)
             self.stamps[kind] = stamp
+            path, extract = cache / f"references-{kind}.npz", self._extract(kind)
             try:
-                self.features[kind] = reference_features(
-                    cache / f"references-{kind}.npz", stamp, lambda kind=kind: self._extract(kind)(paths)
-                )
+                self.features[kind] = reference_features(path, stamp, partial(extract, paths))
             except OSError as error:  # offline, not cached
                 raise FileNotFoundError(
                     f"{kind} features for {', '.join(options.names)}: {reason(error)}; get the network and pass "
