@@ -71,14 +71,14 @@ def test_a_cleanrl_style_loop_on_torch_observations(small_kwargs: Kwargs) -> Non
 
 @pytest.mark.filterwarnings("default")  # the library's own
 def test_torchrl(small_kwargs: Kwargs) -> None:
-    pytest.importorskip("torchrl", reason="pip install 'addiff-env[torchrl]'")
+    pytest.importorskip("torchrl.envs", reason="pip install 'addiff-env[torchrl]'")
     from torchrl.envs import GymEnv
     from torchrl.envs.utils import check_env_specs
 
     env = GymEnv(ID, categorical_action_encoding=True, **small_kwargs)
     check_env_specs(env)
     plan: Iterator[int] = iter([CONTINUE, REFINE, CONTINUE, STOP])
-    rollout = env.rollout(10, lambda state: state.set("action", torch.tensor(next(plan))))
+    rollout = env.rollout(10, lambda observation: torch.tensor(next(plan)))
     lanes = env._env.unwrapped.vector
     rewards, ends = replay(small_kwargs, lanes.prompt[0], int(lanes.seed[0]), rollout["action"].tolist())
     assert rollout["observation"].shape == (4, *env.observation_spec["observation"].shape)
@@ -89,7 +89,7 @@ def test_torchrl(small_kwargs: Kwargs) -> None:
 
 @pytest.mark.filterwarnings("default")  # the library's own
 def test_tianshou(small_kwargs: Kwargs) -> None:
-    pytest.importorskip("tianshou", reason="pip install 'addiff-env[tianshou]'")
+    pytest.importorskip("tianshou.algorithm", reason="pip install 'addiff-env[tianshou]'")
     from tianshou.algorithm.modelfree.reinforce import DiscreteActorPolicy, Reinforce
     from tianshou.algorithm.optim import AdamOptimizerFactory
     from tianshou.data import Collector, VectorReplayBuffer

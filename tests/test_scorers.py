@@ -265,8 +265,8 @@ def test_a_pickscore_folder_by_the_official_formula(tmp_path: Path) -> None:
         words = model.text_projection(
             model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
         )
-    image, words = image / image.norm(dim=-1, keepdim=True), words / words.norm(dim=-1, keepdim=True)
-    expected = model.logit_scale.exp() * (words @ image.T).diagonal()
+        image, words = (x / x.norm(dim=-1, keepdim=True) for x in (image, words))
+        expected = model.logit_scale.exp() * (words @ image.T).diagonal()
     torch.testing.assert_close(load_scorer(f"pickscore:{tmp_path}").score(batch, prompts), expected, rtol=0, atol=2e-2)
     assert abs(float(expected[0] - expected[1])) > 0.1
 
