@@ -6,7 +6,7 @@ import pytest
 from addiff_env.evaluation.benchmarks import load_benchmark
 from addiff_env.evaluation.report import overlay, plot_quality_against_compute, summary_table
 from addiff_env.evaluation.rows import append_rows, read_rows
-from addiff_env.evaluation.summary import action_shares
+from addiff_env.evaluation.summary import action_shares, lead_with
 from addiff_env.stats import wilson_interval
 from addiff_env.types import ResultRow
 
@@ -89,12 +89,13 @@ def test_action_shares():
 def test_table_of_another_metric_is_of_its_own_scores():
     rows = [row("ddim-5"), row("agent"), row("agent"), row("none")]
     for one, score in zip(rows, (0.25, 0.21, 0.23, None), strict=True):
+        one.prompt = str(score)
         one.scores = {"clip_score": 0.5} if score is None else {"hpsv2.1": score}
-    lines = summary_table(rows, "hpsv2.1").splitlines()
+    lines = summary_table(lead_with(rows, "hpsv2.1")).splitlines()
     assert lines[0].split()[2] == "hpsv2.1" and "success" not in lines[0]
     half = 1.96 * 0.01 * 2**0.5 / 2**0.5
-    assert lines[3].split()[:4] == ["agent", "2", "0.22", f"{0.22 - half:.4g}-{0.22 + half:.4g}"]
-    assert lines[4].split()[:3] == ["none", "0", "nan"]
+    assert lines[3].split()[:4] == ["agent", "2", "0.220", f"{0.22 - half:.3f}-{0.22 + half:.3f}"]
+    assert len(lines) == 4  # who has no such score is not in the table
 
 
 def test_plot_is_written(tmp_path):

@@ -168,8 +168,10 @@ def rows_of(category: str, captions: list[str]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def sample_timesteps(number: int, generator: torch.Generator, early: float = 0.4) -> torch.Tensor:
+def sample_timesteps(number: int, generator: torch.Generator, early: float | torch.Tensor = 0.1) -> torch.Tensor:
     """Training timesteps (number,): a share ``early`` uniform over the noisiest 150 of 1000, the rest Beta(1.8, 1.4).
+
+    ``early`` may differ by row, (number,).
 
     Below the noisiest sixth the layout shows through the noise, so that only there a caption's relation is worth
     anything to the loss; the Beta distribution, which alone comes there once in seven, favours what shapes are decided
@@ -195,7 +197,8 @@ def main() -> None:
         focus="",  # a category that lags behind ...
         focus_share=0.5,  # ... and how much of every batch it then gets
         layout=0.2,  # weight of reading the caption's layout off the text encoder
-        early=0.4,  # share of timesteps from the noisiest part of the schedule
+        early=0.1,  # share of timesteps from the noisiest part of the schedule ...
+        early_related=0.5,  # ... and where the caption states a relation
     )
     data.prepare(args.work)
     pictures, captions = data.load(args.work)
@@ -205,6 +208,7 @@ def main() -> None:
     ids = tokenize(tokenizer, captions)
     empty = tokenize(tokenizer, [""])
     told = torch.stack([told_layout(caption) for caption in captions[: args.pictures]])
+    related = told.view(len(told), -1, _TOLD)[..., 2:].any(-1).any(-1)  # (N,) bool
     focused = rows_of(args.focus, captions[: args.pictures])
 
     torch.manual_seed(args.seed)
@@ -233,7 +237,8 @@ def main() -> None:
             index = torch.where(chosen, focused[common.batch_indices(generator, len(focused), args.batch)], index)
         x0 = latents[index].to(args.device).float()  # (B, 8, 16, 16)
         noise = torch.randn(x0.shape, generator=generator).to(args.device)
-        timesteps = sample_timesteps(args.batch, generator, args.early).to(args.device)
+        early = torch.where(related[index], args.early_related, args.early)
+        timesteps = sample_timesteps(args.batch, generator, early).to(args.device)
         dropped = torch.rand(args.batch, 1, generator=generator) < args.dropout
         tokens = torch.where(dropped, empty, ids[index]).to(args.device)
         alpha, sigma = alphas_cumprod[timesteps].sqrt(), (1 - alphas_cumprod[timesteps]).sqrt()
