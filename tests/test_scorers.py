@@ -257,7 +257,8 @@ def test_a_pickscore_folder_by_the_official_formula(tmp_path: Path) -> None:
     processor = transformers.CLIPImageProcessor()
     for part in (model, tokenizer, processor):
         part.save_pretrained(tmp_path)
-    batch, prompts = pictures(2, 300, 260).mul(255).round() / 255, ["a red circle", "two blue squares and a star"]
+    batch, prompts = pictures(2, 300, 260), ["a red circle", "two blue squares and a star"]
+    batch = (batch * torch.tensor([0.2, 1.0]).view(2, 1, 1, 1) * 255).round() / 255
     as_pil = [Image.fromarray((p.permute(1, 2, 0) * 255).round().byte().numpy()) for p in batch]
     tokens = tokenizer(prompts, padding=True, truncation=True, max_length=77, return_tensors="pt")
     with torch.no_grad():
@@ -267,8 +268,8 @@ def test_a_pickscore_folder_by_the_official_formula(tmp_path: Path) -> None:
         )
         image, words = (x / x.norm(dim=-1, keepdim=True) for x in (image, words))
         expected = model.logit_scale.exp() * (words @ image.T).diagonal()
-    torch.testing.assert_close(load_scorer(f"pickscore:{tmp_path}").score(batch, prompts), expected, rtol=0, atol=2e-2)
-    assert abs(float(expected[0] - expected[1])) > 0.1
+    torch.testing.assert_close(load_scorer(f"pickscore:{tmp_path}").score(batch, prompts), expected, rtol=0, atol=5e-3)
+    assert abs(float(expected[0] - expected[1])) > 0.05  # the pairs do score differently
 
 
 def test_aesthetic_is_a_linear_map_of_unit_features(tmp_path: Path) -> None:
