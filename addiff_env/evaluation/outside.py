@@ -104,7 +104,7 @@ class DiffusersSolver(Batched):
 
     def _batch(self, items: list[Item]) -> list[Generated]:
         generators = [torch.Generator().manual_seed(int(item.seed)) for item in items]
-        noise = torch.stack([draw_noise(self.backbone, self.shape, generator) for generator in generators])
+        noise = draw_noise(self.backbone, self.shape, generators)
         network = self.pipeline.unet
         with _counted(network) as rows, _processors_kept(network):
             latents = self.pipeline(
