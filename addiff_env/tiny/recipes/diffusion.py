@@ -92,8 +92,8 @@ def told_layout(caption: str) -> torch.Tensor:
 class LayoutReader(nn.Linear):
     """Reads `told_layout` off every token, and is thrown away after training.
 
-    A relation is a single word that turns the whole picture round: from the denoiser's loss alone the text encoder does
-    not learn in hours what this loss teaches it in minutes.
+    A relation is a single word that turns the whole picture round, of which the denoiser's loss tells the text encoder
+    little.
     """
 
     def __init__(self) -> None:
