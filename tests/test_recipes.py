@@ -145,7 +145,7 @@ def test_held_out_captions_are_not_trained_on() -> None:
 
 def test_timesteps_crowd_where_shapes_are_decided() -> None:
     """Nine in ten from Beta(1.8, 1.4), one in ten uniform: the share below a tenth by hand."""
-    drawn = diffusion.sample_timesteps(200_000, torch.Generator().manual_seed(0), early=0.4)
+    drawn = diffusion.sample_timesteps(200_000, torch.Generator().manual_seed(0), torch.full((200_000,), 0.4))
     assert drawn.min() >= 0 and drawn.max() <= 999 and drawn.dtype == torch.int64
     low = 0.6 * beta.cdf(0.1, 1.8, 1.4)
     assert (drawn < 100).double().mean().item() == pytest.approx(low, abs=0.003)

@@ -168,10 +168,10 @@ def rows_of(category: str, captions: list[str]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def sample_timesteps(number: int, generator: torch.Generator, early: float | torch.Tensor = 0.1) -> torch.Tensor:
+def sample_timesteps(number: int, generator: torch.Generator, early: torch.Tensor) -> torch.Tensor:
     """Training timesteps (number,): a share ``early`` uniform over the noisiest 150 of 1000, the rest Beta(1.8, 1.4).
 
-    ``early`` may differ by row, (number,).
+    ``early`` (number,) is each row's own share.
 
     Below the noisiest sixth the layout shows through the noise, so that only there a caption's relation is worth
     anything to the loss; the Beta distribution, which alone comes there once in seven, favours what shapes are decided
@@ -183,9 +183,50 @@ def sample_timesteps(number: int, generator: torch.Generator, early: float | tor
     return (1000 * torch.where(chosen, 0.85 + 0.15 * uniform, middle)).long().clamp(0, 999)
 
 
-def main() -> None:
-    """Command line."""
-    args: argparse.Namespace = common.arguments(
+class TrainingSet:
+    """Latents with their captions' tokens and what these tell; `draw` makes a step's batch of them."""
+
+    def __init__(self, args: argparse.Namespace, tokenizer: CLIPTokenizer) -> None:
+        data.prepare(args.work)
+        pictures, captions = data.load(args.work)
+        captions = captions[: args.pictures]
+        vae = AutoencoderTiny.from_pretrained(args.out / "pipeline" / "vae", dtype=torch.float32)
+        self.args = args
+        self.latents = encode_all(vae, pictures[: args.pictures], args.work / "latents.pt", args.device)
+        self.ids, self.empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+        self.told = torch.stack([told_layout(caption) for caption in captions])  # (N, 24)
+        self.related = self.told.view(len(captions), -1, _TOLD)[..., 2:].any(-1).any(-1)  # (N,) bool
+        self.focused = rows_of(args.focus, captions)
+
+    def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """``x0`` and noise (B, 8, 16, 16), timesteps (B,), token ids (B, 32) and told layout (B, 24), on the device.
+
+        A caption that is dropped for guidance's sake tells nothing.
+        """
+        args = self.args
+        index = self._index(generator)
+        x0 = self.latents[index].float()
+        noise = torch.randn(x0.shape, generator=generator)
+        early = torch.where(self.related[index], args.early_related, args.early)
+        timesteps = sample_timesteps(args.batch, generator, early)
+        dropped = torch.rand(args.batch, 1, generator=generator) < args.dropout
+        tokens = torch.where(dropped, self.empty, self.ids[index])
+        told = torch.where(dropped, 0.0, self.told[index])
+        return tuple(tensor.to(args.device) for tensor in (x0, noise, timesteps, tokens, told))
+
+    def _index(self, generator: torch.Generator) -> torch.Tensor:
+        """Rows (B,) of a batch, a share of them from the category in focus."""
+        args = self.args
+        index = common.batch_indices(generator, len(self.latents), args.batch)
+        if not len(self.focused):
+            return index
+        chosen = torch.rand(args.batch, generator=generator) < args.focus_share
+        return torch.where(chosen, self.focused[common.batch_indices(generator, len(self.focused), args.batch)], index)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    return common.arguments(
         __doc__ or "",
         steps=4200,
         batch=64,
@@ -200,17 +241,12 @@ def main() -> None:
         early=0.1,  # share of timesteps from the noisiest part of the schedule ...
         early_related=0.5,  # ... and where the caption states a relation
     )
-    data.prepare(args.work)
-    pictures, captions = data.load(args.work)
-    vae = AutoencoderTiny.from_pretrained(args.out / "pipeline" / "vae", dtype=torch.float32)
-    latents = encode_all(vae, pictures[: args.pictures], args.work / "latents.pt", args.device)
-    tokenizer = build_tokenizer()
-    ids = tokenize(tokenizer, captions)
-    empty = tokenize(tokenizer, [""])
-    told = torch.stack([told_layout(caption) for caption in captions[: args.pictures]])
-    related = told.view(len(told), -1, _TOLD)[..., 2:].any(-1).any(-1)  # (N,) bool
-    focused = rows_of(args.focus, captions[: args.pictures])
 
+
+def main() -> None:
+    """Train, export."""
+    args, tokenizer = arguments(), build_tokenizer()
+    scenes = TrainingSet(args, tokenizer)
     torch.manual_seed(args.seed)
     unet = build_unet().to(args.device, memory_format=torch.channels_last)
     text_encoder = build_text_encoder(tokenizer).to(args.device)
@@ -231,23 +267,14 @@ def main() -> None:
         predict = torch.compile(predict)
 
     def loss_at(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        index = common.batch_indices(generator, len(latents), args.batch)
-        if len(focused):
-            chosen = torch.rand(args.batch, generator=generator) < args.focus_share
-            index = torch.where(chosen, focused[common.batch_indices(generator, len(focused), args.batch)], index)
-        x0 = latents[index].to(args.device).float()  # (B, 8, 16, 16)
-        noise = torch.randn(x0.shape, generator=generator).to(args.device)
-        early = torch.where(related[index], args.early_related, args.early)
-        timesteps = sample_timesteps(args.batch, generator, early).to(args.device)
-        dropped = torch.rand(args.batch, 1, generator=generator) < args.dropout
-        tokens = torch.where(dropped, empty, ids[index]).to(args.device)
+        x0, noise, timesteps, tokens, told = scenes.draw(generator)
         alpha, sigma = alphas_cumprod[timesteps].sqrt(), (1 - alphas_cumprod[timesteps]).sqrt()
         alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
         noisy = (alpha * x0 + sigma * noise).contiguous(memory_format=torch.channels_last)
         target = alpha * noise - sigma * x0  # v (Salimans & Ho 2022)
         predicted, hidden = predict(noisy, timesteps, tokens)
         denoising = F.mse_loss(predicted.float(), target)
-        layout = reader.loss(hidden, torch.where(dropped, 0.0, told[index]).to(args.device))
+        layout = reader.loss(hidden, told)
         return {"loss": denoising + args.layout * layout, "denoising": denoising, "layout": layout}
 
     def after(step: int) -> None:
