@@ -177,9 +177,8 @@ def controls_of(rows: list[ResultRow], env: DiffusionDenoiseVectorEnv, full: Dif
 
 
 def decide(rows: list[ResultRow], items: Sequence[Item], rules: Rules = Rules()) -> list[Verdict]:  # noqa: B008
-    """Verdicts on H1-H4 from the rows that have the rules' metric."""
-    judged = [row for row in rows if rules.metric in row.scores]
-    return all_verdicts(judged, {(item.prompt, item.seed): item.facts for item in items}, rules=rules)
+    """Verdicts on H1-H4 from the rows, all of which have the rules' metric."""
+    return all_verdicts(rows, {(item.prompt, item.seed): item.facts for item in items}, rules=rules)
 
 
 def rules_of(cfg: DictConfig, metric: str) -> Rules:
@@ -273,7 +272,9 @@ def report(
 ) -> None:
     """Write and print the table and the verdicts; write the plot, the filmstrips, ``report.html`` and its exports."""
     metric = primary_score([list(row.scores) for row in rows], cfg.primary)
-    rows = lead_with(rows, metric)
+    whole, rows = rows, lead_with(rows, metric)
+    if len(rows) < len(whole):
+        print(f"{len(whole) - len(rows)} of {len(whole)} rows have no {metric} and are left out of the report")
     table = summary_table(rows)
     (folder / "table.txt").write_text(table + "\n")
     written = [folder / "table.txt", folder / "rows.jsonl", folder / "quality_vs_compute.png"]
