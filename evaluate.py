@@ -47,7 +47,7 @@ from addiff_env.evaluation.metrics import (
     score_pictures,
 )
 from addiff_env.evaluation.outside import MethodOptions
-from addiff_env.evaluation.report import plot_filmstrips, plot_quality_against_compute, record_trajectory, summary_table
+from addiff_env.evaluation.report import plot_quality_against_compute, summary_table
 from addiff_env.evaluation.rows import (
     append_rows,
     launched_shard,
@@ -63,6 +63,7 @@ from addiff_env.evaluation.sets import References, SetOptions, describe_sets, se
 from addiff_env.evaluation.summary import lead_with
 from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune
 from addiff_env.evaluation.version import code_version
+from addiff_env.filmstrips import filmstrip_figure, record_trajectories
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import Action, Generated, ResultRow
 
@@ -166,7 +167,8 @@ def record_filmstrips(
     strips = []
     for row in rows:
         item = known[row.prompt, row.seed]
-        strips.append(Strip(item, row.reason, record_trajectory(env, agent.act, item)))
+        (frames,) = record_trajectories(env, agent.act, [item.prompt], [item.seed])
+        strips.append(Strip(item, row.reason, frames))
     return strips
 
 
@@ -287,7 +289,8 @@ def report(
         one_lane = make_agent_env(agent, 1, **overrides)
         strips = record_filmstrips(choose_filmstrips(own, cfg.filmstrips, metric), items, agent, one_lane)
         written.append(folder / "filmstrips.png")
-        plot_filmstrips(strips, written[-1])
+        titled = [(f"{strip.item.prompt!r}: {strip.reason}", strip.frames) for strip in strips]
+        filmstrip_figure(titled).savefig(written[-1])
     verdicts = decide(rows, items, rules_of(cfg, metric)) if own else []
     print("\n".join(map(describe, verdicts)) + "\n")
     keep_run(cfg, folder, rows, items, agent, overrides, metric)

@@ -1,8 +1,12 @@
-"""Statistics that several layers report."""
+"""Numbers that several layers need."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
 
@@ -19,3 +23,9 @@ def wilson_interval(successes: int, number: int, z: float = Z95) -> tuple[float,
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / number + spread / (4 * number)) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def spread(items: Sequence[Any], number: int) -> list[Any]:
+    """``number`` of ``items`` (or all, if fewer), evenly spaced."""
+    at = np.linspace(0, len(items) - 1, min(number, len(items))).round().astype(int)
+    return [items[index] for index in at]

@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 from addiff_env.agent import Agent
 from addiff_env.sb3 import CollapseAlarm, CollapseWarning, EpisodeLog, PromptOrder, Stage, prompt_complexity
 from addiff_env.sb3.callbacks import LinearSchedule
-from addiff_env.sb3.episodes import complexity_group, spread, stack_filmstrips
+from addiff_env.sb3.episodes import complexity_group
 from addiff_env.sb3.policies import ALGORITHMS, calibrate
 
 PARTS = {"wide": 12, "narrow": 3}
@@ -249,13 +249,3 @@ def test_the_order_is_a_stream_that_can_be_saved():
 def test_bad_stages_are_named(stages, complaint):
     with pytest.raises(ValueError, match=complaint):
         PromptOrder(PROMPTS, stages)
-
-
-def test_filmstrips_are_padded_to_one_picture():
-    frames = [np.full((4, 4, 3), value, np.uint8) for value in (10, 20, 30)]
-    picture = stack_filmstrips([frames, frames[:1]])
-    assert picture.shape == (8, 12, 3)
-    assert (picture[:4, 4:8] == 20).all() and (picture[4:, :4] == 10).all() and (picture[4:, 4:] == 255).all()
-    with pytest.raises(ValueError, match=r"\[3, 0\]"):
-        stack_filmstrips([frames, []])
-    assert spread(range(100), 3) == [0, 50, 99] and spread([1, 2], 5) == [1, 2]

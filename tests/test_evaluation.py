@@ -1,10 +1,9 @@
 """Rows on disk, intervals, the table, and the methods of the evaluation."""
 
-import numpy as np
 import pytest
 
 from addiff_env.evaluation.benchmarks import load_benchmark
-from addiff_env.evaluation.report import overlay, plot_quality_against_compute, summary_table
+from addiff_env.evaluation.report import plot_quality_against_compute, summary_table
 from addiff_env.evaluation.rows import append_rows, read_rows
 from addiff_env.evaluation.summary import action_shares, lead_with
 from addiff_env.stats import wilson_interval
@@ -102,15 +101,6 @@ def test_plot_is_written(tmp_path):
     path = tmp_path / "plot.png"
     plot_quality_against_compute([row(), row("agent", nfe=7)], path)
     assert path.stat().st_size > 5000
-
-
-def test_overlay_keeps_the_mask_and_darkens_the_rest():
-    picture = np.full((8, 8, 3), 200, np.uint8)
-    mask = np.zeros((2, 2))
-    mask[0, 0] = 1
-    shown = overlay(picture, mask)
-    assert (shown[1:3, 1:3] == 200).all()
-    assert (shown[4:, 4:] == 70).all()
 
 
 def test_benchmark_limit_is_balanced_and_fixed():

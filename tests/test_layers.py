@@ -27,6 +27,7 @@ LAYERS = (  # low to high; a module imports from strictly lower layers, or from 
     "perception",
     "costs",
     "env",
+    "filmstrips",
     "baseline_cache",
     "agent",
     "offline",

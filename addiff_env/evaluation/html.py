@@ -30,10 +30,8 @@ from addiff_env.evaluation.report import (
     AGENT,
     FAMILIES,
     GRID,
-    INK,
     actions_figure,
     complexity_figure,
-    overlay,
     quality_figure,
     shares_text,
 )
@@ -62,6 +60,7 @@ from addiff_env.evaluation.summary import (
     share_metrics,
     summarise,
 )
+from addiff_env.filmstrips import INK, overlay
 from addiff_env.types import ACTIONS, ResultRow
 
 SUBJECT = "agent"  # the method whose decisions, failures and comparisons are shown

@@ -1,11 +1,11 @@
-"""What an evaluation says: the table, the plots, the filmstrips."""
+"""What an evaluation says: the table and the plots."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 
@@ -17,9 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.hypotheses import solver_families
-from addiff_env.evaluation.runs import Strip
 from addiff_env.evaluation.significance import front_quality
 from addiff_env.evaluation.summary import (
     COSTS,
@@ -34,12 +32,10 @@ from addiff_env.evaluation.summary import (
     share_metrics,
     summarise,
 )
+from addiff_env.filmstrips import ACCENT, INK
 from addiff_env.types import ACTIONS, Action, ResultRow
 
-if TYPE_CHECKING:
-    from addiff_env.env import DiffusionDenoiseVectorEnv
-
-INK, GRID, AGENT = "#1f2430", "#c9ced6", "#d9480f"
+GRID, AGENT = "#c9ced6", ACCENT
 FAMILIES = ("#1c7ed6", "#2b8a3e", "#7048e8", "#c2255c", "#0b7285", "#846800")  # solvers, best-of-N, single methods
 ACTION_COLORS = ("#4c8ed9", "#7a8494", "#e8590c")  # continue, stop, refine
 _LOOK: dict[Any, Any] = {
@@ -252,70 +248,3 @@ def complexity_figure(rows: Sequence[ResultRow], facts: Mapping[tuple[str, int],
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=2, markerscale=0.6)
     return figure
-
-
-# --------------------------------------------------------------------------- filmstrips
-
-
-def record_trajectory(env: DiffusionDenoiseVectorEnv, act, item: Item) -> list[dict]:
-    """Run one item on a one-lane environment; a frame per decision, and the final picture.
-
-    A frame has ``picture`` uint8 (H, W, 3), ``action`` (None at the end), ``mask`` float (h, w) or None,
-    ``nfe``, ``step`` and ``reward_score``.
-    """
-    observation, info = env.reset(options={"prompt": [item.prompt], "seed": [item.seed]})
-    frames, ended = [], False
-    while not ended:
-        action = act(observation, info["action_mask"])
-        frame = _frame(env.preview_images()[0], info)
-        observation, _, terminated, _, info = env.step(action)
-        frame["action"] = int(info["action_taken"][0])
-        frame["mask"] = env.refine_mask[0] if frame["action"] == Action.REFINE else None
-        frames.append(frame)
-        ended = bool(terminated[0])
-    return [*frames, _frame(env.final_image(0), info)]
-
-
-def _frame(picture: np.ndarray, info: dict) -> dict:
-    scores = {"nfe": int(info["nfe"][0]), "step": int(info["step_index"][0]), "score": float(info["reward_score"][0])}
-    return {"picture": picture, "action": None, "mask": None, **scores}
-
-
-def overlay(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The picture uint8 (H, W, 3) with what the mask (h, w) in [0, 1] leaves alone darkened, and its edge drawn."""
-    repeat = (picture.shape[0] // mask.shape[0], picture.shape[1] // mask.shape[1])
-    weight = np.kron(mask, np.ones(repeat))[..., None]
-    tinted = picture * (0.35 + 0.65 * weight)
-    inside = weight[..., 0] > 0.5
-    edge = inside & ~(np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1))
-    tinted[edge] = (255, 255, 255)
-    return tinted.clip(0, 255).astype(np.uint8)
-
-
-def plot_filmstrips(strips: Sequence[Strip], path: Path) -> None:
-    """One row per trajectory: previews with the action taken, masks overlaid, the final picture."""
-    columns = max(len(strip.frames) for strip in strips)
-    figure, axes = plt.subplots(
-        len(strips), columns, figsize=(1.25 * columns, 1.75 * len(strips)), squeeze=False, layout="constrained"
-    )
-    for row, strip in enumerate(strips):
-        for axis in axes[row]:
-            axis.axis("off")
-        for column, frame in enumerate(strip.frames):
-            _draw_frame(axes[row, column], frame)
-        first = axes[row, 0]
-        words = f"{strip.item.prompt!r}: {strip.reason}"
-        title = first.text(0, 1.34, words, transform=first.transAxes, fontsize=9, color=INK, parse_math=False)
-        title.set_in_layout(False)  # a long prompt must not widen its column
-    figure.suptitle(" ", fontsize=14)  # room for the first title, which stands outside the layout
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _draw_frame(axis, frame: dict) -> None:
-    picture = frame["picture"] if frame["mask"] is None else overlay(frame["picture"], frame["mask"])
-    axis.imshow(picture, interpolation="nearest")
-    action = frame["action"]
-    label = "final" if action is None else ACTIONS[action]
-    color = AGENT if action == Action.REFINE else INK
-    axis.set_title(f"{label}\nNFE {frame['nfe']}  v {frame['score']:+.1f}", fontsize=6.5, color=color)

@@ -37,7 +37,7 @@ _KEPT = ("prompt", "seed", "category", "id", "facts", "complexity")  # of an ite
 
 @dataclass(frozen=True)
 class Strip:
-    """A recorded trajectory: frames as `report.record_trajectory` gives them, and the checker's words."""
+    """A recorded trajectory: frames as `filmstrips.record_trajectories` gives them, and the checker's words."""
 
     item: Item
     reason: str

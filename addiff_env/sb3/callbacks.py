@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Image
+from stable_baselines3.common.logger import Figure
 
 from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.filmstrips import filmstrip_figure, record_trajectories
 from addiff_env.reward import COMPONENTS, DualVariable, RunningScores, quality
-from addiff_env.sb3.episodes import COMPLEXITIES, complexity_group, stack_filmstrips
+from addiff_env.sb3.episodes import COMPLEXITIES, complexity_group
 from addiff_env.sb3.vec_env import DenoiseVecEnv
 from addiff_env.types import ACTIONS
 
@@ -299,30 +300,16 @@ class HeldOut(Remembering):
 
     def look(self) -> dict[str, float]:
         """Run every held-out prompt once and log what came out; returns the means."""
-        strips = self._play(Agent(self.model.policy.export(), {"observation": {}}))
+        agent = Agent(self.model.policy.export(), {"observation": {}})
+        seeds = [HELD_OUT_SEED + k for k in range(self.lanes.num_envs)]
+        strips = record_trajectories(self.lanes, agent.act, self.prompts, seeds, self.filmstrips)
         self.summary = self._means()
         for name, value in self.summary.items():
             self.logger.record(f"held_out/{name}", value)
         if strips:
-            picture = Image(stack_filmstrips(strips), "HWC")
-            self.logger.record("held_out/filmstrips", picture, exclude=("stdout", "log", "json", "csv"))
+            figure = Figure(filmstrip_figure(list(zip(self.prompts, strips, strict=False))), close=True)
+            self.logger.record("held_out/filmstrips", figure, exclude=("stdout", "log", "json", "csv"))
         return self.summary
-
-    def _play(self, agent: Agent) -> list[list[np.ndarray]]:
-        """Play all lanes to their ends; frames of the first ``filmstrips`` lanes, the final picture last."""
-        lanes, shown = self.lanes, range(min(self.filmstrips, self.lanes.num_envs))
-        seeds = [HELD_OUT_SEED + k for k in range(lanes.num_envs)]
-        observation, info = lanes.reset(options={"prompt": self.prompts, "seed": seeds})
-        strips: list[list[np.ndarray]] = [[] for _ in shown]
-        running = ~lanes.done
-        while running.any():
-            previews = lanes.preview_images() if running[: len(shown)].any() else ()
-            for lane in shown:
-                if running[lane]:
-                    strips[lane].append(previews[lane])
-            observation, _, terminated, _, info = lanes.step(agent.act(observation, info["action_mask"]))
-            running = ~terminated
-        return [[*strips[lane], lanes.final_image(lane)] for lane in shown]
 
     def _means(self) -> dict[str, float]:
         lanes = self.lanes

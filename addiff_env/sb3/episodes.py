@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from gymnasium.utils import seeding
 
 _SEPARATORS = re.compile(
@@ -105,18 +104,3 @@ def _choose(prompts: Sequence[str], stage: Stage) -> list[str]:
     if not chosen:
         raise ValueError(f"curriculum stage {stage.name!r}: none of {len(prompts)} prompts has complexity <= {most}")
     return chosen
-
-
-def spread(items: Sequence[Any], number: int) -> list[Any]:
-    """``number`` of ``items`` (or all, if fewer), evenly spaced."""
-    at = np.linspace(0, len(items) - 1, min(number, len(items))).round().astype(int)
-    return [items[index] for index in at]
-
-
-def stack_filmstrips(strips: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """One picture of trajectories, a row each: frames uint8 (H, W, 3), shorter rows padded with white."""
-    if not strips or not all(strips):
-        raise ValueError(f"expected at least one frame per strip, got strips of {[len(strip) for strip in strips]}")
-    longest, blank = max(map(len, strips)), np.full_like(strips[0][0], 255)
-    rows = [np.concatenate([*strip, *[blank] * (longest - len(strip))], axis=1) for strip in strips]
-    return np.concatenate(rows, axis=0)

@@ -32,9 +32,10 @@ from addiff_env.sb3.callbacks import (
     TargetNFE,
 )
 from addiff_env.sb3.checkpoint import FILE, Checkpoints, load_checkpoint, load_training_state, make_logger
-from addiff_env.sb3.episodes import PromptOrder, Stage, spread
+from addiff_env.sb3.episodes import PromptOrder, Stage
 from addiff_env.sb3.policies import ALGORITHMS, calibrate
 from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
+from addiff_env.stats import spread
 
 CALIBRATION_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine
 CONFIG_FILE = "config.yaml"
