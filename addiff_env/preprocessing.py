@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
@@ -90,8 +91,8 @@ def check_pairs(pictures: torch.Tensor, prompts: Sequence[str]) -> list[str]:
 class Preprocess:
     """A model's image processor as a function of device tensors: resize, crop or pad, normalise.
 
-    Nothing passes through PIL: torch's antialiased filters are Pillow's (bicubic with a = -0.5), and its 8-bit
-    arithmetic is done here as well, so that the pixels are those of the official processors.
+    Nothing passes through PIL, but its fixed-point arithmetic is done here as well, so that the pixels are those of
+    the official processors, bit for bit.
 
     Attributes:
         size: side of the network's square input, pixels.
@@ -101,8 +102,8 @@ class Preprocess:
             proportions (DINO).
         edge: pixels that the shortest side gets before the crop; None is ``size``.
         interpolation: ``bicubic`` or ``bilinear``; both antialiased.
-        eight_bit: resample along the rows, then along the columns, and after each cut off what overshoots and round to
-            1/255, as Pillow does; False where the official code resizes float tensors.
+        eight_bit: round pictures to 1/255 and resample them as Pillow does (`resize_as_pillow`); False where the
+            official code resizes float tensors. Pictures that have the right size already are not rounded.
     """
 
     size: int
@@ -143,14 +144,10 @@ class Preprocess:
         return edge * height // shortest, edge * width // shortest
 
     def _resize(self, pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        if not self.eight_bit:
-            return self._resample(pictures, height, width)
-        for size in ((pictures.shape[-2], width), (height, width)):
-            if pictures.shape[-2:] != size:
-                pictures = (self._resample(pictures, *size).clamp(0, 1) * 255).round() / 255
-        return pictures
-
-    def _resample(self, pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        if pictures.shape[-2:] == (height, width):
+            return pictures
+        if self.eight_bit:
+            return resize_as_pillow(pictures, height, width, self.interpolation)
         return resize(pictures, [height, width], InterpolationMode(self.interpolation), antialias=True)
 
     def _pad(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -194,6 +191,56 @@ class Preprocess:
         interpolation = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
         resize = config.get("resize_mode") or "shortest"
         return cls(height, tuple(mean), tuple(std), resize, interpolation=interpolation)
+
+
+# --------------------------------------------------------------------------- Pillow's resampling
+
+_SUPPORTS = {"bilinear": 1.0, "bicubic": 2.0}  # half widths of the kernels, in pixels of the coarser grid
+_ONE = 2**22  # Pillow's fixed point: 32 bits, less 8 of the pixel and 2 for what overshoots
+
+
+def resize_as_pillow(pictures: torch.Tensor, height: int, width: int, interpolation: str) -> torch.Tensor:
+    """Pictures (B, 3, height, width) in [0, 1] as ``PIL.Image.resize`` makes them of 8-bit ones (B, 3, H, W).
+
+    Antialiased, along the rows and then along the columns, with whole numbers throughout: `ImagingResample` in
+    Pillow's Resample.c. Whole numbers of 30 bits and more need float64; where a device has none (Apple's), some
+    pixels differ by 1/255.
+    """
+    exact = torch.float32 if pictures.device.type == "mps" else torch.float64
+    pixels = (pictures.clamp(0, 1) * 255).round().to(exact)
+    for axis, target in ((-1, width), (-2, height)):
+        if (size := pixels.shape[axis]) != target:
+            weights = _pillow_weights(size, target, interpolation, pixels.device, exact)
+            sums = pixels @ weights.mT if axis == -1 else weights @ pixels
+            pixels = ((sums + _ONE // 2) / _ONE).floor().clamp(0, 255)
+    return (pixels / 255).float()
+
+
+@lru_cache(maxsize=64)
+def _pillow_weights(
+    size: int, target: int, interpolation: str, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Coefficients (target, size) in units of 1 / `_ONE`; each row adds up to about 1."""
+    scale = size / target
+    stretch = max(scale, 1.0)  # antialiasing: a kernel spans as many pixels as are to become one
+    support = _SUPPORTS[interpolation] * stretch
+    centres = (np.arange(target)[:, None] + 0.5) * scale
+    places = np.arange(size)[None]
+    inside = (places >= np.floor(centres - support + 0.5)) & (places < np.floor(centres + support + 0.5))
+    weights = np.where(inside, _kernel((places - centres + 0.5) / stretch, interpolation), 0.0)
+    weights = weights * (1 / weights.sum(1, keepdims=True))
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.trunc(weights * _ONE + np.copysign(0.5, weights))).to(device, dtype)
+
+
+def _kernel(x: np.ndarray, interpolation: str) -> np.ndarray:
+    """Triangle, or Keys's cubic convolution kernel with a = -0.5 (Keys 1981), at distances ``x`` in pixels."""
+    x = np.abs(x)
+    if interpolation == "bilinear":
+        return np.clip(1 - x, 0, None)
+    a = -0.5
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
 @lru_cache(maxsize=64)
