@@ -262,8 +262,8 @@ def keep_run(
     metric: str,
 ) -> None:
     """Keep what the report needs to be made again, and what a reader needs to run this again."""
-    env = agent.config["env"]
-    environment = {"id": env["id"], **env["kwargs"], **overrides}
+    name, kwargs = agent.environment
+    environment = {"id": name, **kwargs, **overrides}
     record = benchmark_record(cfg.benchmark.name, items)
     write_items(folder, items)
     write_provenance(folder, rows, **record, metric=metric, agent=agent.fingerprint, environment=environment)
@@ -373,7 +373,7 @@ def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     b = cfg.benchmark
     items = load_benchmark(b.name, b.limit, root=b.root, images_per_prompt=b.images_per_prompt)
-    agent = Agent.load(cfg.agent)
+    agent = Agent.from_pretrained(cfg.agent)
     overrides = plain(cfg.env)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
     references = open_references(cfg, folder, "cuda" if torch.cuda.is_available() else "cpu")

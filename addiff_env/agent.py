@@ -5,21 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import addiff_env
+from addiff_env.config import EnvConfig
 from addiff_env.types import Action
 
 FORMAT_VERSION = 1
 PART_NORM = 2.0  # root-mean-square length of every normalised part
 WEIGHTS, CONFIG, CARD = "agent.safetensors", "agent.json", "README.md"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name on the Hub
 # Kinds of files that may run code when they are opened; a bundle needs none of them.
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".zip")
 
@@ -82,6 +88,24 @@ class Agent:
         self.policy, self.config = policy.eval(), config
 
     @property
+    def environment(self) -> tuple[str, dict[str, Any]]:
+        """Id and keyword arguments of the environment it was trained on.
+
+        Raises:
+            ValueError: none is named, an id that is not registered, or arguments that are not the environment's.
+                Gymnasium imports what stands before a colon in an id, and a bundle must not choose what is run.
+        """
+        spec = self.config.get("env") or {}
+        name = spec.get("id")
+        if not isinstance(name, str) or name not in gym.registry:
+            known = ", ".join(sorted(addiff_env.PRESETS))
+            raise ValueError(f"this agent acts on {name!r}, which is no registered environment; known: {known}")
+        kwargs = spec.get("kwargs", {})
+        if unknown := sorted(set(kwargs) - {field.name for field in fields(EnvConfig)}):
+            raise ValueError(f"this agent's environment has settings that there are not: {', '.join(unknown)}")
+        return name, dict(kwargs)
+
+    @property
     def flops(self) -> float:
         """Floating-point operations of one decision."""
         return float(sum(2 * m.in_features * m.out_features for m in self.policy.modules() if isinstance(m, nn.Linear)))
@@ -128,14 +152,16 @@ class Agent:
         return self.policy(observations.to(self.policy.head.weight.device)).cpu().numpy()
 
     def save(self, folder: str | Path) -> None:
-        """Write the bundle; an interrupted save leaves the old files or the new ones."""
+        """Write the bundle; one that an interruption left half new is refused by `load`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.contiguous() for name, value in self.policy.state_dict().items()}
+        head = {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint}
         save_file(weights, folder / (WEIGHTS + ".partial"))
-        text = json.dumps({"format_version": FORMAT_VERSION, **self.config}, indent=2)
-        (folder / (CONFIG + ".partial")).write_text(text + "\n")
+        (folder / (CONFIG + ".partial")).write_text(json.dumps(head | self.config, indent=2) + "\n")
         for name in (WEIGHTS, CONFIG):
+            with (folder / (name + ".partial")).open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(folder / (name + ".partial"), folder / name)
 
     @classmethod
@@ -144,7 +170,8 @@ class Agent:
 
         Raises:
             FileNotFoundError: a file is missing; ValueError: unknown format version, damaged weights,
-            weights that do not fit the description, or a file beside them that could run code.
+            weights that do not fit the description or are not those it was saved with, or a file beside them that
+            could run code.
         """
         folder = Path(folder)
         for name in (WEIGHTS, CONFIG):
@@ -152,12 +179,16 @@ class Agent:
                 raise FileNotFoundError(f"no {name} in {str(folder)!r}; train an agent with: make train")
         _refuse_pickles(folder)
         config = _read_config(folder / CONFIG)
+        described = config.pop("fingerprint", None)
         policy = PolicyNet(config["observation"], config["hidden"])
         try:
             policy.load_state_dict(load_file(folder / WEIGHTS))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder / WEIGHTS} is damaged or does not fit its agent.json: {error}") from error
-        return cls(policy, config)
+        agent = cls(policy, config)
+        if described not in (None, agent.fingerprint):
+            raise ValueError(f"{folder}: {CONFIG} describes weights {described}, {WEIGHTS} holds {agent.fingerprint}")
+        return agent
 
     def require_layout(self, parts: dict[str, int]) -> None:
         """Check that observations made of ``parts`` (widths, in order) are what this agent was trained on.
@@ -185,7 +216,7 @@ class Agent:
         Raises:
             FileNotFoundError: neither such a folder nor such a repository; ValueError: as `load`.
         """
-        if Path(name).is_dir():
+        if Path(name).is_dir() or not _REPOSITORY.fullmatch(str(name)):
             return cls.load(name)
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -194,7 +225,9 @@ class Agent:
             files = [WEIGHTS, CONFIG, CARD]
             folder = snapshot_download(str(name), revision=revision, token=token, allow_patterns=files)
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise FileNotFoundError(f"no agent {str(name)!r}, neither as a folder nor on the Hub: {error}") from error
+            raise FileNotFoundError(
+                f"no agent {str(name)!r}, neither as a folder (train one with: make train) nor on the Hub: {error}"
+            ) from error
         return cls.load(folder)
 
     def push_to_hub(
@@ -222,6 +255,8 @@ class Agent:
 
             api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder)
             (Path(folder) / CARD).write_text(self.model_card(repo_id), encoding="utf-8")
@@ -281,9 +316,11 @@ A policy that decides, step by step, how a text-to-image diffusion model spends 
 refine a region. Trained on `{env}`; the diffusion model's weights are not in here and were not changed.
 
 ```python
-from addiff_env.agent import Agent
+from addiff_env.pipeline import AdaptivePipeline
 
-agent = Agent.from_pretrained("{repo_id}")
+pipeline = AdaptivePipeline.from_pretrained("{repo_id}")
+made = pipeline("a red circle left of a blue star", seeds=7)[0]
+print(made.nfe, made.picture.shape)  # uint8 (H, W, 3)
 ```
 
 Two files, `agent.safetensors` and `agent.json`; loading them runs no code.

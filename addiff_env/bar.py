@@ -48,7 +48,7 @@ from addiff_env.types import ACTIONS, Action
 
 LEAST_SHARE = 0.03  # of each action among all decisions
 LEAST_SPREAD = 2.0  # standard deviation of NFE over pictures
-TAUS = tuple(np.arange(-3.0, 2.25, 0.25).tolist())  # reward-model scores; a logit of 2 is a success at 88%
+TAUS = tuple(np.arange(-3.0, 4.25, 0.25).tolist())  # reward-model scores; a logit of 4 is a success at 98%
 
 
 @dataclass(frozen=True)
@@ -372,9 +372,9 @@ class Bar:
         """Run an agent against everything.
 
         Raises:
-            FileNotFoundError, ValueError: as `Agent.load` and the environment.
+            FileNotFoundError, ValueError: as `Agent.from_pretrained` and the environment.
         """
-        agent = Agent.load(folder)
+        agent = Agent.from_pretrained(folder)
         _require_tiny(agent, folder)
         env, choice, constant, rule = self._opponents(agent)
         own = play(env, agent, self.items, "agent")
@@ -396,8 +396,8 @@ class Bar:
 
 
 def _require_tiny(agent: Agent, folder: Path) -> None:
-    environment = agent.config.get("env", {}).get("id")
-    if not str(environment).startswith("AdDiffusion-Tiny-"):
+    environment, _ = agent.environment
+    if not environment.startswith("AdDiffusion-Tiny-"):
         raise ValueError(f"{folder} acts on {environment!r}; the bar is set in the embedded world, AdDiffusion-Tiny-v0")
 
 

@@ -182,11 +182,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of prompts, initial noises and random actions")
     options = parser.parse_args(arguments)
     rng = np.random.default_rng(options.seed)
-    agent = Agent.load(options.agent) if options.agent else None
-    spec = agent.config["env"] if agent else {"id": options.env, "kwargs": {}}
+    agent = Agent.from_pretrained(options.agent) if options.agent else None
+    name, kwargs = agent.environment if agent else (options.env, {})
     paid = {"reward": agent.config["reward"]} if agent and "reward" in agent.config else {}  # as training left it
     modes = {"num_envs": options.num_envs, "autoreset_mode": AutoresetMode.DISABLED}
-    env = gym.make_vec(spec["id"], **modes, **spec["kwargs"] | paid).unwrapped
+    env = gym.make_vec(name, **modes, **kwargs | paid).unwrapped
     assert isinstance(env, DiffusionDenoiseVectorEnv)
     prompts = rng.choice(np.array(env.prompts, dtype=object), size=options.episodes)
     pairs = [(str(prompt), int(rng.integers(2**31))) for prompt in prompts]

@@ -17,10 +17,14 @@ from addiff_env.types import Generated
 
 
 def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDenoiseVectorEnv:
-    """The environment an agent was trained on, with lanes that wait when they have ended."""
-    spec = agent.config["env"]
-    kwargs = spec["kwargs"] | overrides
-    envs = gym.make_vec(spec["id"], num_envs=num_envs, autoreset_mode=AutoresetMode.DISABLED, **kwargs).unwrapped
+    """The environment an agent was trained on, with lanes that wait when they have ended.
+
+    Raises:
+        ValueError: as `Agent.environment` and the environment.
+    """
+    name, kwargs = agent.environment
+    modes: dict[str, Any] = {"num_envs": num_envs, "autoreset_mode": AutoresetMode.DISABLED}
+    envs = gym.make_vec(name, **modes, **kwargs | overrides).unwrapped
     assert isinstance(envs, DiffusionDenoiseVectorEnv)
     return envs
 
@@ -44,12 +48,14 @@ class AdaptivePipeline:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, num_envs: int = 16, **overrides: Any) -> AdaptivePipeline:
-        """Load an agent bundle and make its environment with ``num_envs`` lanes; ``overrides`` change its settings.
+        """Load an agent (a folder, or ``owner/name`` on the Hub) and make its environment with ``num_envs`` lanes.
+
+        ``overrides`` change the environment's settings.
 
         Raises:
-            FileNotFoundError, ValueError: as `Agent.load` and the environment.
+            FileNotFoundError, ValueError: as `Agent.from_pretrained` and the environment.
         """
-        agent = Agent.load(folder)
+        agent = Agent.from_pretrained(folder)
         return cls(make_agent_env(agent, num_envs, **overrides), agent)
 
     def __call__(self, prompts: str | Sequence[str], seeds: int | Sequence[int] | None = None) -> list[Generated]:

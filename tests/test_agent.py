@@ -1,8 +1,10 @@
 """Agent bundles: what is saved is what is loaded, and nothing in them is ever executed."""
 
+import importlib
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ import torch
 from huggingface_hub import ModelCard
 
 from addiff_env import agent as module
+from addiff_env import offline
 from addiff_env.agent import CONFIG, WEIGHTS, Agent, PolicyNet
+from addiff_env.bar import Bar
+from addiff_env.pipeline import make_agent_env
+from addiff_env.sb3 import zips
 
 PARTS = {"clip_image": 6, "clip_text": 6, "timestep": 4, "quality": 8}
 WIDTH = sum(PARTS.values())
@@ -193,6 +199,50 @@ def test_pickles_are_never_opened(bundle: Path, tmp_path: Path, torch_zip: bool)
     assert not sung.exists()
 
 
+@pytest.mark.parametrize("name", ["payload:AdDiffusion-Tiny-v0", "payload:Other-v0", "AdDiffusion-Tiny-v7", None, 3])
+def test_a_bundle_does_not_choose_what_is_imported(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: Any
+) -> None:
+    """Gymnasium imports the module before the colon of an id; here one that creates a file lies on the path."""
+    sung = tmp_path / "sung"
+    (tmp_path / "payload.py").write_text(f"open({str(sung)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "payload", raising=False)
+    config = json.loads((bundle / CONFIG).read_text())
+    (bundle / CONFIG).write_text(json.dumps(config | {"env": {"id": name, "kwargs": {}}}))
+    for use in (make_agent_env, lambda agent, _: Bar([], 1, 1, 0).measure(bundle)):
+        with pytest.raises(ValueError, match="acts on") as error:
+            use(Agent.load(bundle), 1)
+        assert repr(name) in str(error.value)
+    with pytest.raises(SystemExit):
+        zips.main(["export", str(bundle), str(tmp_path / "a.zip")])
+    with pytest.raises(ValueError, match="acts on"):
+        offline.main(["addiff/test-v0", "--agent", str(bundle), "--episodes", "1"])
+    assert not sung.exists()
+    importlib.import_module("payload")
+    assert sung.exists()  # it does sing
+
+
+def test_a_bundle_does_not_invent_settings(bundle: Path) -> None:
+    config = json.loads((bundle / CONFIG).read_text())
+    config["env"]["kwargs"] |= {"vectorization_mode": "async", "nose": 3}
+    (bundle / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="nose, vectorization_mode"):
+        make_agent_env(Agent.load(bundle), 1)
+
+
+def test_weights_that_are_not_the_described_ones_are_refused(bundle: Path, tmp_path: Path) -> None:
+    """As a save that was interrupted between its two renamings leaves them."""
+    make_agent(1).save(tmp_path / "other")
+    (tmp_path / "other" / WEIGHTS).rename(bundle / WEIGHTS)
+    with pytest.raises(ValueError, match=f"{make_agent(0).fingerprint}.*{make_agent(1).fingerprint}"):
+        Agent.load(bundle)
+    config = json.loads((bundle / CONFIG).read_text())
+    del config["fingerprint"]  # bundles of before had none
+    (bundle / CONFIG).write_text(json.dumps(config))
+    assert Agent.load(bundle).fingerprint == make_agent(1).fingerprint
+
+
 # ------------------------------------------------------------------ layouts
 
 
@@ -231,6 +281,9 @@ class FakeApi:
     def create_repo(self, repo_id: str, **options: Any) -> None:
         self.calls.append(("create_repo", repo_id, options))
 
+    def create_branch(self, repo_id: str, **options: Any) -> None:
+        self.calls.append(("create_branch", repo_id, options))
+
     def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> Any:
         shutil.copytree(folder_path, self.folder / repo_id)
         self.calls.append(("upload_folder", repo_id, options))
@@ -260,6 +313,11 @@ def test_the_hub_gets_and_gives_a_bundle(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(asked["allow_patterns"]) == {"README.md", CONFIG, WEIGHTS}  # a pickle would not even be fetched
     assert Agent.from_pretrained(uploaded).fingerprint == agent.fingerprint
 
+    other = FakeApi(tmp_path / "other")
+    agent.push_to_hub("someone/my-agent", revision="v2", api=other)
+    assert [call[0] for call in other.calls] == ["create_repo", "create_branch", "upload_folder"]
+    assert other.calls[2][2]["revision"] == "v2"
+
 
 def test_the_model_card_carries_what_was_measured() -> None:
     agent = make_agent()
@@ -270,11 +328,12 @@ def test_the_model_card_carries_what_was_measured() -> None:
     assert measured == {("tiny-test", "success"): 0.83, ("tiny-test", "nfe"): 12.4}
     assert card.data.pipeline_tag == "text-to-image" and card.data.library_name == "addiff-env"
     assert "| success | 0.83 |" in card.text and agent.fingerprint in card.text
-    assert 'Agent.from_pretrained("someone/my-agent")' in card.text
+    assert 'AdaptivePipeline.from_pretrained("someone/my-agent")' in card.text
 
 
 @pytest.mark.parametrize("name", ["someone/none", "not a repository!", "/nowhere/at/all"])
 def test_a_missing_agent_is_named(name: str) -> None:
-    with pytest.raises(FileNotFoundError, match="neither as a folder nor on the Hub") as error:
+    with pytest.raises(FileNotFoundError, match="make train") as error:
         Agent.from_pretrained(name)
     assert repr(name) in str(error.value)
+    assert ("on the Hub" in str(error.value)) == (name == "someone/none")

@@ -60,6 +60,7 @@ def test_vec_env_contract(vec_env):
     assert infos[2]["nfe"] == 4 and infos[1]["nfe"] == 2  # warm-up 2, refinement 2; the ended episode's own count
     assert vec_env.env_is_wrapped(gym.Wrapper) == [False] * 3
     assert vec_env.get_attr("num_envs", [0, 2]) == [3, 3]
+    assert vec_env.get_attr("nfe", [2, 1]) == [4, 2]  # a lane's own
     masks = vec_env.env_method("action_masks", indices=[1])
     assert len(masks) == 1 and masks[0].shape == (3,)
     assert vec_env.has_attr("action_masks") and not vec_env.has_attr("nothing")
@@ -99,6 +100,25 @@ def test_vec_env_options_attributes_and_pictures(small_kwargs):
     env.set_options({"picture": 1})
     with pytest.raises(ValueError, match="picture"):
         env.reset()
+
+
+def test_a_lane_that_fails_in_its_warm_up_is_drawn_again(vec_env, monkeypatch):
+    """Nothing was decided yet, so there is nothing to be blamed for."""
+    reset, failures = vec_env.env.reset, [np.array([True, False, True]), np.array([True, False, False])]
+
+    def failing(**options):
+        result = reset(**options)
+        vec_env.env.done[:] = failures.pop(0) if failures else False
+        return result
+
+    monkeypatch.setattr(vec_env.env, "reset", failing)
+    with pytest.warns(UserWarning, match="warm-up") as warned:
+        vec_env.reset()
+    assert [str(warning.message)[:7] for warning in warned] == ["2 lanes", "1 lanes"]
+    assert not vec_env.env.done.any() and all(info["nfe"] == 2 for info in vec_env.reset_infos)
+    failures += [np.array([False, True, False])] * 9
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="1 lanes were not finite in 3 warm-ups.*float32"):
+        vec_env.reset()
 
 
 def test_terminal_quality_is_counted_from_the_baseline(small_kwargs, tmp_path):

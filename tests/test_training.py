@@ -21,11 +21,16 @@ from omegaconf import OmegaConf
 from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import addiff_env
 from addiff_env.agent import Agent
 from addiff_env.baseline_cache import compute_baselines
+from addiff_env.filmstrips import record_trajectories
+from addiff_env.prompts import load_prompts
+from addiff_env.sb3.callbacks import HELD_OUT_SEED
 from addiff_env.sb3.checkpoint import FILE, load_checkpoint, random_state, save_checkpoint, set_random_state
-from addiff_env.sb3.training import CONFIG_FILE, train, weights_and_biases
+from addiff_env.sb3.training import CONFIG_FILE, alone_in, train, weights_and_biases
 from addiff_env.sb3.vec_env import make_lanes
+from addiff_env.stats import spread
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ["a red circle", "a star", "a blue square and a green star", "a red star, a pink circle and a green cross"]
@@ -119,7 +124,7 @@ def test_killed_and_resumed_equals_uninterrupted(whole, small_kwargs, tmp_path, 
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
     rows = [(folder / "progress.csv").read_text().splitlines() for folder in (tmp_path, whole)]
-    assert len(rows[0]) == len(rows[1]) == 7  # a header and six rollouts, none of them twice
+    assert len(rows[0]) == len(rows[1]) == 8  # a header, six rollouts, none of them twice, and the last look
     assert column(tmp_path, "reward/terminal") == pytest.approx(column(whole, "reward/terminal"), rel=1e-12)
     assert column(tmp_path, "dual/price") == pytest.approx(column(whole, "dual/price"), rel=1e-12)
     assert column(tmp_path, "train/loss") == pytest.approx(column(whole, "train/loss"), rel=1e-12)
@@ -153,15 +158,79 @@ def test_a_run_leaves_logs_configuration_and_agent(whole):
     assert saved.algorithm.name == "maskable_ppo" and saved.reward.target_nfe == 5
     agent = Agent.load(whole / "agent")
     assert agent.config["training"]["timesteps"] == 90 and "bright" in agent.config["training"]["held_out"]
-    assert agent.config["env"]["kwargs"]["prompts"] == PROMPTS
+    assert not {"prompts", "device"} & set(agent.config["env"]["kwargs"])  # those are the trainer's own
+    assert agent.config["training"]["release"] == addiff_env.__version__
     assert agent.config["reward"]["efficiency"] == pytest.approx(column(whole, "dual/price")[-1])
 
 
 def test_a_complete_run_is_only_exported_again(whole, small_kwargs):
-    before = (whole / "progress.csv").read_text(), Agent.load(whole / "agent").fingerprint
+    before, agent = (whole / "progress.csv").read_text(), Agent.load(whole / "agent")
+    agent.config["results"] = {"tiny-test": {"success": 0.5}}  # as addiff_env.share leaves it
+    agent.save(whole / "agent")
     result = train(configure(small_kwargs, *EVERYTHING), whole, judge=lambda p, t: {"bright": p.mean()})
-    assert result.timesteps == 90 and result.agent.fingerprint == before[1]
-    assert len((whole / "progress.csv").read_text().splitlines()) == len(before[0].splitlines())
+    assert result.timesteps == 90 and result.agent.fingerprint == agent.fingerprint
+    assert len((whole / "progress.csv").read_text().splitlines()) == len(before.splitlines())
+    again = Agent.load(whole / "agent")
+    assert again.config["results"] == agent.config["results"]  # nothing measured is lost
+    assert again.config["training"]["held_out"] == agent.config["training"]["held_out"]
+    assert again.config["training"]["seconds"] >= agent.config["training"]["seconds"] > 0
+
+
+def test_the_last_look_is_at_the_policy_that_is_saved(whole, small_kwargs):
+    """Played again by hand from the bundle: 90 timesteps are six rollouts, and the last look during them was before."""
+    agent = Agent.load(whole / "agent")
+    quality = column(whole, "held_out/quality")
+    assert len(quality) == 4  # after rollouts 2, 4 and 6, and at the end
+    assert agent.config["training"]["held_out"]["quality"] == pytest.approx(quality[-1], abs=1e-4)
+    prompts = spread(load_prompts(configure(small_kwargs, *EVERYTHING).prompts.held_out.source), 2)
+    lanes = make_lanes("AdDiffusion-Tiny-v0", 2, **small_kwargs | {"reward": agent.config["reward"]})
+    record_trajectories(lanes, agent.act, prompts, [HELD_OUT_SEED, HELD_OUT_SEED + 1])
+    assert lanes.nfe.mean() == column(whole, "held_out/nfe_mean")[-1]
+    assert lanes.reward_score.mean() == pytest.approx(column(whole, "held_out/reward_score")[-1], abs=1e-5)
+
+
+def test_two_processes_do_not_train_in_one_folder(small_kwargs, tmp_path):
+    with alone_in(tmp_path):
+        with pytest.raises(RuntimeError, match="another process") as error:
+            train(configure(small_kwargs), tmp_path)
+        assert str(tmp_path) in str(error.value)
+    code = "import sys, time; from pathlib import Path; from addiff_env.sb3.training import alone_in\n"
+    code += "with alone_in(Path(sys.argv[1])): print('held', flush=True), time.sleep(60)"
+    holder = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(holder, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(RuntimeError, match="another process"), alone_in(tmp_path):
+            pass
+        process.send_signal(signal.SIGKILL)
+    with alone_in(tmp_path):  # a killed process lets go
+        pass
+
+
+def test_the_alarm_ends_a_run_for_good(small_kwargs, tmp_path):
+    overrides = ["alarm.window=1", "alarm.share=0.01", "alarm.stop=true"]
+    first = train(configure(small_kwargs, *overrides), tmp_path)
+    assert first.collapsed and first.timesteps < 90
+    again = train(configure(small_kwargs, *overrides), tmp_path)
+    assert again.collapsed == first.collapsed and again.timesteps == first.timesteps
+    assert again.agent.fingerprint == first.agent.fingerprint
+
+
+def test_a_rollout_beyond_the_asked_timesteps_does_not_climb_back(small_kwargs, tmp_path):
+    """80 timesteps are five rollouts and a third of the sixth: the learning rate ends at 0, not below."""
+    train(configure(small_kwargs, "algorithm.total_timesteps=80"), tmp_path)
+    rates = column(tmp_path, "train/learning_rate")
+    assert rates == sorted(rates, reverse=True) and rates[-1] == 0
+
+
+def test_every_stage_of_a_curriculum_has_a_part_in_the_statistics(small_kwargs, tmp_path):
+    """Prompts of the first stage alone would leave other text features than those of all."""
+    means = []
+    for name, prompts in (("full", "full"), ("curriculum", "curriculum"), ("simple", "full")):
+        cfg = configure(small_kwargs, f"prompts={prompts}", "algorithm.total_timesteps=15", "calibration_steps=40")
+        if name == "simple":
+            cfg.prompts.source = PROMPTS[:2]
+        means.append(train(cfg, tmp_path / name).agent.policy.norm.mean)
+    assert torch.equal(means[0], means[1]) and not torch.allclose(means[0], means[2], atol=1e-3)
 
 
 def test_another_configuration_is_refused_with_its_values(whole, small_kwargs):
@@ -171,6 +240,8 @@ def test_another_configuration_is_refused_with_its_values(whole, small_kwargs):
         error.value
     )
     assert "logging" not in str(error.value)
+    with pytest.raises(ValueError, match="logging.held_out_every: 2 there, 0 now"):  # a look draws random numbers
+        train(configure(small_kwargs, *EVERYTHING, "logging.held_out_every=0"), whole)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "text", "version"])
@@ -200,6 +271,9 @@ def test_a_checkpoint_is_never_unpickled(tmp_path, how):
     with pytest.raises(ValueError, match=FILE):
         load_checkpoint(tmp_path / FILE)
     assert not sung.exists()
+    if how is torch.save:
+        torch.load(tmp_path / FILE, weights_only=False)
+        assert sung.exists()  # it does sing where it is trusted
 
 
 def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
@@ -265,31 +339,35 @@ def test_mistakes_are_named(small_kwargs, tmp_path, overrides, complaint):
 
 
 @pytest.mark.slow
-def test_killed_with_signal_9_twenty_times(whole, small_kwargs, tmp_path):
-    """Real kills of the real script at random moments; the result equals the uninterrupted run's."""
+def test_killed_with_signal_9_twenty_times(small_kwargs, tmp_path):
+    """Real kills of the real script, at random moments of rollouts, updates and saves; the result is the same."""
     settings = configure(small_kwargs, *EVERYTHING)
-    command = [sys.executable, str(ROOT / "train_sb3.py"), *LITTLE, *EVERYTHING, f"hydra.run.dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "train_sb3.py"), *LITTLE, *EVERYTHING, "algorithm.total_timesteps=1500"]
     command += [f"+env.kwargs.{name}={value}" for name, value in settings.env.kwargs.items()]
-    command += [f"prompts.source={json.dumps(PROMPTS)}"]
-    rng, kills = np.random.default_rng(0), 0
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    while kills < 20:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(timeout=float(rng.uniform(5, 40)))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        kills += 1
-        if (tmp_path / FILE).exists():
-            load_checkpoint(tmp_path / FILE)  # readable at every moment
-        if (tmp_path / "agent").exists():
-            for name in (FILE, "agent/agent.json"):  # complete: begin again
-                (tmp_path / name).unlink()
-            (tmp_path / "agent").rename(tmp_path / f"agent-{time.time_ns()}")
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    ours, theirs = weights(tmp_path), weights(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    command += [f"prompts.source={json.dumps(PROMPTS)}", "threads=1"]
+    options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.DEVNULL}
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, f"hydra.run.dir={whole}"], check=True, **options)
+    rng, command = random.Random(0), [*command, f"hydra.run.dir={run}"]
+    for kill in range(20):
+        before = stamp(run / FILE)
+        process = subprocess.Popen(command, **options)
+        while process.poll() is None and stamp(run / FILE) == before:
+            time.sleep(0.002)  # until it has gone on
+        time.sleep(rng.uniform(0, 1))
+        assert process.poll() is None, f"it ended by itself, with {process.returncode}, before kill {kill + 1}"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        load_checkpoint(run / FILE)  # readable at every moment
+    subprocess.run(command, check=True, **options)
+    ours, theirs = weights(run), weights(whole)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert Agent.load(run / "agent").fingerprint == Agent.load(whole / "agent").fingerprint
+    assert column(run, "reward/terminal") == pytest.approx(column(whole, "reward/terminal"), rel=1e-12)
+
+
+def stamp(path):
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def test_weights_and_biases_mirrors_tensorboard(small_kwargs, tmp_path, monkeypatch):

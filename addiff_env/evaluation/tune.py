@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-envs", type=int, default=32, help="lanes denoised in one batch")
     options = parser.parse_args(arguments)
     try:
-        agent, items = Agent.load(options.agent), load_benchmark(options.benchmark, options.limit)
+        agent, items = Agent.from_pretrained(options.agent), load_benchmark(options.benchmark, options.limit)
         env = make_agent_env(agent, options.num_envs)
         metrics, _ = open_metrics([options.metric or default_metrics(items)[0]], env.perception, items)
         metric = primary_score([columns_of(metrics, item) for item in items])

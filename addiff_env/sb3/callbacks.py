@@ -6,6 +6,7 @@ goes on as if nothing had happened (see `addiff_env.sb3.checkpoint`).
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -41,6 +42,36 @@ class Remembering(BaseCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         raise NotImplementedError
+
+
+class Clock(Remembering):
+    """Seconds spent training, over all processes that had a part in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._before, self._began = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self._before + (time.monotonic() - self._began)
+
+    def _on_training_start(self) -> None:
+        self._began = time.monotonic()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self._before, self._began = self.seconds, time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The time so far."""
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self._before, self._began = state["seconds"], time.monotonic()
 
 
 class EpisodeLog(Remembering):
@@ -105,14 +136,17 @@ class EpisodeLog(Remembering):
 
 
 class LinearSchedule:
-    """From ``start`` to ``end`` over the training; called with the share of it that remains (1 to 0), as SB3 does."""
+    """From ``start`` to ``end`` over the training; called with the share of it that remains, as SB3 does.
+
+    That share ends below 0 where the last rollout goes beyond the timesteps asked for; the value stays at ``end``.
+    """
 
     def __init__(self, start: float, end: float) -> None:
         self.start, self.end = float(start), float(end)
 
     def __call__(self, progress_remaining: float) -> float:
         """The value at this point."""
-        return self.end + (self.start - self.end) * progress_remaining
+        return self.end + (self.start - self.end) * min(1.0, max(0.0, progress_remaining))
 
 
 class Progress(BaseCallback):
@@ -247,19 +281,20 @@ class CollapseAlarm(Remembering):
         warnings.warn(f"the policy has collapsed: {verdict}; {what}", CollapseWarning, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """The rollouts looked at."""
-        return {"rollouts": [dict(rollout) for rollout in self._rollouts]}
+        """The rollouts looked at, and the verdict."""
+        return {"rollouts": [dict(rollout) for rollout in self._rollouts], "collapsed": self.collapsed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         self._rollouts.extend(state["rollouts"])
+        self.collapsed = state["collapsed"]
 
 
 Judge = Callable[[np.ndarray, Sequence[str]], dict[str, float]]
 
 
 class HeldOut(Remembering):
-    """Every so often, the most likely actions on prompts that are never trained on; filmstrips of the first ones.
+    """Every so often and at the end, the most likely actions on prompts that are never trained on, as filmstrips too.
 
     Args:
         lanes: an environment of its own, one lane per prompt, that waits when a lane has ended.
@@ -293,9 +328,15 @@ class HeldOut(Remembering):
         if self._rollouts % self.every == 0:
             self.look()
 
+    def _on_training_end(self) -> None:
+        """The policy that is saved is the one that is judged."""
+        self.look()
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(self.num_timesteps)
+
     @property
     def looks(self) -> int:
-        """How many looks were due so far."""
+        """How many looks were due during the training so far."""
         return self._rollouts // self.every
 
     def look(self) -> dict[str, float]:

@@ -123,7 +123,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state(("MT19937", key, numpy["pos"], numpy["has_gauss"], numpy["gauss"]))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        for device, stream in enumerate(state["cuda"][: torch.cuda.device_count()]):  # this machine may have fewer
+            torch.cuda.set_rng_state(stream, device)
 
 
 # --------------------------------------------------------------------------- files
@@ -199,7 +200,9 @@ class Checkpoints(BaseCallback):
         self._rollouts += 1
 
     def _on_training_end(self) -> None:
-        if self.model.num_timesteps >= self.model._total_timesteps:
+        """Complete, or given up by the alarm, which has to be known next time; else the last rollout's state stands."""
+        alarm = self.remembered.get("alarm")
+        if self.model.num_timesteps >= self.model._total_timesteps or getattr(alarm, "collapsed", None):
             self.save()
 
     def save(self) -> None:
@@ -211,10 +214,10 @@ class Checkpoints(BaseCallback):
 
 
 class _TensorBoard(TensorBoardOutputFormat):
-    """SB3's, but what an interrupted run logged after its last checkpoint is hidden."""
+    """SB3's, but what was logged after the last checkpoint, or by another run in the folder, is hidden."""
 
     def __init__(self, folder: str, step: int) -> None:
-        self.writer = SummaryWriter(log_dir=folder, purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(log_dir=folder, purge_step=step + 1)
         self._is_closed = False
 
 
@@ -240,13 +243,15 @@ def _make_writer(name: str, folder: Path, step: int) -> KVWriter:
 
 
 def _continued_csv(path: Path, step: int) -> CSVOutputFormat:
-    """SB3's CSV writer, which starts an empty file, with the rows up to ``step`` put back."""
+    """SB3's CSV writer, which starts an empty file, with the rows up to ``step`` put back; never is the file half."""
     rows: list[dict[str, str | None]] = []
     if step and path.is_file():
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if float(row.get("time/total_timesteps") or "inf") <= step]
-    writer = CSVOutputFormat(str(path))
+    partial = path.with_name(path.name + ".partial")
+    writer = CSVOutputFormat(str(partial))
     for row in rows:
         numbers = {key: float(value) for key, value in row.items() if key and value}
         writer.write(numbers, dict.fromkeys(numbers, ()))
+    os.replace(partial, path)  # the open file goes along
     return writer

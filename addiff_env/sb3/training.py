@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +11,18 @@ from typing import Any
 
 import gymnasium as gym
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecMonitor
 
+import addiff_env
 from addiff_env.agent import Agent
 from addiff_env.baseline_cache import BaselineCache
 from addiff_env.prompts import load_prompts
 from addiff_env.sb3.callbacks import (
+    Clock,
     CollapseAlarm,
     EpisodeLog,
     HeldOut,
@@ -40,7 +42,10 @@ from addiff_env.stats import spread
 CALIBRATION_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine
 CONFIG_FILE = "config.yaml"
 WANDB_FILE = "wandb-id.txt"
-COSMETIC = ("progress_bar", "threads", "out", "resume", "logging")  # may differ between a run and its continuation
+LOCK_FILE = ".lock"
+# May differ between a run and its continuation. How often held-out prompts are looked at may not: a look draws from
+# PyTorch's random stream, from which the actions after it are drawn as well.
+COSMETIC = ("progress_bar", "threads", "out", "resume", "logging.formats", "logging.filmstrips", "logging.wandb")
 
 
 @dataclass
@@ -56,7 +61,8 @@ class Result:
 def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Sequence[BaseCallback] = ()) -> Result:
     """Train as ``cfg`` (configs/train.yaml) says, in the folder ``run``, and write the agent bundle.
 
-    A run that was killed goes on from its last checkpoint; a complete one is only exported again.
+    A run that was killed goes on from its last checkpoint; a complete one is only exported again, and keeps the results
+    that were recorded with the agent since.
 
     Args:
         cfg: the configuration.
@@ -66,22 +72,57 @@ def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Seq
 
     Raises:
         ValueError: the folder holds a run with another configuration; every differing value is named.
+        RuntimeError: another process trains in the folder.
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     run.mkdir(parents=True, exist_ok=True)
+    with alone_in(run):
+        return _train(cfg, run, judge, callbacks)
+
+
+def _train(cfg: DictConfig, run: Path, judge: Judge | None, callbacks: Sequence[BaseCallback]) -> Result:
     state = _find_state(cfg, run)
     set_random_seed(cfg.seed)
     with weights_and_biases(cfg, run, fresh=state is None):  # before TensorBoard's writer is made, which it has to see
         training = Training(cfg, run, judge, state)
-        began = time.monotonic()
         try:
             training.learn(callbacks)
+            agent = training.bundle()
         finally:
-            training.model.logger.close()
-    agent = training.bundle(time.monotonic() - began)
-    agent.save(Path(cfg.out) if cfg.out else run / "agent")
+            training.close()
+    out = Path(cfg.out) if cfg.out else run / "agent"
+    keep_results(agent, out)
+    agent.save(out)
     return Result(agent, training.model.num_timesteps, training.collapsed, training.held_out_summary)
+
+
+@contextmanager
+def alone_in(run: Path) -> Iterator[None]:
+    """Hold the folder: two processes that write the same checkpoint would spoil it. A killed process lets go.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    lock = FileLock(run / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RuntimeError(f"another process trains in {run}: wait for it, or name another hydra.run.dir") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def keep_results(agent: Agent, folder: Path) -> None:
+    """Take over what was measured of the same weights, where ``folder`` holds them already."""
+    try:
+        known = Agent.load(folder)
+    except (FileNotFoundError, ValueError):
+        return
+    if known.fingerprint == agent.fingerprint and "results" in known.config:
+        agent.config["results"] = known.config["results"]
 
 
 class Training:
@@ -95,14 +136,16 @@ class Training:
         self.remembered = build_callbacks(cfg, self.env, self.held_out)
         self.model.set_logger(make_logger(run, list(cfg.logging.formats), state["num_timesteps"] if state else 0))
         if state is None:
+            self.env.order.progress = 1.0  # the statistics are those of every stage's prompts
             calibrate(self.model, cfg.calibration_steps, CALIBRATION_SHARES, cfg.seed)
+            self.env.order.progress = 0.0
         else:
             load_training_state(state, self.model, self.env, self.remembered)
 
     def learn(self, further: Sequence[BaseCallback] = ()) -> None:
         """Train to the end."""
         algorithm, done = self.cfg.algorithm, self.model.num_timesteps
-        if done >= algorithm.total_timesteps:
+        if done >= algorithm.total_timesteps or self.collapsed:
             return
         entropy = LinearSchedule(algorithm.ent_coef, algorithm.ent_coef_end)
         config = resolved(self.cfg)
@@ -119,6 +162,13 @@ class Training:
             progress_bar=self.cfg.progress_bar,
         )
 
+    def close(self) -> None:
+        """Close the logs and let go of the models."""
+        self.model.logger.close()
+        self.env.close()
+        if self.held_out:
+            self.held_out.lanes.close()
+
     @property
     def collapsed(self) -> str | None:
         """Why the alarm ended the training, if it did."""
@@ -131,20 +181,26 @@ class Training:
         """Means of the last look at held-out prompts; empty without any."""
         return dict(self.held_out.summary) if self.held_out else {}
 
-    def bundle(self, seconds: float) -> Agent:
-        """The trained actor with what it was trained on and how it did in the last rollout."""
-        log, lanes = self.remembered["log"], self.env.env
-        assert isinstance(log, EpisodeLog)
+    def bundle(self) -> Agent:
+        """The trained actor with what it was trained on and how it did in the last rollout.
+
+        Prompts and device are the trainer's own: whoever acts with the agent has others.
+        """
+        log, clock, lanes = self.remembered["log"], self.remembered["clock"], self.env.env
+        assert isinstance(log, EpisodeLog) and isinstance(clock, Clock)
+        kwargs = {name: value for name, value in env_settings(self.cfg).items() if name not in ("prompts", "device")}
+        backbone = {"model": lanes.config.model, "revision": lanes.backbone.revision}
         config: dict[str, Any] = {
-            "env": {"id": self.cfg.env.id, "kwargs": env_settings(self.cfg)},
+            "env": {"id": self.cfg.env.id, "kwargs": kwargs},
             "observation": observation_parts(lanes),
             "hidden": self.cfg.policy.hidden,
-            "backbone": {"model": lanes.config.model, "dtype": lanes.backbone.dtype_name},
+            "backbone": backbone | {"dtype": lanes.backbone.dtype_name},
             "reward": dict(vars(lanes.reward_config)),
             "training": {
                 "seed": self.cfg.seed,
                 "timesteps": self.model.num_timesteps,
-                "seconds": round(seconds, 1),  # of this process: a resumed run counts from there
+                "seconds": round(clock.seconds, 1),
+                "release": addiff_env.__version__,
                 "algorithm": _mapping(self.cfg.algorithm),
                 "last_rollout": {name: round(value, 4) for name, value in log.summary.items()},
                 "held_out": {name: round(value, 4) for name, value in self.held_out_summary.items()},
@@ -218,13 +274,14 @@ def build_held_out(cfg: DictConfig, judge: Judge | None) -> HeldOut | None:
     if not held_out.source or not cfg.logging.held_out_every:
         return None
     prompts = spread(load_prompts(_prompts(held_out.source)), held_out.number)
-    lanes = make_lanes(cfg.env.id, len(prompts), **env_settings(cfg))
+    settings = {"batch_size": cfg.num_envs} | env_settings(cfg)  # no more at once than training takes
+    lanes = make_lanes(cfg.env.id, len(prompts), **settings)
     return HeldOut(lanes, prompts, cfg.logging.held_out_every, cfg.logging.filmstrips, judge)
 
 
 def build_callbacks(cfg: DictConfig, env: DenoiseVecEnv, held_out: HeldOut | None) -> dict[str, Remembering]:
     """The callbacks that a checkpoint remembers, by name, in the order they are called."""
-    callbacks: dict[str, Remembering] = {"log": EpisodeLog()}
+    callbacks: dict[str, Remembering] = {"clock": Clock(), "log": EpisodeLog()}
     if cfg.reward.normalisation not in ("fixed", "running"):
         raise ValueError(f"unknown reward.normalisation {cfg.reward.normalisation!r}; known: fixed, running")
     if cfg.reward.normalisation == "running":
@@ -275,7 +332,7 @@ def differing_values(ours: DictConfig, theirs: DictConfig) -> list[str]:
     """Every value in which two configurations differ, in words, cosmetic ones left out."""
     flat = [_flatten(_mapping(cfg)) for cfg in (ours, theirs)]
     names = sorted(set(flat[0]) | set(flat[1]))
-    names = [name for name in names if name.split(".")[0] not in COSMETIC]
+    names = [name for name in names if not any(f"{name}.".startswith(f"{cosmetic}.") for cosmetic in COSMETIC)]
     missing = "nothing"
     return [
         f"{name}: {flat[1].get(name, missing)} there, {flat[0].get(name, missing)} now"

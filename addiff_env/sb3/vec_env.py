@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -15,6 +17,7 @@ from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.reward import COMPONENTS, RewardConfig, relative_to_baseline
 from addiff_env.sb3.episodes import PromptOrder
 
+_TRIES = 3  # of a lane whose numbers are not finite before the first decision
 _SCALARS = ("seed", "nfe", "net_flops", "step_index", "action_taken", "clip_score", "reward_score")
 
 
@@ -81,6 +84,7 @@ class DenoiseVecEnv(VecEnv):
 
         Raises:
             ValueError: an option that is not a prompt or a seed.
+            RuntimeError: lanes whose numbers are not finite before the first decision, however often they are drawn.
         """
         observations, info = self._start(np.arange(self.num_envs), self._options)
         self._reset_options()
@@ -88,6 +92,18 @@ class DenoiseVecEnv(VecEnv):
         return observations
 
     def _start(self, lanes: np.ndarray, options: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start ``lanes``; those that end in their warm-up had nothing to decide and are drawn again."""
+        started = self._draw(lanes, options)
+        for _ in range(_TRIES):
+            failed = lanes[self.env.done[lanes]]
+            if len(failed) == 0:
+                return started
+            warnings.warn(f"{len(failed)} lanes were not finite in their warm-up and are drawn again", stacklevel=2)
+            started = self._draw(failed, [{}] * len(failed))
+        dtype = self.env.backbone.dtype_name
+        raise RuntimeError(f"{len(failed)} lanes were not finite in {_TRIES} warm-ups in {dtype}: try another dtype")
+
+    def _draw(self, lanes: np.ndarray, options: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
         prompts, seeds = [], []
         for option in options:
             if unknown := set(option) - {"prompt", "seed"}:
@@ -151,12 +167,12 @@ class DenoiseVecEnv(VecEnv):
         return self.env.action_masks()
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """The attribute, once per asked lane.
+        """The attribute of each asked lane: its own entry of an array (B, ...), the one thing that all share otherwise.
 
         Raises:
             AttributeError: the environment has none of that name.
         """
-        return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
+        return self._per_lane(getattr(self.env, attr_name), indices)
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         """Set an attribute of the one environment behind all lanes.
@@ -170,11 +186,12 @@ class DenoiseVecEnv(VecEnv):
         setattr(self.env, attr_name, value)
 
     def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
-        """Call a method once; a result per lane is split up, anything else repeated."""
-        lanes = list(self._get_indices(indices))
-        result = getattr(self.env, method_name)(*method_args, **method_kwargs)
-        per_lane = isinstance(result, (np.ndarray, list, tuple)) and len(result) == self.num_envs
-        return [result[lane] if per_lane else result for lane in lanes]
+        """Call a method once; an array (B, ...) is split up, anything else repeated."""
+        return self._per_lane(getattr(self.env, method_name)(*method_args, **method_kwargs), indices)
+
+    def _per_lane(self, value: Any, indices: Any) -> list[Any]:
+        split = isinstance(value, (np.ndarray, torch.Tensor)) and value.shape[:1] == (self.num_envs,)
+        return [value[lane] if split else value for lane in self._get_indices(indices)]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
         """No lane is wrapped."""

@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     agent = Agent.load(options.agent)
-    env = agent.config["env"]
-    export_zip(agent, make_vec_env(env["id"], 1, **env["kwargs"]), options.zip)
+    name, kwargs = agent.environment
+    export_zip(agent, make_vec_env(name, 1, **kwargs), options.zip)
     print(f"agent {agent.fingerprint} -> {options.zip}")
 
 
