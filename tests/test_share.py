@@ -31,7 +31,8 @@ def rows(agent):
 def write(folder, rows):
     folder.mkdir()
     append_rows(folder / "rows.jsonl", rows)
-    (folder / "config.yaml").write_text("benchmark: {name: tiny-test, limit: 4}\n")
+    (folder / "config.yaml").write_text("benchmark: {name: tiny-test, limit: 4}\nenv: {}\n")
+    (folder / "items.jsonl").write_text("{}\n" * 4)
     return folder
 
 
@@ -69,7 +70,11 @@ def test_pushing_sends_what_was_recorded(agent, rows, tmp_path, monkeypatch, cap
 def test_rows_of_others_and_mixtures_are_refused(agent, rows, tmp_path, capsys):
     alien = write(tmp_path / "alien", [replace(row, policy="0123456789ab") for row in rows])
     mixed = write(tmp_path / "mixed", [*rows, replace(rows[0], code_version="v2")])
-    for folder, words in [(alien, agent.fingerprint), (mixed, "v2"), (tmp_path / "none", "none")]:
+    partly = write(tmp_path / "partly", rows[:3])
+    altered = write(tmp_path / "altered", rows)
+    (altered / "config.yaml").write_text("benchmark: {name: tiny-test, limit: 4}\nenv: {guidance_scale: 7}\n")
+    refused = {partly: "3 of 4 pictures", altered: "'guidance_scale': 7", alien: agent.fingerprint, mixed: "v2"}
+    for folder, words in {**refused, tmp_path / "none": "none"}.items():
         assert share.main([str(tmp_path / "agent"), "--evaluation", str(folder)]) == 2
         assert words in capsys.readouterr().err
     assert "results" not in Agent.load(tmp_path / "agent").config
