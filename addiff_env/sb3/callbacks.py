@@ -139,14 +139,19 @@ class LinearSchedule:
     """From ``start`` to ``end`` over the training; called with the share of it that remains, as SB3 does.
 
     That share ends below 0 where the last rollout goes beyond the timesteps asked for; the value stays at ``end``.
+
+    Args:
+        start, end: the values.
+        lag: share of the training to look back. SB3 asks after a rollout, so that the last update would have ``end``;
+            with one rollout's share the first update has ``start``, and a rate that goes to 0 is not 0 yet in the last.
     """
 
-    def __init__(self, start: float, end: float) -> None:
-        self.start, self.end = float(start), float(end)
+    def __init__(self, start: float, end: float, lag: float = 0.0) -> None:
+        self.start, self.end, self.lag = float(start), float(end), float(lag)
 
     def __call__(self, progress_remaining: float) -> float:
         """The value at this point."""
-        return self.end + (self.start - self.end) * min(1.0, max(0.0, progress_remaining))
+        return self.end + (self.start - self.end) * min(1.0, max(0.0, progress_remaining + self.lag))
 
 
 class Progress(BaseCallback):

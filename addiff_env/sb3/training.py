@@ -43,9 +43,7 @@ CALIBRATION_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine
 CONFIG_FILE = "config.yaml"
 WANDB_FILE = "wandb-id.txt"
 LOCK_FILE = ".lock"
-# May differ between a run and its continuation. How often held-out prompts are looked at may not: a look draws from
-# PyTorch's random stream, from which the actions after it are drawn as well.
-COSMETIC = ("progress_bar", "threads", "out", "resume", "logging.formats", "logging.filmstrips", "logging.wandb")
+COSMETIC = ("progress_bar", "threads", "out", "resume", "logging")  # may differ between a run and its continuation
 
 
 @dataclass
@@ -261,8 +259,9 @@ def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
     if options["gamma"] != env.reward_config.gamma:
         message = "shaping needs one discount: algorithm.gamma is {}, the reward's gamma {}"
         raise ValueError(message.format(options["gamma"], env.reward_config.gamma))
-    del options["total_timesteps"], options["ent_coef_end"]
-    options["learning_rate"] = LinearSchedule(options["learning_rate"], options.pop("learning_rate_end"))
+    lag = env.num_envs * options["n_steps"] / options.pop("total_timesteps")
+    del options["ent_coef_end"]
+    options["learning_rate"] = LinearSchedule(options["learning_rate"], options.pop("learning_rate_end"), lag)
     algorithm, policy = ALGORITHMS[name]
     policy_options = {**_mapping(cfg.policy), "parts": observation_parts(env.env)}
     return algorithm(policy, VecMonitor(env), policy_kwargs=policy_options, seed=cfg.seed, device=cfg.device, **options)
@@ -332,7 +331,7 @@ def differing_values(ours: DictConfig, theirs: DictConfig) -> list[str]:
     """Every value in which two configurations differ, in words, cosmetic ones left out."""
     flat = [_flatten(_mapping(cfg)) for cfg in (ours, theirs)]
     names = sorted(set(flat[0]) | set(flat[1]))
-    names = [name for name in names if not any(f"{name}.".startswith(f"{cosmetic}.") for cosmetic in COSMETIC)]
+    names = [name for name in names if name.split(".")[0] not in COSMETIC]
     missing = "nothing"
     return [
         f"{name}: {flat[1].get(name, missing)} there, {flat[0].get(name, missing)} now"
