@@ -406,6 +406,7 @@ def test_weights_and_biases_mirrors_tensorboard(small_kwargs, tmp_path, monkeypa
         pass
 
 
+@pytest.mark.filterwarnings("ignore:the tokenizer does not know", "ignore:prompt truncated")
 @pytest.mark.parametrize(("env", "kind"), [("sd15", "sd"), ("sdxl", "sdxl"), ("flux_schnell", "flux")])
 def test_every_preset_trains(env, kind, tmp_path):
     """A rollout and an update on a small model of the preset's layout; the encoders are the embedded world's."""

@@ -133,12 +133,19 @@ class Training:
         self.held_out = build_held_out(cfg, judge)
         self.remembered = build_callbacks(cfg, self.env, self.held_out)
         self.model.set_logger(make_logger(run, list(cfg.logging.formats), state["num_timesteps"] if state else 0))
-        if state is None:
-            self.env.order.progress = 1.0  # the statistics are those of every stage's prompts
-            calibrate(self.model, cfg.calibration_steps, CALIBRATION_SHARES, cfg.seed)
-            self.env.order.progress = 0.0
-        else:
+        try:
+            self._begin(state)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
             load_training_state(state, self.model, self.env, self.remembered)
+            return
+        self.env.order.progress = 1.0  # the statistics are those of every stage's prompts
+        calibrate(self.model, self.cfg.calibration_steps, CALIBRATION_SHARES, self.cfg.seed)
+        self.env.order.progress = 0.0
 
     def learn(self, further: Sequence[BaseCallback] = ()) -> None:
         """Train to the end."""
