@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from addiff_env.types import Action
 
 FORMAT_VERSION = 1
 PART_NORM = 2.0  # root-mean-square length of every normalised part
+CALIBRATION_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine
 WEIGHTS, CONFIG, CARD = "agent.safetensors", "agent.json", "README.md"
 # Kinds of files that may run code when they are opened; a bundle needs none of them.
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".joblib", ".zip")
@@ -49,6 +51,26 @@ class PartNorm(nn.Module):
         self.mean.copy_(mean)
         scale = PART_NORM / (std.clamp_min(1e-6) * self.root_widths)
         self.scale.copy_(torch.where(varies, scale, torch.zeros_like(std)))
+
+    def calibrate(
+        self,
+        reset: Callable[[], np.ndarray],
+        step: Callable[[np.ndarray], np.ndarray],
+        steps: int,
+        probabilities: Sequence[float],
+        seed: int,
+    ) -> None:
+        """Fix the statistics from ``steps`` steps of a random policy with these action shares.
+
+        ``reset`` gives the lanes' first observations (B, width), ``step`` those that follow actions (B,).
+        """
+        rng = np.random.default_rng(seed)
+        observations = [np.asarray(reset())]
+        for _ in range(steps):
+            actions = rng.choice(len(Action), size=len(observations[0]), p=probabilities)
+            observations.append(np.asarray(step(actions)))
+        seen = torch.as_tensor(np.concatenate(observations))
+        self.set_statistics(seen.mean(0), seen.std(0))
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         """Observations (B, width) to normalised ones, clipped to 10 standard deviations."""
