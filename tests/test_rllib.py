@@ -232,6 +232,19 @@ def test_the_bundle_acts_as_the_module_and_a_run_goes_on(ray, small_kwargs, tmp_
         rllib.train(replace(settings, num_env_runners=3), tmp_path / "other", iterations=1)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_dear_evaluations_are_saved(ray, small_kwargs, tmp_path):
+    """A trivial task, in the main process: what costs this much is better stopped."""
+    kwargs = {**small_kwargs, "reward": {"efficiency": 0.3}}
+    settings = rllib.Settings(
+        ID, kwargs, num_env_runners=0, num_envs_per_runner=8, steps_per_lane=12, learning_rate=3e-3
+    )
+    rllib.train(settings, tmp_path, iterations=12, checkpoint_every=12)
+    rows = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    assert rows[-1]["episode_return_mean"] > rows[0]["episode_return_mean"] + 0.3
+    assert rows[-1]["nfe"] < rows[0]["nfe"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_two_env_runners_improve_the_return(ray, tmp_path):
