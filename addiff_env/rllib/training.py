@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from addiff_env.rllib.lanes import Survey, make_lanes, survey
 from addiff_env.rllib.settings import Settings, claim, share_gpus
 
 ENV_NAME = "addiff"
+PROGRESS = "progress.jsonl"
 NUMBERS = ("episode_return_mean", "nfe")  # RLlib's means over the last 100 episodes
 
 
@@ -110,7 +111,7 @@ def _living_nodes() -> list[dict[str, float]]:
 def train(settings: Settings, folder: Path, iterations: int, checkpoint_every: int = 5) -> list[float]:
     """Train in ``folder`` up to ``iterations`` and leave the agent bundle in ``folder/agent``.
 
-    A run that was killed goes on from its last checkpoint. Starts a local Ray where none is running.
+    A run that was killed goes on from its last checkpoint, with new episodes. Starts a local Ray where none is running.
 
     Returns:
         The mean episode return after each iteration of this call; NaN before the first episode has ended.
@@ -127,9 +128,12 @@ def train(settings: Settings, folder: Path, iterations: int, checkpoint_every: i
         ray.init()
     gpus = share_gpus(settings, _living_nodes())
     seen = _look(settings, gpus)
-    algorithm = make_config(settings, gpus, seen).build_algo()
+    found = checkpoint.find(folder)
+    # RLlib does not save the lanes: with the old seed, every continuation would play the same episodes again.
+    done = len(_progress_lines(folder)) if found else 0
+    algorithm = make_config(replace(settings, seed=settings.seed + 1000 * done), gpus, seen).build_algo()
     try:
-        if found := checkpoint.find(folder):
+        if found:
             algorithm.restore_from_path(str(found))
         progress, returns = Progress(folder, algorithm.iteration), []
         while algorithm.iteration < iterations:
@@ -175,15 +179,19 @@ def bundle(algorithm: Any, settings: Settings, seen: Survey, last: Mapping[str, 
     return Agent(policy, config)
 
 
+def _progress_lines(folder: Path) -> list[str]:
+    path = folder / PROGRESS
+    return path.read_text().splitlines(keepends=True) if path.is_file() else []
+
+
 class Progress:
     """The run's numbers, as lines of ``progress.jsonl`` and for TensorBoard; those after ``iteration`` are dropped."""
 
     def __init__(self, folder: Path, iteration: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = folder / "progress.jsonl"
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
-        self.path.write_text("".join(lines[:iteration]))
+        self.path = folder / PROGRESS
+        self.path.write_text("".join(_progress_lines(folder)[:iteration]))
         self.writer = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
 
     def add(self, iteration: int, means: Mapping[str, float]) -> dict[str, float]:
