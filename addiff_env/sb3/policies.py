@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
@@ -15,7 +14,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from addiff_env.agent import PartNorm, PolicyNet
-from addiff_env.types import ACTIONS
 
 
 class PartNormExtractor(BaseFeaturesExtractor):
@@ -97,12 +95,7 @@ def calibrate(model: Any, steps: int, probabilities: Sequence[float], seed: int)
     """
     env = model.get_env()
     assert env is not None
-    rng = np.random.default_rng(seed)
     env.seed(seed)
-    observations = [np.asarray(env.reset())]
-    for _ in range(steps):
-        actions = rng.choice(len(ACTIONS), size=env.num_envs, p=probabilities)
-        observations.append(np.asarray(env.step(actions)[0]))
-    seen = torch.as_tensor(np.concatenate(observations))
-    model.policy.features_extractor.norm.set_statistics(seen.mean(0), seen.std(0), model.policy.gains)
+    norm, gains = model.policy.features_extractor.norm, model.policy.gains
+    norm.calibrate(env.reset, lambda actions: env.step(actions)[0], steps, probabilities, seed, gains)
     model._last_obs = None  # so that learn() resets

@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecMonitor
 
 import addiff_env
-from addiff_env.agent import Agent
+from addiff_env.agent import CALIBRATION_SHARES, Agent
 from addiff_env.baseline_cache import BaselineCache
 from addiff_env.prompts import load_prompts
 from addiff_env.sb3.callbacks import (
@@ -39,7 +39,6 @@ from addiff_env.sb3.policies import ALGORITHMS, calibrate
 from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
 from addiff_env.stats import spread
 
-CALIBRATION_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine
 CONFIG_FILE = "config.yaml"
 WANDB_FILE = "wandb-id.txt"
 LOCK_FILE = ".lock"
