@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from addiff_env.stats import wilson_interval
 from addiff_env.types import ResultRow
 
 __all__ = [
@@ -43,7 +42,6 @@ __all__ = [
     "score_of",
     "spearman_test",
     "wilcoxon_p",
-    "wilson_interval",
 ]
 
 Measure = Callable[[ResultRow], float]
