@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from addiff_env.agent import Agent
 from addiff_env.evaluation.rows import read_rows
-from addiff_env.evaluation.summary import estimate
+from addiff_env.stats import clustered_wilson
 from addiff_env.types import ResultRow
 
 
@@ -56,8 +56,8 @@ def _numbers(rows: Sequence[ResultRow]) -> dict[str, float]:
     metrics = [name for name in rows[0].scores if all(name in row.scores for row in rows)]
     numbers = {name: float(np.mean([row.scores[name] for row in rows])) for name in metrics}
     if "success" in numbers:
-        found = estimate([row.scores["success"] for row in rows], [row.prompt for row in rows], is_share=True)
-        numbers |= {"success_95_low": found.low, "success_95_high": found.high}
+        low, high = clustered_wilson([row.scores["success"] for row in rows], [row.prompt for row in rows])
+        numbers |= {"success_95_low": low, "success_95_high": high}
     nfe = np.array([row.nfe for row in rows])
     gflops = float(np.mean([row.net_flops for row in rows])) / 1e9
     numbers |= {"pictures": len(rows), "nfe": float(nfe.mean()), "nfe_std": float(nfe.std()), "net_gflops": gflops}

@@ -26,17 +26,14 @@ def wilson_interval(successes: float, number: float, z: float = Z95) -> tuple[fl
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def clustered_wilson(values: np.ndarray, owner: np.ndarray) -> tuple[float, float]:
+def clustered_wilson(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float]:
     """95% Wilson interval of the mean of outcomes 0 or 1 that come in clusters, e.g. pictures of one prompt.
-
-    Args:
-        values: outcomes (n,).
-        owner: number of each one's cluster (n,), counted from 0.
 
     Raises:
         ValueError: no outcomes.
     """
-    size = effective_size(values, owner)
+    _, owner = np.unique(np.asarray(clusters), return_inverse=True)
+    size = effective_size(np.asarray(values, float), owner)
     return wilson_interval(float(np.mean(values)) * size, size)
 
 
@@ -47,6 +44,10 @@ def effective_size(values: np.ndarray, owner: np.ndarray) -> float:
     taken to be below 1, and over the ratio of squared t quantiles that few clusters cost (Korn & Graubard 1998). Where
     every outcome is the same their variance says nothing of how alike a cluster's are, and where there is but one
     cluster nothing does: they are taken to be copies then.
+
+    Args:
+        values: outcomes (n,).
+        owner: number of each one's cluster (n,), counted from 0.
 
     Raises:
         ValueError: no outcomes.

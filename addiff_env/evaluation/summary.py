@@ -126,12 +126,12 @@ def estimate(values: Sequence[float], prompts: Sequence[str], is_share: bool = F
     if not len(values) or len(values) != len(prompts):
         raise ValueError(f"no mean of {len(values)} values of {len(prompts)} pictures")
     numbers = np.asarray(values, float)
-    _, owner = np.unique(np.asarray(prompts), return_inverse=True)
-    low, high = clustered_wilson(numbers, owner) if is_share else _clustered(numbers, owner)
+    low, high = clustered_wilson(values, prompts) if is_share else _clustered(numbers, prompts)
     return Estimate(numbers.size, float(numbers.mean()), float(numbers.std()), low, high)
 
 
-def _clustered(numbers: np.ndarray, owner: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+def _clustered(numbers: np.ndarray, prompts: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
+    _, owner = np.unique(np.asarray(prompts), return_inverse=True)
     sums = np.bincount(owner, numbers - numbers.mean())  # (prompts,)
     if sums.size < 2:
         return None, None
