@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from addiff_env.agent import Agent
 from addiff_env.evaluation.rows import read_rows
-from addiff_env.evaluation.significance import wilson_interval
+from addiff_env.stats import clustered_wilson
 from addiff_env.types import ResultRow
 
 
@@ -56,7 +56,7 @@ def _numbers(rows: Sequence[ResultRow]) -> dict[str, float]:
     metrics = [name for name in rows[0].scores if all(name in row.scores for row in rows)]
     numbers = {name: float(np.mean([row.scores[name] for row in rows])) for name in metrics}
     if "success" in numbers:
-        low, high = wilson_interval(round(sum(row.scores["success"] for row in rows)), len(rows))
+        low, high = clustered_wilson([row.scores["success"] for row in rows], [row.prompt for row in rows])
         numbers |= {"success_95_low": low, "success_95_high": high}
     nfe = np.array([row.nfe for row in rows])
     gflops = float(np.mean([row.net_flops for row in rows])) / 1e9

@@ -21,10 +21,12 @@ def agent(tmp_path):
 @pytest.fixture
 def rows(agent):
     row = ResultRow("agent", "a star", 0, "colors", "m@1", "ddim-10", agent.fingerprint, "float32", "v1")
-    made = [(1, 5, 1.0), (1, 7, 0.5), (0, 12, -1.0), (1, 8, 2.5)]
+    made = [(1.0, 5, 1.0), (1.0, 7, 0.5), (0.0, 12, -1.0), (1.0, 8, 2.5)]
     return [
-        replace(row, seed=k, nfe=nfe, net_flops=2e9 * nfe, scores={"success": float(ok), "reward_score": score})
-        for k, (ok, nfe, score) in enumerate(made)
+        replace(
+            row, prompt=f"a star, {k}", seed=k, nfe=nfe, net_flops=2e9 * nfe, scores=dict(success=ok, reward_score=s)
+        )
+        for k, (ok, nfe, s) in enumerate(made)
     ]
 
 
