@@ -10,12 +10,14 @@ the baseline that the terminal quality is counted from (`relative_to_baseline`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 COMPONENTS = ("shaping", "instability", "efficiency", "terminal", "fault")
+_SPREADS = ("clip_std", "reward_std")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class RewardConfig:
 
     A score s enters as its quality sigmoid((s - mean) / std) in (0, 1), so that weights compare
     between scorers. For a verifier that predicts a logit, mean 0 and std 1 give its probability.
+
+    Raises:
+        ValueError: a value that is not a finite number, a spread that is not positive, a gamma outside (0, 1], or a
+            negative weight, which would reward what it is meant to cost; the message shows it.
     """
 
     clip_weight: float = 0.2  # of the CLIP score, in the potential and in the terminal quality
@@ -39,21 +45,36 @@ class RewardConfig:
     terminal: float = 1.0  # weight of the final image's quality
     fault: float = 1.0  # penalty of a lane whose numbers stopped being finite; it gets no terminal quality
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_number(f.name, getattr(self, f.name))
+
     @classmethod
     def from_dict(cls, values: dict[str, Any] | None) -> RewardConfig:
         """Build from a mapping of weights; what is left out keeps its default.
 
         Raises:
-            ValueError: an unknown name, or a value that is not a finite number.
+            ValueError: an unknown name, or a value that the class refuses.
         """
         values = values or {}
         known = [f.name for f in fields(cls)]
-        for name, value in values.items():
+        for name in values:
             if name not in known:
                 raise ValueError(f"unknown reward setting {name!r}; known: {', '.join(known)}")
-            if not isinstance(value, (int, float)) or not np.isfinite(value):
-                raise ValueError(f"reward setting {name!r} must be a finite number, got {value!r}")
         return cls(**values)
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Refuse what `RewardConfig` says that it refuses."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)  # True would pass for a weight of 1
+    if not number or not math.isfinite(value):
+        raise ValueError(f"reward setting {name!r} must be a finite number, got {value!r}")
+    if name in _SPREADS and value <= 0:
+        raise ValueError(f"reward setting {name!r} is a spread and must be positive, got {value!r}")
+    if name == "gamma" and not 0 < value <= 1:
+        raise ValueError(f"reward setting 'gamma' is a discount and must lie in (0, 1], got {value!r}")
+    if value < 0 and not name.endswith("_mean"):
+        raise ValueError(f"reward setting {name!r} must not be negative, got {value!r}")
 
 
 def quality(clip_score: np.ndarray, reward_score: np.ndarray, config: RewardConfig) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -107,11 +108,28 @@ def test_settings_come_from_a_mapping() -> None:
     assert RewardConfig.from_dict({"efficiency": 0.5}).efficiency == 0.5
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "much", None])
-def test_bad_settings_are_quoted(value: object) -> None:
-    with pytest.raises(ValueError, match="'terminal'") as error:
-        RewardConfig.from_dict({"terminal": value})
-    assert repr(value) in str(error.value)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("terminal", value) for value in (math.nan, math.inf, -math.inf, "much", None, True, -0.5)),
+        *((f.name, -0.5) for f in fields(RewardConfig) if not f.name.endswith(("_mean", "_std", "gamma"))),
+        *((name, value) for name in ("clip_std", "reward_std") for value in (0, 0.0, -0.05, math.nan)),
+        *(("gamma", value) for value in (0, -0.1, 1.01, math.nan, True)),
+        ("clip_mean", math.nan),
+    ],
+)
+def test_bad_settings_are_quoted(name: str, value: object) -> None:
+    for make in (RewardConfig.from_dict, lambda values: RewardConfig(**values)):
+        with pytest.raises(ValueError, match=f"'{name}'") as error:
+            make({name: value})
+        assert repr(value) in str(error.value)
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        replace(RewardConfig(), **{name: value})
+
+
+def test_odd_but_sound_settings_are_taken() -> None:
+    odd = {"efficiency": 0, "clip_mean": -0.2, "reward_mean": 21, "gamma": 1, "terminal": 0.0}
+    assert vars(RewardConfig.from_dict(odd)) == vars(RewardConfig()) | odd
 
 
 def test_unknown_settings_are_quoted() -> None:
