@@ -94,6 +94,10 @@ class BaselineCache:
             raise ValueError(f"no baseline for the prompt {prompt!r}; add it with: python -m addiff_env.baseline_cache")
         return self._seeds[prompt]
 
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Those of ``prompts`` that were not scored with any seed, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._seeds]
+
     def quality(self, prompts: Sequence[str], seeds: Sequence[int], config: RewardConfig) -> np.ndarray:
         """Qualities (B,) of the fixed-step pictures under the reward's present weights and scales.
 

@@ -121,16 +121,31 @@ def relative_to_baseline(
     """``parts`` of `step_reward` with the terminal quality counted from ``baseline`` (B,), as a new mapping.
 
     The baseline is a constant of the lane's prompt and seed and is taken off however the lane ended, also by a fault:
-    every policy's return moves by the same amount, so the best policy stays the best, and a prompt's difficulty no
-    longer looks like the policy's merit.
+    without a discount every policy's return moves by the same amount, so the best policy stays the best, and a prompt's
+    difficulty no longer looks like the policy's merit. With gamma < 1 it would be taken off gamma^t times, at the end
+    of an episode of t decisions: less for the policy that ends later, which would pay for mere continuing.
 
     Raises:
-        ValueError: a terminated lane has no finite baseline.
+        ValueError: a discount (gamma other than 1), or a terminated lane has no finite baseline.
     """
+    check_undiscounted(config)
     if not np.isfinite(baseline[terminated]).all():
         raise ValueError(f"baselines of terminated lanes must be finite, got {baseline[terminated]}")
     less = np.where(terminated, config.terminal * np.nan_to_num(baseline), 0.0)
     return parts | {"terminal": parts["terminal"] - less, "total": parts["total"] - less}
+
+
+def check_undiscounted(config: RewardConfig) -> None:
+    """Refuse what `relative_to_baseline` cannot do.
+
+    Raises:
+        ValueError: gamma is not 1.
+    """
+    if config.gamma != 1:
+        raise ValueError(
+            f"baselines need gamma 1, got {config.gamma!r}: taken off at the end and discounted, they would pay for "
+            "longer episodes; set the discount to 1 or reward.baselines to null"
+        )
 
 
 @dataclass

@@ -38,6 +38,15 @@ def episode(config: RewardConfig, phis: list[float], similarity: float = 1.0, nf
     return [one_step(config, a, b, similarity, nfe, i == last) for i, (a, b) in enumerate(pairwise(phis))]
 
 
+def relative(config: RewardConfig, ending: dict[str, float], baseline: float | None) -> dict[str, float]:
+    """The last step of an episode with its quality counted from ``baseline``, if there is one."""
+    if baseline is None:
+        return ending
+    parts = {name: np.array([value]) for name, value in ending.items()}
+    counted = relative_to_baseline(config, parts, np.array([baseline]), np.array([True]))
+    return {name: float(value[0]) for name, value in counted.items()}
+
+
 def test_components_by_hand() -> None:
     config = RewardConfig(shaping=2.0, gamma=0.9, instability=0.5, efficiency=0.01, terminal=3.0)
     going = one_step(config, 0.4, 0.6, 0.8, 2, end=False)
@@ -93,12 +102,17 @@ def test_return_is_final_quality_minus_cost(phis: list[float]) -> None:
     assert sum(part["total"] for part in parts) == pytest.approx(phis[-1] - phis[0] - 0.01 * len(parts), abs=1e-9)
 
 
-@given(st.floats(0, 1), st.floats(0.5, 1))
-@hypothesis_settings(max_examples=20)
-def test_mere_continuing_never_pays(phi: float, similarity: float) -> None:
+@given(st.floats(0, 1), st.floats(0.5, 1), st.sampled_from([None, 0.0, 0.3, 1.0]))
+@hypothesis_settings(max_examples=40)
+def test_mere_continuing_never_pays(phi: float, similarity: float, baseline: float | None) -> None:
     """The published prototype's flaw: constant quality must return less with every further step."""
     config = RewardConfig()
-    returns = [sum(p["total"] for p in episode(config, [phi] * (n + 1), similarity)) for n in range(1, 26)]
+
+    def total(decisions: int) -> float:
+        parts = episode(config, [phi] * (decisions + 1), similarity)
+        return sum(p["total"] for p in [*parts[:-1], relative(config, parts[-1], baseline)])
+
+    returns = [total(n) for n in range(1, 26)]
     assert all(later < earlier for earlier, later in pairwise(returns))
     assert all(p["total"] < 0 for p in episode(config, [phi] * 10, similarity)[:-1])
 
@@ -178,8 +192,8 @@ NEXT = {0: {0: 1, 2: 0}, 1: {0: 3, 2: 2}, 2: {0: 3, 2: 1}, 3: {0: 3, 2: 2}}  # a
 COST = {0: 1, 1: 0, 2: 2}  # evaluations of continue, stop, refine
 
 
-def action_values(config: RewardConfig, gamma: float) -> np.ndarray:
-    """Q (4, 3) by value iteration, rewards from `step_reward`."""
+def action_values(config: RewardConfig, gamma: float, baseline: float | None = None) -> np.ndarray:
+    """Q (4, 3) by value iteration, rewards from `step_reward`, and from `relative_to_baseline` if there is one."""
     q = np.full((4, 3), -1e3)  # from below: every policy that never stops is worse than this
     for _ in range(50):
         for state in range(4):
@@ -187,6 +201,7 @@ def action_values(config: RewardConfig, gamma: float) -> np.ndarray:
                 end = action == 1
                 after = state if end else NEXT[state][action]
                 step = one_step(config, PHI[state], PHI[after], 1.0, COST[action], end)
+                step = relative(config, step, baseline) if end else step
                 q[state, action] = step["total"] + (0 if end else gamma * q[after].max())
     return q
 
@@ -201,6 +216,21 @@ def test_shaping_leaves_the_best_policy_alone(gamma: float) -> None:
         # Ng, Harada & Russell 1999, theorem 1: shaped Q is plain Q less the weighted potential.
         np.testing.assert_allclose(shaped, plain - weight * PHI[:, None], atol=1e-9)
     assert set(plain.argmax(1)) > {1}  # the problem is not trivial: not every state stops
+
+
+@pytest.mark.parametrize("baseline", [0.1, 0.5, 0.95])
+def test_a_baseline_leaves_the_best_policy_alone(baseline: float) -> None:
+    """Every state of the MDP reaches the end exactly once, whatever is done: all values move by the baseline."""
+    config = RewardConfig(instability=0.0, efficiency=0.03, terminal=2.0)
+    plain, counted = (action_values(config, 1.0, level) for level in (None, baseline))
+    np.testing.assert_array_equal(counted.argmax(1), plain.argmax(1))
+    np.testing.assert_allclose(counted, plain - 2 * baseline, atol=1e-9)
+
+
+def test_a_discounted_baseline_is_refused() -> None:
+    """Taken off at the end it weighs less the later an episode ends: the best policy would be another one."""
+    with pytest.raises(ValueError, match=r"gamma 1, got 0\.95.*longer"):
+        action_values(RewardConfig(gamma=0.95), 0.95, 0.5)
 
 
 # ------------------------------------------------------------------ baselines, running scales, dual variable
