@@ -218,12 +218,12 @@ class DualVariable:
     is done on log c, c <- c * exp(rate * (NFE / target - 1)): c stays positive and ``rate`` has no unit.
 
     Raises:
-        ValueError: a target, rate or price that is not positive.
+        ValueError: a target, rate or price that is not positive, or a price beyond its bounds.
     """
 
     target_nfe: float  # mean denoiser evaluations per picture
     value: float = 0.01  # c, reward per evaluation
-    rate: float = 0.05  # relative change of c per update while the mean NFE is twice the target
+    rate: float = 0.3  # relative change of c per update while the mean NFE is twice the target
     least: float = 1e-6
     most: float = 1.0
 
@@ -231,6 +231,15 @@ class DualVariable:
         for name in ("target_nfe", "value", "rate", "least", "most"):
             if not (np.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"the dual variable's {name} must be a positive number, got {getattr(self, name)!r}")
+        if not self.least <= self.value <= self.most:
+            raise ValueError(
+                f"the dual variable's value must lie in [{self.least:g}, {self.most:g}], got {self.value!r}"
+            )
+
+    @property
+    def at_bound(self) -> bool:
+        """Whether c has come to where it can only turn back."""
+        return not self.least < self.value < self.most
 
     def update(self, mean_nfe: float) -> float:
         """Move c once, by the mean NFE of the episodes just ended; returns it."""
