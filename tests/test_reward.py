@@ -295,9 +295,10 @@ def test_dual_variable_moves_the_right_way_and_stays_in_bounds() -> None:
     dual = DualVariable(target_nfe=10, value=0.01, rate=0.05)
     assert dual.update(20) == pytest.approx(0.01 * math.exp(0.05))
     assert dual.update(10) == pytest.approx(0.01 * math.exp(0.05))
+    assert not dual.at_bound
     for _ in range(2000):
         dual.update(0)
-    assert dual.value == dual.least
-    for name, value in (("target_nfe", 0), ("rate", -1), ("value", math.nan)):
+    assert dual.value == dual.least and dual.at_bound
+    for name, value in (("target_nfe", 0), ("rate", -1), ("value", math.nan), ("value", 1.5)):
         with pytest.raises(ValueError, match=f"{name}.*{value}"):
             DualVariable(**{"target_nfe": 10, name: value})
