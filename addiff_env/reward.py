@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 COMPONENTS = ("shaping", "instability", "efficiency", "terminal", "fault")
+EFFICIENCY_UNITS = ("nfe", "step_flops")
 _SPREADS = ("clip_std", "reward_std")
+_SCORERS_OWN = ("reward_mean", "reward_std")
 
 
 @dataclass(frozen=True)
@@ -28,26 +30,33 @@ class RewardConfig:
     between scorers. For a verifier that predicts a logit, mean 0 and std 1 give its probability.
 
     Raises:
-        ValueError: a value that is not a finite number, a spread that is not positive, a gamma outside (0, 1], or a
-            negative weight, which would reward what it is meant to cost; the message shows it.
+        ValueError: a value that is not a finite number, a spread that is not positive, a gamma outside (0, 1], an
+            unknown unit, or a negative weight, which would reward what it is meant to cost; the message shows it.
     """
 
     clip_weight: float = 0.2  # of the CLIP score, in the potential and in the terminal quality
     reward_weight: float = 0.8  # of the reward model's score, likewise
     clip_mean: float = 0.25  # CLIP cosine that counts as quality 0.5
     clip_std: float = 0.05  # spread of the CLIP cosine
-    reward_mean: float = 0.0  # reward-model score that counts as quality 0.5
-    reward_std: float = 1.0  # spread of the reward model's score
+    reward_mean: float | None = None  # reward-model score that counts as quality 0.5; None: the scorer's own mean
+    reward_std: float | None = None  # spread of the reward model's score; None: the scorer's own
     shaping: float = 1.0  # weight of gamma * Phi(s') - Phi(s)
     gamma: float = 1.0  # discount that shaping assumes; must equal the learner's
     instability: float = 0.02  # weight of the penalty 1 - DINO similarity of successive previews
-    efficiency: float = 0.01  # c_nfe: cost of one denoiser evaluation
+    efficiency: float = 0.01  # c_nfe: cost of one efficiency_unit
+    # What efficiency is charged for: "nfe", denoiser evaluations; "step_flops", everything that is spent on the lane
+    # (evaluations, looks, the final decode) in units of one denoiser step's FLOPs.
+    efficiency_unit: str = "nfe"
     terminal: float = 1.0  # weight of the final image's quality
     fault: float = 1.0  # penalty of a lane whose numbers stopped being finite; it gets no terminal quality
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _check_number(f.name, getattr(self, f.name))
+        if self.efficiency_unit not in EFFICIENCY_UNITS:
+            known = ", ".join(EFFICIENCY_UNITS)
+            raise ValueError(f"unknown reward setting 'efficiency_unit' {self.efficiency_unit!r}; known: {known}")
+        for name, value in vars(self).items():
+            if name != "efficiency_unit" and not (value is None and name in _SCORERS_OWN):
+                _check_number(name, value)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any] | None) -> RewardConfig:
@@ -62,6 +71,25 @@ class RewardConfig:
             if name not in known:
                 raise ValueError(f"unknown reward setting {name!r}; known: {', '.join(known)}")
         return cls(**values)
+
+    def for_scorer(self, mean: float, std: float) -> RewardConfig:
+        """The same with a scorer's own scale where none was set: scorers differ, from cosines to ratings up to 10."""
+        chosen = (
+            mean if self.reward_mean is None else self.reward_mean,
+            std if self.reward_std is None else self.reward_std,
+        )
+        return replace(self, reward_mean=chosen[0], reward_std=chosen[1])
+
+    @property
+    def reward_scale(self) -> tuple[float, float]:
+        """Mean and spread of the reward model's score.
+
+        Raises:
+            ValueError: they are left to the scorer, and it was not named yet.
+        """
+        if self.reward_mean is None or self.reward_std is None:
+            raise ValueError("reward_mean and reward_std are the scorer's own: call for_scorer first")
+        return self.reward_mean, self.reward_std
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -80,7 +108,8 @@ def _check_number(name: str, value: Any) -> None:
 def quality(clip_score: np.ndarray, reward_score: np.ndarray, config: RewardConfig) -> np.ndarray:
     """Weighted quality (B,) of pictures from their scores (B,); the potential Phi of a state."""
     clip = _sigmoid((clip_score - config.clip_mean) / config.clip_std)
-    reward = _sigmoid((reward_score - config.reward_mean) / config.reward_std)
+    mean, std = config.reward_scale
+    reward = _sigmoid((reward_score - mean) / std)
     return config.clip_weight * clip + config.reward_weight * reward
 
 
@@ -93,14 +122,14 @@ def step_reward(
     phi: np.ndarray,
     next_phi: np.ndarray,
     similarity: np.ndarray,
-    nfe: np.ndarray,
+    cost: np.ndarray,
     terminated: np.ndarray,
     fault: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Components and ``total`` of one transition of B lanes, each (B,) float64.
 
     ``phi`` and ``next_phi`` are the qualities of the preview before and of the preview (or the final
-    image) after; ``similarity`` the DINO cosine between the two; ``nfe`` the evaluations just paid.
+    image) after; ``similarity`` the DINO cosine between the two; ``cost`` what was just paid, in ``efficiency_unit``.
     The potential of a terminal state is 0, as the theorem requires. ``fault`` (B,) bool marks lanes that broke down.
     """
     broken = np.zeros_like(terminated) if fault is None else fault
@@ -108,7 +137,7 @@ def step_reward(
     parts = {
         "shaping": config.shaping * (config.gamma * after - phi),
         "instability": -config.instability * (1 - similarity),
-        "efficiency": -config.efficiency * nfe.astype(np.float64),
+        "efficiency": -config.efficiency * cost.astype(np.float64),
         "terminal": np.where(terminated & ~broken, config.terminal * next_phi, 0.0),
         "fault": np.where(broken, -config.fault, 0.0),
     }
@@ -197,7 +226,8 @@ class RunningScores:
         for name, scale in (("clip", self.clip), ("reward", self.reward)):
             if scale.count >= self.least_count:
                 std = max(scale.std, self.least_std)
-                config = replace(config, **{f"{name}_mean": scale.mean, f"{name}_std": std})
+                learned: dict[str, Any] = {f"{name}_mean": scale.mean, f"{name}_std": std}
+                config = replace(config, **learned)
         return config
 
     def state_dict(self) -> dict[str, Any]:

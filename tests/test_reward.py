@@ -4,7 +4,9 @@ import json
 import math
 from dataclasses import fields, replace
 from itertools import pairwise
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from hypothesis import given
@@ -126,7 +128,7 @@ def test_settings_come_from_a_mapping() -> None:
     ("name", "value"),
     [
         *(("terminal", value) for value in (math.nan, math.inf, -math.inf, "much", None, True, -0.5)),
-        *((f.name, -0.5) for f in fields(RewardConfig) if not f.name.endswith(("_mean", "_std", "gamma"))),
+        *((f.name, -0.5) for f in fields(RewardConfig) if not f.name.endswith(("_mean", "_std", "gamma", "_unit"))),
         *((name, value) for name in ("clip_std", "reward_std") for value in (0, 0.0, -0.05, math.nan)),
         *(("gamma", value) for value in (0, -0.1, 1.01, math.nan, True)),
         ("clip_mean", math.nan),
@@ -139,6 +141,23 @@ def test_bad_settings_are_quoted(name: str, value: object) -> None:
         assert repr(value) in str(error.value)
     with pytest.raises(ValueError, match=f"'{name}'"):
         replace(RewardConfig(), **{name: value})
+
+
+@pytest.mark.parametrize("unit", ["flops", "NFE", None, 1])
+def test_unknown_units_are_quoted(unit: object) -> None:
+    with pytest.raises(ValueError, match="'efficiency_unit'.*nfe, step_flops") as error:
+        RewardConfig.from_dict({"efficiency_unit": unit})
+    assert repr(unit) in str(error.value)
+
+
+def test_what_is_not_set_is_the_scorers_own_scale() -> None:
+    assert RewardConfig().for_scorer(21.0, 1.5).reward_scale == (21.0, 1.5)
+    assert RewardConfig(reward_mean=0.0).for_scorer(21.0, 1.5).reward_scale == (0.0, 1.5)
+    assert RewardConfig(reward_std=2.0).for_scorer(21.0, 1.5).reward_scale == (21.0, 2.0)
+    with pytest.raises(ValueError, match="scorer"):
+        quality(np.zeros(1), np.zeros(1), RewardConfig())
+    with pytest.raises(ValueError, match="'reward_std'.*got 0"):
+        RewardConfig().for_scorer(0.0, 0.0)
 
 
 def test_odd_but_sound_settings_are_taken() -> None:
@@ -156,7 +175,8 @@ def test_unknown_settings_are_quoted() -> None:
 
 def test_a_short_trajectory_by_hand() -> None:
     """Continue, refine (2 evaluations), stop; scores to quality to every component, with plain arithmetic."""
-    config = RewardConfig(clip_weight=0.5, reward_weight=0.5, clip_mean=0.2, clip_std=0.1, gamma=0.9, instability=0.1)
+    scale = {"clip_mean": 0.2, "clip_std": 0.1, "reward_mean": 0.0, "reward_std": 1.0}
+    config = RewardConfig(clip_weight=0.5, reward_weight=0.5, gamma=0.9, instability=0.1, **scale)
     scores = [(0.2, 0.0), (0.3, 1.0), (0.1, 2.0), (0.2, 2.0)]  # (CLIP cosine, reward model) of each picture
 
     def sigmoid(x: float) -> float:
@@ -233,6 +253,29 @@ def test_a_discounted_baseline_is_refused() -> None:
         action_values(RewardConfig(gamma=0.95), 0.95, 0.5)
 
 
+# ------------------------------------------------------------------ what is charged
+
+
+@pytest.mark.parametrize("unit", ["nfe", "step_flops"])
+def test_efficiency_is_charged_in_its_unit(unit: str, small_kwargs: dict[str, Any]) -> None:
+    """A decision's price: its evaluations, or its whole increase of net FLOPs in denoiser steps."""
+    reward = {"efficiency": 0.5, "efficiency_unit": unit}
+    settings = small_kwargs | {"reward": reward, "finish_steps": 1, "observe_every": 2, "guidance_scale": 3.0}
+    env: Any = gym.make_vec("AdDiffusion-Tiny-v0", num_envs=3, **settings).unwrapped
+    assert env.reward_config.reward_scale == (0.0, 1.0)  # the packaged scorer's
+    _, before = env.reset(seed=0)
+    step = 2 * env.price["denoiser"]  # a guidance pair
+    for actions in ([0, 2, 0], [0, 0, 1], [2, 0, 0]):
+        _, _, ended, _, info = env.step(np.array(actions))
+        running = info["nfe"] >= before["nfe"]  # a lane that starts anew pays nothing for that
+        spent = {name: (info[name] - before[name])[running] for name in ("nfe", "net_flops")}
+        expected = spent["nfe"] if unit == "nfe" else spent["net_flops"] / step
+        np.testing.assert_allclose(info["reward"]["efficiency"][running], -0.5 * expected, rtol=1e-12)
+        assert (spent["net_flops"][spent["nfe"] > 0] / step >= spent["nfe"][spent["nfe"] > 0]).all()
+        before = info
+    assert (expected > 0).any()
+
+
 # ------------------------------------------------------------------ baselines, running scales, dual variable
 
 
@@ -265,7 +308,7 @@ def test_running_scale_equals_numpy_on_everything(batches: list[list[float]]) ->
 
 
 def test_running_scores_replace_the_configured_scales_once_trusted(rng: np.random.Generator) -> None:
-    config, scores = RewardConfig(), RunningScores()
+    config, scores = RewardConfig().for_scorer(0.0, 1.0), RunningScores()
     clip, reward = rng.normal(0.6, 0.1, 200), rng.normal(-3, 4, 200)
     scores.update(clip[:10], reward[:10])
     assert scores.apply(config) == config

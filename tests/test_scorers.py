@@ -22,6 +22,7 @@ from addiff_env.encoders import CLIPEncoder, DINOEncoder, OpenCLIPEncoder, load_
 from addiff_env.loading import resolve_model
 from addiff_env.perception import Perception
 from addiff_env.preprocessing import OPENAI_CLIP
+from addiff_env.reward import RewardConfig, quality
 from addiff_env.scorers import (
     Aesthetic,
     CLIPScore,
@@ -640,6 +641,34 @@ def test_scores_are_one_float_per_picture(name: str, scorers: dict[str, Scorer])
     assert scores.tolist() == pytest.approx(alone, rel=1e-3, abs=1e-5)
 
 
+# Scores that published models' pictures usually get; a step within them has to be felt.
+USUAL = {
+    "pixel_text": (-3.0, 3.0),
+    "clipscore": (0.2, 0.33),
+    "hps": (0.22, 0.32),
+    "pickscore": (18.0, 23.0),
+    "aesthetic": (4.0, 7.0),
+    "imagereward": (-2.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_usual_scores_of_any_scorer_make_a_live_reward(name: str, scorers: dict[str, Scorer]) -> None:
+    """With one scale for all, PickScore's 18 and 23 are the same quality: 1."""
+    config = RewardConfig(clip_weight=0, reward_weight=1).for_scorer(scorers[name].mean, scorers[name].std)
+    low, high = quality(np.zeros(2), np.array(USUAL[name]), config)
+    assert 0.02 < low < 0.35 and 0.65 < high < 0.98
+
+
+def test_an_environments_reward_has_its_scorers_scale(small_kwargs: dict[str, Any]) -> None:
+    scorer = f"pickscore:{resolve_model(TINY_CLIP)}"
+    env: Any = gym.make("AdDiffusion-Tiny-v0", **small_kwargs, scorer=scorer).unwrapped
+    config = env.vector.reward_config
+    assert (config.reward_mean, config.reward_std) == (PickScore.mean, PickScore.std) and config.clip_mean == 0.64
+    own = gym.make("AdDiffusion-Tiny-v0", **small_kwargs, scorer=scorer, reward={"reward_mean": 3.0}).unwrapped
+    assert own.vector.reward_config.reward_scale == (3.0, PickScore.std)  # type: ignore[attr-defined]
+
+
 # ------------------------------------------------------------------ what looking costs
 
 
@@ -709,7 +738,10 @@ def test_the_four_pictures_of_imagerewards_readme() -> None:
 
     ``ADDIFF_IMAGEREWARD`` may name the checkpoint (a scorer setting); without it, it comes from the Hub.
     """
-    folder = Path(os.environ["ADDIFF_IMAGEREWARD_ASSETS"])
+    assets = os.environ.get("ADDIFF_IMAGEREWARD_ASSETS")
+    if not assets:
+        pytest.skip("set ADDIFF_IMAGEREWARD_ASSETS to assets/images of the official ImageReward repository")
+    folder = Path(assets)
     scorer = load_scorer(os.environ.get("ADDIFF_IMAGEREWARD", "imagereward"))
     prompt = "a painting of an ocean with clouds and birds, day time, low depth field effect"
     scores = []

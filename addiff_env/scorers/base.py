@@ -25,9 +25,13 @@ class Scorer(Protocol):
 
     Attributes:
         limit: observations clamp scores to [-limit, limit]; sound scores stay well inside.
+        mean, std: where its scores of generated pictures lie and how far they spread, roughly: what the reward takes
+            for quality 0.5, and for its unit, unless told otherwise.
     """
 
     limit: float
+    mean: float
+    std: float
 
     def score(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Scores (B,) float32 of pictures (B, 3, H, W) in [0, 1] under their prompts; higher is better.

@@ -67,10 +67,11 @@ class PixelTextReward(nn.Module):
 
     A convolutional stem turns a 64x64 picture into 8x8 tokens; these, the prompt's tokens and one
     learned read-out token pass through a transformer. ``score_mean`` and ``score_std`` are the
-    logit's statistics on held-out generated pictures, for normalisation.
+    logit's statistics on held-out generated pictures, for the record.
     """
 
     limit = LOGIT_LIMIT
+    mean, std = 0.0, 1.0  # the reward takes the logit's own probability for quality
 
     def __init__(
         self,
