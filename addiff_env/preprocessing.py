@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -162,6 +163,7 @@ class Preprocess:
         Raises:
             ValueError: it does something that this class does not know; the message shows it.
         """
+        _refuse_oddities(processor)
         crop = processor.crop_size if getattr(processor, "do_center_crop", None) else None
         edge, height, width = (processor.size.get(name) for name in ("shortest_edge", "height", "width"))
         interpolation = _PILLOW_FILTERS.get(int(processor.resample))
@@ -191,6 +193,23 @@ class Preprocess:
         interpolation = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
         resize = config.get("resize_mode") or "shortest"
         return cls(height, tuple(mean), tuple(std), resize, interpolation=interpolation)
+
+
+def _refuse_oddities(processor: Any) -> None:
+    """Refuse a transformers processor that leaves out, or adds, a part of what `Preprocess` always does.
+
+    Raises:
+        ValueError: the message shows the setting.
+    """
+    always = {name: getattr(processor, name, True) for name in ("do_resize", "do_rescale", "do_normalize")}
+    odd = [f"{name} {value!r}" for name, value in always.items() if value is False]
+    factor = getattr(processor, "rescale_factor", None)
+    if factor is not None and not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        odd.append(f"rescale_factor {factor!r} instead of 1/255")
+    if getattr(processor, "do_pad", None):
+        odd.append("do_pad True")
+    if odd:
+        raise ValueError(f"{type(processor).__name__} with {', '.join(odd)} is not supported")
 
 
 # --------------------------------------------------------------------------- Pillow's resampling

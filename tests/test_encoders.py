@@ -142,6 +142,14 @@ def test_a_processor_that_does_something_else_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=type(odd).__name__):
             Preprocess.of_processor(odd)
+    for name, value in (
+        *((name, False) for name in ("do_normalize", "do_resize", "do_rescale")),
+        *(("rescale_factor", factor) for factor in (1.0, 1 / 127.5)),
+        ("do_pad", True),
+    ):
+        with pytest.raises(ValueError, match=f"CLIPImageProcessor.*with {name} {value}"):
+            Preprocess.of_processor(transformers.CLIPImageProcessor(**{name: value}))
+    assert Preprocess.of_processor(transformers.CLIPImageProcessor(rescale_factor=0.00392156862745098)).size == 224
     with pytest.raises(ValueError, match="224 x 112"):
         Preprocess.of_open_clip({"size": (224, 112)})
     with pytest.raises(ValueError, match="'stretch'"):
