@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import addiff_env
+from addiff_env import baseline_cache
 from addiff_env.agent import Agent
 from addiff_env.baseline_cache import compute_baselines
 from addiff_env.filmstrips import record_trajectories
@@ -329,6 +331,22 @@ def test_baselines_and_reward_weights_come_from_the_configuration(small_kwargs, 
     reward = result.agent.config["env"]["kwargs"]["reward"]
     assert reward["efficiency"] == 0.5 and reward["clip_mean"] == 0.64  # over the id's own preset
     assert result.held_out == {}
+
+
+def test_baselines_must_cover_every_prompt_before_the_run_begins(small_kwargs, tmp_path):
+    path = tmp_path / "b.jsonl"
+    lanes = make_lanes("AdDiffusion-Tiny-v0", 1, **small_kwargs | {"prompts": PROMPTS})
+    compute_baselines(path, lanes, 3, PROMPTS[:1], [0])
+    options = [f"reward.baselines={path}", "logging.held_out_every=0", "algorithm.total_timesteps=15"]
+    with pytest.raises(ValueError, match=f"3 of 4 prompts have no baseline in {path}, e.g. 'a star'") as error:
+        train(configure(small_kwargs, *options), tmp_path / "run")
+    command = shlex.split(str(error.value).split("add them with: ")[1])
+    assert command[:3] == ["python", "-m", "addiff_env.baseline_cache"]
+    baseline_cache.main(command[3:])  # what it says does help
+    train(configure(small_kwargs, *options), tmp_path / "run")
+    discounted = ["algorithm.gamma=0.9", "+reward.weights.gamma=0.9"]
+    with pytest.raises(ValueError, match="baselines need gamma 1, got 0.9"):
+        train(configure(small_kwargs, *options, *discounted), tmp_path / "discounted")
 
 
 @pytest.mark.parametrize(

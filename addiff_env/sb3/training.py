@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +22,9 @@ from stable_baselines3.common.vec_env import VecMonitor
 import addiff_env
 from addiff_env.agent import CALIBRATION_SHARES, Agent
 from addiff_env.baseline_cache import BaselineCache
+from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.prompts import load_prompts
+from addiff_env.reward import check_undiscounted
 from addiff_env.sb3.callbacks import (
     Clock,
     CollapseAlarm,
@@ -244,12 +248,36 @@ def _prompts(source: Any) -> str | list[str]:
 
 
 def build_env(cfg: DictConfig) -> DenoiseVecEnv:
-    """The lanes with their prompt order, curriculum and baselines."""
+    """The lanes with their prompt order, curriculum and baselines.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_baselines`.
+    """
     lanes = make_lanes(cfg.env.id, cfg.num_envs, **env_settings(cfg))
-    baselines = BaselineCache.load(cfg.reward.baselines, lanes) if cfg.reward.baselines else None
+    baselines = load_baselines(cfg, lanes) if cfg.reward.baselines else None
     stages = [Stage(**stage) for stage in cfg.prompts.stages]
     order = PromptOrder(lanes.prompts, stages, baselines.seeds if baselines else None)
     return DenoiseVecEnv(lanes, order, baselines)
+
+
+def load_baselines(cfg: DictConfig, lanes: DiffusionDenoiseVectorEnv) -> BaselineCache:
+    """The configured baselines, which must cover every prompt: one without would end the run in the middle.
+
+    Raises:
+        FileNotFoundError, ValueError: as `BaselineCache.load`; a discount, or prompts without a baseline: the message
+            says how many, and the command that scores them.
+    """
+    check_undiscounted(lanes.reward_config)
+    path, cache = cfg.reward.baselines, BaselineCache.load(cfg.reward.baselines, lanes)
+    missing = cache.missing(lanes.prompts)
+    if missing:
+        kwargs = {name: value for name, value in env_settings(cfg).items() if name != "reward"}
+        options = ["--env", cfg.env.id, "--kwargs", json.dumps(kwargs), "--steps", str(cache.configuration["steps"])]
+        raise ValueError(
+            f"{len(missing)} of {len(lanes.prompts)} prompts have no baseline in {path}, e.g. {missing[0]!r}; "
+            f"add them with: {shlex.join(['python', '-m', 'addiff_env.baseline_cache', str(path), *options])}"
+        )
+    return cache
 
 
 def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
