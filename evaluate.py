@@ -61,7 +61,7 @@ from addiff_env.evaluation.rows import (
 from addiff_env.evaluation.runs import Strip, save_strips, write_items, write_provenance, write_verdicts
 from addiff_env.evaluation.sets import References, SetOptions, describe_sets, set_scores
 from addiff_env.evaluation.summary import lead_with
-from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune
+from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune, tuning_items
 from addiff_env.evaluation.version import code_version
 from addiff_env.filmstrips import filmstrip_figure, record_trajectories
 from addiff_env.pipeline import make_agent_env
@@ -196,36 +196,43 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def make_methods(
     cfg: DictConfig, evaluation: Evaluation, benchmark: Sequence[Item], agent: Agent, metric: str
 ) -> list[Method]:
-    """The methods of the configuration: a misspelt one, or one without its weights, stops us before any work."""
+    """The methods of the configuration: a misspelt one, or one without its weights, stops us before any work.
+
+    What needs no tuning is therefore made before anything is tuned, which draws pictures.
+    """
     options = MethodOptions.read(plain(cfg.method_options))
     specs = list(cfg.methods)
+    found: dict[str, Method] = {}
+
+    def make(names: Sequence[str]) -> None:
+        for spec in names:
+            try:
+                found[spec] = make_method(spec, evaluation.env, agent, options, benchmark)
+            except (FileNotFoundError, ImportError) as error:
+                if not cfg.allow_missing:
+                    raise missing(f"method {spec!r}", error) from error
+                print(f"left out method {spec!r}: {error}")
+
+    make([spec for spec in specs if spec not in AUTO])
     if set(specs) & set(AUTO):
-        specs = tuned_specs(cfg, evaluation, benchmark, agent, metric)
-    methods = []
-    for spec in specs:
-        try:
-            methods.append(make_method(spec, evaluation.env, agent, options, benchmark))
-        except (FileNotFoundError, ImportError) as error:
-            if not cfg.allow_missing:
-                raise missing(f"method {spec!r}", error) from error
-            print(f"left out method {spec!r}: {error}")
-    return methods
+        specs = tuned_specs(cfg, evaluation, agent, metric)
+        make([spec for spec in specs if spec not in found])
+    return [found[spec] for spec in specs if spec in found]
 
 
-def tuned_specs(
-    cfg: DictConfig, evaluation: Evaluation, benchmark: Sequence[Item], agent: Agent, metric: str
-) -> list[str]:
+def tuned_specs(cfg: DictConfig, evaluation: Evaluation, agent: Agent, metric: str) -> list[str]:
     """The methods' names with numbers for those that are tuned to the agent; see `addiff_env.evaluation.tune`.
 
+    No prompt of the whole benchmark is tuned on, whatever its limit: a later run with a larger one keeps the tuning.
+
     Raises:
-        ValueError: no prompts to tune on, or some that the evaluation uses.
+        ValueError: no prompts to tune on.
     """
+    benchmark = load_benchmark(cfg.benchmark.name, root=cfg.benchmark.root)
     name = cfg.tune.benchmark or ("tiny-dev" if is_embedded_world(benchmark) else None)
     if name is None:
         raise ValueError(f"{', '.join(AUTO)} need tune.benchmark=<prompts that the evaluation does not use>")
-    items = load_benchmark(name, cfg.tune.limit, root=cfg.benchmark.root)
-    if shared := {item.prompt for item in items} & {item.prompt for item in benchmark}:
-        raise ValueError(f"{len(shared)} prompts of {name!r} are the evaluation's own, e.g. {sorted(shared)[0]!r}")
+    items = tuning_items(name, cfg.tune.limit, benchmark, cfg.benchmark.root)
     env, metrics = evaluation.env, evaluation.metrics
     return resolve(
         cfg.methods,

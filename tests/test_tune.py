@@ -1,14 +1,17 @@
 """Baselines tuned to an agent: what is chosen, what it stands for, and that a run keeps it."""
 
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
+from omegaconf import OmegaConf
 
 from addiff_env.evaluation import tune as tuning_module
 from addiff_env.evaluation.baselines import PolicyMethod, make_method
@@ -25,10 +28,13 @@ from addiff_env.evaluation.tune import (
     stamp_of,
     threshold_grid,
     tune,
+    tuning_items,
 )
 from addiff_env.types import Action
 
-TUNING = Tuning("threshold:5:0.5", "random:0.8:0.1:0.1", "words-7", "success", {"agent": "a"}, [])
+ROOT = Path(__file__).parent.parent
+TUNING_SPECS = ("threshold:5:0.5", "random:0.8:0.1:0.1", "words-7")
+TUNING = Tuning(*TUNING_SPECS, "success", {"agent": "a"}, [])
 
 
 def rule(spec: str, quality: float, net_flops: float) -> Measured:
@@ -112,3 +118,49 @@ def test_tuning_measures_the_agent_and_a_grid(small_kwargs: dict[str, Any], monk
     assert stopped.nfe == 3 and len(stopped.reward_scores) == 4
     with pytest.raises(ValueError, match="'beauty' says nothing of 4 tuning prompts"):
         tune(env, agent, items, metrics, "beauty")
+
+
+def script() -> ModuleType:
+    """``evaluate.py`` as a module."""
+    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "evaluate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_embedded_world_is_tuned_on_dev_prompts_that_test_does_not_share(
+    small_kwargs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = {item.prompt for item in load_benchmark("tiny-test")}
+    shared = test & {item.prompt for item in load_benchmark("tiny-dev")}
+    assert len(shared) == 18  # the splits share single-object captions
+    evaluate, seen = script(), []
+
+    def tuned(env: Any, agent: Any, items: Any, metrics: Any, metric: str) -> Tuning:
+        seen.extend(items)
+        return Tuning(*TUNING_SPECS, metric, stamp_of(agent, env, items, metric), [])
+
+    monkeypatch.setattr(evaluate, "tune", tuned)
+    env = SimpleNamespace(config=small_kwargs)
+    evaluation: Any = SimpleNamespace(folder=tmp_path, env=env, metrics=[])
+    cfg = OmegaConf.load(ROOT / "configs" / "evaluate.yaml")  # at its default limits
+    cfg.methods = ["ddim-5", *AUTO]
+    agent: Any = SimpleNamespace(fingerprint="a")
+    assert evaluate.tuned_specs(cfg, evaluation, agent, "success") == ["ddim-5", *TUNING_SPECS]
+    assert len(seen) == cfg.tune.limit and not test & {item.prompt for item in seen}
+    counts = {category: [item.category for item in seen].count(category) for category in {i.category for i in seen}}
+    assert len(counts) == 7 and max(counts.values()) - min(counts.values()) <= 1  # categories still take turns
+    cfg.benchmark.limit = 4
+    evaluate.tuned_specs(cfg, evaluation, agent, "success")  # another limit keeps the tuning
+
+
+def test_only_prompts_of_its_own_are_left_to_tune_on(tmp_path: Path) -> None:
+    (tmp_path / "dev.txt").write_text("a cat\na dog\na cow\n")
+    (tmp_path / "test.txt").write_text("a dog\na cat\n")
+    test = load_benchmark(str(tmp_path / "test.txt"))
+    assert [item.prompt for item in tuning_items(str(tmp_path / "dev.txt"), 2, test)] == ["a cow"]
+    with pytest.raises(ValueError, match="every prompt of .*test.txt.* name others"):
+        tuning_items(str(tmp_path / "test.txt"), 2, test)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        tuning_items(str(tmp_path / "dev.txt"), 0, test)

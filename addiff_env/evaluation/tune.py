@@ -25,7 +25,7 @@ import numpy as np
 from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import Method, make_method
-from addiff_env.evaluation.benchmarks import Item, id_list_hash, load_benchmark
+from addiff_env.evaluation.benchmarks import SOURCES, Item, categories_in_turn, id_list_hash, load_benchmark
 from addiff_env.evaluation.metrics import (
     Metric,
     ModelScore,
@@ -137,6 +137,29 @@ def _refuse_unmeasured(items: Sequence[Item], metrics: Sequence[Metric], metric:
     mute = [item.prompt for item in items if metric not in columns_of(metrics, item)]
     if mute:
         raise ValueError(f"{metric!r} says nothing of {len(mute)} tuning prompts, e.g. {mute[0]!r}: name other ones")
+
+
+def tuning_items(name: str, limit: int | None, benchmark: Sequence[Item], root: str | Path | None = None) -> list[Item]:
+    """Items of the first ``limit`` entries of ``name`` that ``benchmark``, the evaluation's whole list, does not hold.
+
+    Lists of short captions have some in common: those are left out before anything is counted, and the categories take
+    turns among what is left. Of ``tiny-dev`` that is everything but single objects, of which there are 18 captions.
+
+    Raises:
+        ValueError: no prompt is left, or a limit below 1; and as `load_benchmark`.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"tune.limit must be at least 1, got {limit}")
+    taken = {item.prompt for item in benchmark}
+    groups: dict[tuple[str, str], list[Item]] = {}  # the pictures of each entry of the list
+    for item in load_benchmark(name, root=root):
+        if item.prompt not in taken:
+            groups.setdefault((item.id, item.prompt), []).append(item)
+    if not groups:
+        raise ValueError(f"every prompt of {name!r} is one of the evaluation's own: name others to tune on")
+    in_turn = name not in SOURCES or SOURCES[name].in_turn
+    ordered = categories_in_turn(list(groups.values())) if in_turn else list(groups.values())
+    return [item for group in ordered[:limit] for item in group]
 
 
 def stamp_of(agent: Agent, env: DiffusionDenoiseVectorEnv, items: Sequence[Item], metric: str) -> dict[str, Any]:
