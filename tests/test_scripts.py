@@ -136,7 +136,8 @@ def test_what_is_missing_stops_an_evaluation_before_any_picture(trained, tmp_pat
     assert again.returncode == 0, again.stderr
     other = run("evaluate.py", *options, "methods=[ddim-2]", f"benchmark.name={prompts}",
                 "metrics=[clip_score,'clipscore:addiff_env:tiny/weights/clip']")  # fmt: skip
-    assert other.returncode != 0 and "made with other metrics" in other.stderr
+    assert other.returncode != 0 and "metrics.clipscore: nothing there, clipscore:addiff_env:tiny" in other.stderr
+    assert "hydra.run.dir" in other.stderr
 
 
 COMPARED = ["methods=[ddim-2,best-of-2:ddim-2,words-auto,threshold:auto,random:auto,agent]", "tune.limit=4"]

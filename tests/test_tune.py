@@ -145,14 +145,13 @@ def test_the_embedded_world_is_tuned_on_dev_prompts_that_test_does_not_share(
     env = SimpleNamespace(config=small_kwargs)
     evaluation: Any = SimpleNamespace(folder=tmp_path, env=env, metrics=[])
     cfg = OmegaConf.load(ROOT / "configs" / "evaluate.yaml")  # at its default limits
-    cfg.methods = ["ddim-5", *AUTO]
     agent: Any = SimpleNamespace(fingerprint="a")
-    assert evaluate.tuned_specs(cfg, evaluation, agent, "success") == ["ddim-5", *TUNING_SPECS]
+    assert evaluate.tuned_specs(cfg, AUTO, evaluation, agent, "success") == [*TUNING_SPECS]
     assert len(seen) == cfg.tune.limit and not test & {item.prompt for item in seen}
     counts = {category: [item.category for item in seen].count(category) for category in {i.category for i in seen}}
     assert len(counts) == 7 and max(counts.values()) - min(counts.values()) <= 1  # categories still take turns
     cfg.benchmark.limit = 4
-    evaluate.tuned_specs(cfg, evaluation, agent, "success")  # another limit keeps the tuning
+    evaluate.tuned_specs(cfg, AUTO, evaluation, agent, "success")  # another limit keeps the tuning
 
 
 def test_only_prompts_of_its_own_are_left_to_tune_on(tmp_path: Path) -> None:

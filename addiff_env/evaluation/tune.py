@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,6 +36,7 @@ from addiff_env.evaluation.metrics import (
     reward_score,
     score_pictures,
 )
+from addiff_env.evaluation.stamp import keep_first
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import Action
 
@@ -181,23 +181,11 @@ def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Calla
     if not set(specs) & set(AUTO):
         return list(specs)
     if not path.exists():
-        _keep(path, make())
+        keep_first(path, json.dumps(asdict(make()), indent=2) + "\n")
     tuning = Tuning(**json.loads(path.read_text()))
     if tuning.stamp != stamp:
         raise ValueError(f"{path} was tuned with {tuning.stamp}, not with {stamp}: delete it to tune again")
     return [tuning.spec(spec) if spec in AUTO else spec for spec in specs]
-
-
-def _keep(path: Path, tuning: Tuning) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(tuning), indent=2) + "\n")
-    try:
-        os.link(partial, path)  # whole or not at all, and never over another's
-    except FileExistsError:
-        pass
-    finally:
-        partial.unlink()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
