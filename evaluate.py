@@ -34,6 +34,7 @@ from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import MatchedSteps, Method, PolicyMethod, Replay, make_method
 from addiff_env.evaluation.benchmarks import Item, benchmark_record, load_benchmark
+from addiff_env.evaluation.files import alone_in, write_whole
 from addiff_env.evaluation.html import write_report
 from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE, Rules, Verdict, all_verdicts, describe
 from addiff_env.evaluation.memory import watched
@@ -73,17 +74,15 @@ from addiff_env.evaluation.rows import (
 )
 from addiff_env.evaluation.runs import (
     Strip,
-    alone_in,
     is_reported,
     mark_reported,
     save_strips,
     write_items,
     write_provenance,
     write_verdicts,
-    write_whole,
 )
 from addiff_env.evaluation.sets import References, SetOptions, describe_sets, set_scores
-from addiff_env.evaluation.stamp import CONTROL, require_same, run_stamp
+from addiff_env.evaluation.stamp import CONTROL, keep_stamp, require_same, run_stamp
 from addiff_env.evaluation.summary import lead_with
 from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune, tuning_items
 from addiff_env.evaluation.version import code_version, model_revision
@@ -160,7 +159,7 @@ class Evaluation:
             row = self.blank_row(method, item)
             row.actions, row.nfe, row.forward_passes = made.actions, made.nfe, made.forward_passes
             row.net_flops, row.seconds, row.peak_memory = made.net_flops, made.seconds, peak_memory
-            row.scores, row.reason = scores, reason
+            row.scores, row.reason = scores, "; ".join(filter(None, (made.note, reason)))
             row.image = self._save_image(method, made) if self.save_images else ""
             rows.append(row)
         append_rows(self.path, rows)
@@ -400,8 +399,14 @@ def evaluate(
     agents: Mapping[str, Agent],
     overrides: dict[str, Any],
     place: tuple[int, int],
+    stamp: dict[str, Any],
 ) -> list[ResultRow]:
-    """Make the rows of one shard, ``place`` (index, number of shards), of ``items``."""
+    """Make the rows of one shard, ``place`` (index, number of shards), of ``items``.
+
+    Raises:
+        ValueError: the folder's rows were made with other settings than ``stamp`` says; and as the methods and metrics.
+    """
+    require_same(folder, stamp, code_version())
     env = make_agent_env(next(iter(agents.values())), cfg.num_envs, **overrides)
     metrics, skipped = open_metrics(metric_settings(cfg, items), env.perception, items, cfg.allow_missing)
     for setting, why in skipped.items():
@@ -410,6 +415,8 @@ def evaluate(
     evaluation = Evaluation(shard_path(folder, *place), env, metrics, cfg.save_images)
     found = plan_run(cfg, evaluation, items, agents, metric)
     keep_plan(folder, cfg.methods, found)
+    keep_stamp(folder, stamp, code_version())  # only now: a command that is refused leaves nothing to agree with
+    write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg))
     return make_rows(cfg, evaluation, shard(items, *place), found.methods, agents, overrides)
 
 
@@ -460,9 +467,7 @@ def main(cfg: DictConfig) -> None:
     references = open_references(cfg, folder, "cuda" if torch.cuda.is_available() else "cpu")
     rows: list[ResultRow] | None = None
     if not cfg.shard.merge:
-        require_same(folder, stamp, code_version())
-        write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg))
-        rows = evaluate(cfg, folder, items, agents, overrides, place)
+        rows = evaluate(cfg, folder, items, agents, overrides, place, stamp)
         if place[1] > 1:
             print(f"shard {place[0]} of {place[1]}: {len(rows)} rows in {shard_path(folder, *place)}")
             if not launched:

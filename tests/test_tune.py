@@ -20,9 +20,11 @@ from addiff_env.evaluation.metrics import open_metrics
 from addiff_env.evaluation.policies import RandomPolicy, StopAt
 from addiff_env.evaluation.tune import (
     AUTO,
+    MATCHED,
     Measured,
     Tuning,
     best_matched,
+    best_of_grid,
     measure,
     resolve,
     stamp_of,
@@ -33,7 +35,7 @@ from addiff_env.evaluation.tune import (
 from addiff_env.types import Action
 
 ROOT = Path(__file__).parent.parent
-TUNING_SPECS = ("threshold:5:0.5", "random:0.8:0.1:0.1", "words-7")
+TUNING_SPECS = ("threshold:5:0.5", "random:0.8:0.1:0.1", "words-7.5", "best-of-2:ddim-5")
 TUNING = Tuning(*TUNING_SPECS, "success", {"agent": "a"}, [])
 
 
@@ -51,12 +53,22 @@ def test_the_best_rule_at_the_agents_compute_is_chosen() -> None:
         best_matched([], 10)
 
 
+def test_best_of_n_gets_the_steps_that_the_agents_compute_pays_for(small_kwargs: dict[str, Any]) -> None:
+    env: Any = gym.make_vec("AdDiffusion-Tiny-v0", 2, autoreset_mode=AutoresetMode.DISABLED, **small_kwargs).unwrapped
+    item = load_benchmark("tiny-dev", 1)
+    for number in (2, 3):
+        ((_, made),) = next(iter(make_method(f"best-of-{number}:ddim-4", env).make(item)))
+        assert f"best-of-{number}:ddim-4" in best_of_grid(env, made.net_flops)
+        assert f"best-of-{number}:ddim-3" in best_of_grid(env, 0.97 * made.net_flops)
+    assert best_of_grid(env, 0.0) == ["best-of-2:ddim-1"]
+
+
 def test_the_command_names_its_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tuning_module.main(["--agent", "/nowhere/agent"])
     assert "/nowhere/agent" in capsys.readouterr().err
     words = tuning_module.describe(TUNING)
-    assert words.splitlines()[-1] == "methods=[threshold:5:0.5,random:0.8:0.1:0.1,words-7]"
+    assert words.splitlines()[-1] == "methods=[threshold:5:0.5,random:0.8:0.1:0.1,words-7.5,best-of-2:ddim-5]"
 
 
 def test_auto_is_replaced_and_kept(tmp_path: Path) -> None:
@@ -67,13 +79,16 @@ def test_auto_is_replaced_and_kept(tmp_path: Path) -> None:
         return TUNING
 
     specs = ["ddim-5", *AUTO]
-    wanted = ["ddim-5", "threshold:5:0.5", "random:0.8:0.1:0.1", "words-7"]
+    wanted = ["ddim-5", *TUNING_SPECS]
     assert resolve(["ddim-5"], path, {"agent": "a"}, make) == ["ddim-5"] and not path.exists()
     assert resolve(specs, path, {"agent": "a"}, make) == wanted
     assert resolve(specs, path, {"agent": "a"}, make) == wanted and len(made) == 1  # another shard, or a rerun
     with pytest.raises(ValueError, match="tuned with .*'a'.* not with .*'b'.*: delete it"):
         resolve(specs, path, {"agent": "b"}, make)
     assert [other.name for other in path.parent.iterdir()] == ["tuning.json"]
+    path.write_text(json.dumps({"threshold": "threshold:5:0.5"}))
+    with pytest.raises(ValueError, match="tuned by another release.*delete it"):
+        resolve(specs, path, {"agent": "a"}, make)
 
 
 def test_the_first_of_several_processes_is_believed(tmp_path: Path) -> None:
@@ -81,15 +96,19 @@ def test_the_first_of_several_processes_is_believed(tmp_path: Path) -> None:
 
     def overtaken() -> Tuning:
         path.write_text(json.dumps(asdict(TUNING)))
-        return Tuning("threshold:9:9", "", "", "success", {"agent": "a"}, [])
+        return Tuning("threshold:9:9", "", "", "", "success", {"agent": "a"}, [])
 
     assert resolve(["threshold:auto"], path, {"agent": "a"}, overtaken) == ["threshold:5:0.5"]
 
 
-class Drawn(RandomPolicy):
-    """Random actions under the name of an agent."""
+class Drawn:
+    """Random actions under the name of an agent, which looks at everything."""
 
-    fingerprint = "drawn"
+    fingerprint, flops = "drawn", 0.0
+
+    def __init__(self, shares: Any) -> None:
+        policy = RandomPolicy(shares)
+        self.act, self.act_in = policy.act, policy.act_in
 
 
 def test_tuning_measures_the_agent_and_a_grid(small_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +122,7 @@ def test_tuning_measures_the_agent_and_a_grid(small_kwargs: dict[str, Any], monk
     metrics, metric = open_metrics(["checker"], env.perception, items)[0], "success"
     agent: Any = Drawn([0.7, 0.1, 0.2])
     found = tune(env, agent, items, metrics, metric)
-    (own, rule_) = found.measured
+    own, rule_, *several = found.measured
     made = [result for group in PolicyMethod(env, agent).make(list(items)) for _, result in group]
     taken = np.array([action for result in made for action in result.actions])
     shares = [float(np.mean(taken == action)) for action in Action]
@@ -112,7 +131,10 @@ def test_tuning_measures_the_agent_and_a_grid(small_kwargs: dict[str, Any], monk
     drawn = make_method(found.spec("random:auto"), env)
     assert isinstance(drawn, PolicyMethod)
     assert [float(share) for share in found.random.split(":")[1:]] == pytest.approx(shares, abs=1e-3)
-    assert found.words == f"words-{round(own['nfe'])}"
+    assert found.words == f"words-{round(own['nfe'], 1):g}"
+    assert [one["spec"] for one in several] == best_of_grid(env, own["net_flops"]) and several
+    assert found.best_of in {one["spec"] for one in several}
+    assert all(one["net_flops"] <= MATCHED * own["net_flops"] for one in several)
     assert found.stamp == stamp_of(agent, env, items, "success") != stamp_of(agent, env, items[:2], "success")
     stopped = measure(PolicyMethod(env, StopAt(3, 6), "stop"), env, items, metrics, metric)
     assert stopped.nfe == 3 and len(stopped.reward_scores) == 4

@@ -15,10 +15,10 @@ from typing import Any
 from addiff_env.agent import Agent
 from addiff_env.backbones import StableDiffusionBackbone
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.evaluation.files import alone_in, write_whole
 from addiff_env.evaluation.method import Method
 from addiff_env.evaluation.metrics import missing
 from addiff_env.evaluation.outside import MethodOptions
-from addiff_env.evaluation.runs import alone_in, write_whole
 from addiff_env.evaluation.tune import AUTO
 from addiff_env.loading import PACKAGE_PREFIX
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from addiff_env.evaluation.files import partial_of
 from addiff_env.evaluation.jsonl import append_objects, read_objects
 from addiff_env.types import ResultRow
 
@@ -44,8 +45,7 @@ def _parse(values: dict[str, Any], place: str) -> ResultRow:
 
 def write_rows(path: Path, rows: Iterable[ResultRow]) -> None:
     """Write a whole file at once: a kill leaves the old one or the new one; raises as `append_rows`."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
+    partial = partial_of(path)
     append_rows(partial, rows)
     os.replace(partial, path)
 

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,17 +21,17 @@ from platform import python_version
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item
+from addiff_env.evaluation.files import write_whole
 from addiff_env.evaluation.hypotheses import Part, Verdict
 from addiff_env.evaluation.jsonl import read_objects
 from addiff_env.evaluation.rows import CONFIGURATION, read_rows
 from addiff_env.evaluation.summary import lead_with
 from addiff_env.types import ResultRow
 
-LOCK, REPORTED = ".lock", ".reported"
+REPORTED = ".reported"  # what the latest report was about
 ITEMS, VERDICTS, PROVENANCE, STRIPS = "items.jsonl", "verdicts.json", "provenance.json", "filmstrips"
 LIBRARIES = ("torch", "diffusers", "transformers", "gymnasium", "numpy")
 SETTINGS = (*CONFIGURATION, "code_version")  # of a method's rows
@@ -54,22 +52,7 @@ class Strip:
         return [frame["action"] for frame in self.frames if frame["action"] is not None]
 
 
-# --------------------------------------------------------------------------- several processes in one folder
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Wait for, and hold, a run folder's lock: what follows is done by one process at a time. A killed one lets go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / LOCK):
-        yield
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file at once: whoever reads it sees the old one or the new one."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+# --------------------------------------------------------------------------- who reports
 
 
 def is_reported(folder: Path, settings: str, rows: Sequence[ResultRow]) -> bool:

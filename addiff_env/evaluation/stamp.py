@@ -1,6 +1,6 @@
 """What the rows of a run folder were made with, beyond what each row says itself: kept there, and held to.
 
-The first process of a code version that works in a folder leaves ``made-with-<code version>.json``; whoever goes on,
+The first process of a code version that makes rows in a folder leaves ``made-with-<code version>.json``; whoever goes on,
 makes another shard or merges has to have the same settings. Methods, further agents and a larger limit may be added:
 rows are told apart by method, policy, prompt and seed. Rows of another code version are never taken for ours.
 """
@@ -8,7 +8,6 @@ rows are told apart by method, policy, prompt and seed. Rows of another code ver
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from addiff_env.agent import Agent
 from addiff_env.baseline_cache import weights_fingerprint
 from addiff_env.config import EnvConfig
 from addiff_env.evaluation.benchmarks import Item, id_list_hash
+from addiff_env.evaluation.files import keep_first
 from addiff_env.evaluation.outside import MethodOptions
 
 CONTROL = {"mask": "full"}  # how the environment of H4's control differs from the agent's
@@ -112,32 +112,30 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def require_same(folder: Path, stamp: Mapping[str, Any], code_version: str) -> None:
-    """Leave ``stamp`` in a folder that ``code_version`` made no rows in yet, or check it against the one there.
+def keep_stamp(folder: Path, stamp: Mapping[str, Any], code_version: str) -> None:
+    """Leave ``stamp`` in a folder in which ``code_version`` is about to make its first rows; else as `require_same`.
 
-    Shards that start at the same moment agree: the first one's is believed.
+    Of shards that start at the same moment the first is believed.
+    """
+    keep_first(_path(folder, code_version), json.dumps(stamp, indent=2) + "\n")
+    require_same(folder, stamp, code_version)
+
+
+def _path(folder: Path, code_version: str) -> Path:
+    return folder / f"made-with-{code_version}.json"
+
+
+def require_same(folder: Path, stamp: Mapping[str, Any], code_version: str) -> None:
+    """Check ``stamp`` against that of the rows which ``code_version`` made in a folder; without any all is well.
 
     Raises:
-        ValueError: rows there were made with other settings; every differing value is named.
+        ValueError: they were made with other settings; every differing value is named.
     """
-    path = folder / f"made-with-{code_version}.json"
+    path = _path(folder, code_version)
     if not path.exists():
-        keep_first(path, json.dumps(stamp, indent=2) + "\n")
+        return
     if differing := differing_values(stamp, json.loads(path.read_text())):
         raise ValueError(
             f"{folder} holds rows that were made with other settings ({'; '.join(differing)}); "
             "take another folder: hydra.run.dir=..."
         )
-
-
-def keep_first(path: Path, text: str) -> None:
-    """Write a file, unless another process was faster: whole or not at all, and never over another's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        pass
-    finally:
-        partial.unlink()
