@@ -1,6 +1,6 @@
 """Compare a trained agent with fixed-step inference on held-out prompts.
 
-    python evaluate.py                          the shipped agent, 256 prompts of the embedded world
+    python evaluate.py                          the shipped agent, 160 prompts of the embedded world
     python evaluate.py benchmark.limit=null     the whole test split
     python evaluate.py agent=runs/train/tiny-seed0/agent hydra.run.dir=runs/mine
     python evaluate.py shard.index=0 shard.count=4 hydra.run.dir=runs/mine      one quarter; then shard.merge=true
@@ -36,7 +36,15 @@ from addiff_env.evaluation.baselines import MatchedSteps, Method, PolicyMethod, 
 from addiff_env.evaluation.benchmarks import Item, benchmark_record, load_benchmark
 from addiff_env.evaluation.files import alone_in, write_whole
 from addiff_env.evaluation.html import write_report
-from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE, Rules, Verdict, all_verdicts, describe
+from addiff_env.evaluation.hypotheses import (
+    CONTINUED,
+    FULL_IMAGE,
+    Rules,
+    Verdict,
+    all_verdicts,
+    describe,
+    h4_refinement,
+)
 from addiff_env.evaluation.memory import watched
 from addiff_env.evaluation.metrics import (
     Metric,
@@ -204,10 +212,18 @@ def record_filmstrips(
     return strips
 
 
-def controls_of(rows: list[ResultRow], env: DiffusionDenoiseVectorEnv, full: DiffusionDenoiseVectorEnv) -> list[Method]:
+def control_names(agent: str) -> tuple[str, str]:
+    """H4's controls of an agent's rows, by method name."""
+    return FULL_IMAGE.replace("agent", agent, 1), CONTINUED.replace("agent", agent, 1)
+
+
+def controls_of(
+    rows: list[ResultRow], env: DiffusionDenoiseVectorEnv, full: DiffusionDenoiseVectorEnv, agent: str = "agent"
+) -> list[Method]:
     """H4's controls: the agent's decisions with refinements of the whole picture, and its NFE in plain steps."""
     scripts = {(row.prompt, row.seed): row for row in rows}
-    return [Replay(full, FULL_IMAGE, scripts), MatchedSteps(env, CONTINUED, scripts)]
+    replayed, continued = control_names(agent)
+    return [Replay(full, replayed, scripts), MatchedSteps(env, continued, scripts)]
 
 
 def decide(
@@ -218,15 +234,16 @@ def decide(
 ) -> list[Verdict]:
     """Verdicts on H1-H4 from the rows, all of which have the rules' metric; ``agents`` are training runs of one group.
 
-    H4's controls replay the first agent alone, so that its verdict is about that one.
+    Of several the first alone has H4's controls, so that H4 is about that one.
     """
     facts = {(item.prompt, item.seed): item.facts for item in items}
     if len(agents) == 1:
         return all_verdicts(rows, facts, agent=agents, rules=rules)
-    without = [row for row in rows if row.method not in (FULL_IMAGE, CONTINUED)]
-    alone = [row for row in rows if row.method in (agents[0], FULL_IMAGE, CONTINUED)]
-    *others, _ = all_verdicts(without, facts, agent=agents, rules=rules)
-    return [*others, all_verdicts(alone, facts, agent=agents[:1], rules=rules)[-1]]
+    controls = control_names(agents[0])
+    *others, last = all_verdicts([row for row in rows if row.method not in controls], facts, agent=agents, rules=rules)
+    if set(controls) <= {row.method for row in rows}:
+        last = h4_refinement(rows, agents[:1], controls, rules)
+    return [*others, last]
 
 
 def rules_of(cfg: DictConfig, metric: str) -> Rules:
@@ -298,7 +315,7 @@ def make_rows(
     name, agent = next(iter(agents.items()))
     if name in results and cfg.controls:
         full = make_agent_env(agent, cfg.num_envs, **overrides | CONTROL)
-        for control in controls_of(results[name], evaluation.env, full):
+        for control in controls_of(results[name], evaluation.env, full, name):
             results[control.name] = evaluation.run(control, items)
     return [row for group in results.values() for row in group]
 
@@ -436,11 +453,14 @@ def stamp_run(
 
 
 def whole_run(
-    cfg: DictConfig, folder: Path, items: Sequence[Item], place: tuple[int, int], launched: bool
+    cfg: DictConfig, folder: Path, items: Sequence[Item], place: tuple[int, int], launched: bool, agent: str
 ) -> list[ResultRow] | None:
-    """All shards' rows, also written to ``rows.jsonl``; None where a launched run's other processes are at work."""
+    """All shards' rows, the controls of ``agent`` included, also written to ``rows.jsonl``.
+
+    None where a launched run's other processes are at work.
+    """
     places = [(item.prompt, item.seed) for item in items]
-    methods = expected_methods(folder, cfg.methods, (FULL_IMAGE, CONTINUED) if cfg.controls else ())
+    methods = expected_methods(folder, cfg.methods, control_names(agent) if cfg.controls else ())
     merge = merge_if_whole if launched else merge_shards
     rows = merge(folder, place[1], places, methods)
     if rows is not None:
@@ -475,7 +495,7 @@ def main(cfg: DictConfig) -> None:
                 return
     with alone_in(folder):  # a launched run's processes may end together, and one of them reports
         if place[1] > 1 or cfg.shard.merge:
-            rows = whole_run(cfg, folder, items, place, launched)
+            rows = whole_run(cfg, folder, items, place, launched, next(iter(agents)))
         if rows is None:
             print("the process that finishes last merges them")
             return

@@ -179,7 +179,7 @@ def test_all_methods_and_several_agents_in_one_command(trained, tmp_path):
     result = run("evaluate.py", agents, "methods=all", *sizes, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
     methods = list(dict.fromkeys(row.method for row in read_rows(tmp_path / "run" / "rows.jsonl")))
-    assert {"agent-s0", "agent-s1", "agent, mask=full", "sag-10", "pndm-20", "ddim-50"} <= set(methods)
+    assert {"agent-s0", "agent-s1", "agent-s0, mask=full", "sag-10", "pndm-20", "ddim-50"} <= set(methods)
     assert any(name.startswith("threshold:") for name in methods) and "words-auto" not in methods
     assert all(f"{hypothesis}: " in result.stdout for hypothesis in ("H1", "H2", "H3", "H4"))
 

@@ -1,8 +1,8 @@
 """What the rows of a run folder were made with, beyond what each row says itself: kept there, and held to.
 
-The first process of a code version that makes rows in a folder leaves ``made-with-<code version>.json``; whoever goes on,
-makes another shard or merges has to have the same settings. Methods, further agents and a larger limit may be added:
-rows are told apart by method, policy, prompt and seed. Rows of another code version are never taken for ours.
+The first process of a code version that makes rows in a folder leaves ``made-with-<code version>.json``; whoever goes
+on, makes another shard or merges has to have the same settings. Methods, further agents and a larger limit may be
+added: rows are told apart by method, policy, prompt and seed. Rows of another code version are never taken for ours.
 """
 
 from __future__ import annotations
