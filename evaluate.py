@@ -1,13 +1,16 @@
 """Compare a trained agent with fixed-step inference on held-out prompts.
 
-    python evaluate.py                          the shipped agent, 256 prompts of the embedded world
+    python evaluate.py                          the shipped agent, 160 prompts of the embedded world
     python evaluate.py benchmark.limit=null     the whole test split
     python evaluate.py agent=runs/train/tiny-seed0/agent hydra.run.dir=runs/mine
     python evaluate.py shard.index=0 shard.count=4 hydra.run.dir=runs/mine      one quarter; then shard.merge=true
     accelerate launch --num_processes 4 evaluate.py hydra.run.dir=runs/mine     four processes, merged by the last one
+    python evaluate.py methods=all hydra.run.dir=runs/all                       every method that applies to the model
+    python evaluate.py agents=[runs/a/agent,runs/b/agent] hydra.run.dir=runs/ab several training seeds
     python evaluate.py benchmark.name=geneval benchmark.root=data metrics=[geneval,clip_score] agent=runs/sd15/agent
 
-Rows are appended to <run folder>/rows.jsonl as they are made; the same command goes on where it was stopped.
+Rows are appended to <run folder>/rows.jsonl as they are made; the same command goes on where it was stopped, and may
+add methods. With other settings than the folder's rows were made with it is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,19 @@ from tqdm import tqdm
 
 from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.baselines import MatchedSteps, Method, Replay, make_method
+from addiff_env.evaluation.baselines import MatchedSteps, Method, PolicyMethod, Replay, make_method
 from addiff_env.evaluation.benchmarks import Item, benchmark_record, load_benchmark
+from addiff_env.evaluation.files import alone_in, write_whole
 from addiff_env.evaluation.html import write_report
-from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE, Rules, Verdict, all_verdicts, describe
+from addiff_env.evaluation.hypotheses import (
+    CONTINUED,
+    FULL_IMAGE,
+    Rules,
+    Verdict,
+    all_verdicts,
+    describe,
+    h4_refinement,
+)
 from addiff_env.evaluation.memory import watched
 from addiff_env.evaluation.metrics import (
     Metric,
@@ -47,6 +59,16 @@ from addiff_env.evaluation.metrics import (
     score_pictures,
 )
 from addiff_env.evaluation.outside import MethodOptions
+from addiff_env.evaluation.planning import (
+    ALL,
+    DISTILLED,
+    Plan,
+    asked_methods,
+    expected_methods,
+    keep_plan,
+    named_agents,
+    plan,
+)
 from addiff_env.evaluation.report import plot_quality_against_compute, summary_table
 from addiff_env.evaluation.rows import (
     append_rows,
@@ -58,11 +80,20 @@ from addiff_env.evaluation.rows import (
     shard_path,
     write_rows,
 )
-from addiff_env.evaluation.runs import Strip, save_strips, write_items, write_provenance, write_verdicts
+from addiff_env.evaluation.runs import (
+    Strip,
+    is_reported,
+    mark_reported,
+    save_strips,
+    write_items,
+    write_provenance,
+    write_verdicts,
+)
 from addiff_env.evaluation.sets import References, SetOptions, describe_sets, set_scores
+from addiff_env.evaluation.stamp import CONTROL, keep_stamp, require_same, run_stamp
 from addiff_env.evaluation.summary import lead_with
-from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune
-from addiff_env.evaluation.version import code_version
+from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune, tuning_items
+from addiff_env.evaluation.version import code_version, model_revision
 from addiff_env.filmstrips import filmstrip_figure, record_trajectories
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import Action, Generated, ResultRow
@@ -86,12 +117,27 @@ class Evaluation:
             prompt=item.prompt,
             seed=item.seed,
             category=item.category,
-            backbone=f"{backbone.name}@{backbone.revision or 'packaged'}",
+            backbone=f"{backbone.name}@{model_revision(backbone.name, backbone.revision)}",
             solver=method.solver,
             policy=method.policy,
             dtype=backbone.dtype_name,
             code_version=self.version,
         )
+
+    def require_scores(self, method: Method, items: Sequence[Item]) -> None:
+        """Check that the rows which are there have every score that is wanted, before any more are made.
+
+        Raises:
+            ValueError: some lack one.
+        """
+        done = {row.key: row for row in self.rows}
+        for item in items:
+            row = done.get(self.blank_row(method, item).key)
+            if row and (lacking := set(columns_of(self.metrics, item)) - set(row.scores)):
+                raise ValueError(
+                    f"{self.path} holds rows of {method.name!r} without {', '.join(sorted(lacking))}: it was made with "
+                    "other metrics; take another folder: hydra.run.dir=..."
+                )
 
     def run(self, method: Method, items: Sequence[Item]) -> list[ResultRow]:
         """Make what is missing; returns the method's rows for ``items``, in their order.
@@ -99,6 +145,7 @@ class Evaluation:
         Raises:
             ValueError: rows that are there lack a score that is wanted.
         """
+        self.require_scores(method, items)
         done = {row.key: row for row in self.rows}
         wanted = [self.blank_row(method, item) for item in items]
         left = [item for item, row in zip(items, wanted, strict=True) if row.key not in done]
@@ -108,14 +155,7 @@ class Evaluation:
                 done |= {row.key: row for row in rows}
                 bar.update(len(rows))
         self.rows = list(done.values())
-        found = [done[row.key] for row in wanted]
-        for item, row in zip(items, found, strict=True):
-            if lacking := set(columns_of(self.metrics, item)) - set(row.scores):
-                raise ValueError(
-                    f"{self.path} holds rows of {method.name!r} without {', '.join(sorted(lacking))}: it was made with "
-                    "other metrics; take another run folder"
-                )
-        return found
+        return [done[row.key] for row in wanted]
 
     def _keep(self, method: Method, group: list[tuple[Item, Generated]], peak_memory: int) -> list[ResultRow]:
         if not group:
@@ -127,7 +167,7 @@ class Evaluation:
             row = self.blank_row(method, item)
             row.actions, row.nfe, row.forward_passes = made.actions, made.nfe, made.forward_passes
             row.net_flops, row.seconds, row.peak_memory = made.net_flops, made.seconds, peak_memory
-            row.scores, row.reason = scores, reason
+            row.scores, row.reason = scores, "; ".join(filter(None, (made.note, reason)))
             row.image = self._save_image(method, made) if self.save_images else ""
             rows.append(row)
         append_rows(self.path, rows)
@@ -172,15 +212,38 @@ def record_filmstrips(
     return strips
 
 
-def controls_of(rows: list[ResultRow], env: DiffusionDenoiseVectorEnv, full: DiffusionDenoiseVectorEnv) -> list[Method]:
+def control_names(agent: str) -> tuple[str, str]:
+    """H4's controls of an agent's rows, by method name."""
+    return FULL_IMAGE.replace("agent", agent, 1), CONTINUED.replace("agent", agent, 1)
+
+
+def controls_of(
+    rows: list[ResultRow], env: DiffusionDenoiseVectorEnv, full: DiffusionDenoiseVectorEnv, agent: str = "agent"
+) -> list[Method]:
     """H4's controls: the agent's decisions with refinements of the whole picture, and its NFE in plain steps."""
     scripts = {(row.prompt, row.seed): row for row in rows}
-    return [Replay(full, FULL_IMAGE, scripts), MatchedSteps(env, CONTINUED, scripts)]
+    replayed, continued = control_names(agent)
+    return [Replay(full, replayed, scripts), MatchedSteps(env, continued, scripts)]
 
 
-def decide(rows: list[ResultRow], items: Sequence[Item], rules: Rules = Rules()) -> list[Verdict]:  # noqa: B008
-    """Verdicts on H1-H4 from the rows, all of which have the rules' metric."""
-    return all_verdicts(rows, {(item.prompt, item.seed): item.facts for item in items}, rules=rules)
+def decide(
+    rows: list[ResultRow],
+    items: Sequence[Item],
+    rules: Rules = Rules(),  # noqa: B008 (frozen)
+    agents: Sequence[str] = ("agent",),
+) -> list[Verdict]:
+    """Verdicts on H1-H4 from the rows, all of which have the rules' metric; ``agents`` are training runs of one group.
+
+    Of several the first alone has H4's controls, so that H4 is about that one.
+    """
+    facts = {(item.prompt, item.seed): item.facts for item in items}
+    if len(agents) == 1:
+        return all_verdicts(rows, facts, agent=agents, rules=rules)
+    controls = control_names(agents[0])
+    *others, last = all_verdicts([row for row in rows if row.method not in controls], facts, agent=agents, rules=rules)
+    if set(controls) <= {row.method for row in rows}:
+        last = h4_refinement(rows, agents[:1], controls, rules)
+    return [*others, last]
 
 
 def rules_of(cfg: DictConfig, metric: str) -> Rules:
@@ -193,42 +256,44 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
 
 
-def make_methods(
-    cfg: DictConfig, evaluation: Evaluation, benchmark: Sequence[Item], agent: Agent, metric: str
-) -> list[Method]:
+def plan_run(
+    cfg: DictConfig, evaluation: Evaluation, benchmark: Sequence[Item], agents: Mapping[str, Agent], metric: str
+) -> Plan:
     """The methods of the configuration: a misspelt one, or one without its weights, stops us before any work."""
-    options = MethodOptions.read(plain(cfg.method_options))
-    specs = list(cfg.methods)
-    if set(specs) & set(AUTO):
-        specs = tuned_specs(cfg, evaluation, benchmark, agent, metric)
-    methods = []
-    for spec in specs:
-        try:
-            methods.append(make_method(spec, evaluation.env, agent, options, benchmark))
-        except (FileNotFoundError, ImportError) as error:
-            if not cfg.allow_missing:
-                raise missing(f"method {spec!r}", error) from error
-            print(f"left out method {spec!r}: {error}")
-    return methods
+    options, env, first = MethodOptions.read(plain(cfg.method_options)), evaluation.env, next(iter(agents.values()))
+    tunable = bool(cfg.tune.benchmark) or is_embedded_world(benchmark)
+    asked = asked_methods(cfg.methods, env, options, tunable)
+
+    def make(spec: str) -> list[Method]:
+        if spec == "agent":
+            return [PolicyMethod(env, agent, name) for name, agent in agents.items()]
+        return [make_method(spec, env, first, options, benchmark)]
+
+    def tuned(specs: Sequence[str]) -> list[str]:
+        return tuned_specs(cfg, specs, evaluation, first, metric)
+
+    found = plan(asked, make, tuned, asked if cfg.allow_missing else DISTILLED if cfg.methods == ALL else ())
+    for spec, why in found.left_out.items():
+        print(f"left out method {spec!r}: {why}")
+    return found
 
 
-def tuned_specs(
-    cfg: DictConfig, evaluation: Evaluation, benchmark: Sequence[Item], agent: Agent, metric: str
-) -> list[str]:
-    """The methods' names with numbers for those that are tuned to the agent; see `addiff_env.evaluation.tune`.
+def tuned_specs(cfg: DictConfig, specs: Sequence[str], evaluation: Evaluation, agent: Agent, metric: str) -> list[str]:
+    """What those of ``specs`` stand for that are tuned to the agent; see `addiff_env.evaluation.tune`.
+
+    No prompt of the whole benchmark is tuned on, whatever its limit: a later run with a larger one keeps the tuning.
 
     Raises:
-        ValueError: no prompts to tune on, or some that the evaluation uses.
+        ValueError: no prompts to tune on.
     """
+    benchmark = load_benchmark(cfg.benchmark.name, root=cfg.benchmark.root)
     name = cfg.tune.benchmark or ("tiny-dev" if is_embedded_world(benchmark) else None)
     if name is None:
         raise ValueError(f"{', '.join(AUTO)} need tune.benchmark=<prompts that the evaluation does not use>")
-    items = load_benchmark(name, cfg.tune.limit, root=cfg.benchmark.root)
-    if shared := {item.prompt for item in items} & {item.prompt for item in benchmark}:
-        raise ValueError(f"{len(shared)} prompts of {name!r} are the evaluation's own, e.g. {sorted(shared)[0]!r}")
+    items = tuning_items(name, cfg.tune.limit, benchmark, cfg.benchmark.root)
     env, metrics = evaluation.env, evaluation.metrics
     return resolve(
-        cfg.methods,
+        specs,
         evaluation.folder / "tuning.json",
         stamp_of(agent, env, items, metric),
         lambda: tune(env, agent, items, metrics, metric),
@@ -240,14 +305,17 @@ def make_rows(
     evaluation: Evaluation,
     items: Sequence[Item],
     methods: Sequence[Method],
-    agent: Agent,
+    agents: Mapping[str, Agent],
     overrides: dict[str, Any],
 ) -> list[ResultRow]:
-    """Run every method and H4's controls on ``items``; what is there already is not made again."""
+    """Run every method, and H4's controls of the first agent, on ``items``; what is there is not made again."""
+    for method in methods:
+        evaluation.require_scores(method, items)
     results = {method.name: evaluation.run(method, items) for method in methods}
-    if "agent" in results and cfg.controls:
-        full = make_agent_env(agent, cfg.num_envs, **overrides | {"mask": "full"})
-        for control in controls_of(results["agent"], evaluation.env, full):
+    name, agent = next(iter(agents.items()))
+    if name in results and cfg.controls:
+        full = make_agent_env(agent, cfg.num_envs, **overrides | CONTROL)
+        for control in controls_of(results[name], evaluation.env, full, name):
             results[control.name] = evaluation.run(control, items)
     return [row for group in results.values() for row in group]
 
@@ -257,20 +325,31 @@ def keep_run(
     folder: Path,
     rows: list[ResultRow],
     items: Sequence[Item],
-    agent: Agent,
+    agents: Mapping[str, Agent],
     overrides: dict[str, Any],
     metric: str,
 ) -> None:
     """Keep what the report needs to be made again, and what a reader needs to run this again."""
-    name, kwargs = agent.environment
-    environment = {"id": name, **kwargs, **overrides}
-    record = benchmark_record(cfg.benchmark.name, items)
+    first = next(iter(agents.values()))
+    name, kwargs = first.environment
+    facts = {
+        **benchmark_record(cfg.benchmark.name, items),
+        "metric": metric,
+        "agent": first.fingerprint,
+        "agents": {name: agent.fingerprint for name, agent in agents.items()},
+        "environment": {"id": name, **kwargs, **overrides},
+    }
     write_items(folder, items)
-    write_provenance(folder, rows, **record, metric=metric, agent=agent.fingerprint, environment=environment)
+    write_provenance(folder, rows, **facts)
 
 
 def report(
-    cfg: DictConfig, folder: Path, rows: list[ResultRow], items: Sequence[Item], agent: Agent, overrides: dict[str, Any]
+    cfg: DictConfig,
+    folder: Path,
+    rows: list[ResultRow],
+    items: Sequence[Item],
+    agents: Mapping[str, Agent],
+    overrides: dict[str, Any],
 ) -> None:
     """Write and print the table and the verdicts; write the plot, the filmstrips, ``report.html`` and its exports."""
     metric = primary_score([list(row.scores) for row in rows], cfg.primary)
@@ -283,7 +362,8 @@ def report(
     plot_quality_against_compute(rows, written[-1])
     print(f"\n{cfg.benchmark.name}, {len(items)} pictures a method, {rows[0].dtype}; {metric}, shares in percent")
     print(f"{table}\n")
-    own = [row for row in rows if row.method == "agent"]
+    name, agent = next(iter(agents.items()))
+    own = [row for row in rows if row.method == name]
     strips: list[Strip] = []
     if own and cfg.filmstrips:
         one_lane = make_agent_env(agent, 1, **overrides)
@@ -291,9 +371,9 @@ def report(
         written.append(folder / "filmstrips.png")
         titled = [(f"{strip.item.prompt!r}: {strip.reason}", strip.frames) for strip in strips]
         filmstrip_figure(titled).savefig(written[-1])
-    verdicts = decide(rows, items, rules_of(cfg, metric)) if own else []
+    verdicts = decide(rows, items, rules_of(cfg, metric), list(agents)) if own else []
     print("\n".join(map(describe, verdicts)) + "\n")
-    keep_run(cfg, folder, rows, items, agent, overrides, metric)
+    keep_run(cfg, folder, rows, items, agents, overrides, metric)
     save_strips(folder, strips)
     write_verdicts(folder, verdicts)
     written += [folder / "verdicts.json", *write_report(folder, rows, items, verdicts)]
@@ -333,28 +413,56 @@ def evaluate(
     cfg: DictConfig,
     folder: Path,
     items: Sequence[Item],
-    agent: Agent,
+    agents: Mapping[str, Agent],
     overrides: dict[str, Any],
     place: tuple[int, int],
+    stamp: dict[str, Any],
 ) -> list[ResultRow]:
-    """Make the rows of one shard, ``place`` (index, number of shards), of ``items``."""
-    env = make_agent_env(agent, cfg.num_envs, **overrides)
-    settings = default_metrics(items) if cfg.metrics is None else list(cfg.metrics)
-    metrics, skipped = open_metrics(settings, env.perception, items, cfg.allow_missing)
+    """Make the rows of one shard, ``place`` (index, number of shards), of ``items``.
+
+    Raises:
+        ValueError: the folder's rows were made with other settings than ``stamp`` says; and as the methods and metrics.
+    """
+    require_same(folder, stamp, code_version())
+    env = make_agent_env(next(iter(agents.values())), cfg.num_envs, **overrides)
+    metrics, skipped = open_metrics(metric_settings(cfg, items), env.perception, items, cfg.allow_missing)
     for setting, why in skipped.items():
         print(f"left out metric {setting!r}: {why}")
     metric = primary_score([columns_of(metrics, item) for item in items], cfg.primary)
     evaluation = Evaluation(shard_path(folder, *place), env, metrics, cfg.save_images)
-    methods = make_methods(cfg, evaluation, items, agent, metric)
-    return make_rows(cfg, evaluation, shard(items, *place), methods, agent, overrides)
+    found = plan_run(cfg, evaluation, items, agents, metric)
+    keep_plan(folder, cfg.methods, found)
+    keep_stamp(folder, stamp, code_version())  # only now: a command that is refused leaves nothing to agree with
+    write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg))
+    return make_rows(cfg, evaluation, shard(items, *place), found.methods, agents, overrides)
+
+
+def metric_settings(cfg: DictConfig, items: Sequence[Item]) -> list[str]:
+    """What is measured of each picture."""
+    return default_metrics(items) if cfg.metrics is None else list(cfg.metrics)
+
+
+def stamp_run(
+    cfg: DictConfig, items: Sequence[Item], agents: Mapping[str, Agent], overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """What the rows of this configuration depend on; the benchmark as a whole, so that its limit may grow."""
+    b = cfg.benchmark
+    whole = load_benchmark(b.name, root=b.root, images_per_prompt=b.images_per_prompt)
+    options = MethodOptions.read(plain(cfg.method_options))
+    return run_stamp(agents, overrides, metric_settings(cfg, items), whole, options)
 
 
 def whole_run(
-    cfg: DictConfig, folder: Path, items: Sequence[Item], place: tuple[int, int], launched: bool
+    cfg: DictConfig, folder: Path, items: Sequence[Item], place: tuple[int, int], launched: bool, agent: str
 ) -> list[ResultRow] | None:
-    """All shards' rows, also written to ``rows.jsonl``; None where a launched run's other processes are at work."""
+    """All shards' rows, the controls of ``agent`` included, also written to ``rows.jsonl``.
+
+    None where a launched run's other processes are at work.
+    """
     places = [(item.prompt, item.seed) for item in items]
-    rows = merge_if_whole(folder, place[1], places) if launched else merge_shards(folder, place[1], places)
+    methods = expected_methods(folder, cfg.methods, control_names(agent) if cfg.controls else ())
+    merge = merge_if_whole if launched else merge_shards
+    rows = merge(folder, place[1], places, methods)
     if rows is not None:
         write_rows(folder / "rows.jsonl", rows)
     return rows
@@ -373,28 +481,32 @@ def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     b = cfg.benchmark
     items = load_benchmark(b.name, b.limit, root=b.root, images_per_prompt=b.images_per_prompt)
-    agent = Agent.from_pretrained(cfg.agent)
+    agents = named_agents(cfg.agent, list(cfg.agents))
     overrides = plain(cfg.env)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    stamp = stamp_run(cfg, items, agents, overrides)
     references = open_references(cfg, folder, "cuda" if torch.cuda.is_available() else "cpu")
     rows: list[ResultRow] | None = None
     if not cfg.shard.merge:
-        rows = evaluate(cfg, folder, items, agent, overrides, place)
-    if place[1] > 1:
-        if rows is not None:
+        rows = evaluate(cfg, folder, items, agents, overrides, place, stamp)
+        if place[1] > 1:
             print(f"shard {place[0]} of {place[1]}: {len(rows)} rows in {shard_path(folder, *place)}")
-        if not cfg.shard.merge and not launched:
-            print("when all are made: shard.merge=true")
-            return
-        rows = whole_run(cfg, folder, items, place, launched)
+            if not launched:
+                print("when all are made: shard.merge=true")
+                return
+    with alone_in(folder):  # a launched run's processes may end together, and one of them reports
+        if place[1] > 1 or cfg.shard.merge:
+            rows = whole_run(cfg, folder, items, place, launched, next(iter(agents)))
         if rows is None:
             print("the process that finishes last merges them")
             return
-    elif cfg.shard.merge:
-        rows = whole_run(cfg, folder, items, place, False)
-    assert rows is not None
-    measure_whole(cfg, folder, rows, references)
-    report(cfg, folder, rows, items, agent, overrides)
+        require_same(folder, stamp, rows[0].code_version)
+        settings = OmegaConf.to_yaml(cfg)
+        if launched and (folder / "report.html").exists() and is_reported(folder, settings, rows):
+            print(f"another process reported them: {folder / 'report.html'}")
+            return
+        measure_whole(cfg, folder, rows, references)
+        report(cfg, folder, rows, items, agents, overrides)
+        mark_reported(folder, settings, rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -78,7 +79,7 @@ class Perception:
         self.dino = load_dino(resolve_model(dino), str(device))
         self.scorer = load_scorer(scorer, str(device))
         self.score_limit = float(self.scorer.limit)
-        self._flops: dict[tuple[int, ...], float] = {}
+        self._flops: dict[tuple[Any, ...], float] = {}
 
     @property
     def parts(self) -> dict[str, int]:
@@ -108,7 +109,24 @@ class Perception:
             self._flops[height, width] = count_flops(lambda: self.look(picture, [""]), self.device)
         return self._flops[height, width]
 
+    def verdict_flops(self, height: int, width: int) -> float:
+        """FLOPs of the reward model's part of one look, preview decode not included; measured once per size."""
+        key = ("verdict", height, width)
+        if key not in self._flops:
+            picture = torch.zeros(1, 3, height, width, device=self.device)
+            self.scorer.score(picture, [""])  # caches the text's features, as in `flops`
+            self._flops[key] = count_flops(lambda: self.scorer.score(picture, [""]), self.device)
+        return self._flops[key]
+
     def text_flops(self) -> float:
         """FLOPs of reading one prompt, done once a lane: by CLIP, and by a scorer that reads apart from looking."""
         readers = {id(reader): reader for reader in (self.clip, getattr(self.scorer, "text_encoder", None)) if reader}
-        return sum(count_flops(partial(reader.encode_text, ""), self.device) for reader in readers.values())
+        return sum(self._reading_flops(reader) for reader in readers.values())
+
+    def verdict_text_flops(self) -> float:
+        """The part of `text_flops` that whoever asks the reward model alone has to pay."""
+        reader = getattr(self.scorer, "text_encoder", None)
+        return self._reading_flops(reader) if reader else 0.0
+
+    def _reading_flops(self, reader: Any) -> float:
+        return count_flops(partial(reader.encode_text, ""), self.device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,32 @@ def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDe
     return envs
 
 
+@dataclass
+class _Episode:
+    """A running lane: what it makes, and which of the looks that the environment charged were made use of."""
+
+    index: int
+    made: Generated
+    fresh: bool  # the latest look has not been read yet
+    read: int = 0
+    unread: int = 0
+
+    def decide(self, sees: bool) -> None:
+        """Whoever decides reads the latest look, or does not."""
+        if sees and self.fresh:
+            self.read, self.fresh = self.read + 1, False
+
+    def look(self) -> None:
+        """The environment looks again."""
+        self.unread, self.fresh = self.unread + self.fresh, True
+
+
 class AdaptivePipeline:
     """An agent on its environment, most likely action first; anything with an agent's ``act`` and ``flops`` will do.
+
+    Net FLOPs are what the environment charges, and the policy's own. Whoever has ``sees(obs) -> (B,) bool`` (the rules
+    of `addiff_env.evaluation.policies`) pays for the looks that it reads only, and of those for preview and reward
+    model only, as a program of that rule alone would; its seconds are still those of looking at everything.
 
     Raises:
         ValueError: lanes that restart by themselves, or an agent that sees other observations than ``env`` makes.
@@ -77,7 +103,7 @@ class AdaptivePipeline:
         """Yield groups of (index, picture) as they finish; a lane that ends takes the next prompt at once."""
         env = self.env
         waiting = list(enumerate(zip(prompts, seeds, strict=True)))
-        running: dict[int, tuple[int, Generated]] = {}  # lane -> (index, what it has cost so far)
+        running: dict[int, _Episode] = {}  # by lane
         free = list(range(env.num_envs))
         while waiting or running:
             if waiting and free:
@@ -85,28 +111,37 @@ class AdaptivePipeline:
             began = time.perf_counter()
             active = sorted(running)
             actions = np.zeros(env.num_envs, np.int64)
-            episodes = [running[lane][1] for lane in active]
-            actions[active] = self._decide(observation[active], info["action_mask"][active], episodes)
+            actions[active] = self._decide(
+                observation[active], info["action_mask"][active], [running[lane] for lane in active]
+            )
             observation, reward, terminated, _, info = env.step(actions)
             share = (time.perf_counter() - began) / len(active)
             for lane in active:
-                running[lane][1].actions.append(int(info["action_taken"][lane]))
-                running[lane][1].reward += float(reward[lane])
-                running[lane][1].seconds += share
+                made = running[lane].made
+                made.actions.append(int(info["action_taken"][lane]))
+                made.reward += float(reward[lane])
+                made.seconds += share
+                if not terminated[lane] and len(made.actions) % env.config.observe_every == 0:
+                    running[lane].look()
             ended = [lane for lane in active if terminated[lane]]
             free = [lane for lane in range(env.num_envs) if lane not in running or lane in ended]
             yield [self._finish(running.pop(lane), lane, info) for lane in ended]
 
-    def _decide(self, observation: Any, action_mask: np.ndarray, episodes: list[Generated]) -> np.ndarray:
+    def _decide(self, observation: Any, action_mask: np.ndarray, episodes: list[_Episode]) -> np.ndarray:
         """Actions of the running lanes; who draws at random is told whose turn it is, so that lanes do not mix."""
+        if self._selective:
+            for episode, sees in zip(episodes, self.agent.sees(observation), strict=True):
+                episode.decide(bool(sees))
         draw = getattr(self.agent, "act_in", None)
-        return self.agent.act(observation, action_mask) if draw is None else draw(observation, action_mask, episodes)
+        if draw is None:
+            return self.agent.act(observation, action_mask)
+        return draw(observation, action_mask, [episode.made for episode in episodes])
 
     def _start(
         self,
         lanes: list[int],
         waiting: list[tuple[int, tuple[str, int]]],
-        running: dict[int, tuple[int, Generated]],
+        running: dict[int, _Episode],
     ) -> tuple[Any, dict[str, Any]]:
         began = time.perf_counter()
         taken = [waiting.pop(0) for _ in lanes]
@@ -115,12 +150,34 @@ class AdaptivePipeline:
         result = self.env.reset(options=options)
         share = (time.perf_counter() - began) / len(lanes)
         for lane, (index, (prompt, seed)) in zip(lanes, taken, strict=True):
-            running[lane] = index, Generated(prompt, seed, np.zeros(0, np.uint8), seconds=share)
+            made = Generated(prompt, seed, np.zeros(0, np.uint8), seconds=share)
+            running[lane] = _Episode(index, made, fresh=self.env.config.warmup_steps > 0 and not self.env.done[lane])
         return result
 
-    def _finish(self, entry: tuple[int, Generated], lane: int, info: dict[str, Any]) -> tuple[int, Generated]:
-        index, made = entry
+    def _finish(self, episode: _Episode, lane: int, info: dict[str, Any]) -> tuple[int, Generated]:
+        made = episode.made
         made.picture = self.env.final_image(lane)
         made.nfe, made.forward_passes = int(info["nfe"][lane]), int(info["forward_passes"][lane])
         made.net_flops = float(info["net_flops"][lane]) + len(made.actions) * self.agent.flops
-        return index, made
+        if self._selective:
+            made.net_flops -= self._refund(episode)
+        return episode.index, made
+
+    @property
+    def _selective(self) -> bool:
+        """Whether the policy says which looks it reads."""
+        return hasattr(self.agent, "sees")
+
+    @cached_property
+    def _spared(self) -> dict[str, float]:
+        """FLOPs of what is charged and not used: a look, the rest of one that was read, texts."""
+        config, price, perception = self.env.config, self.env.price, self.env.perception
+        verdict = price["preview"] + perception.verdict_flops(config.height, config.width)
+        text = perception.text_flops()
+        words = perception.verdict_text_flops()
+        return {"look": price["look"], "rest": price["look"] - verdict, "text": text, "others' text": text - words}
+
+    def _refund(self, episode: _Episode) -> float:
+        spared = self._spared
+        text = spared["others' text" if episode.read else "text"]
+        return (episode.unread + episode.fresh) * spared["look"] + episode.read * spared["rest"] + text

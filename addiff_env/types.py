@@ -33,6 +33,7 @@ class Generated:
     net_flops: float = 0.0
     seconds: float = 0.0  # wall-clock, shared equally by the lanes of a batch
     reward: float = 0.0  # rewards of all decisions, summed; 0 where nobody decided
+    note: str = ""  # what its method has to say of it
 
 
 @dataclass
@@ -54,7 +55,7 @@ class ResultRow:
     net_flops: float = 0.0  # everything spent on this lane, floating-point operations
     seconds: float = 0.0  # wall-clock of this image's batch divided by the batch size
     scores: dict[str, float] = field(default_factory=dict)  # per metric
-    reason: str = ""  # the words of metrics that have some: why the checker or GenEval is not content
+    reason: str = ""  # the method's note, and the words of metrics: why the checker or GenEval is not content
     image: str = ""  # path of the picture relative to the run folder, "" if not kept
     peak_memory: int = 0  # bytes: CUDA's peak allocation while the batch was made, else the process' peak; 0: unknown
 

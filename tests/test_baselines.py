@@ -1,5 +1,6 @@
 """Baselines by hand: what is decided, what it costs, and that all start from the same noise."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -15,6 +16,7 @@ from addiff_env.evaluation.baselines import (
     SEED_STRIDE,
     FixedSteps,
     MatchedSteps,
+    PolicyMethod,
     Replay,
     make_method,
 )
@@ -132,6 +134,13 @@ def test_best_of_keeps_the_best(env: DiffusionDenoiseVectorEnv) -> None:
         assert result.nfe == 12 and result.seed == item.seed
 
 
+def test_best_of_asks_the_reward_model_alone(env: DiffusionDenoiseVectorEnv) -> None:
+    one, two = results("ddim-8", env)[0], results("best-of-2:ddim-4", env)[0]
+    verdict = env.perception.verdict_flops(64, 64)
+    assert 0 < verdict < env.price["look"] - env.price["preview"]
+    assert two.net_flops - one.net_flops == pytest.approx(env.price["decode"] + 2 * verdict)
+
+
 def stages(env: DiffusionDenoiseVectorEnv, item: Item) -> list[torch.Tensor]:
     """The decoded x0 of every step of DDIM-6."""
     seen: list[torch.Tensor] = []
@@ -148,10 +157,45 @@ def test_oracle_stop_is_the_best_stop(env: DiffusionDenoiseVectorEnv) -> None:
         assert np.abs(result.picture.astype(int) - to_uint8(previews[best])[0]).max() <= 1
 
 
+def test_oracle_stop_finishes_as_the_environment_does(small_kwargs: dict[str, Any]) -> None:
+    settings = {**small_kwargs, "finish_steps": 2}
+    env: Any = gym.make_vec("AdDiffusion-Tiny-v0", 2, autoreset_mode=AutoresetMode.DISABLED, **settings).unwrapped
+    for chosen, spec in ((3, "stop-3"), (6, "ddim-6")):
+        method: Any = make_method("oracle-stop:ddim-6", env)
+        looks: list[int] = []
+
+        def likes(pictures: torch.Tensor, prompts: list[str], looks: list[int] = looks, k: int = chosen) -> Any:
+            looks.append(len(looks) + 1)
+            return torch.full((len(prompts),), float(looks[-1] == k))
+
+        method.score = likes
+        made = {item.seed: result for group in method.make(list(ITEMS)) for item, result in group}
+        assert looks == [1, 2, 3, 4, 5, 6]
+        for item, wanted in zip(ITEMS, results(spec, env), strict=True):
+            assert np.abs(made[item.seed].picture.astype(int) - wanted.picture).max() <= 1
+            assert made[item.seed].nfe == wanted.nfe == (chosen + 2 if chosen < 6 else 6)
+            assert made[item.seed].net_flops == pytest.approx(wanted.net_flops)
+
+
+def test_oracle_stop_takes_a_named_scorer(env: DiffusionDenoiseVectorEnv) -> None:
+    named = make_method("oracle-stop:ddim-6@clipscore:addiff_env:tiny/weights/clip", env)
+    assert named.name == "oracle-stop:ddim-6@clipscore:addiff_env:tiny/weights/clip"
+    ((_, made),) = next(iter(named.make(ITEMS[:1])))
+    clip, prompt = env.perception.clip, ITEMS[0].prompt
+    seen = stages(env, ITEMS[0])
+    scores = [float((clip.image_features(picture) * clip.text_features([prompt])).sum()) for picture in seen]
+    assert made.nfe == int(np.argmax(scores)) + 1
+    with pytest.raises(FileNotFoundError, match="no scorer 'beauty'.*imagereward"):
+        make_method("oracle-stop:ddim-6@beauty", env)
+
+
 def test_longer_prompts_get_more_steps(env: DiffusionDenoiseVectorEnv) -> None:
     made = results("words-6", env)  # 3, 3 and 6 words: mean 4
     assert [r.nfe for r in made] == [4, 4, 9]
     assert [r.nfe for r in results("words-6", env, ITEMS[1:])] == [4, 9]  # as in the whole benchmark
+    assert [r.nfe for r in results("words-6.8", env)] == [5, 5, 10]
+    whole, part = (make_method("words-6.8", env, benchmark=items) for items in (ITEMS, ITEMS[1:]))
+    assert whole.name == part.name == "words-6.8" and whole.policy != part.policy  # no row of one is one of the other
 
 
 def test_random_actions_do_not_depend_on_the_batch(env: DiffusionDenoiseVectorEnv) -> None:
@@ -171,6 +215,8 @@ def test_random_actions_do_not_depend_on_the_batch(env: DiffusionDenoiseVectorEn
         "heun-5",
         "best-of-0:ddim-4",
         "best-of-2:unipc-4",
+        "best-of-auto",
+        "words-0.5",
         "threshold:5",
         "random:1:1:1",
         "agent",
@@ -201,7 +247,9 @@ def in_order(method: Any) -> list[Generated]:
 
 
 def test_a_replay_on_the_same_settings_is_the_same(env: DiffusionDenoiseVectorEnv) -> None:
-    played = results("random:0.6:0.05:0.35", env)
+    drawn = RandomPolicy([0.6, 0.05, 0.35])
+    looking: Any = SimpleNamespace(act=drawn.act, act_in=drawn.act_in, flops=0.0, fingerprint="looks")  # as an agent
+    played = in_order(PolicyMethod(env, looking))
     again = in_order(Replay(env, "again", rows_of(played)))
     for one, other in zip(played, again, strict=True):
         assert (one.actions, one.nfe, one.forward_passes) == (other.actions, other.nfe, other.forward_passes)

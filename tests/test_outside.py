@@ -97,6 +97,14 @@ def test_attend_and_excite_alters_what_ddim_draws(env: DiffusionDenoiseVectorEnv
     assert spent == pytest.approx(extra)
 
 
+def test_a_blank_caption_is_plain_ddim_with_a_note(env: DiffusionDenoiseVectorEnv) -> None:
+    blank = [Item("", 5, "blank"), *ITEMS]
+    plain, excited = (made_by(make_method(f"{name}-4", env), blank) for name in ("ddim", "attend-and-excite"))
+    assert difference(excited[:1], plain[:1]) < 0.01 and excited[0].nfe == 4
+    assert "plain DDIM" in excited[0].note and not excited[1].note
+    assert excited[0].net_flops == pytest.approx(plain[0].net_flops)
+
+
 class Everything(TorchDispatchMode):
     """Counts the FLOPs of whatever runs, forward or backward."""
 

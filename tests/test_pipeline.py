@@ -6,6 +6,7 @@ import pytest
 from addiff_env.agent import Agent, PolicyNet
 from addiff_env.evaluation.baselines import FixedSteps, PolicyMethod
 from addiff_env.evaluation.benchmarks import Item
+from addiff_env.evaluation.policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
 from addiff_env.sb3 import observation_parts
 
@@ -80,3 +81,45 @@ def test_agent_method_names_every_item_once(agent):
     items = [Item(p, s, "colors") for p, s in zip(PROMPTS, SEEDS, strict=True)]
     made = [pair for group in PolicyMethod(make_agent_env(agent, 3), agent).make(items) for pair in group]
     assert sorted((i.prompt, g.prompt) for i, g in made) == sorted((p, p) for p in PROMPTS)
+
+
+def bill(env, made, read):
+    """What a program of a rule alone would spend: only the looks that it reads, and only the reward model's part."""
+    verdict = env.price["preview"] + env.perception.verdict_flops(64, 64)
+    text = env.price["start"] - env.perception.text_flops()
+    return made.forward_passes * env.price["denoiser"] + env.price["decode"] + text + read * verdict
+
+
+class Noted(ThresholdRule):
+    """A rule that refines without end, and counts the looks that it reads."""
+
+    read = 0
+
+    def sees(self, obs):
+        looks = super().sees(obs)
+        type(self).read += int(looks.sum())
+        return looks
+
+    def act(self, obs, action_mask=None):
+        before, actions = type(self).read, super().act(obs, action_mask)
+        type(self).read = before  # asked once more in there
+        return actions
+
+
+def test_rules_pay_for_the_looks_that_they_read(agent):
+    env = make_agent_env(agent, 2)  # 6 steps, the first 2 mandatory
+    for rule in (StopAt(5, 6), RefineAlways(), RandomPolicy([0.6, 0.1, 0.3])):
+        for made in AdaptivePipeline(env, rule)(PROMPTS, SEEDS):
+            assert made.net_flops == pytest.approx(bill(env, made, 0)), rule.fingerprint
+    for made in AdaptivePipeline(env, ThresholdRule(4, -100.0, 6))(PROMPTS, SEEDS):
+        assert made.actions == [0, 0, 1] and made.net_flops == pytest.approx(bill(env, made, 1))
+    (made,) = AdaptivePipeline(env, Noted(4, 100.0, 6))(PROMPTS[:1], SEEDS[:1])
+    assert 1 < Noted.read < len(made.actions)  # a refinement rewinds to before its look, whence it goes on blindly
+    assert made.net_flops == pytest.approx(bill(env, made, Noted.read))
+
+
+def test_looks_are_paid_as_often_as_the_environment_looks(agent):
+    env = make_agent_env(agent, 1, observe_every=2)
+    (made,) = AdaptivePipeline(env, ThresholdRule(2, 100.0, 6))(PROMPTS[:1], SEEDS[:1])
+    looks = 1 + (len(made.actions) - 1) // 2  # after the warm-up, and after every other decision but the last
+    assert len(made.actions) > 3 and made.net_flops == pytest.approx(bill(env, made, looks))

@@ -85,6 +85,12 @@ def test_a_gap_is_refused_by_name(drop):
     assert repr((missing.method, missing.prompt, missing.seed)) in str(error.value)
 
 
+def test_rows_of_methods_that_are_not_asked_for_are_left_out():
+    old = replace(row("euler-5", *PLACES[0]), code_version="0")
+    assert merge_rows([WHOLE, [old, old]], PLACES, METHODS) == WHOLE
+    assert merge_rows([WHOLE], PLACES, METHODS[1:]) == WHOLE[len(PLACES) :]
+
+
 def test_a_method_without_rows_is_a_gap():
     with pytest.raises(ValueError, match="7 of 21 rows are missing.*'euler-5'.*and 2 more"):
         merge_rows([WHOLE], PLACES, [*METHODS, "euler-5"])
@@ -180,6 +186,7 @@ def test_the_last_shard_to_finish_merges(tmp_path):
         assert merge_if_whole(tmp_path, 3, PLACES) is None
         append_rows(shard_path(tmp_path, index, 3), rows[-1:])
     assert merge_if_whole(tmp_path, 3, PLACES) == WHOLE
+    assert merge_if_whole(tmp_path, 3, PLACES, [*METHODS, "agent, mask=full"]) is None  # all died before it
     append_rows(shard_path(tmp_path, 0, 3), WHOLE[:1])
     with pytest.raises(ValueError, match="appear more than once"):  # waiting would not mend it
         merge_if_whole(tmp_path, 3, PLACES)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,16 @@ def test_shards_merge_into_one_run(trained, tmp_path):
     assert len(rows) == 4 * 8 and len({row.key for row in rows}) == 4 * 8
     assert "H4: " in merged.stdout
 
+    other = run("evaluate.py", *options, "+env.guidance_scale=7", "shard.merge=true")
+    assert other.returncode != 0 and "environment.guidance_scale: 4.0 there, 7 now" in other.stderr
+    other = run("evaluate.py", *options, "+env.guidance_scale=7", "shard.index=0")
+    assert other.returncode != 0 and "hydra.run.dir" in other.stderr
+    for path in tmp_path.glob("rows-*"):  # as if all shards had died before the controls
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if '"agent, ' not in line))
+    cut = run("evaluate.py", *options, "shard.merge=true")
+    assert cut.returncode != 0 and "16 of 32 rows are missing" in cut.stderr and "agent, mask=full" in cut.stderr
+
 
 def test_processes_of_a_launcher_share_the_work_and_the_last_one_merges(trained, tmp_path):
     """As ``accelerate launch`` and ``torchrun`` start them: each with its rank, all with the same command."""
@@ -114,18 +125,35 @@ def test_processes_of_a_launcher_share_the_work_and_the_last_one_merges(trained,
     assert len(rows) == 8 and str(tmp_path / "table.txt") in last.stdout
     assert all(row.peak_memory > 50_000_000 for row in rows)
 
+    (tmp_path / ".reported").unlink()  # now both find everything made, and end together
+    command = [sys.executable, str(ROOT / "evaluate.py"), *options]
+    places = [{"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)} for rank in range(2)]
+    pipes = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [subprocess.Popen(command, env=os.environ | place, **pipes) for place in places]
+    said = [process.communicate(timeout=900) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted("wrote" in out for out, _ in said) == [False, True]
+    assert sorted("another process reported" in out for out, _ in said) == [False, True]
+    assert len((tmp_path / "items.jsonl").read_text().splitlines()) == 4
+
 
 def test_what_is_missing_stops_an_evaluation_before_any_picture(trained, tmp_path):
     options = [f"agent={trained[0] / 'agent'}", "benchmark.limit=2", f"hydra.run.dir={tmp_path}", "filmstrips=0"]
-    options += ["methods=[ddim-2,lcm-2]", "controls=false", "method_options.lcm_lora=/nowhere/lora.safetensors"]
+    options += [
+        "methods=[ddim-2,random:auto,lcm-2]",
+        "controls=false",
+        "method_options.lcm_lora=/nowhere/lora.safetensors",
+    ]
     refused = run("evaluate.py", *options)
     assert refused.returncode != 0 and not (tmp_path / "rows.jsonl").exists()
     assert "method 'lcm-2'" in refused.stderr and "allow_missing=true" in refused.stderr
+    assert not (tmp_path / "tuning.json").exists()
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("A cat wearing sunglasses\nAn astronaut on a horse\n")
     metrics = ["metrics=[clip_score,reward_score,pickscore:/nowhere/pickscore]", f"benchmark.name={prompts}"]
     refused = run("evaluate.py", *options, *metrics)
     assert refused.returncode != 0 and "metric 'pickscore:/nowhere/pickscore'" in refused.stderr
+    options.append("methods=[ddim-2,lcm-2]")
     allowed = run("evaluate.py", *options, *metrics, "allow_missing=true")
     assert allowed.returncode == 0, allowed.stderr
     assert "left out method 'lcm-2'" in allowed.stdout and "left out metric 'pickscore" in allowed.stdout
@@ -136,10 +164,28 @@ def test_what_is_missing_stops_an_evaluation_before_any_picture(trained, tmp_pat
     assert again.returncode == 0, again.stderr
     other = run("evaluate.py", *options, "methods=[ddim-2]", f"benchmark.name={prompts}",
                 "metrics=[clip_score,'clipscore:addiff_env:tiny/weights/clip']")  # fmt: skip
-    assert other.returncode != 0 and "made with other metrics" in other.stderr
+    assert other.returncode != 0 and "metrics.clipscore: nothing there, clipscore:addiff_env:tiny" in other.stderr
+    assert "hydra.run.dir" in other.stderr
 
 
-COMPARED = ["methods=[ddim-2,best-of-2:ddim-2,words-auto,threshold:auto,random:auto,agent]", "tune.limit=4"]
+@pytest.mark.slow
+def test_all_methods_and_several_agents_in_one_command(trained, tmp_path):
+    shutil.copytree(trained[0] / "agent", tmp_path / "second")
+    description = json.loads((tmp_path / "second" / "agent.json").read_text())
+    description["training"]["seed"] = 1
+    (tmp_path / "second" / "agent.json").write_text(json.dumps(description))
+    agents = f"agents=[{trained[0] / 'agent'},{tmp_path / 'second'}]"
+    sizes = ["benchmark.limit=8", "num_envs=4", "filmstrips=1", "save_images=false", "tune.limit=7"]
+    result = run("evaluate.py", agents, "methods=all", *sizes, f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.returncode == 0, result.stderr
+    methods = list(dict.fromkeys(row.method for row in read_rows(tmp_path / "run" / "rows.jsonl")))
+    assert {"agent-s0", "agent-s1", "agent-s0, mask=full", "sag-10", "pndm-20", "ddim-50"} <= set(methods)
+    assert any(name.startswith("threshold:") for name in methods) and "words-auto" not in methods
+    assert all(f"{hypothesis}: " in result.stdout for hypothesis in ("H1", "H2", "H3", "H4"))
+
+
+AUTOMATIC = "words-auto,threshold:auto,random:auto,best-of-auto"
+COMPARED = [f"methods=[ddim-2,best-of-2:ddim-2,{AUTOMATIC},agent]", "tune.limit=4"]
 
 
 def same(rows, others):

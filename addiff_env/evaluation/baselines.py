@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from addiff_env.backbones import Prediction, denoise, to_uint8
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.method import Batched, Method
+from addiff_env.evaluation.metrics import SCORERS, reward_score
 from addiff_env.evaluation.outside import MethodOptions, solver_method
 from addiff_env.evaluation.policies import Policy, RandomPolicy, RefineAlways, StopAt, ThresholdRule
 from addiff_env.pipeline import AdaptivePipeline
-from addiff_env.samplers import SOLVERS
+from addiff_env.samplers import SOLVERS, ddim_between
+from addiff_env.scorers import load_scorer
 from addiff_env.types import Action, Generated, ResultRow
 
 SEED_STRIDE = 1_000_003  # between an item's seeds in best-of-N; the first try has the item's own
@@ -53,12 +55,13 @@ class WordCount(Batched):
     """
 
     def __init__(
-        self, env: DiffusionDenoiseVectorEnv, mean_steps: int, benchmark: Sequence[Item], batch_size: int = 64
+        self, env: DiffusionDenoiseVectorEnv, mean_steps: float, benchmark: Sequence[Item], batch_size: int = 64
     ) -> None:
-        super().__init__(env, f"words-{mean_steps}", batch_size)
-        if not benchmark or mean_steps < 1:
+        super().__init__(env, f"words-{mean_steps:g}", batch_size)
+        if not benchmark or not mean_steps >= 1:
             raise ValueError(f"{self.name} needs at least one step and one prompt, got {len(benchmark)}")
         self.mean_steps, self.mean_words = mean_steps, float(np.mean([_words(item) for item in benchmark]))
+        self.policy = f"{self.name} at {self.mean_words:.6g} words"  # another limit of the benchmark is another policy
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Make one picture per item."""
@@ -74,7 +77,10 @@ def _words(item: Item) -> int:
 
 
 class BestOf(Batched):
-    """The best of ``number`` seeds by the environment's reward model: the plain way to spend compute on quality."""
+    """The best of ``number`` seeds by the environment's reward model: the plain way to spend compute on quality.
+
+    It pays for ``number`` whole pictures and as many verdicts of the reward model; no encoder is asked.
+    """
 
     def __init__(self, inner: FixedSteps, number: int) -> None:
         if number < 1:
@@ -86,7 +92,7 @@ class BestOf(Batched):
         prompts = [item.prompt for item in items for _ in range(self.number)]
         seeds = [item.seed + SEED_STRIDE * k for item in items for k in range(self.number)]
         pictures = self.env.backbone.decode(self.inner.latents(prompts, seeds))
-        scores = self.env.perception.look(pictures, prompts).reward_score.view(len(items), self.number)
+        scores = reward_score(self.env.perception)(pictures, prompts).view(len(items), self.number)
         best = scores.argmax(1).tolist()
         images = to_uint8(pictures)
         passes = self.number * self.inner.steps * self.env.passes_per_nfe
@@ -97,33 +103,73 @@ class BestOf(Batched):
 
 
 class OracleStop(Batched):
-    """The stopping step that, in hindsight, the reward model likes best; its looks are not charged: it is a bound."""
+    """The stopping step that, in hindsight, a scorer likes best; its looks are not charged: it is a bound.
 
-    def __init__(self, inner: FixedSteps) -> None:
-        super().__init__(inner.env, f"oracle-stop:{inner.name}", inner.batch_size)
+    A stop is what an agent's is: the clean prediction, or ``finish_steps`` coarse steps from there, which are charged.
+
+    Args:
+        inner: the solver and its steps.
+        scorer: one of the metrics' scorers (``imagereward``, ``hpsv2.1``, ...) or a setting of
+            `addiff_env.scorers.load_scorer`; None: the environment's reward model.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_scorer`.
+    """
+
+    def __init__(self, inner: FixedSteps, scorer: str | None = None) -> None:
+        super().__init__(inner.env, f"oracle-stop:{inner.name}" + (f"@{scorer}" if scorer else ""), inner.batch_size)
         self.inner, self.solver = inner, inner.name
+        self.score = _scorer(inner.env, scorer)
 
     def _batch(self, items: list[Item]) -> list[Generated]:
         prompts = [item.prompt for item in items]
-        pictures: list[torch.Tensor] = []
+        finish = self.env.config.finish_steps
+        stops: list[tuple[int, np.ndarray]] = []  # NFE and pictures of each
         scores: list[torch.Tensor] = []
 
-        def watch(index: int, latents: torch.Tensor, now: Prediction) -> None:
-            pictures.append(self.env.backbone.decode(now.x0))
-            scores.append(self.env.perception.look(pictures[-1], prompts).reward_score)
+        def stop(nfe: int, latents: torch.Tensor) -> None:
+            pictures = self.env.backbone.decode(latents)
+            stops.append((nfe, to_uint8(pictures)))
+            scores.append(self.score(pictures, prompts))
 
-        self.inner.latents(prompts, [item.seed for item in items], watch)
+        def watch(index: int, latents: torch.Tensor, now: Prediction) -> None:
+            if not finish:
+                stop(index + 1, now.x0)
+            elif index:
+                stop(index + finish, self._finished(prompts, latents, index))
+
+        last = self.inner.latents(prompts, [item.seed for item in items], watch)
+        if finish:
+            stop(self.inner.steps, last)
         best = torch.stack(scores, 1).argmax(1).tolist()
-        images = [to_uint8(stage) for stage in pictures]
         passes = self.env.passes_per_nfe
         return [
-            self._generated(item, images[step][row], (step + 1) * passes)
-            for row, (item, step) in enumerate(zip(items, best, strict=True))
+            self._generated(item, stops[choice][1][row], stops[choice][0] * passes)
+            for row, (item, choice) in enumerate(zip(items, best, strict=True))
         ]
+
+    def _finished(self, prompts: list[str], latents: torch.Tensor, index: int) -> torch.Tensor:
+        """What the environment's *stop* makes of latents (B, C, h, w) at a point of the grid: its coarse DDIM steps."""
+        env, schedule, steps = self.env, self.inner.schedule, self.env.config.finish_steps
+        at = torch.full((len(latents),), index, device=latents.device)
+        timesteps, here = schedule.timesteps[at], schedule.here.at(at)
+        told, conditioning = timesteps, env.backbone.encode_prompts(prompts)
+        for j in range(steps):
+            now = env.backbone.predict(latents, told, here, conditioning, env.config.guidance_scale, False)
+            there, told = env._towards_zero(timesteps, (steps - j - 1) / steps)
+            latents, here = ddim_between(latents, now.x0, here, there), there
+        return latents
+
+
+def _scorer(env: DiffusionDenoiseVectorEnv, setting: str | None) -> Callable[[torch.Tensor, list[str]], torch.Tensor]:
+    if setting is None:
+        return reward_score(env.perception)
+    name, colon, rest = setting.partition(":")
+    return load_scorer(SCORERS.get(name, name) + colon + rest, str(env.backbone.device)).score
 
 
 class PolicyMethod:
-    """A policy on its environment: a trained agent or a hand-made rule."""
+    """A policy on its environment: a trained agent, or a hand-made rule, which pays for the looks that it reads."""
 
     def __init__(self, env: DiffusionDenoiseVectorEnv, policy: Policy, name: str = "agent") -> None:
         self.pipeline, self.name, self.backbone = AdaptivePipeline(env, policy), name, env.backbone
@@ -209,9 +255,9 @@ def _script(scripts: Scripts, item: Item) -> ResultRow:
 
 METHODS = (
     "agent, ddim-N, dpmpp_2m-N, euler-N, unipc-N, pndm-N, sag-N, attend-and-excite-N, lcm-N, sdxl-turbo-N, "
-    "best-of-K:<solver>-N, oracle-stop:<solver>-N, "
+    "best-of-K:<solver>-N, oracle-stop:<solver>-N, oracle-stop:<solver>-N@<scorer>, "
     "words-N, stop-N, refine-always, threshold:<steps>:<score>, random:<continue>:<stop>:<refine>; "
-    "and tuned to the agent on other prompts: threshold:auto, random:auto, words-auto"
+    "and tuned to the agent on other prompts: threshold:auto, random:auto, words-auto, best-of-auto"
 )
 
 
@@ -237,12 +283,13 @@ def make_method(
         if head.startswith("best-of-"):
             return BestOf(_fixed(tail, env), int(head.removeprefix("best-of-")))
         if head == "oracle-stop":
-            return OracleStop(_fixed(tail, env))
+            inner, _, scorer = tail.partition("@")
+            return OracleStop(_fixed(inner, env), scorer or None)
         if policy := _policy(head, tail, env):
             return PolicyMethod(env, policy, spec)
         name, _, number = spec.rpartition("-")
         if name == "words":
-            return WordCount(env, int(number), benchmark)
+            return WordCount(env, float(number), benchmark)
         return _solver(name, int(number), env, options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"cannot make the method {spec!r}: {error}; known: {METHODS}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -51,11 +52,27 @@ class Batched:
     def _noise(self, seeds: Sequence[int]) -> torch.Tensor:
         return initial_noise(self.env.backbone, self.env.latent_shape, seeds)
 
-    def _generated(self, item: Item, picture: np.ndarray, passes: float, decodes: int = 1, looks: int = 0) -> Generated:
-        """A result whose cost is ``passes`` of the network, ``decodes``, ``looks`` at final pictures, and the text."""
-        env = self.env
-        text = env.price["start"] - (0 if looks else env.perception.text_flops())  # CLIP reads only for who looks
-        look = env.price["look"] - env.price["preview"]
-        flops = passes * env.price["denoiser"] + decodes * env.price["decode"] + looks * look + text
-        nfe = round(passes / env.passes_per_nfe)
-        return Generated(item.prompt, item.seed, picture, [], nfe, round(passes), flops)
+    def _generated(
+        self, item: Item, picture: np.ndarray, passes: float, decodes: int = 1, verdicts: int = 0
+    ) -> Generated:
+        """A result whose cost is that of `bill`."""
+        nfe = round(passes / self.env.passes_per_nfe)
+        bill = self.bill(passes, decodes, verdicts)
+        return Generated(item.prompt, item.seed, picture, [], nfe, round(passes), bill)
+
+    def bill(self, passes: float, decodes: int = 1, verdicts: int = 0) -> float:
+        """Net FLOPs of ``passes`` of the network, ``decodes``, and ``verdicts`` of the reward model, with the texts.
+
+        Nobody else looks at these pictures: of the encoders that the environment's policies see with none is charged.
+        """
+        price, perception, config = self.env.price, self.env.perception, self.env.config
+        flops = passes * price["denoiser"] + decodes * price["decode"] + price["start"] - self._text_flops
+        if not verdicts:
+            return flops
+        return (
+            flops + verdicts * perception.verdict_flops(config.height, config.width) + perception.verdict_text_flops()
+        )
+
+    @cached_property
+    def _text_flops(self) -> float:
+        return self.env.perception.text_flops()

@@ -254,6 +254,15 @@ class AttendAndExcite(DiffusersSolver):
             "attn_res": tuple(-(-cells // stride) for cells in self.shape[1:]),
         }
 
+    def _batch(self, items: list[Item]) -> list[Generated]:
+        """One picture; that of a blank caption, in which nothing can be excited, by plain DDIM, with a note."""
+        if any(self.backbone.tokenizer.tokenize(item.prompt) for item in items):
+            return super()._batch(items)
+        made = DiffusersSolver(self.env, "ddim", self.steps, DDIMScheduler)._batch(items)
+        for result in made:
+            result.note = "no word to excite: plain DDIM"
+        return made
+
     def _further_flops(self) -> float:
         return self.pipeline.gradients * (self.pipeline.gradient_flops or 0.0)
 

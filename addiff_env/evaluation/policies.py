@@ -1,4 +1,9 @@
-"""Hand-made policies: what a learned one has to beat. Each acts on flat observations, as an agent does."""
+"""Hand-made policies: what a learned one has to beat. Each acts on flat observations, as an agent does.
+
+The environment shows every policy everything at every decision, and charges for it. A rule that would do without is not
+made to pay: it says by ``sees`` at which observations it looks, and of what it looks at it reads the reward model's
+score only; `AdaptivePipeline` takes the rest off its bill. An agent has no ``sees``: it reads everything.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +33,11 @@ class Policy(Protocol):
         """Actions (B,) int64 for flat observations (B, width) and admissible actions (B, 3) bool."""
 
 
+def _blind(obs: Any) -> np.ndarray:
+    """Nobody looks: (B,) False."""
+    return np.zeros(len(obs), bool)
+
+
 def quality_slot(obs: Any, name: str) -> np.ndarray:
     """One of the `QUALITY` numbers (B,) float64 of flat observations (B, width), whose last slots they are."""
     return np.asarray(obs, dtype=np.float64)[:, QUALITY.index(name) - len(QUALITY)]
@@ -55,9 +65,13 @@ class ThresholdRule:
         """The rule's numbers."""
         return f"threshold-{self.look_at}-{self.tau:g}"
 
+    def sees(self, obs: Any) -> np.ndarray:
+        """Whether it looks, (B,) bool: not before ``look_at`` steps."""
+        return steps_done(obs, self.num_inference_steps) >= self.look_at
+
     def act(self, obs: Any, action_mask: Any = None) -> np.ndarray:
         """Actions (B,) int64."""
-        looking = steps_done(obs, self.num_inference_steps) >= self.look_at
+        looking = self.sees(obs)
         bad = quality_slot(obs, "reward_score") < self.tau
         if action_mask is not None:
             bad = bad & np.asarray(action_mask)[:, Action.REFINE]
@@ -78,6 +92,10 @@ class StopAt:
         """The number of steps."""
         return f"stop-{self.steps}"
 
+    def sees(self, obs: Any) -> np.ndarray:
+        """Whether it looks, (B,) bool: never."""
+        return _blind(obs)
+
     def act(self, obs: Any, action_mask: Any = None) -> np.ndarray:
         """Actions (B,) int64."""
         done = steps_done(obs, self.num_inference_steps) >= self.steps
@@ -90,6 +108,10 @@ class RefineAlways:
 
     flops: float = 0.0
     fingerprint: str = "refine-always"
+
+    def sees(self, obs: Any) -> np.ndarray:
+        """Whether it looks, (B,) bool: never."""
+        return _blind(obs)
 
     def act(self, obs: Any, action_mask: Any = None) -> np.ndarray:
         """Actions (B,) int64."""
@@ -116,6 +138,10 @@ class RandomPolicy:
     def fingerprint(self) -> str:
         """The shares and the seed."""
         return "random-" + "-".join(f"{share:.3f}" for share in self.shares) + f"-{self.seed}"
+
+    def sees(self, obs: Any) -> np.ndarray:
+        """Whether it looks, (B,) bool: never."""
+        return _blind(obs)
 
     def act(self, obs: Any, action_mask: Any = None) -> np.ndarray:
         """Actions (B,) int64; an inadmissible one is drawn again among the others."""

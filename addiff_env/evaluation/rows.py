@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from addiff_env.evaluation.files import partial_of
 from addiff_env.evaluation.jsonl import append_objects, read_objects
 from addiff_env.types import ResultRow
 
@@ -44,8 +45,7 @@ def _parse(values: dict[str, Any], place: str) -> ResultRow:
 
 def write_rows(path: Path, rows: Iterable[ResultRow]) -> None:
     """Write a whole file at once: a kill leaves the old one or the new one; raises as `append_rows`."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.unlink(missing_ok=True)
+    partial = partial_of(path)
     append_rows(partial, rows)
     os.replace(partial, path)
 
@@ -85,10 +85,12 @@ def launched_shard(index: int, shards: int, environment: Mapping[str, str] = os.
     return place
 
 
-def merge_if_whole(folder: Path, shards: int, places: Sequence[Place]) -> list[ResultRow] | None:
+def merge_if_whole(
+    folder: Path, shards: int, places: Sequence[Place], methods: Sequence[str] | None = None
+) -> list[ResultRow] | None:
     """As `merge_shards`, or None while other shards are at work; raises for whatever more rows would not mend."""
     try:
-        return merge_shards(folder, shards, places)
+        return merge_shards(folder, shards, places, methods)
     except (MissingRows, FileNotFoundError):
         return None
 
@@ -138,13 +140,14 @@ def merge_rows(
     Args:
         parts: rows of each file.
         places: (prompt, seed) of every item of the benchmark, in order.
-        methods: names in the order wanted; by default that of first appearance.
+        methods: names in the order wanted, all of which have to be there; rows of others are left out. By default
+            whatever appears, in that order: a method of which every shard lacks all rows is then not missed.
 
     Raises:
         ValueError: mixed configurations (several code versions, or several backbones, solvers, policies or dtypes of
-            one method), duplicates, gaps, or rows that belong to no item or method; with the offending values.
+            one method), duplicates, gaps, or rows that belong to no item; with the offending values.
     """
-    rows = [row for part in parts for row in part]
+    rows = [row for part in parts for row in part if methods is None or row.method in methods]
     names = list(dict.fromkeys(row.method for row in rows)) if methods is None else list(methods)
     _refuse_mixed(rows)
     _refuse_duplicates(rows)
@@ -177,8 +180,7 @@ def _refuse_strangers(found: Mapping[tuple, ResultRow], wanted: set[tuple]) -> N
     strangers = [key for key in found if key not in wanted]
     if strangers:
         raise ValueError(
-            f"{len(strangers)} rows belong to no item of the benchmark or no method asked for "
-            f"(method, prompt, seed): {_some(strangers)}"
+            f"{len(strangers)} rows belong to no item of the benchmark (method, prompt, seed): {_some(strangers)}"
         )
 
 

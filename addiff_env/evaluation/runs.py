@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -23,12 +24,14 @@ import numpy as np
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item
+from addiff_env.evaluation.files import write_whole
 from addiff_env.evaluation.hypotheses import Part, Verdict
-from addiff_env.evaluation.jsonl import append_objects, read_objects
+from addiff_env.evaluation.jsonl import read_objects
 from addiff_env.evaluation.rows import CONFIGURATION, read_rows
 from addiff_env.evaluation.summary import lead_with
 from addiff_env.types import ResultRow
 
+REPORTED = ".reported"  # what the latest report was about
 ITEMS, VERDICTS, PROVENANCE, STRIPS = "items.jsonl", "verdicts.json", "provenance.json", "filmstrips"
 LIBRARIES = ("torch", "diffusers", "transformers", "gymnasium", "numpy")
 SETTINGS = (*CONFIGURATION, "code_version")  # of a method's rows
@@ -49,13 +52,34 @@ class Strip:
         return [frame["action"] for frame in self.frames if frame["action"] is not None]
 
 
+# --------------------------------------------------------------------------- who reports
+
+
+def is_reported(folder: Path, settings: str, rows: Sequence[ResultRow]) -> bool:
+    """Whether another process has reported the same rows with the same settings; see `mark_reported`."""
+    path = folder / REPORTED
+    return path.exists() and path.read_text() == _digest(settings, rows)
+
+
+def mark_reported(folder: Path, settings: str, rows: Sequence[ResultRow]) -> None:
+    """Say that ``rows`` were reported with ``settings``, for the processes of one launch that end after this one."""
+    write_whole(folder / REPORTED, _digest(settings, rows))
+
+
+def _digest(settings: str, rows: Sequence[ResultRow]) -> str:
+    digest = hashlib.sha256(settings.encode())
+    for row in rows:
+        digest.update(json.dumps(asdict(row)).encode() + b"\n")
+    return digest.hexdigest()
+
+
 # --------------------------------------------------------------------------- items, verdicts, provenance
 
 
 def write_items(folder: Path, items: Iterable[Item]) -> None:
     """Keep what the report needs to know of the benchmark."""
-    (folder / ITEMS).unlink(missing_ok=True)
-    append_objects(folder / ITEMS, ({name: getattr(item, name) for name in _KEPT} for item in items))
+    lines = (json.dumps({name: getattr(item, name) for name in _KEPT}) + "\n" for item in items)
+    write_whole(folder / ITEMS, "".join(lines))
 
 
 def read_items(folder: Path) -> list[Item]:

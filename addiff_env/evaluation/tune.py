@@ -1,11 +1,13 @@
-"""Baselines tuned to an agent: the best threshold rule, its action shares and its mean NFE, measured on other prompts.
+"""Baselines tuned to an agent on other prompts: rules and best-of-N at its compute, its action shares, its mean NFE.
 
     python -m addiff_env.evaluation.tune                            the shipped agent, 64 dev prompts
     python -m addiff_env.evaluation.tune --agent runs/train/tiny-seed0/agent --limit 128 --metric checker
 
 A rule `threshold:n:tau` runs n steps, looks, refines while the reward model's score is under tau, else stops. Of a grid
-of such rules the one with the highest mean score is taken among those that spend no more net FLOPs than the agent does.
-Nothing is tuned on the prompts of the evaluation: a baseline that was, would be a bound and no baseline.
+of such rules the one with the highest mean score is taken among those that spend no more net FLOPs than the agent does,
+where a rule pays for the looks that it reads only. Of best-of-N, N = 2, 3 and 4 are tried, each with as many steps as
+the agent's net FLOPs pay for. Nothing is tuned on the prompts of the evaluation: a baseline that was, would be a bound
+and no baseline.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,8 +25,9 @@ import numpy as np
 
 from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.baselines import Method, make_method
-from addiff_env.evaluation.benchmarks import Item, id_list_hash, load_benchmark
+from addiff_env.evaluation.baselines import BestOf, FixedSteps, Method, make_method
+from addiff_env.evaluation.benchmarks import SOURCES, Item, categories_in_turn, id_list_hash, load_benchmark
+from addiff_env.evaluation.files import keep_first
 from addiff_env.evaluation.metrics import (
     Metric,
     ModelScore,
@@ -40,9 +42,10 @@ from addiff_env.evaluation.metrics import (
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import Action
 
-AUTO = ("threshold:auto", "random:auto", "words-auto")
+AUTO = ("threshold:auto", "random:auto", "words-auto", "best-of-auto")
 MATCHED = 1.02  # net FLOPs of the agent that a rule may spend
 LOOKS = (0.5, 0.75, 1.0)  # shares of the schedule after which rules look
+NUMBERS = (2, 3, 4)  # of pictures that best-of-N takes the best of
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the agent's final reward scores, at which rules' thresholds lie
 PACKAGED = str(Path(__file__).resolve().parents[1] / "tiny" / "weights" / "agent")
 
@@ -61,18 +64,19 @@ class Measured:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What ``:auto`` stands for, and how it was found."""
+    """What ``auto`` stands for, and how it was found."""
 
     threshold: str
     random: str
     words: str
+    best_of: str
     metric: str
     stamp: dict[str, Any]  # agent, prompts: what it was measured with
     measured: list[dict[str, Any]]  # every method tried
 
     def spec(self, auto: str) -> str:
         """The method that one of `AUTO` stands for."""
-        return dict(zip(AUTO, (self.threshold, self.random, self.words), strict=True))[auto]
+        return dict(zip(AUTO, (self.threshold, self.random, self.words, self.best_of), strict=True))[auto]
 
 
 def measure(
@@ -113,10 +117,24 @@ def threshold_grid(env: DiffusionDenoiseVectorEnv, scores: Sequence[float]) -> l
     return [f"threshold:{look}:{tau:g}" for look in looks for tau in taus]
 
 
+def best_of_grid(env: DiffusionDenoiseVectorEnv, net_flops: float) -> list[str]:
+    """Best-of-N for each N of `NUMBERS`, with the most steps that ``net_flops`` (and a little) pay for.
+
+    Where they pay for none, the cheapest there is.
+    """
+    found, solver = [], env.backbone.solver
+    for number in NUMBERS:
+        method = BestOf(FixedSteps(env, 1), number)
+        left = MATCHED * net_flops - method.bill(0, number, number)
+        steps = int(left // (number * env.passes_per_nfe * env.price["denoiser"]))
+        found += [f"best-of-{number}:{solver}-{steps}"] if steps >= 1 else []
+    return found or [f"best-of-{NUMBERS[0]}:{solver}-1"]
+
+
 def tune(
     env: DiffusionDenoiseVectorEnv, agent: Agent, items: Sequence[Item], metrics: Sequence[Metric], metric: str
 ) -> Tuning:
-    """Measure the agent and a grid of threshold rules on ``items``, which are not those of the evaluation.
+    """Measure the agent, threshold rules and best-of-N on ``items``, which are not those of the evaluation.
 
     Raises:
         ValueError: an item that ``metric`` says nothing of.
@@ -124,19 +142,47 @@ def tune(
     _refuse_unmeasured(items, metrics, metric)
     own = measure(make_method("agent", env, agent), env, items, metrics, metric)
     grid = threshold_grid(env, own.reward_scores)
-    tried = [measure(make_method(spec, env), env, items, metrics, metric) for spec in grid]
+    tried, pictures = (
+        [measure(make_method(spec, env), env, items, metrics, metric) for spec in specs]
+        for specs in (grid, best_of_grid(env, own.net_flops))
+    )
     shares = [round(share, 4) for share in own.shares[1:]]
     stamp = stamp_of(agent, env, items, metric)
-    best = best_matched(tried, own.net_flops)
+    rule, several = (best_matched(candidates, own.net_flops).spec for candidates in (tried, pictures))
     random = ":".join(f"{share:g}" for share in (round(1 - sum(shares), 4), *shares))
-    kept = [{key: value for key, value in asdict(one).items() if key != "reward_scores"} for one in (own, *tried)]
-    return Tuning(best.spec, f"random:{random}", f"words-{max(1, round(own.nfe))}", metric, stamp, kept)
+    kept = [
+        {key: value for key, value in asdict(one).items() if key != "reward_scores"} for one in (own, *tried, *pictures)
+    ]
+    return Tuning(rule, f"random:{random}", f"words-{max(1, round(own.nfe, 1)):g}", several, metric, stamp, kept)
 
 
 def _refuse_unmeasured(items: Sequence[Item], metrics: Sequence[Metric], metric: str) -> None:
     mute = [item.prompt for item in items if metric not in columns_of(metrics, item)]
     if mute:
         raise ValueError(f"{metric!r} says nothing of {len(mute)} tuning prompts, e.g. {mute[0]!r}: name other ones")
+
+
+def tuning_items(name: str, limit: int | None, benchmark: Sequence[Item], root: str | Path | None = None) -> list[Item]:
+    """Items of the first ``limit`` entries of ``name`` that ``benchmark``, the evaluation's whole list, does not hold.
+
+    Lists of short captions have some in common: those are left out before anything is counted, and the categories take
+    turns among what is left. Of ``tiny-dev`` that is everything but single objects, of which there are 18 captions.
+
+    Raises:
+        ValueError: no prompt is left, or a limit below 1; and as `load_benchmark`.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"tune.limit must be at least 1, got {limit}")
+    taken = {item.prompt for item in benchmark}
+    groups: dict[tuple[str, str], list[Item]] = {}  # the pictures of each entry of the list
+    for item in load_benchmark(name, root=root):
+        if item.prompt not in taken:
+            groups.setdefault((item.id, item.prompt), []).append(item)
+    if not groups:
+        raise ValueError(f"every prompt of {name!r} is one of the evaluation's own: name others to tune on")
+    in_turn = name not in SOURCES or SOURCES[name].in_turn
+    ordered = categories_in_turn(list(groups.values())) if in_turn else list(groups.values())
+    return [item for group in ordered[:limit] for item in group]
 
 
 def stamp_of(agent: Agent, env: DiffusionDenoiseVectorEnv, items: Sequence[Item], metric: str) -> dict[str, Any]:
@@ -158,23 +204,14 @@ def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Calla
     if not set(specs) & set(AUTO):
         return list(specs)
     if not path.exists():
-        _keep(path, make())
-    tuning = Tuning(**json.loads(path.read_text()))
+        keep_first(path, json.dumps(asdict(make()), indent=2) + "\n")
+    try:
+        tuning = Tuning(**json.loads(path.read_text()))
+    except TypeError as error:
+        raise ValueError(f"{path} was tuned by another release ({error}): delete it to tune again") from error
     if tuning.stamp != stamp:
         raise ValueError(f"{path} was tuned with {tuning.stamp}, not with {stamp}: delete it to tune again")
     return [tuning.spec(spec) if spec in AUTO else spec for spec in specs]
-
-
-def _keep(path: Path, tuning: Tuning) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(asdict(tuning), indent=2) + "\n")
-    try:
-        os.link(partial, path)  # whole or not at all, and never over another's
-    except FileExistsError:
-        pass
-    finally:
-        partial.unlink()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -202,9 +239,9 @@ def describe(tuning: Tuning) -> str:
     worthwhile = margins_of(tuning.metric)["worthwhile"]
     lines = [f"{tuning.metric} (differences below {worthwhile:g} are none), mean NFE, mean net GFLOPs"]
     for one in tuning.measured:
-        mark = "*" if one["spec"] == tuning.threshold else " "
+        mark = "*" if one["spec"] in (tuning.threshold, tuning.best_of) else " "
         lines.append(f"{mark} {one['spec']:<20} {one['quality']:8.4f} {one['nfe']:7.2f} {one['net_flops'] / 1e9:9.2f}")
-    return "\n".join([*lines, f"methods=[{tuning.threshold},{tuning.random},{tuning.words}]"])
+    return "\n".join([*lines, f"methods=[{tuning.threshold},{tuning.random},{tuning.words},{tuning.best_of}]"])
 
 
 if __name__ == "__main__":

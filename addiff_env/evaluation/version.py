@@ -1,12 +1,16 @@
-"""Which code made a row: release, commit, and a fingerprint of edits that were not committed."""
+"""Which code made a row, and which model: release, commit, and a fingerprint of edits that were not committed."""
 
 from __future__ import annotations
 
 import hashlib
 import subprocess
+from functools import cache
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+
 import addiff_env
+from addiff_env.loading import PACKAGE_PREFIX
 
 CODE = ("addiff_env", "configs", "evaluate.py")  # what can change a row; documentation and tests cannot
 
@@ -51,3 +55,18 @@ def _git(root: Path, *arguments: str) -> bytes | None:
     except OSError:
         return None
     return result.stdout if result.returncode == 0 else None
+
+
+@cache
+def model_revision(model: str, revision: str | None) -> str:
+    """Which version of a loaded model it is.
+
+    ``packaged``, ``local`` for another folder, else the commit on the Hub: branches move, and so does none.
+    What the Hub's cache does not know is called as it was asked for, or ``unknown``.
+    """
+    if model.startswith(PACKAGE_PREFIX):
+        return revision or "packaged"
+    if Path(model).exists():
+        return revision or "local"
+    cached = try_to_load_from_cache(model, "model_index.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else revision or "unknown"

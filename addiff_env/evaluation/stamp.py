@@ -1,0 +1,141 @@
+"""What the rows of a run folder were made with, beyond what each row says itself: kept there, and held to.
+
+The first process of a code version that makes rows in a folder leaves ``made-with-<code version>.json``; whoever goes
+on, makes another shard or merges has to have the same settings. Methods, further agents and a larger limit may be
+added: rows are told apart by method, policy, prompt and seed. Rows of another code version are never taken for ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from addiff_env.agent import Agent
+from addiff_env.baseline_cache import weights_fingerprint
+from addiff_env.config import EnvConfig
+from addiff_env.evaluation.benchmarks import Item, id_list_hash
+from addiff_env.evaluation.files import keep_first
+from addiff_env.evaluation.outside import MethodOptions
+
+CONTROL = {"mask": "full"}  # how the environment of H4's control differs from the agent's
+# Settings that change no picture, or that each row states itself.
+HARMLESS = ("prompts", "reward", "render_mode", "device", "dtype", "compile", "channels_last", "batch_size")
+WEIGHTS = ("model", "lora", "clip", "dino", "scorer", "preview_model")
+ADDED = ("metrics", "agents")  # named one by one: who goes on need not have all of them
+_NOTHING = "nothing"
+
+
+def run_stamp(
+    agents: Mapping[str, Agent],
+    overrides: Mapping[str, Any],
+    metrics: Sequence[str],
+    benchmark: Sequence[Item],
+    options: MethodOptions,
+) -> dict[str, Any]:
+    """What a run's rows depend on, JSON-able.
+
+    Args:
+        agents: by the name of their rows; the first is the one whose controls are made.
+        overrides: settings of the environment that differ from the agents' own.
+        metrics: their settings.
+        benchmark: the whole list, whatever the limit.
+        options: of the methods.
+
+    Raises:
+        ValueError: agents of different environments; every differing value is named.
+    """
+    first, environment = next(iter(agents.values())), common_environment(agents, overrides)
+    stamp = {
+        "environment": environment,
+        "control": CONTROL,
+        "weights": {name: weights_fingerprint(environment[name]) for name in WEIGHTS},
+        "metrics": {setting.partition(":")[0]: _with_weights(setting) for setting in metrics},
+        "benchmark": {"pictures": len(benchmark), "id_list_sha256": id_list_hash(benchmark)},
+        "method_options": asdict(options),
+        "agent": first.fingerprint,
+        "agents": {name: agent.fingerprint for name, agent in agents.items()},
+    }
+    return json.loads(json.dumps(stamp))
+
+
+def common_environment(agents: Mapping[str, Agent], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, preset included, of the environment that all ``agents`` act in; raises as `run_stamp`."""
+    settings = {name: environment_of(agent, overrides) for name, agent in agents.items()}
+    first, *others = settings
+    for other in others:
+        if differing := differing_values(settings[other], settings[first]):
+            raise ValueError(f"{first} and {other} act in different environments ({'; '.join(differing)})")
+    return settings[first]
+
+
+def environment_of(agent: Agent, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides how an agent's pictures come out: id and settings, the harmless ones left out."""
+    name, kwargs = agent.environment
+    config = asdict(EnvConfig(**{**gym.spec(name).kwargs, **kwargs, **overrides}))
+    return {"id": name, **{key: value for key, value in config.items() if key not in HARMLESS}}
+
+
+def _with_weights(setting: str) -> str:
+    """A metric's setting and which local weights it names, if any: a retrained model keeps its path."""
+    weights = weights_fingerprint(setting)
+    return setting if weights is None else f"{setting} ({weights})"
+
+
+def differing_values(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Every value in which two stamps differ, in words.
+
+    Of `ADDED` our names alone count, and of those no agent that they have not got.
+    """
+    mine, others = _flatten(ours), _flatten(theirs)
+    names = [name for name in dict.fromkeys([*mine, *others]) if not _may_lack(name, mine, others)]
+    return [
+        f"{name}: {others.get(name, _NOTHING)} there, {mine.get(name, _NOTHING)} now"
+        for name in names
+        if mine.get(name, _NOTHING) != others.get(name, _NOTHING)
+    ]
+
+
+def _may_lack(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    group = name.partition(".")[0]
+    return (group in ADDED and name not in ours) or (group == "agents" and name not in theirs)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def keep_stamp(folder: Path, stamp: Mapping[str, Any], code_version: str) -> None:
+    """Leave ``stamp`` in a folder in which ``code_version`` is about to make its first rows; else as `require_same`.
+
+    Of shards that start at the same moment the first is believed.
+    """
+    keep_first(_path(folder, code_version), json.dumps(stamp, indent=2) + "\n")
+    require_same(folder, stamp, code_version)
+
+
+def _path(folder: Path, code_version: str) -> Path:
+    return folder / f"made-with-{code_version}.json"
+
+
+def require_same(folder: Path, stamp: Mapping[str, Any], code_version: str) -> None:
+    """Check ``stamp`` against that of the rows which ``code_version`` made in a folder; without any all is well.
+
+    Raises:
+        ValueError: they were made with other settings; every differing value is named.
+    """
+    path = _path(folder, code_version)
+    if not path.exists():
+        return
+    if differing := differing_values(stamp, json.loads(path.read_text())):
+        raise ValueError(
+            f"{folder} holds rows that were made with other settings ({'; '.join(differing)}); "
+            "take another folder: hydra.run.dir=..."
+        )
