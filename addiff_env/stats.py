@@ -11,7 +11,7 @@ import numpy as np
 Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
 
 
-def wilson_interval(successes: int, number: int, z: float = Z95) -> tuple[float, float]:
+def wilson_interval(successes: float, number: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a share (Wilson 1927), 95% by default.
 
     Raises:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from PIL import Image
 from addiff_env.evaluation.benchmarks import Item, categories_in_turn
 from addiff_env.evaluation.exports import latex_table, write_csv
 from addiff_env.evaluation.hypotheses import Verdict
+from addiff_env.evaluation.judge import JUDGEMENT, OUTCOMES
 from addiff_env.evaluation.report import (
     ACTION_COLORS,
     AGENT,
@@ -87,7 +89,8 @@ def write_report(
     """Write ``report.html``, ``table.tex`` and ``table.csv`` into a run folder; returns their paths.
 
     Args:
-        folder: the run, whose pictures, filmstrips, ``config.yaml`` and ``provenance.json`` are shown where they exist.
+        folder: the run, whose pictures, filmstrips, ``config.yaml``, ``provenance.json`` and ``judge.json`` are shown
+            where they exist.
         rows: per-image rows of all methods.
         items: the benchmark's items.
         verdicts: H1-H4; none where no agent was evaluated.
@@ -131,6 +134,7 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         methods=_method_table(rows),
         metrics=_metric_table(rows),
         comparisons=_comparisons(rows) if own else [],
+        judged=_judged(folder),
         plots=[_svg(quality_figure(rows, [name]), f"quality-{name}") for name in ("net_flops", "nfe")],
         actions=_actions(own),
         complexity=_complexity(own, facts) if own else None,
@@ -280,6 +284,49 @@ def _complexity(own: Sequence[ResultRow], facts: Mapping[Place, int]) -> dict[st
         quality = _cell(estimate([row.scores[metric] for row in group], prompts, is_share), is_share, len(group))
         lines.append((level, len(group), spent, quality))
     return {"svg": _svg(complexity_figure(own, facts), "complexity"), "lines": lines, "percent": is_share}
+
+
+# --------------------------------------------------------------------------- judges
+
+
+def _judged(folder: Path) -> dict[str, Any] | None:
+    """What vision-language models preferred, from ``judge.json``; None where nobody was asked."""
+    path = folder / JUDGEMENT
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    judges = {f"{name} ({one['model']})": one for name, one in found["judges"].items()}
+    columns = judges if len(judges) == 1 else {**judges, "all judges": found["together"]}
+    return {
+        **{name: found[name] for name in ("prompts", "pictures", "spent_usd", "agreement")},
+        "tables": [(name, [_pair_line(pair) for pair in one["pairs"]]) for name, one in columns.items()],
+        "names": list(columns),
+        "ranking": _ranking(columns),
+        "notes": [f"{name}: {one['note']}" for name, one in columns.items() if one["note"]],
+    }
+
+
+def _pair_line(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """Two methods' line: shares of wins, ties and losses as cells."""
+    rates = [_rate(pair[outcome], pair["pairs"]) if outcome in pair else Cell("–") for outcome in OUTCOMES]
+    return {**pair, "rates": rates}
+
+
+def _rate(found: Mapping[str, float], number: int) -> Cell:
+    return _cell(Estimate(number, found["share"], 0.0, found["low"], found["high"]), True, number)
+
+
+def _ranking(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[Cell]]]:
+    """Methods by strength in the last column, with what each judge makes of them."""
+    of = [{one["method"]: one for one in column["ranking"]} for column in columns.values()]
+    names = list(dict.fromkeys(name for ranking in reversed(of) for name in ranking))
+    return [(name, [_strength(ranking.get(name)) for ranking in of]) for name in names]
+
+
+def _strength(found: Mapping[str, Any] | None) -> Cell:
+    if found is None:
+        return Cell("–")
+    return Cell(_fixed(found["estimate"], 3), f"{_fixed(found['low'], 3)} to {_fixed(found['high'], 3)}")
 
 
 # --------------------------------------------------------------------------- pictures
