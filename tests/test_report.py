@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import json
 import re
 import subprocess
 import sys
@@ -174,6 +175,66 @@ def test_every_metric_and_category_is_there(page):
     assert page.tables["categories"][0] == ["method", "simple_<b> n = 2", "full n = 2"]
     assert page.line("categories", "ddim-5")[1:] == [percent(0, 2), percent(2, 2)]
     assert page.line("categories", "agent")[1:] == [percent(1, 2), percent(1, 2)]
+
+
+PROTOCOLS = {
+    "geneval": {"agent": {"single": 1.0, "two": 0.5, "overall": 0.75}, "gone": {"single": 0.0, "overall": 0.0}},
+    "t2i_compbench": {"agent": {"color": 0.4321}, "ddim-5": {"color": 0.25}},
+}
+SETS = {
+    "references": {"inception": {"extractor": "inception <v3>", "size": None, "codec": "png"}},
+    "methods": {
+        "agent": {"pictures": 4, "fid": 12.5, "kid": 0.0123, "kid_std": 0.0045, "cmmd": 0.75},
+        "gone": {"pictures": 4, "fid": 1.0},
+    },
+}
+
+
+def whole_run(folder):
+    (folder / "protocols.json").write_text(json.dumps(PROTOCOLS))
+    (folder / "set_metrics.json").write_text(json.dumps(SETS))
+    rows = [replace(row, image="") for row in rows_of()]
+    return rows, write_report(folder, rows, ITEMS, [])
+
+
+def read_page(folder):
+    page = Page()
+    page.feed((folder / "report.html").read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_protocols_and_set_metrics_are_shown(tmp_path):
+    whole_run(tmp_path)
+    page = read_page(tmp_path)
+    lines = page.tables["whole"]
+    assert lines[:2] == [["method", "overall", "single", "two"], ["agent", "0.7500", "1.0000", "0.5000"]]
+    assert lines[2:5] == [["method", "color"], ["ddim-5", "0.2500"], ["agent", "0.4321"]]
+    assert lines[5:] == [
+        ["method", "pictures", "fid", "kid", "cmmd"],
+        ["agent", "4", "12.5000", "0.0123 ± 0.0045", "0.7500"],
+    ]  # "gone" is no method of these rows
+    assert "extractor inception <v3>, size –, codec png" in " ".join("".join(page.words).split())
+
+
+def test_protocols_and_set_metrics_are_exported(tmp_path):
+    rows, written = whole_run(tmp_path)
+    assert [path.name for path in written][3:] == ["table_whole.csv"]
+    with (tmp_path / "table_whole.csv").open(newline="", encoding="utf-8") as file:
+        lines = {(x["method"], x["metric"], x["category"]): x for x in csv.DictReader(file)}
+    assert float(lines["agent", "geneval", "overall"]["value"]) == 0.75
+    assert float(lines["ddim-5", "t2i_compbench", "color"]["value"]) == 0.25
+    kid = lines["agent", "kid", ""]
+    assert (float(kid["value"]), float(kid["sd"]), kid["pictures"]) == (0.0123, 0.0045, "4")
+    assert len(lines) == 3 + 2 + 3
+    tex = (tmp_path / "table.tex").read_text()
+    assert r"agent & 12.5000 & 0.0123 (0.0045) & 0.7500 \\" in tex and r"agent & 0.7500 & 1.0000 & 0.5000 \\" in tex
+    assert tex.count(r"\toprule") == 2 + 3
+    for name in ("protocols.json", "set_metrics.json"):
+        (tmp_path / name).unlink()
+    assert len(write_report(tmp_path, rows, ITEMS, [])) == 3 and not (tmp_path / "table_whole.csv").exists()
+    assert "whole" not in read_page(tmp_path).tables
 
 
 def test_decisions_and_complexity(page):

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item, categories_in_turn
-from addiff_env.evaluation.exports import latex_table, write_csv
+from addiff_env.evaluation.exports import latex_table, write_csv, write_whole_csv
 from addiff_env.evaluation.hypotheses import Verdict
 from addiff_env.evaluation.judge import JUDGEMENT, OUTCOMES
 from addiff_env.evaluation.report import (
@@ -62,11 +62,13 @@ from addiff_env.evaluation.summary import (
     share_metrics,
     summarise,
 )
+from addiff_env.evaluation.whole import SPREAD, Whole, read_whole
 from addiff_env.filmstrips import INK, overlay
 from addiff_env.types import ACTIONS, ResultRow
 
 SUBJECT = "agent"  # the method whose decisions, failures and comparisons are shown
 MAX_FAILURES, MAX_SIDE = 12, 192  # pictures shown, and their largest side in pixels
+WRITTEN = ("report.html", "table.tex", "table.csv", "table_whole.csv")
 CLAIMS = {
     "H1": "Efficiency: quality equal to 50-step inference at no more than 30 NFE on average.",
     "H2": "Quality: higher quality than any fixed-step method at equal compute.",
@@ -88,9 +90,11 @@ def write_report(
 ) -> list[Path]:
     """Write ``report.html``, ``table.tex`` and ``table.csv`` into a run folder; returns their paths.
 
+    Where protocols or set metrics were measured there is ``table_whole.csv`` as well.
+
     Args:
-        folder: the run, whose pictures, filmstrips, ``config.yaml``, ``provenance.json`` and ``judge.json`` are shown
-            where they exist.
+        folder: the run, whose pictures, filmstrips, ``config.yaml``, ``provenance.json``, ``protocols.json``,
+            ``set_metrics.json`` and ``judge.json`` are shown where they exist.
         rows: per-image rows of all methods.
         items: the benchmark's items.
         verdicts: H1-H4; none where no agent was evaluated.
@@ -100,11 +104,16 @@ def write_report(
     """
     if not rows:
         raise ValueError(f"no rows to report on in {folder}")
-    page, tex, table = folder / "report.html", folder / "table.tex", folder / "table.csv"
+    page, tex, table, further = (folder / name for name in WRITTEN)
+    whole = read_whole(folder, list(by_method(rows)))
     write_csv(rows, table)
-    tex.write_text(latex_table(rows, _caption(rows, read_provenance(folder))), encoding="utf-8")
+    tex.write_text(latex_table(rows, _caption(rows, read_provenance(folder)), whole), encoding="utf-8")
     page.write_text(render(folder, rows, items, verdicts), encoding="utf-8")
-    return [page, tex, table]
+    further.unlink(missing_ok=True)  # of an earlier report
+    if not whole:
+        return [page, tex, table]
+    write_whole_csv(whole, further)
+    return [page, tex, table, further]
 
 
 def _caption(rows: Sequence[ResultRow], provenance: Mapping[str, Any]) -> str:
@@ -133,6 +142,7 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         subject=SUBJECT,
         methods=_method_table(rows),
         metrics=_metric_table(rows),
+        whole=_whole_tables(read_whole(folder, list(by_method(rows)))),
         comparisons=_comparisons(rows) if own else [],
         judged=_judged(folder),
         plots=[_svg(quality_figure(rows, [name]), f"quality-{name}") for name in ("net_flops", "nfe")],
@@ -231,6 +241,34 @@ def _metric_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
         for summary in summarise(rows)
     ]
     return {"names": [name + " (%)" * (name in shares) for name in names], "lines": lines}
+
+
+def _whole_tables(whole: Whole) -> dict[str, Any] | None:
+    """Protocols and set metrics as tables of text; None where there are none."""
+    if not whole:
+        return None
+    tables = []
+    for metric, methods in whole.protocols.items():
+        names = whole.categories(metric)
+        lines = [(name, [_digits(means.get(key)) for key in names]) for name, means in methods.items()]
+        tables.append({"title": f"{metric}, by its own protocol", "names": names, "lines": lines})
+    if whole.sets:
+        names = whole.set_names()
+        lines = [
+            (name, [f"{values['pictures']:,}", *(_set_value(values, key) for key in names)])
+            for name, values in whole.sets.items()
+        ]
+        tables.append({"title": "set metrics", "names": ["pictures", *names], "lines": lines})
+    return {"tables": tables, "references": list(whole.references.items())}
+
+
+def _set_value(values: Mapping[str, float], name: str) -> str:
+    spread = values.get(SPREAD.get(name, ""))
+    return _digits(values.get(name)) + ("" if spread is None else f" ± {_digits(spread)}")
+
+
+def _digits(value: float | None) -> str:
+    return "–" if value is None else _fixed(value, 4)
 
 
 def _category_tables(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
