@@ -17,8 +17,9 @@ from PIL import Image
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.exports import latex_escape, latex_table, write_csv
 from addiff_env.evaluation.html import MAX_SIDE, png_uri, write_report
-from addiff_env.evaluation.hypotheses import SUPPORTED, UNDECIDED, Part, Verdict
+from addiff_env.evaluation.hypotheses import SUPPORTED, UNDECIDED, Part, Rules, Verdict
 from addiff_env.evaluation.rows import append_rows
+from addiff_env.evaluation.rules import read_rules
 from addiff_env.evaluation.runs import (
     Strip,
     read_items,
@@ -254,6 +255,44 @@ def test_verdicts_are_shown_with_their_parts(page):
     assert "H1 undecided" in text and "About 777 prompts would decide." in text and "H2 supported" in text
     assert page.line("verdicts", "quality") == ["quality", "undecided", "0.125 [-0.25, 0.5]", "0.032"]
     assert page.line("verdicts", "above")[3] == "< 0.0001"
+
+
+def test_the_rules_of_the_verdicts_are_shown(tmp_path, page):
+    text = " ".join(" ".join(page.words).split())
+    assert "one-sided tests at 5%, over prompts; their brackets hold 90% intervals" in text
+    assert page.line("verdicts", "margin")[1] == "0.02" and page.line("verdicts", "worthwhile")[1] == "0.01"
+    (tmp_path / "config.yaml").write_text("rules: {alpha: 0.01, margin: 0.004, max_nfe: 20}\n")
+    scores = [replace(row, image="", scores={"imagereward": float(row.nfe)}) for row in rows_of()]
+    write_report(tmp_path, scores, ITEMS, VERDICTS)
+    shown = read_page(tmp_path)
+    assert "one-sided tests at 1%, over prompts; their brackets hold 98% intervals" in " ".join(
+        " ".join(shown.words).split()
+    )
+    lines = {name: shown.line("verdicts", name)[1] for name in ("score", "margin", "worthwhile", "max NFE")}
+    assert lines == {"score": "imagereward", "margin": "0.004", "worthwhile": "0.025", "max NFE": "20"}
+    (tmp_path / "verdicts.json").write_text(json.dumps({"rules": {"margin": 0.5}, "verdicts": []}))
+    assert read_rules(tmp_path, "imagereward") == Rules("imagereward", 0.5, 0.025)
+
+
+def test_failures_of_any_metric_that_passes_or_fails_are_shown(tmp_path):
+    rows = [replace(row, image="", scores={"geneval": row.scores["success"]}) for row in rows_of()]
+    write_report(tmp_path, rows, ITEMS, [])
+    page = read_page(tmp_path)
+    assert "The agent failed 2 of 4 pictures" in " ".join("".join(page.words).split())
+    assert page.line("failures", "ddim-10") == ["ddim-10", "1", "0"]
+    assert any("geneval: star is missing" in words for words in page.words)
+    graded = [replace(row, scores={"imagereward": float(row.nfe)}) for row in rows]
+    write_report(tmp_path, graded, ITEMS, [])
+    assert not any("The agent failed" in words for words in read_page(tmp_path).words)
+
+
+def test_what_was_left_out_is_said(tmp_path, page):
+    rows = [replace(row, image="") for row in rows_of()]
+    write_provenance(tmp_path, rows, benchmark="toy", left_out=["method 'lcm-4': no <LoRA>", "metric 'fid': offline"])
+    write_report(tmp_path, rows, ITEMS, [])
+    text = "".join(read_page(tmp_path).words)
+    assert text.count("method 'lcm-4': no <LoRA>") == 1 and "metric 'fid': offline" in text
+    assert not any("left out" in words for words in page.words)
 
 
 def test_failures_show_the_reason_and_what_others_made(page):

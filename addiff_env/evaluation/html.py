@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item, categories_in_turn
 from addiff_env.evaluation.exports import latex_table, write_csv, write_whole_csv
-from addiff_env.evaluation.hypotheses import Verdict
+from addiff_env.evaluation.hypotheses import Rules, Verdict
 from addiff_env.evaluation.judge import JUDGEMENT, OUTCOMES
 from addiff_env.evaluation.report import (
     ACTION_COLORS,
@@ -37,6 +37,7 @@ from addiff_env.evaluation.report import (
     quality_figure,
     shares_text,
 )
+from addiff_env.evaluation.rules import read_rules
 from addiff_env.evaluation.runs import (
     SETTINGS,
     Strip,
@@ -49,7 +50,6 @@ from addiff_env.evaluation.runs import (
 from addiff_env.evaluation.significance import Comparison, compare_methods
 from addiff_env.evaluation.summary import (
     COSTS,
-    SUCCESS,
     Estimate,
     MethodSummary,
     by_facts,
@@ -68,6 +68,7 @@ from addiff_env.types import ACTIONS, ResultRow
 
 SUBJECT = "agent"  # the method whose decisions, failures and comparisons are shown
 MAX_FAILURES, MAX_SIDE = 12, 192  # pictures shown, and their largest side in pixels
+LEFT_OUT = "left_out"  # in a run's provenance: methods and metrics that were asked for and could not be had
 WRITTEN = ("report.html", "table.tex", "table.csv", "table_whole.csv")
 CLAIMS = {
     "H1": "Efficiency: quality equal to 50-step inference at no more than 30 NFE on average.",
@@ -139,6 +140,8 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         metric=headline_metric(rows),
         verdicts=verdicts,
         claims=CLAIMS,
+        rules=_rules(read_rules(folder, headline_metric(rows))),
+        left_out=provenance.get(LEFT_OUT, []),
         subject=SUBJECT,
         methods=_method_table(rows),
         metrics=_metric_table(rows),
@@ -153,6 +156,11 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         failures=cards.failures() if own else None,
         provenance=_provenance(folder, rows, provenance),
     )
+
+
+def _rules(rules: Rules) -> dict[str, Any]:
+    """The rules with their levels in percent."""
+    return {**asdict(rules), "alpha": f"{100 * rules.alpha:g}", "level": f"{100 * rules.level:g}"}
 
 
 @cache
@@ -426,6 +434,7 @@ class Cards:
 
     def __init__(self, rows: Sequence[ResultRow], folder: Path) -> None:
         self.pictures, self.metric = Pictures(folder), headline_metric(rows)
+        self.is_share = self.metric in share_metrics(rows)  # passed or failed, as by the checker or GenEval's rules
         self.groups = by_method(rows)
         self.by_place: dict[Place, list[ResultRow]] = {}
         for row in rows:
@@ -449,31 +458,31 @@ class Cards:
 
     def _final(self, row: ResultRow) -> dict[str, Any]:
         value = row.scores[self.metric]
-        passed = bool(value) if self.metric == SUCCESS else None
+        passed = bool(value) if self.is_share else None
         words = row.reason or f"{self.metric} {value:.3g}"
         return {"method": row.method, "uri": self.pictures.of(row), "passed": passed, "words": words, "nfe": row.nfe}
 
     def failures(self) -> dict[str, Any] | None:
-        """What the agent failed, categories in turn, and who passed where it failed; None where nothing is judged."""
-        if self.metric != SUCCESS:
+        """What the agent failed, categories in turn, and who passed where it failed; None for graded scores."""
+        if not self.is_share:
             return None
         own = self.groups[SUBJECT]
-        failed = [row for row in own if not row.scores[SUCCESS]]
+        failed = [row for row in own if not row.scores[self.metric]]
         places = {(row.prompt, row.seed) for row in failed}
         others = {name: group for name, group in self.groups.items() if name != SUBJECT}
         shown = [row for (row,) in categories_in_turn([[row] for row in failed])][:MAX_FAILURES]
         return {
             "number": len(failed),
             "of": len(own),
-            "balance": [(name, *_discordant(group, places)) for name, group in others.items()],
+            "balance": [(name, *_discordant(group, places, self.metric)) for name, group in others.items()],
             "cards": [{"row": row, "made": self.made((row.prompt, row.seed))} for row in shown],
         }
 
 
-def _discordant(group: Sequence[ResultRow], failed: set[Place]) -> tuple[int, int]:
+def _discordant(group: Sequence[ResultRow], failed: set[Place], metric: str) -> tuple[int, int]:
     """Pictures that passed where the agent failed, and that failed where it passed."""
-    won = sum(bool(row.scores[SUCCESS]) for row in group if (row.prompt, row.seed) in failed)
-    lost = sum(not row.scores[SUCCESS] for row in group if (row.prompt, row.seed) not in failed)
+    won = sum(bool(row.scores[metric]) for row in group if (row.prompt, row.seed) in failed)
+    lost = sum(not row.scores[metric] for row in group if (row.prompt, row.seed) not in failed)
     return won, lost
 
 
@@ -490,7 +499,7 @@ def _provenance(folder: Path, rows: Sequence[ResultRow], kept: Mapping[str, Any]
     """What is needed to run this again."""
     config = folder / "config.yaml"
     return {
-        "kept": _flat({name: value for name, value in kept.items() if name != "methods"}),
+        "kept": _flat({name: value for name, value in kept.items() if name not in ("methods", LEFT_OUT)}),
         "settings": SETTINGS,
         "methods": [(name, [_one(group, part) for part in SETTINGS]) for name, group in by_method(rows).items()],
         "config": config.read_text() if config.exists() else "",
