@@ -6,7 +6,7 @@
 | ``clip_score``, ``reward_score`` | the same | the environment's own CLIP and reward model |
 | ``imagereward``, ``hpsv2.1``, ``aesthetic``, ``pickscore``, ``clipscore:<CLIP setting>`` | the same | any prompt |
 | ``geneval`` | geneval (0 or 1) | GenEval's prompts, by their metadata |
-| ``blip_vqa``, ``spatial``, ``numeracy``, ``non_spatial``, ``three_in_one`` | the same | T2I-CompBench, by category |
+| ``blip_vqa``, ``spatial``, ``spatial_3d``, ``numeracy``, ``non_spatial``, ``three_in_one`` | same | T2I-CompBench |
 | ``t2i_compbench`` | t2i_compbench, and the one of the above that is its category's own | T2I-CompBench |
 
 Behind a colon follows what `addiff_env.scorers.load_scorer` takes, or the model of `addiff_env.evaluation.geneval` and
