@@ -1,7 +1,8 @@
 """Benchmarks: lists of prompts, each with the seed of its initial noise.
 
 One loader, `load_benchmark`, and one row type, `Item`. The embedded world's splits are part of the package; the public
-lists are read from a folder (argument ``root`` or environment variable ``ADDIFF_DATA``), laid out as `SOURCES` says;
+lists are read from a folder (argument ``root`` or environment variable ``ADDIFF_DATA``), laid out as `SOURCES` says
+(`addiff_env.evaluation.fetch` fills it);
 any ``.txt``, ``.csv``, ``.tsv`` or ``.jsonl`` file can be named by its path.
 """
 
@@ -142,7 +143,10 @@ def _entries(name: str, root: str | Path | None, any_length: bool) -> list[Entry
 
 def _find(name: str, source: Source, root: str | Path | None) -> Path:
     folder = root or os.environ.get("ADDIFF_DATA")
-    wanted = f"{name} needs {' or '.join(source.paths)} from {source.home}"
+    wanted = (
+        f"{name} needs {' or '.join(source.paths)} from {source.home} "
+        f"(python -m addiff_env.evaluation.fetch {name} <folder>)"
+    )
     if not folder:
         raise FileNotFoundError(f"{wanted}, below a folder named by `root` or the environment variable ADDIFF_DATA")
     for relative in source.paths:
