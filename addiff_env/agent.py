@@ -7,6 +7,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from addiff_env.types import Action
 
 FORMAT_VERSION = 1
 PART_NORM = 2.0  # root-mean-square length of every normalised part
+CALIBRATION_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine
 WEIGHTS, CONFIG, CARD = "agent.safetensors", "agent.json", "README.md"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name on the Hub
 # Kinds of files that may run code when they are opened; a bundle needs none of them.
@@ -49,15 +51,49 @@ class PartNorm(nn.Module):
         widths = torch.cat([torch.full((n,), float(n)) for n in parts.values()])
         self.register_buffer("root_widths", widths.sqrt(), persistent=False)
 
-    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Fix the statistics (width,) of the observations; a slot that never varies is left out (scale 0)."""
+    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor, gains: Mapping[str, float] | None = None) -> None:
+        """Fix the statistics (width,) of the observations; a slot that never varies is left out (scale 0).
+
+        ``gains`` lengthen parts: where it is 3, three times `PART_NORM`, and clipped to a third as many deviations.
+
+        Raises:
+            ValueError: a gain of a part that there is not, or one that is not positive.
+        """
+        gains = dict(gains or {})
+        if wrong := {name: gain for name, gain in gains.items() if name not in self.parts or not gain > 0}:
+            raise ValueError(f"gains must be positive numbers of the parts {list(self.parts)}, got {wrong}")
         varies = std > 1e-6
         self.mean.copy_(mean)
-        scale = PART_NORM / (std.clamp_min(1e-6) * self.root_widths)
+        gain = torch.cat([torch.full((n,), float(gains.get(name, 1.0))) for name, n in self.parts.items()]).to(std)
+        scale = gain * PART_NORM / (std.clamp_min(1e-6) * self.root_widths)
         self.scale.copy_(torch.where(varies, scale, torch.zeros_like(std)))
 
+    def calibrate(
+        self,
+        reset: Callable[[], np.ndarray],
+        step: Callable[[np.ndarray], np.ndarray],
+        steps: int,
+        probabilities: Sequence[float],
+        seed: int,
+        gains: Mapping[str, float] | None = None,
+    ) -> None:
+        """Fix the statistics from ``steps`` steps of a random policy with these action shares.
+
+        ``reset`` gives the lanes' first observations (B, width), ``step`` those that follow actions (B,).
+
+        Raises:
+            ValueError: as `set_statistics`.
+        """
+        rng = np.random.default_rng(seed)
+        observations = [np.asarray(reset())]
+        for _ in range(steps):
+            actions = rng.choice(len(Action), size=len(observations[0]), p=probabilities)
+            observations.append(np.asarray(step(actions)))
+        seen = torch.as_tensor(np.concatenate(observations))
+        self.set_statistics(seen.mean(0), seen.std(0), gains)
+
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        """Observations (B, width) to normalised ones, clipped to 10 standard deviations."""
+        """Observations (B, width) to normalised ones, clipped to 10 standard deviations (by a gain, to fewer)."""
         limit = 10 * PART_NORM / self.root_widths
         return ((observations - self.mean) * self.scale).clamp(-limit, limit)
 

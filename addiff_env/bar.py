@@ -2,6 +2,7 @@
 
     python -m addiff_env.bar runs/train/tiny-seed0/agent
     python -m addiff_env.bar runs/train/tiny-seed{0,1,2}/agent --limit 256 --json > bar.json
+    python -m addiff_env.bar runs/train/tiny-seed0/agent --opponents runs/opponents.json     kept for the next agent
 
 On the embedded world's dev split, in the agent's own environment and paid by its own reward, the agent is compared with
 every constant policy (stop after k steps for every k, always continue, refine always, random with the agent's own
@@ -16,11 +17,13 @@ is not below the threshold rule's. The exit status is 1 if an agent fails, 2 if 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from addiff_env.agent import Agent
+from addiff_env.baseline_cache import baseline_configuration
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import PolicyMethod
 from addiff_env.evaluation.benchmarks import Item, load_benchmark
@@ -358,15 +362,27 @@ def _aligned(lines: list[list[str]]) -> str:
     return "\n".join("  ".join(row).rstrip() for row in rows)
 
 
+@dataclass(frozen=True)
+class Opponents:
+    """What an agent is compared with; the same for every agent of an environment."""
+
+    choice: Choice
+    constant: Sequence[Play]
+    rule: Play
+
+
 # --------------------------------------------------------------------------- command line
 
 
 class Bar:
     """Measures agents on the same items; what does not depend on the agent is measured once per environment."""
 
-    def __init__(self, items: Sequence[Item], tuning: int, num_envs: int, seed: int) -> None:
+    def __init__(
+        self, items: Sequence[Item], tuning: int, num_envs: int, seed: int, opponents: Path | None = None
+    ) -> None:
         self.items, self.tuning, self.num_envs, self.seed = list(items), tuning, num_envs, seed
-        self._known: dict[str, tuple[DiffusionDenoiseVectorEnv, Choice, list[Play], Play]] = {}
+        self.file = opponents
+        self._known: dict[str, tuple[DiffusionDenoiseVectorEnv, Opponents]] = {}
 
     def measure(self, folder: Path) -> Report:
         """Run an agent against everything.
@@ -376,23 +392,73 @@ class Bar:
         """
         agent = Agent.from_pretrained(folder)
         _require_tiny(agent, folder)
-        env, choice, constant, rule = self._opponents(agent)
+        env, others = self._opponents(agent)
+        choice, rule = others.choice, others.rule
         own = play(env, agent, self.items, "agent")
-        constant = [*constant, play(env, RandomPolicy(own.shares, self.seed), self.items, "random")]
+        constant = [*others.constant, play(env, RandomPolicy(own.shares, self.seed), self.items, "random")]
         prompts = [item.prompt for item in self.items]
         found = conditions(own, constant, rule, prompts)
         dtype, plays = env.backbone.dtype_name, [own, rule, *constant]
         return Report(str(folder), agent.fingerprint, dtype, choice, plays, prompts, found)
 
-    def _opponents(self, agent: Agent) -> tuple[DiffusionDenoiseVectorEnv, Choice, list[Play], Play]:
+    def _opponents(self, agent: Agent) -> tuple[DiffusionDenoiseVectorEnv, Opponents]:
         reward = agent.config.get("reward")  # as training left it: price and scales may have moved
-        key = json.dumps([agent.config["env"], reward], sort_keys=True)
+        key = json.dumps([agent.environment, reward], sort_keys=True)
         if key not in self._known:
             env = make_agent_env(agent, self.num_envs, **({"reward": reward} if reward else {}))
-            choice = choose_rule(env, tuning_items(env, self.tuning, self.seed))
-            rule = ThresholdRule(choice.look_at, choice.tau, env.config.num_inference_steps)
-            self._known[key] = env, choice, constants(env, self.items), play(env, rule, self.items, rule.fingerprint)
+            self._known[key] = env, self._play_opponents(env)
         return self._known[key]
+
+    def _play_opponents(self, env: DiffusionDenoiseVectorEnv) -> Opponents:
+        stamp = self._stamp(env)
+        if self.file and self.file.is_file():
+            return read_opponents(self.file, stamp)
+        choice = choose_rule(env, tuning_items(env, self.tuning, self.seed))
+        rule = ThresholdRule(choice.look_at, choice.tau, env.config.num_inference_steps)
+        found = Opponents(choice, constants(env, self.items), play(env, rule, self.items, rule.fingerprint))
+        if self.file:
+            write_opponents(self.file, stamp, found)
+        return found
+
+    def _stamp(self, env: DiffusionDenoiseVectorEnv) -> dict[str, Any]:
+        """What the opponents' returns depend on, the models' files included."""
+        items = hashlib.sha256(repr(self.items).encode()).hexdigest()[:12]
+        reward = dict(vars(env.reward_config))
+        numbers = {"items": items, "tuning": self.tuning, "seed": self.seed, "taus": list(TAUS)}
+        return {"models": baseline_configuration(env, 0), "env": settings_of(env), "reward": reward, **numbers}
+
+
+def settings_of(env: DiffusionDenoiseVectorEnv) -> dict[str, Any]:
+    """The environment's settings as JSON has them; of its prompts, which only serve tuning, their number."""
+    return json.loads(json.dumps(asdict(env.config) | {"prompts": len(env.prompts)}, default=str))
+
+
+def write_opponents(path: Path, stamp: dict[str, Any], found: Opponents) -> None:
+    """Keep what the opponents made, as JSON."""
+    plays = [{"name": p.name, "episodes": [astuple(e) for e in p.episodes]} for p in (found.rule, *found.constant)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps({"stamp": stamp, "choice": asdict(found.choice), "plays": plays}))
+    os.replace(partial, path)
+
+
+def read_opponents(path: Path, stamp: dict[str, Any]) -> Opponents:
+    """What `write_opponents` kept.
+
+    Raises:
+        ValueError: no such file, or one made in another environment, on other prompts or with other models.
+    """
+    try:
+        kept = json.loads(path.read_text())
+        theirs, choice = kept["stamp"], Choice(**kept["choice"])
+        rule, *constant = (
+            Play(p["name"], [Episode(v, s, n, tuple(a)) for v, s, n, a in p["episodes"]]) for p in kept["plays"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no opponents of the bar ({error}); remove it") from error
+    if differing := [name for name in stamp if stamp[name] != theirs.get(name)]:
+        raise ValueError(f"{path} was made with other {', '.join(differing)}; remove it or name another file")
+    return Opponents(choice, constant, rule)
 
 
 def _require_tiny(agent: Agent, folder: Path) -> None:
@@ -404,7 +470,8 @@ def _require_tiny(agent: Agent, folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    bar = Bar(load_benchmark("tiny-dev", options.limit), options.tuning, options.num_envs, options.seed)
+    items = load_benchmark("tiny-dev", options.limit)
+    bar = Bar(items, options.tuning, options.num_envs, options.seed, options.opponents)
     reports = []
     for folder in options.agents:
         try:
@@ -426,6 +493,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tuning", type=int, default=256, help="training prompts that the rule is chosen on")
     parser.add_argument("--num-envs", type=int, default=64, help="lanes denoised in one batch")
     parser.add_argument("--seed", type=int, default=0, help="of the training prompts and of the random policy")
+    parser.add_argument("--opponents", type=Path, help="file that keeps what does not depend on the agent")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of tables")
     return parser
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from addiff_env.backbones import denoise, initial_noise
@@ -34,7 +35,15 @@ _PROBE = 2**16  # bytes looked at, at either end of a file
 
 
 def baseline_configuration(env: DiffusionDenoiseVectorEnv, steps: int | None) -> dict[str, Any]:
-    """Everything that the cached scores depend on, JSON-able."""
+    """Everything that the cached scores depend on, JSON-able.
+
+    Raises:
+        ValueError: a stochastic solver: a prompt and a seed do not fix what it makes.
+    """
+    if env.config.eta > 0:
+        raise ValueError(
+            f"baselines are of deterministic fixed steps, got eta {env.config.eta!r}: set it to 0, or use no baselines"
+        )
     settings = {name: getattr(env.config, name) for name in DECISIVE}
     weights = {f"{name}_weights": weights_fingerprint(settings[name]) for name in WEIGHTS}
     return {"format_version": FORMAT_VERSION, "steps": steps, "dtype": env.backbone.dtype_name, **settings, **weights}
@@ -43,7 +52,9 @@ def baseline_configuration(env: DiffusionDenoiseVectorEnv, steps: int | None) ->
 def weights_fingerprint(setting: str | None) -> str | None:
     """12 hex digits that change with the local weights a setting names (a retrained model keeps its path).
 
-    Names, sizes and both ends of every weight file count. None where nothing is local: a Hub id has its revision.
+    Names, sizes and both ends of every weight file count. None where nothing is local. Of what comes from the Hub only
+    the diffusion model's revision is known (a setting of its own): an encoder or scorer that changes there under the
+    same id goes unnoticed, and the cache has to be removed by hand.
     """
     places = [Path(resolve_model(name)) for name in _possible_paths(setting or "")]
     files = {file for place in places if place.exists() for file in (place.rglob("*") if place.is_dir() else [place])}
@@ -94,6 +105,10 @@ class BaselineCache:
             raise ValueError(f"no baseline for the prompt {prompt!r}; add it with: python -m addiff_env.baseline_cache")
         return self._seeds[prompt]
 
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Those of ``prompts`` that were not scored with any seed, each once."""
+        return [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._seeds]
+
     def quality(self, prompts: Sequence[str], seeds: Sequence[int], config: RewardConfig) -> np.ndarray:
         """Qualities (B,) of the fixed-step pictures under the reward's present weights and scales.
 
@@ -114,7 +129,7 @@ class BaselineCache:
 
         Raises:
             FileNotFoundError: no such file, with the command that makes it; ValueError: it is damaged, or stale: it was
-            made for another configuration, and every differing value is named.
+            made for another configuration, and every differing value is named; or the solver is stochastic.
         """
         path = Path(path)
         if not path.is_file():
@@ -132,9 +147,12 @@ class BaselineCache:
         cache = cls(expected)
         for number, line in enumerate(lines[1:], 2):
             try:
-                cache.put(line["prompt"], int(line["seed"]), float(line["clip_score"]), float(line["reward_score"]))
+                scores = float(line["clip_score"]), float(line["reward_score"])
+                cache.put(line["prompt"], int(line["seed"]), *scores)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{path}:{number}: not a baseline: {str(line)[:80]}") from error
+            if not np.isfinite(scores).all():
+                raise ValueError(f"{path}:{number}: scores that are not finite: {str(line)[:200]}")
         return cache
 
 
@@ -184,14 +202,31 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
 def score_fixed_steps(
     env: DiffusionDenoiseVectorEnv, steps: int, pairs: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[str, int, float, float]]:
-    """Yield (prompt, seed, CLIP score, reward-model score) of ``steps``-step pictures, in the order of ``pairs``."""
+    """Yield (prompt, seed, CLIP score, reward-model score) of ``steps``-step pictures, in the order of ``pairs``.
+
+    Raises:
+        ValueError: numbers that are not finite; the message names prompt and seed.
+    """
     schedule = env.backbone.schedule(steps, env.latent_shape, env.config.solver)
     for start in range(0, len(pairs), env.config.batch_size):
         prompts, seeds = (list(column) for column in zip(*pairs[start : start + env.config.batch_size], strict=True))
         noise = initial_noise(env.backbone, env.latent_shape, seeds)
         latents = denoise(env.backbone, schedule, prompts, noise, env.config.guidance_scale)
-        look = env.perception.look(env.backbone.decode(latents), prompts)
+        pictures = env.backbone.decode(latents)
+        _check_finite(pictures, prompts, seeds, f"the pictures of {steps} steps in {env.backbone.dtype_name}")
+        look = env.perception.look(pictures, prompts)
+        _check_finite(torch.stack([look.clip_score, look.reward_score], 1), prompts, seeds, "the scores")
         yield from zip(prompts, seeds, look.clip_score.tolist(), look.reward_score.tolist(), strict=True)
+
+
+def _check_finite(values: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], what: str) -> None:
+    """Refuse ``values`` (B, ...) that are not finite, and say whose they are."""
+    broken = (~torch.isfinite(values).flatten(1).all(1)).nonzero().flatten().tolist()
+    if broken:
+        whose = f"the prompt {prompts[broken[0]]!r} with seed {seeds[broken[0]]}"
+        raise ValueError(
+            f"{what} are not finite for {whose}, and {len(broken) - 1} more of its batch; try another dtype"
+        )
 
 
 def compute_baselines(
@@ -200,7 +235,8 @@ def compute_baselines(
     """Score every prompt with every seed and keep the scores in ``path``; what is there already is not repeated.
 
     Raises:
-        ValueError: ``path`` holds the baselines of another configuration.
+        ValueError: ``path`` holds the baselines of another configuration; or as `baseline_configuration` and
+            `score_fixed_steps`.
     """
     path, configuration = Path(path), baseline_configuration(env, steps)
     lines = _read_lines(path) if path.is_file() else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from addiff_env.attention import MASKS
 from addiff_env.previews import PREVIEWS
@@ -69,7 +70,7 @@ class EnvConfig:
     observe_every: int = 1
     obs_mode: str = "flat"
     obs_backend: str = "numpy"
-    reward: dict[str, float] | None = None
+    reward: dict[str, Any] | None = None
     render_mode: str | None = None
     batch_size: int = 64
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from addiff_env.loading import quiet_loading, reason, shared
+from addiff_env.loading import check_finite, quiet_loading, reason, shared, some
 from addiff_env.preprocessing import IMAGENET, Preprocess, check_pairs, check_pictures, check_texts
 
 OPEN_CLIP = "open_clip:"
@@ -42,13 +42,12 @@ def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
 
 
 def _load_model(loader: Any, model: str, what: str, **options: Any) -> Any:
-    """A frozen network; transformers fills missing weights with random ones, this refuses them."""
+    """A frozen network; transformers fills missing weights with random ones, this refuses them, and NaN."""
     network, report = _load(loader, model, what, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(
-            f"{model!r} is not {what}: its weights lack {len(missing)} keys, e.g. {', '.join(missing[:3])}"
-        )
+        raise ValueError(f"{model!r} is not {what}: its weights lack {len(missing)} keys: {some(missing)}")
+    check_finite(network.state_dict(), model)
     return network.float().eval().requires_grad_(False)
 
 
@@ -185,7 +184,7 @@ class OpenCLIPEncoder(ContrastiveEncoder):
 
         Raises:
             FileNotFoundError: the weights are not there; the message says what to download.
-            ValueError: an unknown architecture or tag, or weights that are damaged or of another architecture.
+            ValueError: an unknown architecture or tag, or weights that are damaged, foreign or not finite.
         """
         import open_clip
 
@@ -198,6 +197,7 @@ class OpenCLIPEncoder(ContrastiveEncoder):
                 tokenizer = open_clip.get_tokenizer(architecture)
         except Exception as error:
             raise _explain(setting, architecture, weights, error) from error
+        check_finite(model.state_dict(), setting)
         return cls(model, tokenizer, device)
 
     def _embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -291,6 +291,8 @@ class DINOEncoder:
 
         # DINO has no pooler; DINOv2 models take no such option.
         config = _load(AutoConfig, model, "a DINO configuration")
+        if not hasattr(config, "image_size"):  # CLIP's has one a tower, a text model none
+            raise ValueError(f"{model!r} is not a DINO model but of type {config.model_type!r}")
         self._interpolates = config.model_type == "vit"  # on demand; DINOv2 does so by itself
         options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
         self.model = _load_model(AutoModel, model, "a DINO model", **options).to(device)

@@ -124,6 +124,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         self._set_up()
         self.previewer = make_previewer(c.preview, self.backbone, c.preview_model)
         self.perception = Perception(c.clip, c.dino, c.scorer, self.backbone.device)
+        self.reward_config = self.reward_config.for_scorer(self.perception.scorer.mean, self.perception.scorer.std)
         look = self.perception.flops(c.height, c.width)
         self.price["preview"] = self.previewer.flops(self.latent_shape)
         self.price["look"] = self.price["preview"] + look
@@ -337,7 +338,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     def _act(self, lanes: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Apply the actions of ``lanes``; returns what was carried out (B,; -1 for the others) and the reward."""
         taken = self._admissible(lanes, actions)
-        phi, spent = self._phi(), self.nfe.copy()
+        phi, spent = self._phi(), self._spent()
         self._continue(lanes[taken[lanes] == Action.CONTINUE])
         self._refine(lanes[taken[lanes] == Action.REFINE])
         self._finish(lanes[taken[lanes] == Action.STOP])
@@ -349,11 +350,17 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         self._look(lanes[looked])
         similarity = np.ones(self.num_envs)  # without a new look there is no new picture to compare
         similarity[lanes[looked]] = self.similarity[lanes[looked]]
-        cost = self.nfe - spent
+        cost = self._spent() - spent
         parts = step_reward(self.reward_config, phi, self._phi(), similarity, cost, self.done, self.fault)
         idle = np.ones(self.num_envs, bool)
         idle[lanes] = False
         return taken, {name: np.where(idle, 0.0, value) for name, value in parts.items()}
+
+    def _spent(self) -> np.ndarray:
+        """What each lane (B,) has cost so far, in the reward's ``efficiency_unit``."""
+        if self.reward_config.efficiency_unit == "nfe":
+            return self.nfe.copy()
+        return self.net_flops / (self.passes_per_nfe * self.price["denoiser"])
 
     def _end_faulty(self, lanes: np.ndarray) -> None:
         """End those of ``lanes`` whose numbers stopped being finite; their picture is their last finite x0."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -106,6 +106,22 @@ def reason(error: Exception, limit: int = 600) -> str:
     """What an error says, shortened, and without torch's advice to unpickle what is not trusted."""
     text = str(error).split("weights_only")[0].strip()
     return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + ' ...'}"
+
+
+def check_finite(weights: Mapping[str, torch.Tensor], place: str | Path) -> None:
+    """Refuse weights that a damaged file or an overflow left without a value: every score of theirs would be NaN.
+
+    Raises:
+        ValueError: the message names ``place`` and the tensors.
+    """
+    broken = [name for name, value in weights.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(f"{str(place)!r} holds numbers that are not finite: {some(broken)}")
+
+
+def some(names: Sequence[str], number: int = 4) -> str:
+    """The first few of ``names``, for a message."""
+    return ", ".join(names[:number]) + (", ..." if len(names) > number else "")
 
 
 def shared(load: Callable[..., T]) -> Callable[..., T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import center_crop, resize
+from torchvision.transforms.functional import center_crop, crop, resize
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
 OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -97,13 +98,15 @@ class Preprocess:
     Attributes:
         size: side of the network's square input, pixels.
         mean, std: per channel, of pictures in [0, 1].
-        resize: ``shortest`` side to ``edge``, then the centre is cropped as torchvision does (CLIP, DINOv2);
+        resize: ``shortest`` side to ``edge``, then the centre is cropped (CLIP, DINOv2);
             ``longest`` side to ``size``, then black bars are added (HPS v2); ``squash`` to ``size`` whatever the
             proportions (DINO).
         edge: pixels that the shortest side gets before the crop; None is ``size``.
         interpolation: ``bicubic`` or ``bilinear``; both antialiased.
         eight_bit: round pictures to 1/255 and resample them as Pillow does (`resize_as_pillow`); False where the
             official code resizes float tensors. Pictures that have the right size already are not rounded.
+        round_down: where the crop cannot stand in the middle of whole pixels, round its margin down, as transformers
+            does; False rounds half a pixel to an even number, as torchvision does (OpenAI's CLIP, open_clip).
     """
 
     size: int
@@ -113,6 +116,7 @@ class Preprocess:
     edge: int | None = None
     interpolation: str = "bicubic"
     eight_bit: bool = True
+    round_down: bool = False
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZES:
@@ -131,7 +135,14 @@ class Preprocess:
             return self._resize(pictures, self.size, self.size)
         if self.resize == "longest":
             return self._pad(self._resize(pictures, *self._inside(*pictures.shape[-2:])))
-        return center_crop(self._resize(pictures, *self._around(*pictures.shape[-2:])), [self.size, self.size])
+        return self._crop(self._resize(pictures, *self._around(*pictures.shape[-2:])))
+
+    def _crop(self, pictures: torch.Tensor) -> torch.Tensor:
+        margins = [side - self.size for side in pictures.shape[-2:]]
+        if not self.round_down or min(margins) < 0:
+            return center_crop(pictures, [self.size, self.size])
+        top, left = (margin // 2 for margin in margins)
+        return crop(pictures, top, left, self.size, self.size)
 
     def _inside(self, height: int, width: int) -> tuple[int, int]:
         """Size with the longest side at ``size``, in the same proportions."""
@@ -162,16 +173,17 @@ class Preprocess:
         Raises:
             ValueError: it does something that this class does not know; the message shows it.
         """
-        crop = processor.crop_size if getattr(processor, "do_center_crop", None) else None
+        _refuse_oddities(processor)
+        cut = processor.crop_size if getattr(processor, "do_center_crop", None) else None
         edge, height, width = (processor.size.get(name) for name in ("shortest_edge", "height", "width"))
         interpolation = _PILLOW_FILTERS.get(int(processor.resample))
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-        if interpolation and edge is not None and crop is not None and crop["height"] == crop["width"]:
-            return cls(crop["height"], mean, std, "shortest", edge, interpolation)
-        if interpolation and edge is None and crop is None and height is not None and height == width:
+        if interpolation and edge is not None and cut is not None and cut["height"] == cut["width"]:
+            return cls(cut["height"], mean, std, "shortest", edge, interpolation, round_down=True)
+        if interpolation and edge is None and cut is None and height is not None and height == width:
             return cls(height, mean, std, "squash", interpolation=interpolation)
         raise ValueError(
-            f"{type(processor).__name__} with size {processor.size}, crop {crop} and resample {processor.resample} "
+            f"{type(processor).__name__} with size {processor.size}, crop {cut} and resample {processor.resample} "
             "is not supported: expected a shortest edge with a square crop, or a square size"
         )
 
@@ -191,6 +203,23 @@ class Preprocess:
         interpolation = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
         resize = config.get("resize_mode") or "shortest"
         return cls(height, tuple(mean), tuple(std), resize, interpolation=interpolation)
+
+
+def _refuse_oddities(processor: Any) -> None:
+    """Refuse a transformers processor that leaves out, or adds, a part of what `Preprocess` always does.
+
+    Raises:
+        ValueError: the message shows the setting.
+    """
+    always = {name: getattr(processor, name, True) for name in ("do_resize", "do_rescale", "do_normalize")}
+    odd = [f"{name} {value!r}" for name, value in always.items() if value is False]
+    factor = getattr(processor, "rescale_factor", None)
+    if factor is not None and not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+        odd.append(f"rescale_factor {factor!r} instead of 1/255")
+    if getattr(processor, "do_pad", None):
+        odd.append("do_pad True")
+    if odd:
+        raise ValueError(f"{type(processor).__name__} with {', '.join(odd)} is not supported")
 
 
 # --------------------------------------------------------------------------- Pillow's resampling

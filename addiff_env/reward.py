@@ -10,12 +10,16 @@ the baseline that the terminal quality is counted from (`relative_to_baseline`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 COMPONENTS = ("shaping", "instability", "efficiency", "terminal", "fault")
+EFFICIENCY_UNITS = ("nfe", "step_flops")
+_SPREADS = ("clip_std", "reward_std")
+_SCORERS_OWN = ("reward_mean", "reward_std")
 
 
 @dataclass(frozen=True)
@@ -24,42 +28,88 @@ class RewardConfig:
 
     A score s enters as its quality sigmoid((s - mean) / std) in (0, 1), so that weights compare
     between scorers. For a verifier that predicts a logit, mean 0 and std 1 give its probability.
+
+    Raises:
+        ValueError: a value that is not a finite number, a spread that is not positive, a gamma outside (0, 1], an
+            unknown unit, or a negative weight, which would reward what it is meant to cost; the message shows it.
     """
 
     clip_weight: float = 0.2  # of the CLIP score, in the potential and in the terminal quality
     reward_weight: float = 0.8  # of the reward model's score, likewise
     clip_mean: float = 0.25  # CLIP cosine that counts as quality 0.5
     clip_std: float = 0.05  # spread of the CLIP cosine
-    reward_mean: float = 0.0  # reward-model score that counts as quality 0.5
-    reward_std: float = 1.0  # spread of the reward model's score
+    reward_mean: float | None = None  # reward-model score that counts as quality 0.5; None: the scorer's own mean
+    reward_std: float | None = None  # spread of the reward model's score; None: the scorer's own
     shaping: float = 1.0  # weight of gamma * Phi(s') - Phi(s)
     gamma: float = 1.0  # discount that shaping assumes; must equal the learner's
     instability: float = 0.02  # weight of the penalty 1 - DINO similarity of successive previews
-    efficiency: float = 0.01  # c_nfe: cost of one denoiser evaluation
+    efficiency: float = 0.01  # c_nfe: cost of one efficiency_unit
+    # What efficiency is charged for: "nfe", denoiser evaluations; "step_flops", everything that is spent on the lane
+    # (evaluations, looks, the final decode) in units of one denoiser step's FLOPs.
+    efficiency_unit: str = "nfe"
     terminal: float = 1.0  # weight of the final image's quality
     fault: float = 1.0  # penalty of a lane whose numbers stopped being finite; it gets no terminal quality
+
+    def __post_init__(self) -> None:
+        if self.efficiency_unit not in EFFICIENCY_UNITS:
+            known = ", ".join(EFFICIENCY_UNITS)
+            raise ValueError(f"unknown reward setting 'efficiency_unit' {self.efficiency_unit!r}; known: {known}")
+        for name, value in vars(self).items():
+            if name != "efficiency_unit" and not (value is None and name in _SCORERS_OWN):
+                _check_number(name, value)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any] | None) -> RewardConfig:
         """Build from a mapping of weights; what is left out keeps its default.
 
         Raises:
-            ValueError: an unknown name, or a value that is not a finite number.
+            ValueError: an unknown name, or a value that the class refuses.
         """
         values = values or {}
         known = [f.name for f in fields(cls)]
-        for name, value in values.items():
+        for name in values:
             if name not in known:
                 raise ValueError(f"unknown reward setting {name!r}; known: {', '.join(known)}")
-            if not isinstance(value, (int, float)) or not np.isfinite(value):
-                raise ValueError(f"reward setting {name!r} must be a finite number, got {value!r}")
         return cls(**values)
+
+    def for_scorer(self, mean: float, std: float) -> RewardConfig:
+        """The same with a scorer's own scale where none was set: scorers differ, from cosines to ratings up to 10."""
+        chosen = (
+            mean if self.reward_mean is None else self.reward_mean,
+            std if self.reward_std is None else self.reward_std,
+        )
+        return replace(self, reward_mean=chosen[0], reward_std=chosen[1])
+
+    @property
+    def reward_scale(self) -> tuple[float, float]:
+        """Mean and spread of the reward model's score.
+
+        Raises:
+            ValueError: they are left to the scorer, and it was not named yet.
+        """
+        if self.reward_mean is None or self.reward_std is None:
+            raise ValueError("reward_mean and reward_std are the scorer's own: call for_scorer first")
+        return self.reward_mean, self.reward_std
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Refuse what `RewardConfig` says that it refuses."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)  # True would pass for a weight of 1
+    if not number or not math.isfinite(value):
+        raise ValueError(f"reward setting {name!r} must be a finite number, got {value!r}")
+    if name in _SPREADS and value <= 0:
+        raise ValueError(f"reward setting {name!r} is a spread and must be positive, got {value!r}")
+    if name == "gamma" and not 0 < value <= 1:
+        raise ValueError(f"reward setting 'gamma' is a discount and must lie in (0, 1], got {value!r}")
+    if value < 0 and not name.endswith("_mean"):
+        raise ValueError(f"reward setting {name!r} must not be negative, got {value!r}")
 
 
 def quality(clip_score: np.ndarray, reward_score: np.ndarray, config: RewardConfig) -> np.ndarray:
     """Weighted quality (B,) of pictures from their scores (B,); the potential Phi of a state."""
     clip = _sigmoid((clip_score - config.clip_mean) / config.clip_std)
-    reward = _sigmoid((reward_score - config.reward_mean) / config.reward_std)
+    mean, std = config.reward_scale
+    reward = _sigmoid((reward_score - mean) / std)
     return config.clip_weight * clip + config.reward_weight * reward
 
 
@@ -72,14 +122,14 @@ def step_reward(
     phi: np.ndarray,
     next_phi: np.ndarray,
     similarity: np.ndarray,
-    nfe: np.ndarray,
+    cost: np.ndarray,
     terminated: np.ndarray,
     fault: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Components and ``total`` of one transition of B lanes, each (B,) float64.
 
     ``phi`` and ``next_phi`` are the qualities of the preview before and of the preview (or the final
-    image) after; ``similarity`` the DINO cosine between the two; ``nfe`` the evaluations just paid.
+    image) after; ``similarity`` the DINO cosine between the two; ``cost`` what was just paid, in ``efficiency_unit``.
     The potential of a terminal state is 0, as the theorem requires. ``fault`` (B,) bool marks lanes that broke down.
     """
     broken = np.zeros_like(terminated) if fault is None else fault
@@ -87,7 +137,7 @@ def step_reward(
     parts = {
         "shaping": config.shaping * (config.gamma * after - phi),
         "instability": -config.instability * (1 - similarity),
-        "efficiency": -config.efficiency * nfe.astype(np.float64),
+        "efficiency": -config.efficiency * cost.astype(np.float64),
         "terminal": np.where(terminated & ~broken, config.terminal * next_phi, 0.0),
         "fault": np.where(broken, -config.fault, 0.0),
     }
@@ -100,16 +150,31 @@ def relative_to_baseline(
     """``parts`` of `step_reward` with the terminal quality counted from ``baseline`` (B,), as a new mapping.
 
     The baseline is a constant of the lane's prompt and seed and is taken off however the lane ended, also by a fault:
-    every policy's return moves by the same amount, so the best policy stays the best, and a prompt's difficulty no
-    longer looks like the policy's merit.
+    without a discount every policy's return moves by the same amount, so the best policy stays the best, and a prompt's
+    difficulty no longer looks like the policy's merit. With gamma < 1 it would be taken off gamma^t times, at the end
+    of an episode of t decisions: less for the policy that ends later, which would pay for mere continuing.
 
     Raises:
-        ValueError: a terminated lane has no finite baseline.
+        ValueError: a discount (gamma other than 1), or a terminated lane has no finite baseline.
     """
+    check_undiscounted(config)
     if not np.isfinite(baseline[terminated]).all():
         raise ValueError(f"baselines of terminated lanes must be finite, got {baseline[terminated]}")
     less = np.where(terminated, config.terminal * np.nan_to_num(baseline), 0.0)
     return parts | {"terminal": parts["terminal"] - less, "total": parts["total"] - less}
+
+
+def check_undiscounted(config: RewardConfig) -> None:
+    """Refuse what `relative_to_baseline` cannot do.
+
+    Raises:
+        ValueError: gamma is not 1.
+    """
+    if config.gamma != 1:
+        raise ValueError(
+            f"baselines need gamma 1, got {config.gamma!r}: taken off at the end and discounted, they would pay for "
+            "longer episodes; set the discount to 1 or reward.baselines to null"
+        )
 
 
 @dataclass
@@ -161,7 +226,8 @@ class RunningScores:
         for name, scale in (("clip", self.clip), ("reward", self.reward)):
             if scale.count >= self.least_count:
                 std = max(scale.std, self.least_std)
-                config = replace(config, **{f"{name}_mean": scale.mean, f"{name}_std": std})
+                learned: dict[str, Any] = {f"{name}_mean": scale.mean, f"{name}_std": std}
+                config = replace(config, **learned)
         return config
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,12 +248,12 @@ class DualVariable:
     is done on log c, c <- c * exp(rate * (NFE / target - 1)): c stays positive and ``rate`` has no unit.
 
     Raises:
-        ValueError: a target, rate or price that is not positive.
+        ValueError: a target, rate or price that is not positive, or a price beyond its bounds.
     """
 
     target_nfe: float  # mean denoiser evaluations per picture
     value: float = 0.01  # c, reward per evaluation
-    rate: float = 0.05  # relative change of c per update while the mean NFE is twice the target
+    rate: float = 0.3  # relative change of c per update while the mean NFE is twice the target
     least: float = 1e-6
     most: float = 1.0
 
@@ -195,6 +261,15 @@ class DualVariable:
         for name in ("target_nfe", "value", "rate", "least", "most"):
             if not (np.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"the dual variable's {name} must be a positive number, got {getattr(self, name)!r}")
+        if not self.least <= self.value <= self.most:
+            raise ValueError(
+                f"the dual variable's value must lie in [{self.least:g}, {self.most:g}], got {self.value!r}"
+            )
+
+    @property
+    def at_bound(self) -> bool:
+        """Whether c has come to where it can only turn back."""
+        return not self.least < self.value < self.most
 
     def update(self, mean_nfe: float) -> float:
         """Move c once, by the mean NFE of the episodes just ended; returns it."""

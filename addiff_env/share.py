@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from addiff_env.agent import Agent
 from addiff_env.evaluation.rows import read_rows
-from addiff_env.evaluation.significance import wilson_interval
+from addiff_env.stats import clustered_wilson
 from addiff_env.types import ResultRow
 
 
@@ -28,9 +28,11 @@ def measured(agent: Agent, folder: Path) -> tuple[str, dict[str, float]]:
     """The benchmark that ``folder``, a run of `evaluate.py`, was made on, and what it says about ``agent``.
 
     Raises:
-        FileNotFoundError: no such run; ValueError: it holds no rows of this agent, or rows that do not belong together.
+        FileNotFoundError: no such run, or one that has not come to its report.
+        ValueError: it holds no rows of this agent, not all, or rows that do not belong together; or the agent's
+            environment was altered.
     """
-    for name in ("rows.jsonl", "config.yaml"):
+    for name in ("rows.jsonl", "config.yaml", "items.jsonl"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {str(folder)!r}: --evaluation wants a finished run of evaluate.py")
     rows = [row for row in read_rows(folder / "rows.jsonl") if row.policy == agent.fingerprint]
@@ -40,7 +42,13 @@ def measured(agent: Agent, folder: Path) -> tuple[str, dict[str, float]]:
     kinds = sorted({(row.code_version, row.dtype, row.backbone, row.solver) for row in rows})
     if len(kinds) > 1:
         raise ValueError(f"{folder / 'rows.jsonl'} mixes measurements of this agent: {kinds}")
-    return str(OmegaConf.load(folder / "config.yaml").benchmark.name), _numbers(rows)
+    pictures = len((folder / "items.jsonl").read_text().splitlines())
+    if len(rows) != pictures:
+        raise ValueError(f"{folder} has {len(rows)} of {pictures} pictures of agent {agent.fingerprint}: finish it")
+    cfg = OmegaConf.load(folder / "config.yaml")
+    if altered := OmegaConf.to_container(cfg.env):
+        raise ValueError(f"{folder} was made in another environment than the agent's own: {altered}")
+    return str(cfg.benchmark.name), _numbers(rows)
 
 
 def _numbers(rows: Sequence[ResultRow]) -> dict[str, float]:
@@ -48,7 +56,7 @@ def _numbers(rows: Sequence[ResultRow]) -> dict[str, float]:
     metrics = [name for name in rows[0].scores if all(name in row.scores for row in rows)]
     numbers = {name: float(np.mean([row.scores[name] for row in rows])) for name in metrics}
     if "success" in numbers:
-        low, high = wilson_interval(round(sum(row.scores["success"] for row in rows)), len(rows))
+        low, high = clustered_wilson([row.scores["success"] for row in rows], [row.prompt for row in rows])
         numbers |= {"success_95_low": low, "success_95_high": high}
     nfe = np.array([row.nfe for row in rows])
     gflops = float(np.mean([row.net_flops for row in rows])) / 1e9

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
 
 
-def wilson_interval(successes: float, number: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927), 95% by default.
+def wilson_interval(successes: float, number: float, z: float = Z95) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927), 95% by default; counts may be effective ones.
 
     Raises:
         ValueError: no trials, or more successes than trials.
@@ -23,6 +24,47 @@ def wilson_interval(successes: float, number: int, z: float = Z95) -> tuple[floa
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / number + spread / (4 * number)) / (1 + spread)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def clustered_wilson(values: Sequence[float], clusters: Sequence[str]) -> tuple[float, float]:
+    """95% Wilson interval of the mean of outcomes 0 or 1 that come in clusters, e.g. pictures of one prompt.
+
+    Raises:
+        ValueError: no outcomes.
+    """
+    _, owner = np.unique(np.asarray(clusters), return_inverse=True)
+    size = effective_size(np.asarray(values, float), owner)
+    return wilson_interval(float(np.mean(values)) * size, size)
+
+
+def effective_size(values: np.ndarray, owner: np.ndarray) -> float:
+    """How many independent outcomes 0 or 1 tell as much of their share as these clustered ones do.
+
+    Their number over the design effect (the clustered variance of the mean over p(1 - p)/n; Kish 1965), which is never
+    taken to be below 1, and over the ratio of squared t quantiles that few clusters cost (Korn & Graubard 1998). Where
+    every outcome is the same their variance says nothing of how alike a cluster's are, and where there is but one
+    cluster nothing does: they are taken to be copies then.
+
+    Args:
+        values: outcomes (n,).
+        owner: number of each one's cluster (n,), counted from 0.
+
+    Raises:
+        ValueError: no outcomes.
+    """
+    number = values.size
+    if not number:
+        raise ValueError("no share of no outcomes")
+    sizes = np.bincount(owner)
+    share, clusters = float(values.mean()), np.count_nonzero(sizes)
+    if clusters == number:
+        return float(number)
+    if clusters < 2 or share in (0, 1):
+        return float(number**2 / (sizes**2).sum())
+    sums = np.bincount(owner, values - share)
+    effect = (sums**2).sum() * clusters / (clusters - 1) / (number * share * (1 - share))
+    few = (stdtrit(number - 1, 0.975) / stdtrit(clusters - 1, 0.975)) ** 2
+    return float(number / max(1.0, effect) * few)
 
 
 def spread(items: Sequence[Any], number: int) -> list[Any]:

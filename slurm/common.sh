@@ -4,7 +4,8 @@
 #   ADDIFF_HOME   the checkout                               (required)
 #   ADDIFF_RUNS   where runs are kept, on a shared disk      (required)
 #   ADDIFF_VENV   virtual environment                        (default: $ADDIFF_HOME/.venv)
-#   ADDIFF_NAME   name of the run: its folder in ADDIFF_RUNS (default: the kind of job)
+#   ADDIFF_NAME   name of the run: its folder in ADDIFF_RUNS (default: the kind of job; of
+#                 trainings: their preset and seed)
 #   ADDIFF_SETUP  a file to source first, e.g. with "module load cuda" (default: none)
 
 set -euo pipefail
@@ -22,3 +23,18 @@ export PATH="$bin:$PATH"
 export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 # Since SLURM 22.05 srun no longer takes the job's --cpus-per-task over: a step would get one core.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+
+# run_step <command ...>: run it as a step. Shortly before the time limit SLURM sends USR1 (#SBATCH --signal), and the
+# job queues itself again: what was made stays, and the same command goes on from there.
+run_step() {
+    local step status=0
+    trap 'scontrol requeue "${SLURM_JOB_ID:?not inside a SLURM job}"' USR1
+    srun "$@" &
+    step="$!"
+    wait "$step" || status="$?"
+    while kill -0 "$step" 2>/dev/null; do # the signal ended the waiting, not the step
+        status=0
+        wait "$step" || status="$?"
+    done
+    return "$status"
+}

@@ -94,6 +94,19 @@ def test_statistics_standardise_the_observation(rng: np.random.Generator) -> Non
     assert torch.isfinite(net.norm(torch.full((1, WIDTH), 1e30))).all()
 
 
+def test_gains_lengthen_a_part(rng: np.random.Generator) -> None:
+    seen = torch.as_tensor(rng.normal(3, 5, size=(5000, WIDTH)), dtype=torch.float32)
+    plain, weighted = PolicyNet(PARTS).norm, PolicyNet(PARTS).norm
+    plain.set_statistics(seen.mean(0), seen.std(0))
+    weighted.set_statistics(seen.mean(0), seen.std(0), {"quality": 3.0})
+    torch.testing.assert_close(weighted(seen)[:, :16], plain(seen)[:, :16])
+    within = ((seen - seen.mean(0)).abs() < 3 * seen.std(0))[:, 16:]  # clipped beyond 10 / 3 deviations
+    torch.testing.assert_close(weighted(seen)[:, 16:][within], 3 * plain(seen)[:, 16:][within])
+    for wrong in ({"nose": 2.0}, {"quality": 0.0}, {"quality": float("nan")}):
+        with pytest.raises(ValueError, match="gains"):
+            plain.set_statistics(seen.mean(0), seen.std(0), wrong)
+
+
 def test_an_interrupted_save_keeps_the_old_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError("no space left")

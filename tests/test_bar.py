@@ -182,6 +182,21 @@ def test_json_holds_the_same(settings, env, tmp_path, capsys):
     assert f"threshold-{rule['look_at']}-{rule['tau']:g}" in rows
 
 
+def test_opponents_are_kept_for_the_next_agent(settings, env, tmp_path, capsys, monkeypatch):
+    kept = tmp_path / "opponents.json"
+    _, plain, _ = run(capsys, planted(settings, env, tmp_path / "lazy", [0.0, 5.0, 0.0]), "--json")
+    _, first, _ = run(capsys, tmp_path / "lazy", "--json", "--opponents", kept)
+    monkeypatch.setattr(bar, "choose_rule", None)  # nothing is measured again
+    monkeypatch.setattr(bar, "constants", None)
+    _, again, _ = run(capsys, tmp_path / "lazy", "--json", "--opponents", kept)
+    assert json.loads(plain) == json.loads(first) == json.loads(again)
+    status, _, error = run(capsys, tmp_path / "lazy", "--opponents", kept, "--seed", "1")
+    assert status == 2 and "other seed" in error and str(kept) in error
+    kept.write_text('{"stamp": {}}')
+    status, _, error = run(capsys, tmp_path / "lazy", "--opponents", kept)
+    assert status == 2 and "no opponents" in error
+
+
 def test_what_cannot_be_measured_is_named(settings, env, tmp_path, capsys):
     status, text, error = run(capsys, tmp_path / "nothing")
     assert status == 2 and text == "" and "nothing" in error

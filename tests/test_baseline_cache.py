@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,11 @@ def test_scores_are_those_of_an_episode_that_only_continues(path: Path, env: Any
 def test_quality_follows_the_rewards_present_scales(path: Path, env: Any) -> None:
     cache = BaselineCache.load(path, env)
     clip, reward = cache.scores[PROMPTS[1], 1]
-    for config in (RewardConfig(), RewardConfig(clip_mean=0.6, reward_std=3.0)):
+    plain = RewardConfig().for_scorer(0.0, 1.0)
+    for config in (plain, replace(plain, clip_mean=0.6, reward_std=3.0)):
         expected = quality(np.array([clip]), np.array([reward]), config)
         assert cache.quality([PROMPTS[1]], [1], config) == pytest.approx(expected)
-    assert cache.quality([], [], RewardConfig()).shape == (0,)
+    assert cache.quality([], [], plain).shape == (0,)
     assert cache.seeds(PROMPTS[0]) == [0, 1]
     with pytest.raises(ValueError, match=r"'a red circle' with seed 7; known: \[0, 1\]"):
         cache.quality([PROMPTS[0]], [7], RewardConfig())
@@ -118,6 +120,49 @@ def test_other_files_are_refused(tmp_path: Path, env: Any, text: str) -> None:
     (tmp_path / "b.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"b\.jsonl"):
         BaselineCache.load(tmp_path / "b.jsonl", env)
+
+
+def test_stochastic_solvers_have_no_baselines(path: Path, small_kwargs: dict[str, Any], tmp_path: Path) -> None:
+    """Prompt and seed do not fix their pictures, and fixed steps are denoised without noise."""
+    env: Any = gym.make_vec("AdDiffusion-Tiny-v0", num_envs=1, **small_kwargs, eta=0.7).unwrapped
+    with pytest.raises(ValueError, match=r"deterministic.*eta 0\.7"):
+        compute_baselines(tmp_path / "other.jsonl", env, 3, PROMPTS, [0])
+    assert not (tmp_path / "other.jsonl").exists()
+    with pytest.raises(ValueError, match=r"eta 0\.7"):
+        BaselineCache.load(path, env)
+
+
+def test_numbers_that_are_not_finite_name_prompt_and_seed(
+    tmp_path: Path, env: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, scorer = env.backbone.decode, env.perception.scorer
+
+    def overflow(latents: torch.Tensor) -> torch.Tensor:
+        pictures = decode(latents)
+        pictures[3] = torch.nan
+        return pictures
+
+    monkeypatch.setattr(env.backbone, "decode", overflow)
+    with pytest.raises(ValueError, match=f"pictures of 2 steps in float32.*{PROMPTS[1]!r} with seed 1"):
+        compute_baselines(tmp_path / "b.jsonl", env, 2, PROMPTS, [0, 1])
+    monkeypatch.undo()
+    real = scorer.score
+    monkeypatch.setattr(type(scorer), "score", lambda self, *pair: real(*pair) * torch.tensor([1, torch.nan]))
+    with pytest.raises(ValueError, match=f"scores.*{PROMPTS[0]!r} with seed 1"):
+        compute_baselines(tmp_path / "b.jsonl", env, 2, PROMPTS[:1], [0, 1])
+
+
+def test_a_file_with_nan_is_refused(path: Path, env: Any) -> None:
+    lines = path.read_text().splitlines()
+    row = json.loads(lines[2]) | {"reward_score": float("nan")}
+    path.write_text("\n".join([*lines[:2], json.dumps(row), *lines[3:]]) + "\n")
+    with pytest.raises(ValueError, match=r"b\.jsonl:3: scores that are not finite.*a red circle"):
+        BaselineCache.load(path, env)
+
+
+def test_missing_prompts(path: Path, env: Any) -> None:
+    cache = BaselineCache.load(path, env)
+    assert cache.missing([*PROMPTS, "a cat", "a dog", "a cat"]) == ["a cat", "a dog"] and cache.missing(PROMPTS) == []
 
 
 def test_a_missing_cache_names_the_command(tmp_path: Path, env: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -11,9 +12,12 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
+import addiff_env
 from addiff_env.agent import Agent
+from addiff_env.config import EnvConfig
+from addiff_env.reward import RewardConfig
 from addiff_env.sb3 import CollapseAlarm, CollapseWarning, EpisodeLog, PromptOrder, Stage, prompt_complexity
-from addiff_env.sb3.callbacks import LinearSchedule
+from addiff_env.sb3.callbacks import LinearSchedule, TargetNFE
 from addiff_env.sb3.episodes import complexity_group
 from addiff_env.sb3.policies import ALGORITHMS, calibrate
 
@@ -179,6 +183,88 @@ def test_the_alarm_recovers_and_can_stop_the_run():
     with pytest.warns(CollapseWarning, match="stopping"):
         model.learn(64 * 10, callback=CollapseAlarm(window=2, stop=True))
     assert model.num_timesteps < 64 * 4
+
+
+def test_the_alarm_is_raised_every_time_and_not_only_once():
+    """Python's own filter would show the same words from the same line once in a process."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            feed(CollapseAlarm(window=1), [[(0, 50), (0, 50)]] * 3)
+    assert [warning.category for warning in caught] == [CollapseWarning] * 6
+    assert len({str(warning.message) for warning in caught}) == 1 and caught[0].filename.endswith("callbacks.py")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CollapseWarning)
+        feed(CollapseAlarm(window=1), [[(0, 50), (0, 50)]])
+
+
+def test_one_ended_episode_is_no_collapse():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        feed(CollapseAlarm(window=2), [[(0, None), (1, 4)], [(2, None), (0, None)]])
+    with pytest.warns(CollapseWarning, match="took 4 evaluations"):
+        feed(CollapseAlarm(window=2), [[(0, None), (1, 4)], [(2, None), (1, 4)]])
+
+
+def test_lanes_that_did_not_act_are_not_counted():
+    """``action_taken`` is -1 there, which would count as the last action: refine."""
+    alarm, log = CollapseAlarm(window=1), EpisodeLog()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        feed(alarm, [[(-1, None)] * 300 + HEALTHY])
+        feed(alarm, [[(-1, None)] * 4])  # nobody acted: nothing to divide by
+    assert alarm.collapsed is None
+    reward = dict.fromkeys(("shaping", "instability", "efficiency", "terminal", "fault"), 0.0)
+    log.init_callback(alarm.model)
+    for actions in ([-1, -1, 0, 1], [-1]):
+        log.locals = {
+            "infos": [{"action_taken": a, "reward": reward} for a in actions],
+            "dones": [False] * len(actions),
+        }
+        log._on_step()
+        log._on_rollout_end()
+        assert log.summary["action/refine"] == 0
+    assert log.summary["action/continue"] == 0
+
+
+# ------------------------------------------------------------------ target NFE
+
+
+class Lanes:
+    """The adapter's settings and price, and nothing else."""
+
+    def __init__(self, **settings):
+        self.env = SimpleNamespace(config=EnvConfig(**addiff_env.TINY | settings))
+        self.reward_config = RewardConfig(efficiency=0.01)
+
+
+def episodes(target, rollouts):
+    """Pass rollouts, lists of the NFE of ended episodes, to the callback as SB3 would."""
+    model = PPO("MlpPolicy", StandIn(1), n_steps=2, batch_size=2, device="cpu")
+    model.set_logger(Logger(None, []))
+    target.init_callback(model)
+    for rollout in rollouts:
+        target.locals = {"infos": [{"nfe": nfe} for nfe in rollout], "dones": [True] * len(rollout)}
+        target._on_step()
+        target._on_rollout_end()
+
+
+@pytest.mark.parametrize("target", [0, 2, 4.9, 32.1, -2, 1000, float("nan")])
+def test_a_target_that_no_policy_can_meet_is_refused(target):
+    with pytest.raises(ValueError, match=r"between 5 .* and 32 .*got") as error:  # 3 warm-up steps and 2 to finish
+        TargetNFE(Lanes(), target, 0.3)
+    assert str(target) in str(error.value)
+
+
+def test_the_price_follows_the_episodes_and_says_where_it_can_go_no_further():
+    lanes = Lanes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        episodes(TargetNFE(lanes, 10, 0.3), [[20, 20], [], [5, 15]])
+    assert lanes.reward_config.efficiency == pytest.approx(0.01 * np.exp(0.3))
+    with pytest.warns(UserWarning, match="its bound, 1, with episodes of 32.0 evaluations instead of 5"):
+        episodes(TargetNFE(lanes, 5, 3.0), [[32]])
+    assert lanes.reward_config.efficiency == 1.0
 
 
 def test_the_alarms_memory_travels():

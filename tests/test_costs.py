@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import open_clip
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from addiff_env import costs
 from addiff_env.backbones import count_flops
 from addiff_env.config import EnvConfig
 from addiff_env.costs import Cost
+from addiff_env.encoders import OpenCLIPEncoder
 
 SMALL = ["--lanes", "2", "--repeats", "1"]
 
@@ -44,6 +46,36 @@ def test_flops_are_those_the_environment_charges(rows: list[Cost], small_kwargs:
     assert by_name["CLIP, text"] == env.perception.text_flops()
     charged = [row for row in rows if row.component == "scorer"]
     assert charged[1].flops == by_name["CLIP, picture"]  # CLIPScore reads the prompt once
+
+
+def test_open_clips_towers_are_counted_whole() -> None:
+    """torch's fused attention of frozen `nn.MultiheadAttention` counts as nothing: a ViT by its textbook formula."""
+    width, layers, patch, size, out = 64, 3, 8, 32, 48
+    vision = {"image_size": size, "layers": layers, "width": width, "head_width": 16, "patch_size": patch}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    encoder = OpenCLIPEncoder(open_clip.CLIP(out, vision, text), open_clip.tokenize)
+
+    def blocks(tokens: int, width: int, layers: int) -> int:
+        weights = (4 + 8) * width * width  # q, k, v and projection; an MLP four times as wide
+        return layers * 2 * (tokens * weights + 2 * tokens * tokens * width)
+
+    patches = (size // patch) ** 2
+    picture = 2 * patches * 3 * patch**2 * width + blocks(1 + patches, width, layers) + 2 * width * out
+    for state in (True, False):
+        torch.backends.mha.set_fastpath_enabled(state)
+        try:
+            counted = count_flops(lambda: encoder.image_features(torch.rand(1, 3, size, size)), "cpu")
+            assert torch.backends.mha.get_fastpath_enabled() is state
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        assert counted == picture
+    assert count_flops(lambda: encoder.encode_text("a star"), "cpu") == blocks(77, 32, 2) + 2 * 32 * out
+
+
+def test_counting_leaves_the_fast_path_as_it_was_whatever_happens() -> None:
+    with pytest.raises(KeyError):
+        count_flops(lambda: {}["a"], "cpu")
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_the_table_compares_with_a_step() -> None:

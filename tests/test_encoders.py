@@ -37,7 +37,7 @@ SMALL_CLIP: dict[str, Any] = {
     "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 32},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
 }
-SIZES = [(512, 512), (64, 64), (300, 224), (224, 301), (200, 517), (224, 224)]  # height, width
+SIZES = [(512, 512), (64, 64), (300, 224), (224, 301), (200, 517), (224, 224), (64, 97)]  # height, width
 
 
 def draw(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -107,7 +107,7 @@ def test_features_are_those_of_open_clips_transform(small_clip: OpenCLIPEncoder,
     ],
     ids=lambda processor: type(processor).__name__,
 )
-@pytest.mark.parametrize(("height", "width"), [(512, 512), (304, 226), (64, 64)])
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (304, 226), (64, 64), (64, 97)])
 def test_pixels_are_those_of_transformers_processors(processor: Any, height: int, width: int) -> None:
     picture = draw(height, width)
     theirs = processor(Image.fromarray(picture), return_tensors="pt").pixel_values
@@ -142,6 +142,14 @@ def test_a_processor_that_does_something_else_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=type(odd).__name__):
             Preprocess.of_processor(odd)
+    for name, value in (
+        *((name, False) for name in ("do_normalize", "do_resize", "do_rescale")),
+        *(("rescale_factor", factor) for factor in (1.0, 1 / 127.5)),
+        ("do_pad", True),
+    ):
+        with pytest.raises(ValueError, match=f"CLIPImageProcessor.*with {name} {value}"):
+            Preprocess.of_processor(transformers.CLIPImageProcessor(**{name: value}))
+    assert Preprocess.of_processor(transformers.CLIPImageProcessor(rescale_factor=0.00392156862745098)).size == 224
     with pytest.raises(ValueError, match="224 x 112"):
         Preprocess.of_open_clip({"size": (224, 112)})
     with pytest.raises(ValueError, match="'stretch'"):

@@ -1,12 +1,13 @@
 """Rows on disk, intervals, the table, and the methods of the evaluation."""
 
+import numpy as np
 import pytest
 
 from addiff_env.evaluation.benchmarks import load_benchmark
 from addiff_env.evaluation.report import plot_quality_against_compute, summary_table
 from addiff_env.evaluation.rows import append_rows, read_rows
-from addiff_env.evaluation.summary import action_shares, lead_with
-from addiff_env.stats import wilson_interval
+from addiff_env.evaluation.summary import action_shares, estimate, lead_with
+from addiff_env.stats import effective_size, wilson_interval
 from addiff_env.types import ResultRow
 
 
@@ -66,6 +67,39 @@ def test_wilson_interval_against_published_values():
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
     with pytest.raises(ValueError, match="3 in 2"):
         wilson_interval(3, 2)
+
+
+def test_pictures_of_one_prompt_are_not_independent():
+    # Four pictures of 100 prompts that all say the same are 100 outcomes, and as many where nothing varies.
+    prompts = [f"p{k // 4}" for k in range(400)]
+    alike = np.repeat(np.arange(100) % 2, 4)
+    found = estimate(alike, prompts, is_share=True)
+    assert (found.low, found.high) == pytest.approx(wilson_interval(50, 100), abs=0.002)
+    assert effective_size(np.ones(400), np.arange(400) // 4) == pytest.approx(100)
+    # By hand: sums of 2 and 1 in 3 about 1.5, so .5^2 per cluster over 3 * .5 * .5 is an effect of 1/3, taken as 1.
+    unlike = np.tile([1, 1, 0, 0, 0, 1], 200)
+    assert effective_size(unlike, np.arange(1200) // 3) == pytest.approx(1200, rel=0.01)
+    # Two pairs in three are alike: an effect of (2/3) / (2 * .5 * .5).
+    pairs = np.tile([1, 1, 0, 0, 1, 0, 0, 1, 1, 1, 0, 0], 100)
+    assert effective_size(pairs, np.arange(1200) // 2) == pytest.approx(1200 / (4 / 3), rel=0.01)
+    # One picture a prompt: Wilson's own.
+    found = estimate([1, 0, 1, 1], list("abcd"), is_share=True)
+    assert (found.low, found.high) == wilson_interval(3, 4)
+
+
+@pytest.mark.parametrize(("prompts", "rate"), [(40, 0.6), (40, 0.9), (300, 0.8)])
+def test_intervals_of_clustered_shares_cover(rng, prompts, rate):
+    # Prompts differ in difficulty (beta of mean ``rate``), and each has four pictures.
+    owner, names = np.arange(4 * prompts) // 4, [str(k // 4) for k in range(4 * prompts)]
+    covered, ignorant = [], []
+    for _ in range(600):
+        outcome = (rng.random(owner.size) < rng.beta(rate, 1 - rate, prompts)[owner]).astype(float)
+        found = estimate(outcome, names, is_share=True)
+        covered.append(found.low <= rate <= found.high)
+        low, high = wilson_interval(outcome.sum(), outcome.size)
+        ignorant.append(low <= rate <= high)
+    assert np.mean(covered) == pytest.approx(0.95, abs=0.025)
+    assert np.mean(ignorant) < 0.85
 
 
 def test_table_says_what_the_rows_say():

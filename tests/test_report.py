@@ -259,14 +259,14 @@ def test_verdicts_are_shown_with_their_parts(page):
 
 def test_the_rules_of_the_verdicts_are_shown(tmp_path, page):
     text = " ".join(" ".join(page.words).split())
-    assert "one-sided tests at 5%, over prompts; their brackets hold 90% intervals" in text
+    assert "one-sided tests at 5%, over prompts; in their brackets stand the bounds that decide" in text
     assert "Of success, 0.02 less still counts as equal, and 0.01 more is the smallest gain" in text
     assert page.line("verdicts", "margin")[1] == "0.02" and page.line("verdicts", "worthwhile")[1] == "0.01"
     (tmp_path / "config.yaml").write_text("rules: {alpha: 0.01, margin: 0.004, max_nfe: 20}\n")
     scores = [replace(row, image="", scores={"imagereward": float(row.nfe)}) for row in rows_of()]
     write_report(tmp_path, scores, ITEMS, VERDICTS)
     shown = read_page(tmp_path)
-    assert "one-sided tests at 1%, over prompts; their brackets hold 98% intervals" in " ".join(
+    assert "one-sided tests at 1%, over prompts; in their brackets stand the bounds that decide" in " ".join(
         " ".join(shown.words).split()
     )
     lines = {name: shown.line("verdicts", name)[1] for name in ("score", "margin", "worthwhile", "max NFE")}

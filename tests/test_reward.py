@@ -2,8 +2,11 @@
 
 import json
 import math
+from dataclasses import fields, replace
 from itertools import pairwise
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,6 +38,15 @@ def episode(config: RewardConfig, phis: list[float], similarity: float = 1.0, nf
     """Rewards of a trajectory through these qualities; the last one is the final image's."""
     last = len(phis) - 2
     return [one_step(config, a, b, similarity, nfe, i == last) for i, (a, b) in enumerate(pairwise(phis))]
+
+
+def relative(config: RewardConfig, ending: dict[str, float], baseline: float | None) -> dict[str, float]:
+    """The last step of an episode with its quality counted from ``baseline``, if there is one."""
+    if baseline is None:
+        return ending
+    parts = {name: np.array([value]) for name, value in ending.items()}
+    counted = relative_to_baseline(config, parts, np.array([baseline]), np.array([True]))
+    return {name: float(value[0]) for name, value in counted.items()}
 
 
 def test_components_by_hand() -> None:
@@ -92,12 +104,17 @@ def test_return_is_final_quality_minus_cost(phis: list[float]) -> None:
     assert sum(part["total"] for part in parts) == pytest.approx(phis[-1] - phis[0] - 0.01 * len(parts), abs=1e-9)
 
 
-@given(st.floats(0, 1), st.floats(0.5, 1))
-@hypothesis_settings(max_examples=20)
-def test_mere_continuing_never_pays(phi: float, similarity: float) -> None:
+@given(st.floats(0, 1), st.floats(0.5, 1), st.sampled_from([None, 0.0, 0.3, 1.0]))
+@hypothesis_settings(max_examples=40)
+def test_mere_continuing_never_pays(phi: float, similarity: float, baseline: float | None) -> None:
     """The published prototype's flaw: constant quality must return less with every further step."""
     config = RewardConfig()
-    returns = [sum(p["total"] for p in episode(config, [phi] * (n + 1), similarity)) for n in range(1, 26)]
+
+    def total(decisions: int) -> float:
+        parts = episode(config, [phi] * (decisions + 1), similarity)
+        return sum(p["total"] for p in [*parts[:-1], relative(config, parts[-1], baseline)])
+
+    returns = [total(n) for n in range(1, 26)]
     assert all(later < earlier for earlier, later in pairwise(returns))
     assert all(p["total"] < 0 for p in episode(config, [phi] * 10, similarity)[:-1])
 
@@ -107,11 +124,45 @@ def test_settings_come_from_a_mapping() -> None:
     assert RewardConfig.from_dict({"efficiency": 0.5}).efficiency == 0.5
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "much", None])
-def test_bad_settings_are_quoted(value: object) -> None:
-    with pytest.raises(ValueError, match="'terminal'") as error:
-        RewardConfig.from_dict({"terminal": value})
-    assert repr(value) in str(error.value)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("terminal", value) for value in (math.nan, math.inf, -math.inf, "much", None, True, -0.5)),
+        *((f.name, -0.5) for f in fields(RewardConfig) if not f.name.endswith(("_mean", "_std", "gamma", "_unit"))),
+        *((name, value) for name in ("clip_std", "reward_std") for value in (0, 0.0, -0.05, math.nan)),
+        *(("gamma", value) for value in (0, -0.1, 1.01, math.nan, True)),
+        ("clip_mean", math.nan),
+    ],
+)
+def test_bad_settings_are_quoted(name: str, value: object) -> None:
+    for make in (RewardConfig.from_dict, lambda values: RewardConfig(**values)):
+        with pytest.raises(ValueError, match=f"'{name}'") as error:
+            make({name: value})
+        assert repr(value) in str(error.value)
+    with pytest.raises(ValueError, match=f"'{name}'"):
+        replace(RewardConfig(), **{name: value})
+
+
+@pytest.mark.parametrize("unit", ["flops", "NFE", None, 1])
+def test_unknown_units_are_quoted(unit: object) -> None:
+    with pytest.raises(ValueError, match="'efficiency_unit'.*nfe, step_flops") as error:
+        RewardConfig.from_dict({"efficiency_unit": unit})
+    assert repr(unit) in str(error.value)
+
+
+def test_what_is_not_set_is_the_scorers_own_scale() -> None:
+    assert RewardConfig().for_scorer(21.0, 1.5).reward_scale == (21.0, 1.5)
+    assert RewardConfig(reward_mean=0.0).for_scorer(21.0, 1.5).reward_scale == (0.0, 1.5)
+    assert RewardConfig(reward_std=2.0).for_scorer(21.0, 1.5).reward_scale == (21.0, 2.0)
+    with pytest.raises(ValueError, match="scorer"):
+        quality(np.zeros(1), np.zeros(1), RewardConfig())
+    with pytest.raises(ValueError, match="'reward_std'.*got 0"):
+        RewardConfig().for_scorer(0.0, 0.0)
+
+
+def test_odd_but_sound_settings_are_taken() -> None:
+    odd = {"efficiency": 0, "clip_mean": -0.2, "reward_mean": 21, "gamma": 1, "terminal": 0.0}
+    assert vars(RewardConfig.from_dict(odd)) == vars(RewardConfig()) | odd
 
 
 def test_unknown_settings_are_quoted() -> None:
@@ -124,7 +175,8 @@ def test_unknown_settings_are_quoted() -> None:
 
 def test_a_short_trajectory_by_hand() -> None:
     """Continue, refine (2 evaluations), stop; scores to quality to every component, with plain arithmetic."""
-    config = RewardConfig(clip_weight=0.5, reward_weight=0.5, clip_mean=0.2, clip_std=0.1, gamma=0.9, instability=0.1)
+    scale = {"clip_mean": 0.2, "clip_std": 0.1, "reward_mean": 0.0, "reward_std": 1.0}
+    config = RewardConfig(clip_weight=0.5, reward_weight=0.5, gamma=0.9, instability=0.1, **scale)
     scores = [(0.2, 0.0), (0.3, 1.0), (0.1, 2.0), (0.2, 2.0)]  # (CLIP cosine, reward model) of each picture
 
     def sigmoid(x: float) -> float:
@@ -160,8 +212,8 @@ NEXT = {0: {0: 1, 2: 0}, 1: {0: 3, 2: 2}, 2: {0: 3, 2: 1}, 3: {0: 3, 2: 2}}  # a
 COST = {0: 1, 1: 0, 2: 2}  # evaluations of continue, stop, refine
 
 
-def action_values(config: RewardConfig, gamma: float) -> np.ndarray:
-    """Q (4, 3) by value iteration, rewards from `step_reward`."""
+def action_values(config: RewardConfig, gamma: float, baseline: float | None = None) -> np.ndarray:
+    """Q (4, 3) by value iteration, rewards from `step_reward`, and from `relative_to_baseline` if there is one."""
     q = np.full((4, 3), -1e3)  # from below: every policy that never stops is worse than this
     for _ in range(50):
         for state in range(4):
@@ -169,6 +221,7 @@ def action_values(config: RewardConfig, gamma: float) -> np.ndarray:
                 end = action == 1
                 after = state if end else NEXT[state][action]
                 step = one_step(config, PHI[state], PHI[after], 1.0, COST[action], end)
+                step = relative(config, step, baseline) if end else step
                 q[state, action] = step["total"] + (0 if end else gamma * q[after].max())
     return q
 
@@ -183,6 +236,44 @@ def test_shaping_leaves_the_best_policy_alone(gamma: float) -> None:
         # Ng, Harada & Russell 1999, theorem 1: shaped Q is plain Q less the weighted potential.
         np.testing.assert_allclose(shaped, plain - weight * PHI[:, None], atol=1e-9)
     assert set(plain.argmax(1)) > {1}  # the problem is not trivial: not every state stops
+
+
+@pytest.mark.parametrize("baseline", [0.1, 0.5, 0.95])
+def test_a_baseline_leaves_the_best_policy_alone(baseline: float) -> None:
+    """Every state of the MDP reaches the end exactly once, whatever is done: all values move by the baseline."""
+    config = RewardConfig(instability=0.0, efficiency=0.03, terminal=2.0)
+    plain, counted = (action_values(config, 1.0, level) for level in (None, baseline))
+    np.testing.assert_array_equal(counted.argmax(1), plain.argmax(1))
+    np.testing.assert_allclose(counted, plain - 2 * baseline, atol=1e-9)
+
+
+def test_a_discounted_baseline_is_refused() -> None:
+    """Taken off at the end it weighs less the later an episode ends: the best policy would be another one."""
+    with pytest.raises(ValueError, match=r"gamma 1, got 0\.95.*longer"):
+        action_values(RewardConfig(gamma=0.95), 0.95, 0.5)
+
+
+# ------------------------------------------------------------------ what is charged
+
+
+@pytest.mark.parametrize("unit", ["nfe", "step_flops"])
+def test_efficiency_is_charged_in_its_unit(unit: str, small_kwargs: dict[str, Any]) -> None:
+    """A decision's price: its evaluations, or its whole increase of net FLOPs in denoiser steps."""
+    reward = {"efficiency": 0.5, "efficiency_unit": unit}
+    settings = small_kwargs | {"reward": reward, "finish_steps": 1, "observe_every": 2, "guidance_scale": 3.0}
+    env: Any = gym.make_vec("AdDiffusion-Tiny-v0", num_envs=3, **settings).unwrapped
+    assert env.reward_config.reward_scale == (0.0, 1.0)  # the packaged scorer's
+    _, before = env.reset(seed=0)
+    step = 2 * env.price["denoiser"]  # a guidance pair
+    for actions in ([0, 2, 0], [0, 0, 1], [2, 0, 0]):
+        _, _, ended, _, info = env.step(np.array(actions))
+        running = info["nfe"] >= before["nfe"]  # a lane that starts anew pays nothing for that
+        spent = {name: (info[name] - before[name])[running] for name in ("nfe", "net_flops")}
+        expected = spent["nfe"] if unit == "nfe" else spent["net_flops"] / step
+        np.testing.assert_allclose(info["reward"]["efficiency"][running], -0.5 * expected, rtol=1e-12)
+        assert (spent["net_flops"][spent["nfe"] > 0] / step >= spent["nfe"][spent["nfe"] > 0]).all()
+        before = info
+    assert (expected > 0).any()
 
 
 # ------------------------------------------------------------------ baselines, running scales, dual variable
@@ -217,7 +308,7 @@ def test_running_scale_equals_numpy_on_everything(batches: list[list[float]]) ->
 
 
 def test_running_scores_replace_the_configured_scales_once_trusted(rng: np.random.Generator) -> None:
-    config, scores = RewardConfig(), RunningScores()
+    config, scores = RewardConfig().for_scorer(0.0, 1.0), RunningScores()
     clip, reward = rng.normal(0.6, 0.1, 200), rng.normal(-3, 4, 200)
     scores.update(clip[:10], reward[:10])
     assert scores.apply(config) == config
@@ -247,9 +338,10 @@ def test_dual_variable_moves_the_right_way_and_stays_in_bounds() -> None:
     dual = DualVariable(target_nfe=10, value=0.01, rate=0.05)
     assert dual.update(20) == pytest.approx(0.01 * math.exp(0.05))
     assert dual.update(10) == pytest.approx(0.01 * math.exp(0.05))
+    assert not dual.at_bound
     for _ in range(2000):
         dual.update(0)
-    assert dual.value == dual.least
-    for name, value in (("target_nfe", 0), ("rate", -1), ("value", math.nan)):
+    assert dual.value == dual.least and dual.at_bound
+    for name, value in (("target_nfe", 0), ("rate", -1), ("value", math.nan), ("value", 1.5)):
         with pytest.raises(ValueError, match=f"{name}.*{value}"):
             DualVariable(**{"target_nfe": 10, name: value})

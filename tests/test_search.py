@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from stable_baselines3.common.callbacks import CallbackList
 
 optuna = pytest.importorskip("optuna", reason="pip install 'addiff-env[search]'")
 
 from addiff_env.sb3 import search  # noqa: E402
+from addiff_env.sb3.callbacks import HeldOut  # noqa: E402
 from addiff_env.sb3.training import Result  # noqa: E402
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -79,6 +81,51 @@ def test_the_alarm_stops_collapsed_trials(tmp_path):
     assert cfg.alarm.stop is True and folder == tmp_path / "trial-00000"
 
 
+def test_a_killed_worker_goes_on_with_its_training(tmp_path):
+    """In the old folder, with the old values; a worker of another name leaves it alone."""
+    killed = search.open_study(tmp_path, 3).ask()
+    killed.set_user_attr("worker", 3)
+    drawn = search.suggest(killed, SPACE)
+    assert search.take_over(search.open_study(tmp_path, 4), 4) == 0
+    assert [trial.state.name for trial in search.open_study(tmp_path).trials] == ["RUNNING"]
+    study, seen = search.open_study(tmp_path, 3), []
+    assert search.take_over(study, 3) == 0
+
+    def train(cfg, folder, **_):
+        seen.append((cfg, folder))
+        return Result(None, 100, None, {"quality": 1.0, "nfe_mean": 10.0})
+
+    study.optimize(lambda trial: search.run_trial(trial, configure, SPACE, tmp_path, 0.0, train, worker=3), n_trials=1)
+    ((cfg, folder),) = seen
+    assert folder == tmp_path / "trial-00000" and f"policy.hidden={cfg.policy.hidden}" in drawn
+    assert f"algorithm.learning_rate={cfg.algorithm.learning_rate}" in drawn
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+    assert search.take_over(study, 3) == 1  # so one of its trainings is done
+
+
+def test_workers_with_other_settings_are_refused(tmp_path):
+    search.open_study(tmp_path, 0, {"price": 0.002, "overrides": ["env=tiny"]})
+    search.open_study(tmp_path, 1, {"price": 0.002, "overrides": ["env=tiny"]})
+    with pytest.raises(ValueError, match="price: 0.002 there, 0.1 now"):
+        search.open_study(tmp_path, 2, {"price": 0.1, "overrides": ["env=tiny"]})
+
+
+def test_a_trial_that_falls_behind_is_given_up(tmp_path):
+    """The median of the others at the same look decides, as Optuna's pruner has it."""
+    study = search.open_study(tmp_path, 0)
+    for _ in range(6):
+        trial = study.ask()
+        for look in (1, 2, 3):
+            trial.report(1.0, look)
+        study.tell(trial, 1.0)
+    trial, held_out = study.ask(), HeldOut.__new__(HeldOut)
+    held_out.summary, held_out.every, held_out._rollouts = {"quality": 0.2, "nfe_mean": 0.0}, 1, 2
+    report = search.Report(trial, 0.0)
+    report.locals = {"callback": CallbackList([held_out])}
+    with pytest.raises(optuna.TrialPruned, match="behind"):
+        report._on_rollout_end()
+
+
 @pytest.mark.parametrize("entry", [[], {"low": 1}, "many", {"low": 1, "high": 2, "step": 1}])
 def test_bad_spaces_are_named(tmp_path, entry):
     trial = search.open_study(tmp_path).ask()
@@ -89,6 +136,11 @@ def test_bad_spaces_are_named(tmp_path, entry):
 def test_nothing_held_out_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="held_out.source"):
         search.objective_value({}, 0.002)
+    trial = search.open_study(tmp_path).ask()
+    with pytest.raises(ValueError, match="held_out.source"):  # before anything is trained
+        search.run_trial(
+            trial, lambda o: configure([*o, "prompts.held_out.source=null"]), SPACE, tmp_path, 0, lambda *_, **__: 1 / 0
+        )
     (tmp_path / "space.yaml").write_text("[1, 2]")
     with pytest.raises(ValueError, match="space.yaml"):
         search.read_space(tmp_path / "space.yaml")

@@ -21,17 +21,20 @@ def agent(tmp_path):
 @pytest.fixture
 def rows(agent):
     row = ResultRow("agent", "a star", 0, "colors", "m@1", "ddim-10", agent.fingerprint, "float32", "v1")
-    made = [(1, 5, 1.0), (1, 7, 0.5), (0, 12, -1.0), (1, 8, 2.5)]
+    made = [(1.0, 5, 1.0), (1.0, 7, 0.5), (0.0, 12, -1.0), (1.0, 8, 2.5)]
     return [
-        replace(row, seed=k, nfe=nfe, net_flops=2e9 * nfe, scores={"success": float(ok), "reward_score": score})
-        for k, (ok, nfe, score) in enumerate(made)
+        replace(
+            row, prompt=f"a star, {k}", seed=k, nfe=nfe, net_flops=2e9 * nfe, scores=dict(success=ok, reward_score=s)
+        )
+        for k, (ok, nfe, s) in enumerate(made)
     ]
 
 
 def write(folder, rows):
     folder.mkdir()
     append_rows(folder / "rows.jsonl", rows)
-    (folder / "config.yaml").write_text("benchmark: {name: tiny-test, limit: 4}\n")
+    (folder / "config.yaml").write_text("benchmark: {name: tiny-test, limit: 4}\nenv: {}\n")
+    (folder / "items.jsonl").write_text("{}\n" * 4)
     return folder
 
 
@@ -69,7 +72,11 @@ def test_pushing_sends_what_was_recorded(agent, rows, tmp_path, monkeypatch, cap
 def test_rows_of_others_and_mixtures_are_refused(agent, rows, tmp_path, capsys):
     alien = write(tmp_path / "alien", [replace(row, policy="0123456789ab") for row in rows])
     mixed = write(tmp_path / "mixed", [*rows, replace(rows[0], code_version="v2")])
-    for folder, words in [(alien, agent.fingerprint), (mixed, "v2"), (tmp_path / "none", "none")]:
+    partly = write(tmp_path / "partly", rows[:3])
+    altered = write(tmp_path / "altered", rows)
+    (altered / "config.yaml").write_text("benchmark: {name: tiny-test, limit: 4}\nenv: {guidance_scale: 7}\n")
+    refused = {partly: "3 of 4 pictures", altered: "'guidance_scale': 7", alien: agent.fingerprint, mixed: "v2"}
+    for folder, words in {**refused, tmp_path / "none": "none"}.items():
         assert share.main([str(tmp_path / "agent"), "--evaluation", str(folder)]) == 2
         assert words in capsys.readouterr().err
     assert "results" not in Agent.load(tmp_path / "agent").config

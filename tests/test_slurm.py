@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 SLURM = Path(__file__).parent.parent / "slurm"
 TEMPLATES = ("train", "sweep", "evaluate", "merge", "ray")
@@ -25,7 +28,7 @@ FAKES = {
         export SLURM_JOB_ID=41 SLURM_JOB_NUM_NODES="${FAKE_NODES:-1}" SLURM_JOB_NODELIST=n[1-9] SLURM_CPUS_PER_TASK=4
         for task in $(seq 0 "${tasks:-0}"); do
             [[ -z "${tasks:-}" ]] || export SLURM_ARRAY_TASK_ID="$task" SLURM_ARRAY_TASK_COUNT="$((tasks + 1))"
-            bash "$template" "$@" >&2
+            bash -c 'export FAKE_BATCH=$$; template="$1"; shift; source "$template"' - "$template" "$@" >&2
         done
         echo "41;cluster"
     """,
@@ -33,13 +36,18 @@ FAKES = {
         while [[ "$1" == --* ]]; do shift; done
         exec "$@"  # a signal to the step reaches its program
     """,
-    "scontrol": "printf 'n1\\nn2\\nn3\\n'",
+    "scontrol": '[[ "$1" == requeue ]] || printf "n1\\nn2\\nn3\\n"',
     "hostname": "echo '10.0.0.1 10.0.0.2'",
     "ray": "exec sleep 30",  # as ray start --block
     "python": """
         echo "threads=$OMP_NUM_THREADS cores=$SRUN_CPUS_PER_TASK" >>"$LOG"
         if [[ "$*" == *addiff_env.rllib* ]]; then  # which waits until Ray runs on every node
             until (($(grep -c '^ray start' "$LOG") == (${FAKE_NODES:-1} > 1 ? 2 : 1))); do sleep 0.02; done
+        fi
+        if [[ -n "${FAKE_LIMIT:-}" ]]; then  # as SLURM shortly before the time limit: a signal to the batch shell
+            kill -USR1 "$FAKE_BATCH"
+            sleep 0.3
+            echo "went on" >>"$LOG"
         fi
         exit "${FAKE_STATUS:-0}"
     """,
@@ -104,6 +112,28 @@ def test_training(cluster, tmp_path):
     ]
     assert "threads=4 cores=4" in lines and result.stdout == "41;cluster\n"
     assert (tmp_path / "runs" / "logs").is_dir()
+
+
+def test_trainings_do_not_share_a_folder(cluster, tmp_path):
+    """Unless they are told to: Hydra fills in preset and seed."""
+    _, lines = cluster("train", "env=sd15", "seed=1")
+    (call,) = calls(lines, "python")
+    assert f"hydra.run.dir={tmp_path}/runs/train/${{hydra:runtime.choices.env}}-seed${{seed}} " in call
+    with initialize_config_dir(str(SLURM.parent / "configs"), version_base="1.3"):
+        cfg = compose("train", [call.split()[1], "env=sd15", "seed=1"], return_hydra_config=True)
+    OmegaConf.update(cfg, "hydra.runtime.choices.env", "sd15", force_add=True)  # as a run of the script sets it
+    HydraConfig.instance().set_config(cfg)
+    assert cfg.hydra.run.dir == f"{tmp_path}/runs/train/sd15-seed1"
+
+
+@pytest.mark.parametrize(("kind", "status"), [("train", 0), ("evaluate", 0), ("sweep", 3)])
+def test_a_job_queues_itself_again_before_the_time_limit(cluster, kind, status):
+    """The step is left to end: what it made until then stays, and the job goes on from there."""
+    arguments = [kind] if kind == "train" else [kind, "1"]
+    _, lines = cluster(*arguments, FAKE_LIMIT="1", FAKE_STATUS=str(status), check=False)
+    assert "scontrol requeue 41" in lines and lines.index("scontrol requeue 41") < lines.index("went on")
+    directives = (SLURM / f"{kind}.sbatch").read_text()
+    assert "#SBATCH --requeue" in directives and "#SBATCH --signal=B:USR1@" in directives
 
 
 def test_no_gpus_when_none_are_wanted(cluster):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -244,9 +244,20 @@ def count_flops(call: Callable[[], Any], device: torch.device | str) -> float:
     """FLOPs of one call on ``device``, by `torch.utils.flop_counter` (matrix products, convolutions, attention)."""
     # The counter knows CUDA's fused attention, but not the CPU's: there attention is written out while it counts.
     written_out = sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
-    with written_out, FlopCounterMode(display=False) as counter:
+    with _plain_multihead_attention(), written_out, FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
+
+
+@contextmanager
+def _plain_multihead_attention() -> Iterator[None]:
+    """Keep `nn.MultiheadAttention` (open_clip's towers) from its fused inference path, which counts as no FLOPs."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def scheduler_settings(scheduler: Any) -> dict[str, Any]:

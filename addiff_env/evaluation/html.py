@@ -159,8 +159,8 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
 
 
 def _rules(rules: Rules) -> dict[str, Any]:
-    """The rules with their levels in percent."""
-    return {**asdict(rules), "alpha": f"{100 * rules.alpha:g}", "level": f"{100 * rules.level:g}"}
+    """The rules, the level of the tests in percent."""
+    return {**asdict(rules), "alpha": f"{100 * rules.alpha:g}"}
 
 
 @cache

@@ -3,34 +3,51 @@
 Each hypothesis is a conjunction of parts, and each part is a one-sided test at level ``alpha``. A conjunction is
 supported where every part is (an intersection-union test; Berger 1982), which needs no correction for their number.
 One part that is not supported refutes it; otherwise the verdict is undecided, and the part that needs most prompts says
-how many.
+how many. What was not run leaves its part undecided: no number of prompts decides that.
 
 A part is *not supported* only where the data speak against it: where even the favourable end of its interval falls
-short. An interval that is merely wide is undecided.
+short. An interval that is merely wide is undecided. As one part is enough, these ends hold for all comparisons of a
+hypothesis at once (`critical_value`), so that a true one is refuted with probability ``alpha`` at most, however many
+methods it was compared with. (H3 is refuted by either of two correlations, each at ``alpha``.)
+
+Where the metric is 0 or 1, replicates are drawn from the prompts and two more, on one of which only the agent passes,
+and on the other everything but the agent (after Bonett & Price 2012). Methods that disagree on no prompt, or hardly
+any, would otherwise have an interval of no width.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from addiff_env.evaluation.significance import (
     Interval,
+    Least,
     Measure,
     Resampled,
     costs_of,
+    critical_value,
+    interval,
     paired_values,
     partial_spearman,
     required_prompts,
-    resample,
+    required_runs,
+    resampled_means,
     score_of,
     spearman_test,
 )
+from addiff_env.evaluation.summary import share_metrics
 from addiff_env.types import Action, ResultRow
 
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
+NOT_APPLICABLE = "not applicable"  # a part about which nothing can be asked: it neither supports nor blocks
+SOLVERS = ("ddim", "dpmpp_2m", "euler", "unipc", "pndm")  # the model's own fixed-step inference; others change it
+BEST_OF = "best-of-N"  # the family of best-of-N at every N
+LEAST_PROMPTS = 10  # with fewer the percentile bootstrap is far from its level
+Values = Mapping[str, np.ndarray]  # per group (measures, runs, prompts)
 Groups = Mapping[str, Sequence[str]]  # a name and the methods that are its training runs
 Place = tuple[str, int]  # (prompt, seed)
 AGENT = ""  # the agent's runs as one group; no method has this name
@@ -71,10 +88,12 @@ class Part:
     condition: str
     outcome: str
     estimate: float | None = None
-    low: float | None = None  # ends of the interval at 1 - 2 alpha
-    high: float | None = None
+    low: float | None = None  # one-sided bounds: at alpha the one that would support, and at alpha over all
+    high: float | None = None  # comparisons of the hypothesis the one that would refute
     p: float | None = None  # one-sided, of the condition's null hypothesis
     required: int | None = None  # prompts that would decide; None where decided, or where no number would
+    runs: int | None = None  # training runs needed at the least, where no number of prompts would decide
+    note: str = ""  # e.g. which of several comparisons decides
 
 
 @dataclass(frozen=True)
@@ -89,8 +108,14 @@ class Verdict:
 
     @property
     def required(self) -> int | None:
-        """Prompts that would decide what is undecided, by its neediest part."""
-        numbers = [part.required for part in self.parts if part.outcome == UNDECIDED and part.required]
+        """Prompts that would decide what is undecided, by its neediest part; None where no number would."""
+        numbers = [part.required for part in self.parts if part.outcome == UNDECIDED]
+        return max(filter(None, numbers)) if self.outcome == UNDECIDED and numbers and all(numbers) else None
+
+    @property
+    def runs(self) -> int | None:
+        """Training runs that are needed at the least; None where runs are not what is lacking."""
+        numbers = [part.runs for part in self.parts if part.outcome == UNDECIDED and part.runs]
         return max(numbers) if self.outcome == UNDECIDED and numbers else None
 
 
@@ -107,27 +132,78 @@ def conclude(hypothesis: str, prompts: int, parts: Sequence[Part]) -> Verdict:
     return Verdict(hypothesis, SUPPORTED, "every condition holds", prompts, (*parts,))
 
 
-def above(condition: str, found: Interval, bound: float, worthwhile: float, prompts: int, rules: Rules) -> Part:
-    """Is the true value above ``bound``? Not supported where it is surely less than ``worthwhile`` above it."""
-    outcome = SUPPORTED if found.low > bound else NOT_SUPPORTED if found.high < bound + worthwhile else UNDECIDED
-    gap = max(found.estimate - bound, bound + worthwhile - found.estimate)
-    return _part(condition, outcome, found, found.p_below(bound), gap, prompts, rules)
+@dataclass(frozen=True)
+class Judge:
+    """Makes parts of differences."""
+
+    prompts: int
+    rules: Rules
+    runs: int = 1  # training runs of the agent
+    critical: float | None = None  # of bounds that refute, see `critical_value`; None: the intervals' own ends
+
+    def above(self, condition: str, found: Interval | Least, bound: float, worthwhile: float = 0.0) -> Part:
+        """Is the true value above ``bound``? Not supported where it is surely less than ``worthwhile`` above it."""
+        high = found.high if self.critical is None else found.ceiling(self.critical)
+        outcome = SUPPORTED if found.low > bound else NOT_SUPPORTED if high < bound + worthwhile else UNDECIDED
+        gap = max(found.estimate - bound, bound + worthwhile - found.estimate)
+        part = Part(condition, outcome, found.estimate, found.low, high, found.p_below(bound))
+        note = f"nearest: {found.nearest}" if isinstance(found, Least) else ""
+        return self.needing(replace(part, note=note), found, gap)
+
+    def at_most(self, condition: str, found: Interval, bound: float) -> Part:
+        """Is the true value at most ``bound``?"""
+        low = found.low if self.critical is None else -found.negated().ceiling(self.critical)
+        outcome = SUPPORTED if found.high <= bound else NOT_SUPPORTED if low > bound else UNDECIDED
+        return self.needing(
+            Part(condition, outcome, found.estimate, low, found.high), found, abs(found.estimate - bound)
+        )
+
+    def needing(self, part: Part, found: Interval | Least, gap: float) -> Part:
+        """The part with the prompts, or the training runs, that would decide it."""
+        if part.outcome != UNDECIDED:
+            return part
+        alpha, power = self.rules.alpha, self.rules.power
+        prompts = required_prompts(gap, found.standard_error, self.prompts, alpha, power, found.run_error)
+        runs = None if prompts else required_runs(gap, found.run_error, self.runs, alpha, power)
+        return replace(part, required=prompts, runs=runs)
 
 
-def _part(
-    condition: str, outcome: str, found: Interval, p: float | None, gap: float, prompts: int, rules: Rules
-) -> Part:
-    needed = required_prompts(gap, found.standard_error, prompts, rules.alpha, rules.power)
-    return Part(condition, outcome, found.estimate, found.low, found.high, p, needed if outcome == UNDECIDED else None)
+def _too_few(hypothesis: str, rows: Sequence[ResultRow], agent: Sequence[str]) -> Verdict | None:
+    """The verdict where there are not enough prompts to resample."""
+    prompts = len({row.prompt for row in rows if row.method in set(agent)})
+    if prompts >= LEAST_PROMPTS or not prompts:  # rows of nobody are refused where they are read
+        return None
+    return conclude(hypothesis, prompts, [Part(f"a bootstrap needs {LEAST_PROMPTS} prompts, got {prompts}", UNDECIDED)])
 
 
-def _resample(
-    rows: Sequence[ResultRow], groups: Mapping[str, Sequence[str]], measures: Sequence[Measure], rules: Rules
-) -> tuple[Resampled, int]:
-    """All groups and measures resampled together, and the number of prompts."""
+def _read(
+    rows: Sequence[ResultRow], groups: Groups, measures: Sequence[Measure], rules: Rules
+) -> tuple[Values, Values]:
+    """Values of every group, the metric first, and the same with two prompts more where the metric is 0 or 1."""
     values = paired_values(rows, groups, measures)
-    prompts = next(iter(values.values())).shape[-1]
-    return resample(values, level=rules.level, draws=rules.draws, seed=rules.seed), prompts
+    if rules.metric not in share_metrics(rows):
+        return values, values
+    return values, {name: _with_disagreement(array, name == AGENT) for name, array in values.items()}
+
+
+def _with_disagreement(array: np.ndarray, is_agent: bool) -> np.ndarray:
+    """(measures, runs, prompts + 2): a prompt that only the agent passes, one that only it fails, at mean cost."""
+    further = np.repeat(array.mean(2, keepdims=True), 2, axis=2)  # (measures, runs, 2)
+    further[0] = (1.0, 0.0) if is_agent else (0.0, 1.0)
+    return np.concatenate([array, further], axis=2)
+
+
+def _resample(values: Values, padded: Values, rules: Rules) -> Resampled:
+    """The means of ``values`` with replicates of the ``padded`` ones, moved to have the same centre."""
+    means = {name: array.mean((1, 2)) for name, array in values.items()}
+    runs = {name: array.mean(2) for name, array in values.items()}
+    drawn = resampled_means(padded, rules.draws, rules.seed)
+    centred = {name: draws + means[name] - padded[name].mean((1, 2)) for name, draws in drawn.items()}
+    return Resampled(means, centred, rules.level, runs)
+
+
+def _prompts_in(values: Values) -> int:
+    return next(iter(values.values())).shape[-1]
 
 
 def _flatten(agent: Sequence[str], fronts: Groups, *others: str) -> dict[str, list[str]]:
@@ -141,12 +217,51 @@ def _flatten(agent: Sequence[str], fronts: Groups, *others: str) -> dict[str, li
     return {AGENT: list(agent), **{name: [name] for name in names}}
 
 
+def _members(fronts: Groups) -> list[str]:
+    return list(dict.fromkeys(name for members in fronts.values() for name in members))
+
+
+def _comparisons(found: Iterable[Interval | Least]) -> list[Interval]:
+    """Every single comparison, for `critical_value`."""
+    parts = [list(one.differences.values()) if isinstance(one, Least) else [one] for one in found]
+    return [one for part in parts for one in part]
+
+
+def _not_run(fronts: Groups, best_of: bool) -> list[Part]:
+    """What the null hypothesis holds and nobody ran: every solver's front, and best-of-N where it belongs to it."""
+    solvers = [name for name in fronts if name != BEST_OF]
+    parts = []
+    if len(solvers) < 2:
+        other = f"no other solver than {solvers[0]} was run" if solvers else "no solver was run"
+        parts.append(Part(other, UNDECIDED))
+    if best_of and BEST_OF not in fronts:
+        parts.append(Part("best-of-N was not run", UNDECIDED))
+    return parts
+
+
+def _reaching(part: Part, family: str, members: Sequence[str], found: Resampled) -> Part:
+    """A part about a front, undecided where the front does not reach the agent's net FLOPs (measure 1).
+
+    Fixed inference that spends as much as the agent may be better than the dearest method that was run, and one that
+    spends as little worse than the cheapest.
+    """
+    own, costs = found.means[AGENT][1], [found.means[name][1] for name in members]
+    words = ""
+    if max(costs) < own and part.outcome != NOT_SUPPORTED:
+        words = f"the front of {family} ends at {max(costs) / 1e9:.1f} GFLOPs, below the agent's {own / 1e9:.1f}"
+    if min(costs) > own and part.outcome == NOT_SUPPORTED:
+        words = f"the front of {family} begins at {min(costs) / 1e9:.1f} GFLOPs, above the agent's {own / 1e9:.1f}"
+    if not words:
+        return part
+    return replace(part, condition=f"{part.condition} ({words})", outcome=UNDECIDED, required=None, runs=None)
+
+
 def solver_fronts(methods: Iterable[str]) -> dict[str, list[str]]:
-    """Fixed-step methods by solver, from names such as ``ddim-50``; other names are left out."""
+    """Fixed-step methods by solver (`SOLVERS`), from names such as ``ddim-50``; other names are left out."""
     fronts: dict[str, list[str]] = {}
     for name in methods:
         solver, _, steps = name.rpartition("-")
-        if solver and steps.isdigit():
+        if solver in SOLVERS and steps.isdigit():
             fronts.setdefault(solver, []).append(name)
     return fronts
 
@@ -164,8 +279,11 @@ def h1_efficiency(
     """H1: the quality of 50-step inference at <= 30 mean NFE, which fixed inference does not have at that compute.
 
     Parts: mean NFE within ``max_nfe``; quality not inferior to the reference; at the agent's net FLOPs quality not
-    inferior to any solver's interpolated front; and no fixed-step method that costs no more net FLOPs is itself as
-    good as the agent. Without the last part a plain 25-step solver "supports" H1, as in the published prototype.
+    inferior to any solver's interpolated front, of at least two solvers; and better than every fixed-step method that
+    costs no more net FLOPs, which is not supported where the agent is surely less than ``margin`` better. Without the
+    last part a plain 25-step solver "supports" H1, as in the published prototype. Which methods cost no more is read
+    off the mean net FLOPs as they are, though the agent's is an estimate: one whose cost is hardly the agent's may get
+    a part by chance, or miss one. The fronts then still hold it.
 
     Args:
         rows: per-image rows.
@@ -174,37 +292,27 @@ def h1_efficiency(
         fronts: fixed-step methods of each solver.
         rules: margins and levels.
     """
-    measures = [score_of(rules.metric), costs_of("net_flops"), costs_of("nfe")]
-    found, prompts = _resample(rows, _flatten(agent, fronts, reference), measures, rules)
-    against = _not_inferior(f"quality not inferior to {reference}", found.difference(AGENT, reference), prompts, rules)
-    parts = [_within_nfe(found.mean(AGENT, 2), prompts, rules), against]
-    for solver, members in fronts.items():
+    groups = _flatten(agent, fronts, reference)
+    if few := _too_few("H1", rows, agent):
+        return few
+    values, padded = _read(rows, groups, [score_of(rules.metric), costs_of("net_flops"), costs_of("nfe")], rules)
+    found = _resample(values, padded, rules)
+    spent, behind = found.mean(AGENT, 2), found.difference(AGENT, reference)
+    distances = {solver: found.above_front(AGENT, members) for solver, members in fronts.items()}
+    cheaper = [name for name in _members(fronts) if found.means[name][1] <= found.means[AGENT][1]]
+    rivals = {name: found.difference(AGENT, name) for name in cheaper}
+    everything = _comparisons([spent.negated(), behind, *distances.values(), *rivals.values()])
+    judge = Judge(_prompts_in(values), rules, len(agent), critical_value(everything, rules.alpha))
+    parts = [
+        judge.at_most(f"mean NFE at most {rules.max_nfe:g}", spent, rules.max_nfe),
+        judge.above(f"quality not inferior to {reference}", behind, -rules.margin),
+    ]
+    for solver, distance in distances.items():
         condition = f"not inferior to the front of {solver} at equal net FLOPs"
-        parts.append(_not_inferior(condition, found.distance(AGENT, members), prompts, rules))
-    for name in dict.fromkeys(name for members in fronts.values() for name in members):
-        if found.means[name][1] <= found.means[AGENT][1]:
-            parts.append(_no_match(name, found.difference(AGENT, name), prompts, rules))
-    return conclude("H1", prompts, parts)
-
-
-def _within_nfe(spent: Interval, prompts: int, rules: Rules) -> Part:
-    bound = rules.max_nfe
-    outcome = SUPPORTED if spent.high <= bound else NOT_SUPPORTED if spent.low > bound else UNDECIDED
-    return _part(f"mean NFE at most {bound:g}", outcome, spent, None, abs(spent.estimate - bound), prompts, rules)
-
-
-def _not_inferior(condition: str, found: Interval, prompts: int, rules: Rules) -> Part:
-    bound = -rules.margin
-    outcome = SUPPORTED if found.low > bound else NOT_SUPPORTED if found.high < bound else UNDECIDED
-    return _part(condition, outcome, found, found.p_below(bound), abs(found.estimate - bound), prompts, rules)
-
-
-def _no_match(name: str, found: Interval, prompts: int, rules: Rules) -> Part:
-    """Is ``name``, which costs no more than the agent, worse than it? ``found``: agent minus ``name``."""
-    condition = f"better than {name}, which costs no more"
-    outcome = NOT_SUPPORTED if found.high < rules.margin else SUPPORTED if found.low > 0 else UNDECIDED
-    gap = max(found.estimate, rules.margin - found.estimate)
-    return _part(condition, outcome, found, found.p_below(0.0), gap, prompts, rules)
+        parts.append(_reaching(judge.above(condition, distance, -rules.margin), solver, fronts[solver], found))
+    for name, rival in rivals.items():
+        parts.append(judge.above(f"better than {name}, which costs no more", rival, 0.0, rules.margin))
+    return conclude("H1", judge.prompts, [*parts, *_not_run(fronts, best_of=False)])
 
 
 # --------------------------------------------------------------------------- H2
@@ -218,6 +326,9 @@ def h2_quality(
 ) -> Verdict:
     """H2: at the agent's mean net FLOPs its quality lies above every interpolated front.
 
+    The null hypothesis is every solver at every N, and best-of-N: where a second solver or best-of-N was not run, or a
+    front ends below the agent's cost, H2 can be refuted but not supported.
+
     Args:
         rows: per-image rows.
         agent: the agent's training runs, as method names.
@@ -225,18 +336,29 @@ def h2_quality(
             a mixture of two solvers is fixed inference too.
         rules: margins and levels.
     """
-    measures = [score_of(rules.metric), costs_of("net_flops")]
-    found, prompts = _resample(rows, _flatten(agent, fronts), measures, rules)
-    together = list(dict.fromkeys(name for members in fronts.values() for name in members))
-    families = {**fronts, "all fixed methods": together} if len(fronts) > 1 else dict(fronts)
+    groups = _flatten(agent, fronts)
+    if few := _too_few("H2", rows, agent):
+        return few
+    values, padded = _read(rows, groups, [score_of(rules.metric), costs_of("net_flops")], rules)
+    found = _resample(values, padded, rules)
+    families = {**fronts, "all fixed methods": _members(fronts)} if len(fronts) > 1 else dict(fronts)
+    distances = {family: found.above_front(AGENT, members) for family, members in families.items()}
+    critical = critical_value(_comparisons(distances.values()), rules.alpha)
+    judge = Judge(_prompts_in(values), rules, len(agent), critical)
     parts = []
-    for family, members in families.items():
+    for family, distance in distances.items():
         condition = f"above the front of {family} at equal net FLOPs"
-        parts.append(above(condition, found.distance(AGENT, members), 0.0, rules.worthwhile, prompts, rules))
-    return conclude("H2", prompts, parts)
+        part = judge.above(condition, distance, 0.0, rules.worthwhile)
+        parts.append(_reaching(part, family, families[family], found))
+    return conclude("H2", judge.prompts, [*parts, *_not_run(fronts, best_of=True)])
 
 
 # --------------------------------------------------------------------------- H3
+
+
+NO_PARTIAL = (
+    "seeds do not repeat across prompts, so seed cannot be partialled out (it is independent of the prompt by design)"
+)
 
 
 def h3_adaptivity(
@@ -248,8 +370,9 @@ def h3_adaptivity(
     """H3: complex prompts get more denoiser evaluations than simple ones.
 
     Parts: Spearman's correlation of a prompt's mean NFE with its complexity is positive by the bootstrap and against a
-    permutation null; and it stays so among pictures that share a seed (where the benchmark's seeds repeat: where each
-    picture has its own, nothing can be held constant and the part is left out).
+    permutation null; and it stays so among pictures that share a seed. Where every prompt has seeds of its own nothing
+    can be held constant, and nothing need be: seeds are dealt out without a look at the prompt, so that no seed can
+    make complex prompts take longer. That part is not applicable then, and the others decide.
 
     Args:
         rows: per-image rows.
@@ -258,18 +381,19 @@ def h3_adaptivity(
         rules: margins and levels.
 
     Raises:
-        ValueError: a picture without a complexity, or all prompts equally complex.
+        ValueError: a picture without a complexity.
     """
     taken = [row for row in rows if row.method in set(agent)]
     unknown = [(row.prompt, row.seed) for row in taken if (row.prompt, row.seed) not in complexity]
     if unknown:
         raise ValueError(f"no complexity of {len(unknown)} pictures, e.g. {unknown[0]}")
-    by_prompt = paired_values(rows, {AGENT: agent}, [costs_of("nfe"), lambda row: complexity[row.prompt, row.seed]])[
-        AGENT
-    ]
-    nfe, level = by_prompt.mean(1)
+    measures = [costs_of("nfe"), lambda row: complexity[row.prompt, row.seed]]
+    nfe, level = paired_values(rows, {AGENT: agent}, measures)[AGENT].mean(1)
+    if few := _too_few("H3", rows, agent):
+        return few
     if np.ptp(level) == 0:
-        raise ValueError(f"every prompt has complexity {level[0]:g}: nothing to adapt to")
+        alike = f"every prompt has complexity {level[0]:g}: nothing to adapt to"
+        return conclude("H3", nfe.size, [Part(alike, UNDECIDED)])
     if np.ptp(nfe) == 0:
         return conclude("H3", nfe.size, [Part(f"NFE varies (it is {nfe[0]:g} for every prompt)", NOT_SUPPORTED)])
     return conclude("H3", nfe.size, _correlation_parts(level, nfe, rules) + _partial_parts(taken, complexity, rules))
@@ -277,13 +401,12 @@ def h3_adaptivity(
 
 def _correlation_parts(level: np.ndarray, nfe: np.ndarray, rules: Rules) -> list[Part]:
     found = spearman_test(level, nfe, level=rules.level, draws=min(rules.draws, 2000), seed=rules.seed)
-    bootstrap = above("NFE grows with complexity", found.rho, 0.0, rules.correlation, nfe.size, rules)
-    p = found.p_permutation
+    rho, p, judge = found.rho, found.p_permutation, Judge(nfe.size, rules)
+    bootstrap = judge.above("NFE grows with complexity", rho, 0.0, rules.correlation)
     outcome = SUPPORTED if p <= rules.alpha else NOT_SUPPORTED if bootstrap.outcome == NOT_SUPPORTED else UNDECIDED
     condition = "more than when complexities are dealt out at random"
-    rho = found.rho
     gap = max(rho.estimate, rules.correlation - rho.estimate)
-    return [bootstrap, _part(condition, outcome, rho, p, gap, nfe.size, rules)]
+    return [bootstrap, judge.needing(Part(condition, outcome, rho.estimate, rho.low, rho.high, p), rho, gap)]
 
 
 def _partial_parts(rows: Sequence[ResultRow], complexity: Mapping[Place, float], rules: Rules) -> list[Part]:
@@ -291,13 +414,12 @@ def _partial_parts(rows: Sequence[ResultRow], complexity: Mapping[Place, float],
         np.array([value(row) for row in rows], float)
         for value in (lambda r: complexity[r.prompt, r.seed], lambda r: r.nfe, lambda r: r.seed)
     )
-    rho = partial_spearman(level, nfe, seeds)
-    if rho is None or len(np.unique(seeds)) > len({row.prompt for row in rows}) / 2:
-        return []
     prompts = {prompt: k for k, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
+    if (rho := partial_spearman(level, nfe, seeds)) is None or len(np.unique(seeds)) > len(prompts) / 2:
+        return [Part(NO_PARTIAL, NOT_APPLICABLE)]
     owner = np.array([prompts[row.prompt] for row in rows])
     found = _resampled_partial(rho, (level, nfe, seeds), owner, rules)
-    return [above("also among pictures of one seed", found, 0.0, rules.correlation, len(prompts), rules)]
+    return [Judge(len(prompts), rules).above("also among pictures of one seed", found, 0.0, rules.correlation)]
 
 
 def _resampled_partial(
@@ -312,9 +434,7 @@ def _resampled_partial(
         value = partial_spearman(*(variable[index] for variable in variables))
         if value is not None and np.isfinite(value):
             draws.append(value)
-    replicates = np.array(draws)
-    low, high = np.quantile(replicates, [rules.alpha, 1 - rules.alpha])
-    return Interval(rho, float(low), float(high), replicates)
+    return interval(rho, np.array(draws), rules.level)
 
 
 # --------------------------------------------------------------------------- H4
@@ -323,38 +443,64 @@ def _resampled_partial(
 def h4_refinement(
     rows: Sequence[ResultRow],
     refining: Sequence[str],
-    controls: Sequence[str],
+    controls: Sequence[str] | Groups,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
 ) -> Verdict:
     """H4: refining regions beats the same NFE spent on full-image steps.
 
+    A control that spent less NFE than the agent is none, and leaves its part undecided.
+
     Args:
         rows: per-image rows.
         refining: the agent's training runs, as method names.
-        controls: the same decisions with ``mask=full``, and with further continues instead of refinements.
+        controls: the same decisions with ``mask=full``, and with further continues instead of refinements: method
+            names, or names with the controls of each training run, in the order of ``refining``.
         rules: margins and levels.
 
     Raises:
-        ValueError: a control that spent less NFE than the agent, so that it is none; with both numbers.
+        ValueError: another number of controls than of training runs.
     """
-    groups = _flatten(refining, {"controls": list(controls)})
-    found, prompts = _resample(rows, groups, [score_of(rules.metric), costs_of("nfe")], rules)
+    named = controls if isinstance(controls, Mapping) else {name: [name] for name in controls}
+    _flatten(refining, named)
+    if any(len(runs) not in (1, len(refining)) for runs in named.values()):
+        raise ValueError(f"{len(refining)} training runs need as many controls each, got {dict(named)}")
+    if few := _too_few("H4", rows, refining):
+        return few
+    groups = {AGENT: list(refining), **named}
+    values, padded = _read(rows, groups, [score_of(rules.metric), costs_of("nfe")], rules)
+    prompts = _prompts_in(values)
     if not any(row.method in set(refining) and Action.REFINE in row.actions for row in rows):
         return conclude("H4", prompts, [Part("the agent refines (it never does)", NOT_SUPPORTED)])
-    parts = []
-    for name in controls:
-        _refuse_unmatched(name, float(found.means[name][1]), float(found.means[AGENT][1]), rules)
-        condition = f"better than {name} at equal NFE"
-        parts.append(above(condition, found.difference(AGENT, name), 0.0, rules.worthwhile, prompts, rules))
-    return conclude("H4", prompts, parts)
+    found = _resample(_against(values), _against(padded), rules)
+    gains = {name: found.mean(name) for name in named}
+    judge = Judge(prompts, rules, len(refining), critical_value(gains.values(), rules.alpha))
+    parts = [judge.above(f"better than {name} at equal NFE", gains[name], 0.0, rules.worthwhile) for name in named]
+    return conclude(
+        "H4",
+        prompts,
+        [
+            _matched(part, found.means[name], values[AGENT], name, rules)
+            for part, name in zip(parts, named, strict=True)
+        ],
+    )
 
 
-def _refuse_unmatched(name: str, spent: float, wanted: float, rules: Rules) -> None:
-    if spent < wanted * (1 - rules.matched):
-        raise ValueError(
-            f"control {name!r} spent {spent:.2f} NFE where refining spent {wanted:.2f}: not the same compute "
-            f"(allowed: {100 * rules.matched:g}% less)"
-        )
+def _against(values: Values) -> Values:
+    """The agent minus each control, run by run: a control repeats the decisions of one run."""
+    return {name: values[AGENT] - array for name, array in values.items() if name != AGENT}
+
+
+def _matched(part: Part, gained: np.ndarray, agent: np.ndarray, name: str, rules: Rules) -> Part:
+    """The part, undecided where the control spent less; ``gained`` holds what the agent spent more (measure 1)."""
+    wanted = float(agent[1].mean())
+    spent = wanted - float(gained[1])
+    if spent >= wanted * (1 - rules.matched):
+        return part
+    words = (
+        f"control {name!r} spent {spent:.2f} NFE where refining spent {wanted:.2f}: not the same compute "
+        f"(allowed: {100 * rules.matched:g}% less)"
+    )
+    return Part(words, UNDECIDED)
 
 
 # --------------------------------------------------------------------------- all of them
@@ -362,43 +508,64 @@ def _refuse_unmatched(name: str, spent: float, wanted: float, rules: Rules) -> N
 FULL_IMAGE, CONTINUED = "agent, mask=full", "agent, continued"  # H4's controls, by method name
 
 
+def agent_runs(methods: Iterable[str]) -> list[str]:
+    """Training runs of the agent among method names: ``agent``, or ``agent-s0``, ``agent-s1``, ..."""
+    return [name for name in methods if re.fullmatch(r"agent(-s\d+)?", name)]
+
+
 def solver_families(methods: Sequence[str]) -> dict[str, list[str]]:
-    """`solver_fronts` without blind and stopping rules and other models, and with best-of-N as a family of its own."""
+    """`solver_fronts`, and best-of-N as a family of its own."""
     best = [name for name in methods if name.startswith("best-of-")]
-    families = solver_fronts(name for name in methods if ":" not in name)
-    others = ("words", "stop", "sdxl-turbo")  # SDXL-Turbo is another model: no fixed-step inference of this one
-    plain = {name: members for name, members in families.items() if name not in others}
-    return plain | ({"best-of-N": best} if best else {})
+    return solver_fronts(methods) | ({BEST_OF: best} if best else {})
 
 
 def all_verdicts(
     rows: Sequence[ResultRow],
     complexity: Mapping[Place, float],
-    agent: Sequence[str] = ("agent",),
+    agent: Sequence[str] | None = None,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
 ) -> list[Verdict]:
-    """H1-H4, as far as the methods that were run allow; a hypothesis whose methods are missing is undecided."""
+    """H1-H4, as far as the methods that were run allow; a hypothesis whose methods are missing is undecided.
+
+    Args:
+        rows: per-image rows.
+        complexity: of every (prompt, seed), e.g. `Item.facts`.
+        agent: the agent's training runs, as method names; by default `agent_runs` of the rows.
+        rules: margins and levels.
+
+    Raises:
+        ValueError: no rows of the agent; rows that are not paired.
+    """
     methods = list(dict.fromkeys(row.method for row in rows))
+    runs = agent_runs(methods) if agent is None else list(agent)
     prompts = len({row.prompt for row in rows})
     families = solver_families(methods)
-    solvers = {name: members for name, members in families.items() if name != "best-of-N"}
-    reference = next((name for name in methods if name.endswith("-50") and name in sum(solvers.values(), [])), None)
-    controls = [name for name in (FULL_IMAGE, CONTINUED) if name in methods]
-    found = [
-        _undecided("H1", "50-step inference was not run", prompts),
-        _undecided("H2", "no solver was run", prompts),
-        _undecided("H3", "every prompt is equally complex", prompts),
-        _undecided("H4", "its controls were not run", prompts),
+    solvers = {name: members for name, members in families.items() if name != BEST_OF}
+    wanted = _references(rows, runs)
+    reference = next((name for name in wanted if name in methods), None)
+    controls = _controls(methods, runs)
+    return [
+        h1_efficiency(rows, runs, reference, solvers, rules)
+        if reference
+        else _undecided("H1", f"50-step inference ({' or '.join(wanted)}) was not run", prompts),
+        h2_quality(rows, runs, families, rules) if families else _undecided("H2", "no solver was run", prompts),
+        h3_adaptivity(rows, runs, complexity, rules),
+        h4_refinement(rows, runs, controls, rules)
+        if len(controls) == 2
+        else _undecided("H4", "its controls were not run", prompts),
     ]
-    if reference:
-        found[0] = h1_efficiency(rows, agent, reference, solvers, rules)
-    if families:
-        found[1] = h2_quality(rows, agent, families, rules)
-    if len(set(complexity.values())) > 1:
-        found[2] = h3_adaptivity(rows, agent, complexity, rules)
-    if len(controls) == 2:
-        found[3] = h4_refinement(rows, agent, controls, rules)
-    return found
+
+
+def _references(rows: Sequence[ResultRow], agent: Sequence[str]) -> list[str]:
+    """Names of 50-step inference: by the environment's own solver (a row's, such as ``euler-4``), and by DDIM."""
+    own = [row.solver.rpartition("-")[0] for row in rows if row.method in set(agent)]
+    return list(dict.fromkeys([f"{solver}-50" for solver in own if solver in SOLVERS] + ["ddim-50"]))
+
+
+def _controls(methods: Sequence[str], agent: Sequence[str]) -> dict[str, list[str]]:
+    """H4's controls of every training run, those that all runs have."""
+    named = {name: [name.replace("agent", run, 1) for run in agent] for name in (FULL_IMAGE, CONTINUED)}
+    return {name: own for name, own in named.items() if own and set(own) <= set(methods)}
 
 
 def _undecided(hypothesis: str, reason: str, prompts: int) -> Verdict:
@@ -411,9 +578,11 @@ def _undecided(hypothesis: str, reason: str, prompts: int) -> Verdict:
 def describe(verdict: Verdict) -> str:
     """A verdict as text: one line, and one for each condition with its numbers."""
     needed = f"; about {verdict.required:,} prompts would decide" if verdict.required else ""
+    needed += f"; at least {verdict.runs:,} training runs are needed" if verdict.runs else ""
     lines = [f"{verdict.hypothesis}: {verdict.outcome} ({verdict.prompts:,} prompts; {verdict.reason}{needed})"]
     for part in verdict.parts:
         numbers = "" if part.estimate is None else f": {part.estimate:.4g} [{part.low:.4g}, {part.high:.4g}]"
         p = "" if part.p is None else f", p = {part.p:.2g}"
-        lines.append(f"  {part.outcome}: {part.condition}{numbers}{p}")
+        note = f" ({part.note})" if part.note else ""
+        lines.append(f"  {part.outcome}: {part.condition}{numbers}{p}{note}")
     return "\n".join(lines)

@@ -11,23 +11,24 @@ Nothing here ever sees a summary: every function takes rows or per-prompt values
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
 
-from addiff_env.stats import wilson_interval
 from addiff_env.types import ResultRow
 
 __all__ = [
     "Comparison",
     "Interval",
+    "Least",
     "Resampled",
     "bootstrap_difference",
     "cohens_dz",
     "compare_methods",
     "costs_of",
+    "critical_value",
     "distance_to_front",
     "front_quality",
     "holm",
@@ -38,12 +39,12 @@ __all__ = [
     "partial_spearman",
     "rank_biserial",
     "required_prompts",
+    "required_runs",
     "resample",
     "resampled_means",
     "score_of",
     "spearman_test",
     "wilcoxon_p",
-    "wilson_interval",
 ]
 
 Measure = Callable[[ResultRow], float]
@@ -58,6 +59,7 @@ class Interval:
     low: float
     high: float
     draws: np.ndarray
+    run_error: float = 0.0  # the part of the standard error that further prompts do not shrink: between training runs
 
     @property
     def standard_error(self) -> float:
@@ -66,14 +68,22 @@ class Interval:
 
     def p_below(self, bound: float) -> float:
         """One-sided p-value of "the true value is at most ``bound``", from the replicates shifted to it."""
-        return _tail(self.draws - self.estimate >= self.estimate - bound - self._rounding)
+        return _tail(self.draws - self.estimate >= self.estimate - bound - self.rounding)
+
+    def ceiling(self, critical: float) -> float:
+        """Upper bound that holds together with others, see `critical_value`."""
+        return self.estimate + critical * self.standard_error
+
+    def negated(self) -> Interval:
+        """The same of minus the value."""
+        return replace(self, estimate=-self.estimate, low=-self.high, high=-self.low, draws=-self.draws)
 
     def p_two_sided(self) -> float:
         """Two-sided p-value of "the true value is zero"."""
-        return _tail(np.abs(self.draws - self.estimate) >= abs(self.estimate) - self._rounding)
+        return _tail(np.abs(self.draws - self.estimate) >= abs(self.estimate) - self.rounding)
 
     @property
-    def _rounding(self) -> float:
+    def rounding(self) -> float:
         """Means of counts often tie exactly; rounding must not decide on which side they fall."""
         return 1e-12 * (1 + abs(self.estimate))
 
@@ -83,7 +93,73 @@ def _tail(extreme: np.ndarray) -> float:
     return (1 + int(extreme.sum())) / (1 + extreme.size)
 
 
-def interval(estimate: float, draws: np.ndarray, level: float = 0.95) -> Interval:
+@dataclass(frozen=True)
+class Least:
+    """The smallest of several differences: how far something lies above all of them.
+
+    It lies above a bound where every difference does, so that neither the lower bound, the smallest one, nor p, the
+    largest, needs a correction for their number (an intersection-union test; Berger 1982). An upper bound does, see
+    `critical_value`. Unlike a bootstrap of the minimum itself this takes the best of noisy rivals for no better than
+    it is: that one takes the best anew in each replicate, which lies above the truth twice.
+    """
+
+    differences: Mapping[str, Interval]
+    level: float  # of the interval
+
+    @property
+    def nearest(self) -> str:
+        """Name of the smallest difference."""
+        return min(self.differences, key=lambda name: self.differences[name].estimate)
+
+    @property
+    def estimate(self) -> float:
+        """The smallest difference."""
+        return self.differences[self.nearest].estimate
+
+    @property
+    def low(self) -> float:
+        """Lower bound; its level is that of each difference's own."""
+        return min(one.low for one in self.differences.values())
+
+    @property
+    def high(self) -> float:
+        """Upper bound that allows for the number of differences."""
+        return self.ceiling(critical_value(self.differences.values(), (1 - self.level) / 2))
+
+    @property
+    def standard_error(self) -> float:
+        """Of the smallest difference."""
+        return self.differences[self.nearest].standard_error
+
+    @property
+    def run_error(self) -> float:
+        """Of the smallest difference."""
+        return self.differences[self.nearest].run_error
+
+    def ceiling(self, critical: float) -> float:
+        """Upper bound that holds together with others, see `critical_value`."""
+        return min(one.ceiling(critical) for one in self.differences.values())
+
+    def p_below(self, bound: float) -> float:
+        """One-sided p-value of "some difference is at most ``bound``"."""
+        return max(one.p_below(bound) for one in self.differences.values())
+
+
+def critical_value(found: Iterable[Interval], alpha: float) -> float:
+    """Standard errors above their estimates at which upper bounds hold all at once, with probability 1 - alpha.
+
+    The quantile of the largest studentised deviation (max-t; Romano & Wolf 2005), which knows how the estimates move
+    together; all of them must come from the same replicates. 0.0 where nothing varies.
+    """
+    largest: np.ndarray | None = None
+    for one in found:
+        if one.standard_error > one.rounding:
+            deviation = (one.estimate - one.draws) / one.standard_error  # (D,)
+            largest = deviation if largest is None else np.maximum(largest, deviation)
+    return 0.0 if largest is None else float(np.quantile(largest, 1 - alpha))
+
+
+def interval(estimate: float, draws: np.ndarray, level: float = 0.95, run_error: float = 0.0) -> Interval:
     """Percentile interval of replicates (D,).
 
     Raises:
@@ -92,7 +168,7 @@ def interval(estimate: float, draws: np.ndarray, level: float = 0.95) -> Interva
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(estimate), float(low), float(high), draws)
+    return Interval(float(estimate), float(low), float(high), draws, run_error)
 
 
 # --------------------------------------------------------------------------- rows to paired values
@@ -268,45 +344,68 @@ class Resampled:
     means: Mapping[str, np.ndarray]  # per group (measures,)
     draws: Mapping[str, np.ndarray]  # per group (D, measures)
     level: float  # of the intervals
+    runs: Mapping[str, np.ndarray] = field(default_factory=dict)  # per group means of its training runs (measures, R)
 
     def mean(self, name: str, measure: int = 0) -> Interval:
         """Mean of one group."""
-        return interval(self.means[name][measure], self.draws[name][:, measure], self.level)
+        return self._combined({name: 1.0}, measure)
 
     def difference(self, a: str, b: str, measure: int = 0) -> Interval:
         """Mean of one group minus that of another."""
-        observed = self.means[a][measure] - self.means[b][measure]
-        return interval(observed, self.draws[a][:, measure] - self.draws[b][:, measure], self.level)
+        return self._combined({a: 1.0, b: -1.0}, measure)
 
-    def distance(self, agent: str, front: Sequence[str]) -> Interval:
+    def _combined(self, weights: Mapping[str, float], measure: int) -> Interval:
+        observed = sum(weight * self.means[name][measure] for name, weight in weights.items())
+        draws = np.sum([weight * self.draws[name][:, measure] for name, weight in weights.items()], axis=0)
+        spread = math.hypot(*(weight * self._run_error(name, measure) for name, weight in weights.items()))
+        return interval(observed, draws, self.level, spread)
+
+    def _run_error(self, name: str, measure: int) -> float:
+        """What the training runs add to the standard error of a group's mean, as the bootstrap sees it."""
+        runs = self.runs.get(name)
+        return 0.0 if runs is None else float(np.std(runs[measure]) / math.sqrt(runs.shape[1]))
+
+    def above_front(self, agent: str, front: Sequence[str]) -> Least:
         """How far a group's quality lies above the front of others at its own mean cost, see `front_quality`.
 
-        Measure 0 is the quality and measure 1 the cost. The front is drawn anew in each replicate.
+        Measure 0 is the quality and measure 1 the cost. The group is compared with every method that costs no more,
+        and with every chord between one of these and one that costs more: their mixture at the group's cost. Which is
+        which is read off the mean costs, as they are; a chord's mixture follows the costs of each replicate. The
+        cheapest method stands in where all cost more.
 
         Raises:
             ValueError: an empty front.
         """
         if not front:
             raise ValueError("a front needs at least one fixed method")
-        observed = _distance(self.means[agent][None], np.stack([self.means[name] for name in front])[None])[0]
-        points = np.stack([self.draws[name] for name in front], axis=1)  # (D, M, measures)
-        size = max(1, _CELLS // len(front) ** 2)  # the envelope looks at every pair of methods
-        parts = [
-            _distance(self.draws[agent][start : start + size], points[start : start + size])
-            for start in range(0, len(points), size)
-        ]
-        return interval(float(observed), np.concatenate(parts), self.level)
+        own = self.means[agent][1]
+        cheap = [name for name in front if self.means[name][1] <= own]
+        dear = [name for name in front if self.means[name][1] > own]
+        chords = [(left, right) for left in cheap for right in dear]
+        members = cheap or [min(front, key=lambda name: self.means[name][1])]
+        found = {name: self.difference(agent, name) for name in members}
+        found |= {f"{left} with {right}": self._above_chord(agent, left, right) for left, right in chords}
+        return Least(found, self.level)
+
+    def _above_chord(self, agent: str, left: str, right: str) -> Interval:
+        observed = _above_chord(*(self.means[name][None] for name in (agent, left, right)))[0]
+        draws = _above_chord(self.draws[agent], self.draws[left], self.draws[right])
+        return interval(observed, draws, self.level, self._run_error(agent, 0))
+
+
+def _above_chord(agent: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Quality above the mixture of two methods that costs the same (D,); all are (quality, cost, ...) (D, measures)."""
+    span = right[:, 1] - left[:, 1]
+    share = np.divide(agent[:, 1] - left[:, 1], span, out=np.ones(len(span)), where=span > 0)
+    share = np.clip(share, 0, 1)  # a replicate's cost may lie outside; a mixture has no negative shares
+    return agent[:, 0] - (1 - share) * left[:, 0] - share * right[:, 0]
 
 
 def resample(values: Mapping[str, np.ndarray], *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Resampled:
     """Resample prompts (and runs) once for all groups and measures, see `resampled_means`."""
     means = {name: array.mean((1, 2)) for name, array in values.items()}
-    return Resampled(means, resampled_means(values, draws, seed), level)
-
-
-def _distance(agent: np.ndarray, front: np.ndarray) -> np.ndarray:
-    """Quality above the front (D,); measures are (quality, cost, ...) of the agent (D, measures), (D, M, measures)."""
-    return agent[:, 0] - front_quality(front[..., 1], front[..., 0], agent[:, 1])
+    runs = {name: array.mean(2) for name, array in values.items()}
+    return Resampled(means, resampled_means(values, draws, seed), level, runs)
 
 
 # --------------------------------------------------------------------------- tests and effect sizes
@@ -387,9 +486,9 @@ def minimum_detectable_effect(spread: float, prompts: int, alpha: float = 0.05, 
 
 
 def required_prompts(
-    gap: float, standard_error: float, prompts: int, alpha: float = 0.05, power: float = 0.8
+    gap: float, standard_error: float, prompts: int, alpha: float = 0.05, power: float = 0.8, run_error: float = 0.0
 ) -> int | None:
-    """Prompts that a one-sided test needs to tell a value from a bound ``gap`` away; None where there is no gap.
+    """Prompts that a one-sided test needs to tell a value from a bound ``gap`` away; None where no number would do.
 
     Args:
         gap: distance of the true value from the bound, positive.
@@ -397,11 +496,34 @@ def required_prompts(
         prompts: number of prompts measured.
         alpha: level of the test.
         power: chance of finding it.
+        run_error: the part of ``standard_error`` that does not fall: what training runs differ by. More runs are
+            needed where it alone is too large, see `required_runs`.
     """
-    if gap <= 0:
+    wanted = _wanted_error(gap, alpha, power)
+    if wanted <= run_error:
         return None
-    ratio = (stats.norm.ppf(1 - alpha) + stats.norm.ppf(power)) * standard_error / gap
-    return max(2, math.ceil(prompts * ratio**2))
+    ratio = max(0.0, standard_error**2 - run_error**2) / (wanted**2 - run_error**2)
+    return max(2, math.ceil(prompts * ratio))
+
+
+def required_runs(gap: float, run_error: float, runs: int, alpha: float = 0.05, power: float = 0.8) -> int | None:
+    """Training runs that a one-sided test needs at the least, however many prompts; None where no number would do.
+
+    Args:
+        gap: distance of the true value from the bound, positive.
+        run_error: what ``runs`` training runs add to the standard error; it falls with their square root. The
+            bootstrap's is (R - 1)/R of the true variance, so that from few runs this number comes out low.
+        runs: training runs measured.
+        alpha: level of the test.
+        power: chance of finding it.
+    """
+    wanted = _wanted_error(gap, alpha, power)
+    return math.floor(runs * (run_error / wanted) ** 2) + 1 if wanted > 0 else None
+
+
+def _wanted_error(gap: float, alpha: float, power: float) -> float:
+    """Standard error at which a one-sided test finds ``gap`` with the power wanted; 0.0 where there is no gap."""
+    return max(0.0, gap) / float(stats.norm.ppf(1 - alpha) + stats.norm.ppf(power))
 
 
 def non_inferiority(
@@ -440,7 +562,7 @@ class Comparison:
     p_wilcoxon: float
     cohens_dz: float
     rank_biserial: float
-    minimum_detectable: float  # smallest difference found with power 0.8 by this many prompts
+    minimum_detectable: float  # smallest difference found with power 0.8 by this many prompts, at the corrected level
     p_holm: float = math.nan  # of p_bootstrap, over every metric and method of the call; nan before that
 
 
@@ -455,6 +577,8 @@ def compare_methods(
 ) -> list[Comparison]:
     """Every method against every baseline on every metric, with Holm's correction over all of them.
 
+    What is detectable is so at 5% over their number, the level that Holm's correction asks of the smallest p-value.
+
     Args:
         rows: per-image rows.
         methods: names, or names with their training runs, see `paired_values`. The bootstrap resamples runs; Wilcoxon
@@ -468,19 +592,25 @@ def compare_methods(
     groups = {**{name: [name] for name in baselines}, **named}
     values = paired_values(rows, groups, [score_of(metric) for metric in metrics])
     resampled = resample(values, draws=draws, seed=seed)
-    found = [
-        _compare((k, metric), method, baseline, values, resampled)
+    wanted = [
+        ((k, metric), method, baseline)
         for k, metric in enumerate(metrics)
         for method in named
         for baseline in baselines
         if method != baseline
     ]
+    found = [_compare(*names, values, resampled, 0.05 / len(wanted)) for names in wanted]
     corrected = holm([comparison.p_bootstrap for comparison in found])
     return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]
 
 
 def _compare(
-    metric: tuple[int, str], method: str, baseline: str, values: Mapping[str, np.ndarray], resampled: Resampled
+    metric: tuple[int, str],
+    method: str,
+    baseline: str,
+    values: Mapping[str, np.ndarray],
+    resampled: Resampled,
+    alpha: float,
 ) -> Comparison:
     measure, name = metric
     difference = resampled.difference(method, baseline, measure)
@@ -499,7 +629,7 @@ def _compare(
         p_wilcoxon=wilcoxon_p(per_prompt),
         cohens_dz=cohens_dz(per_prompt),
         rank_biserial=rank_biserial(per_prompt),
-        minimum_detectable=minimum_detectable_effect(float(np.std(per_prompt, ddof=1)), per_prompt.size),
+        minimum_detectable=minimum_detectable_effect(float(np.std(per_prompt, ddof=1)), per_prompt.size, alpha),
     )
 
 
@@ -583,12 +713,12 @@ def _within(ranks: np.ndarray, member: np.ndarray) -> np.ndarray:
 
 
 def front_quality(costs: np.ndarray, qualities: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Quality of the interpolated Pareto front of fixed methods at a cost, for each of D replicates: (D,).
+    """Quality of the interpolated Pareto front of fixed methods at each of D costs: (D,).
 
     The front is the upper concave envelope of the points: tossing a coin between two methods for each prompt reaches
     every point of their chord, so a chord is what fixed inference can do at that cost. Cheaper than every method, the
     cheapest one stands in, which favours the front; dearer than all, the best one does. The best of noisy points lies
-    above the best true one on average, which favours the front too.
+    above the best true one on average: good for drawing, while tests take `Resampled.above_front`.
 
     Args:
         costs: mean cost of each method (D, M).
@@ -614,13 +744,13 @@ def distance_to_front(
     level: float = 0.95,
     draws: int = 10_000,
     seed: int = 0,
-) -> Interval:
+) -> Least:
     """How far the agent's quality lies above the front of fixed methods at the agent's own mean cost.
 
     Args:
         agent: per-prompt (quality, cost), (2, runs, prompts), as `paired_values` gives them.
         front: the same of each fixed method.
-        level: of the interval.
+        level: of the intervals.
         draws: bootstrap replicates.
         seed: of the resampling.
 
@@ -628,4 +758,4 @@ def distance_to_front(
         ValueError: no fixed method.
     """
     names = {f"front/{name}": array for name, array in front.items()}
-    return resample({"agent": agent, **names}, level=level, draws=draws, seed=seed).distance("agent", list(names))
+    return resample({"agent": agent, **names}, level=level, draws=draws, seed=seed).above_front("agent", list(names))

@@ -1,7 +1,8 @@
 """What the rows say, in numbers: means with intervals, decisions, categories. Tables, plots and exports draw on these.
 
-Averages are over pictures. Intervals are at 95%: Wilson's for metrics that are 0 or 1, and for others that of the
-normal distribution with a standard error in which the pictures of one prompt belong together (Liang & Zeger 1986).
+Averages are over pictures. Intervals are at 95%, and the pictures of one prompt belong together in them: Wilson's with
+the effective number of pictures for metrics that are 0 or 1 (`stats.effective_size`), and for others that of the normal
+distribution with a clustered standard error (Liang & Zeger 1986).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from addiff_env.stats import Z95, wilson_interval
+from addiff_env.stats import Z95, clustered_wilson
 from addiff_env.types import ACTIONS, ResultRow
 
 SUCCESS = "success"  # the exact checker's verdict
@@ -39,7 +40,7 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over ``number`` pictures; the interval is None where one prompt is all there is."""
+    """A mean over ``number`` pictures; the interval is None where one prompt is all there is, unless it is a share."""
 
     number: int
     mean: float
@@ -125,12 +126,8 @@ def estimate(values: Sequence[float], prompts: Sequence[str], is_share: bool = F
     if not len(values) or len(values) != len(prompts):
         raise ValueError(f"no mean of {len(values)} values of {len(prompts)} pictures")
     numbers = np.asarray(values, float)
-    low, high = _wilson(numbers) if is_share else _clustered(numbers, prompts)
+    low, high = clustered_wilson(values, prompts) if is_share else _clustered(numbers, prompts)
     return Estimate(numbers.size, float(numbers.mean()), float(numbers.std()), low, high)
-
-
-def _wilson(numbers: np.ndarray) -> tuple[float, float]:
-    return wilson_interval(round(numbers.sum()), numbers.size)
 
 
 def _clustered(numbers: np.ndarray, prompts: Sequence[str]) -> tuple[float, float] | tuple[None, None]:

@@ -6,6 +6,7 @@ goes on as if nothing had happened (see `addiff_env.sb3.checkpoint`).
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from collections import deque
@@ -18,6 +19,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure
 
 from addiff_env.agent import Agent
+from addiff_env.config import EnvConfig
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.filmstrips import filmstrip_figure, record_trajectories
 from addiff_env.reward import COMPONENTS, DualVariable, RunningScores, quality
@@ -30,6 +32,12 @@ HELD_OUT_SEED = 10_000  # initial noise of the first held-out episode; training 
 
 class CollapseWarning(UserWarning):
     """The policy does the same thing everywhere."""
+
+
+def _count(actions: Any, taken: int) -> None:
+    """Count an action carried out; -1 stands for none, in a lane that did not act in this step."""
+    if taken >= 0:
+        actions[taken] += 1
 
 
 class Remembering(BaseCallback):
@@ -95,7 +103,7 @@ class EpisodeLog(Remembering):
 
     def _on_step(self) -> bool:
         for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True):
-            self._actions[info["action_taken"]] += 1
+            _count(self._actions, info["action_taken"])
             for name in COMPONENTS:
                 self._rewards[name].append(info["reward"][name])
             if done:
@@ -112,7 +120,7 @@ class EpisodeLog(Remembering):
         self._clear()
 
     def _step_values(self) -> dict[str, float]:
-        shares = self._actions / self._actions.sum()
+        shares = self._actions / max(1, self._actions.sum())
         values = {f"action/{name}": float(share) for name, share in zip(ACTIONS, shares, strict=True)}
         return values | {f"reward/{name}": float(np.mean(items)) for name, items in self._rewards.items()}
 
@@ -139,14 +147,19 @@ class LinearSchedule:
     """From ``start`` to ``end`` over the training; called with the share of it that remains, as SB3 does.
 
     That share ends below 0 where the last rollout goes beyond the timesteps asked for; the value stays at ``end``.
+
+    Args:
+        start, end: the values.
+        lag: share of the training to look back. SB3 asks after a rollout, so that the last update would have ``end``;
+            with one rollout's share the first update has ``start``, and a rate that goes to 0 is not 0 yet in the last.
     """
 
-    def __init__(self, start: float, end: float) -> None:
-        self.start, self.end = float(start), float(end)
+    def __init__(self, start: float, end: float, lag: float = 0.0) -> None:
+        self.start, self.end, self.lag = float(start), float(end), float(lag)
 
     def __call__(self, progress_remaining: float) -> float:
         """The value at this point."""
-        return self.end + (self.start - self.end) * min(1.0, max(0.0, progress_remaining))
+        return self.end + (self.start - self.end) * min(1.0, max(0.0, progress_remaining + self.lag))
 
 
 class Progress(BaseCallback):
@@ -196,15 +209,28 @@ class RunningNormalisation(Remembering):
         self.scores.load_state_dict(state)
 
 
+def reachable_nfe(config: EnvConfig) -> tuple[int, int]:
+    """The fewest and the most evaluations that an episode can take: stopped after the warm-up, or the budget."""
+    return config.warmup_steps + config.finish_steps, config.nfe_budget
+
+
 class TargetNFE(Remembering):
     """Let a dual variable set the price of an evaluation until episodes take ``target_nfe`` on average.
 
+    The episodes are training's own, whose actions are drawn from the policy; the most likely actions, which an
+    evaluation takes, may need more or fewer.
+
     Raises:
-        ValueError: no positive price to start from.
+        ValueError: no positive price to start from, or a mean that no policy can have.
     """
 
     def __init__(self, env: DenoiseVecEnv, target_nfe: float, rate: float) -> None:
         super().__init__()
+        least, most = reachable_nfe(env.env.config)
+        if not least <= target_nfe <= most:
+            raise ValueError(
+                f"reward.target_nfe must lie between {least} (an early stop) and {most} (the budget), got {target_nfe}"
+            )
         self.env = env
         self.dual = DualVariable(target_nfe, env.reward_config.efficiency, rate)
         self._nfe: list[int] = []
@@ -218,8 +244,18 @@ class TargetNFE(Remembering):
         if self._nfe:
             self.dual.update(float(np.mean(self._nfe)))
             self.env.reward_config = replace(self.env.reward_config, efficiency=self.dual.value)
+            self._warn_at_a_bound(float(np.mean(self._nfe)))
         self._nfe = []
         self.logger.record("dual/price", self.dual.value)
+
+    def _warn_at_a_bound(self, mean_nfe: float) -> None:
+        """Say where the price can move no further: the target is out of its reach."""
+        if self.dual.at_bound:
+            warnings.warn(
+                f"the price of an evaluation has come to its bound, {self.dual.value:g}, with episodes of "
+                f"{mean_nfe:.1f} evaluations instead of {self.dual.target_nfe:g}: name another reward.target_nfe",
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The price."""
@@ -249,17 +285,19 @@ class CollapseAlarm(Remembering):
         self._clear()
 
     def _clear(self) -> None:
-        self._actions, self._nfe = [0] * len(ACTIONS), set[int]()
+        self._actions, self._nfe = [0] * len(ACTIONS), list[int]()
 
     def _on_step(self) -> bool:
         for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True):
-            self._actions[info["action_taken"]] += 1
+            _count(self._actions, info["action_taken"])
             if done:
-                self._nfe.add(int(info["nfe"]))
+                self._nfe.append(int(info["nfe"]))
         return not (self.stop and self.collapsed)
 
     def _on_rollout_end(self) -> None:
-        self._rollouts.append({"actions": list(self._actions), "nfe": sorted(self._nfe)})
+        nfe = sorted(self._nfe)
+        # Two ended episodes and both ends are all that the verdict asks for: a checkpoint carries no more.
+        self._rollouts.append({"actions": list(self._actions), "nfe": [nfe[0], nfe[-1]] if len(nfe) > 1 else nfe})
         self._clear()
         self.collapsed = self._verdict() if len(self._rollouts) == self._rollouts.maxlen else None
         self.logger.record("collapse/alarm", float(self.collapsed is not None))
@@ -268,17 +306,20 @@ class CollapseAlarm(Remembering):
 
     def _verdict(self) -> str | None:
         actions = np.sum([rollout["actions"] for rollout in self._rollouts], axis=0)
-        shares = actions / actions.sum()
-        seen = set().union(*(rollout["nfe"] for rollout in self._rollouts))
+        shares = actions / max(1, actions.sum())
+        ended = [nfe for rollout in self._rollouts for nfe in rollout["nfe"]]
         if shares.max() > self.share:
             return f"{shares.max():.1%} of the last {actions.sum()} decisions were {ACTIONS[int(shares.argmax())]!r}"
-        if len(seen) == 1:
-            return f"every episode of the last {len(self._rollouts)} rollouts took {seen.pop()} evaluations"
+        if len(ended) > 1 and len(set(ended)) == 1:  # a single episode has nothing to differ from
+            return f"every episode of the last {len(self._rollouts)} rollouts took {ended[0]} evaluations"
         return None
 
     def _shout(self, verdict: str) -> None:
         what = "stopping" if self.stop else "raise algorithm.ent_coef, or look at the reward's weights"
-        warnings.warn(f"the policy has collapsed: {verdict}; {what}", CollapseWarning, stacklevel=2)
+        text, line = f"the policy has collapsed: {verdict}; {what}", inspect.currentframe().f_lineno  # type: ignore[union-attr]
+        # Without a registry to remember it: Python shows the same words from the same place only once, but the alarm
+        # goes on for as long as the policy stays collapsed.
+        warnings.warn_explicit(text, CollapseWarning, __file__, line, __name__, registry=None)
 
     def state_dict(self) -> dict[str, Any]:
         """The rollouts looked at, and the verdict."""

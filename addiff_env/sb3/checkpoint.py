@@ -66,9 +66,10 @@ def load_training_state(
     """Put a freshly built training where `training_state` found it; the random streams last.
 
     Raises:
-        ValueError: the state is that of another environment or of other callbacks.
+        ValueError: the state is that of another environment or of other callbacks (looks at held-out prompts aside,
+            which have no part in what is learned).
     """
-    if set(state["callbacks"]) != set(callbacks):
+    if (set(state["callbacks"]) ^ set(callbacks)) - {"held_out"}:
         raise ValueError(f"the checkpoint has callbacks {sorted(state['callbacks'])}, this run {sorted(callbacks)}")
     model.policy.load_state_dict(state["policy"])
     model.policy.optimizer.load_state_dict(state["optimizer"])
@@ -82,7 +83,8 @@ def load_training_state(
     for name in _MONITOR:
         setattr(model.env, name, state["monitor"][name].numpy().copy())
     for name, callback in callbacks.items():
-        callback.load_state_dict(state["callbacks"][name])
+        if name in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][name])
     for name, (value, excluded) in state["unlogged"].items():
         model.logger.record(name, value, exclude=tuple(excluded))
     set_random_state(state["random"])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
@@ -15,7 +14,6 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
 from addiff_env.agent import PartNorm, PolicyNet
-from addiff_env.types import ACTIONS
 
 
 class PartNormExtractor(BaseFeaturesExtractor):
@@ -34,9 +32,15 @@ class _TwoLayerMLP:
     """What both policies share; put before an SB3 policy among the bases."""
 
     def __init__(
-        self, *args: Any, parts: dict[str, int], hidden: int = 128, action_bias: Sequence[float] = (0, 0, 0), **kw: Any
+        self,
+        *args: Any,
+        parts: dict[str, int],
+        hidden: int = 128,
+        action_bias: Sequence[float] = (0, 0, 0),
+        gains: Mapping[str, float] | None = None,
+        **kw: Any,
     ) -> None:
-        self.hidden = hidden
+        self.hidden, self.gains = hidden, dict(gains or {})
         kw |= {
             "net_arch": {"pi": [hidden, hidden], "vf": [hidden, hidden]},
             "activation_fn": torch.nn.Tanh,
@@ -50,7 +54,8 @@ class _TwoLayerMLP:
     def export(self: Any) -> PolicyNet:
         """The actor alone, as `addiff_env.agent` saves it."""
         norm = self.features_extractor.norm
-        net = PolicyNet(norm.parts, self.hidden)
+        with torch.random.fork_rng(devices=[]):  # whoever exports in the middle of a training must not change it
+            net = PolicyNet(norm.parts, self.hidden)
         net.norm.load_state_dict(norm.state_dict())
         net.body.load_state_dict(self.mlp_extractor.policy_net.state_dict())
         net.head.load_state_dict(self.action_net.state_dict())
@@ -67,7 +72,8 @@ class DenoisePolicy(_TwoLayerMLP, ActorCriticPolicy):
     """Two-layer MLPs for policy and value over part-wise normalised observations.
 
     ``action_bias`` (3 logits) is where the untrained policy starts: one that mostly continues sees
-    whole trajectories, a uniform one stops two pictures in three before they show anything.
+    whole trajectories, a uniform one stops two pictures in three before they show anything. ``gains`` say which parts
+    of the observation weigh more in the first layer than the others do (`PartNorm.set_statistics`).
     """
 
 
@@ -82,15 +88,14 @@ ALGORITHMS: dict[str, tuple[type[Any], type[Any]]] = {
 
 
 def calibrate(model: Any, steps: int, probabilities: Sequence[float], seed: int) -> None:
-    """Fix the observation statistics from ``steps`` steps of a random policy with these action shares."""
+    """Fix the observation statistics from ``steps`` steps of a random policy with these action shares.
+
+    Raises:
+        ValueError: the policy's gains name parts that the observation does not have.
+    """
     env = model.get_env()
     assert env is not None
-    rng = np.random.default_rng(seed)
     env.seed(seed)
-    observations = [np.asarray(env.reset())]
-    for _ in range(steps):
-        actions = rng.choice(len(ACTIONS), size=env.num_envs, p=probabilities)
-        observations.append(np.asarray(env.step(actions)[0]))
-    seen = torch.as_tensor(np.concatenate(observations))
-    model.policy.features_extractor.norm.set_statistics(seen.mean(0), seen.std(0))
+    norm, gains = model.policy.features_extractor.norm, model.policy.gains
+    norm.calibrate(env.reset, lambda actions: env.step(actions)[0], steps, probabilities, seed, gains)
     model._last_obs = None  # so that learn() resets

@@ -4,7 +4,11 @@
 
 A trial is a whole training in a folder of its own. It is judged on the held-out prompts by quality less a fixed price
 per evaluation (the reward's own price may be among what is searched), and given up early where it does worse than
-others at the same point, or where its policy collapses.
+others at the same point, or where its policy collapses. A worker that was killed and is started again with the same
+``--seed`` goes on with the training it had begun, from its checkpoint, and runs only what is left of its ``--trials``.
+
+Configurations are composed by Hydra, as in ``train_sb3.py``; its Optuna sweeper is not used, since that pins an Optuna
+without journal files. ``train_sb3.py -m seed=0,1,2`` is Hydra's own sweep, for lists of values.
 """
 
 from __future__ import annotations
@@ -19,18 +23,25 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
 from addiff_env.sb3.callbacks import HeldOut
 from addiff_env.sb3.training import Result, train
 
 Trainer = Callable[..., Result]
+HELD_OUT = 128  # prompts that a trial is judged on; the 32 of a single training are too few to tell trials apart
+NOTHING_HELD_OUT = "a search needs held-out prompts: set prompts.held_out.source and logging.held_out_every"
 
 
-def open_study(folder: Path, seed: int | None = None) -> optuna.Study:
-    """The study in ``folder``, made if there is none; safe for many workers, on a network file system too."""
+def open_study(folder: Path, seed: int | None = None, settings: dict[str, Any] | None = None) -> optuna.Study:
+    """The study in ``folder``, made if there is none; safe for many workers, on a network file system too.
+
+    Raises:
+        ValueError: its workers so far had other ``settings``, so that their trials do not compare.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    return optuna.create_study(
+    study = optuna.create_study(
         study_name="addiff",
         storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))),
         direction="maximize",
@@ -38,6 +49,29 @@ def open_study(folder: Path, seed: int | None = None) -> optuna.Study:
         pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
         load_if_exists=True,
     )
+    theirs = study.user_attrs.get("settings", settings) or {}
+    if settings is not None and theirs != settings:
+        names = [name for name in settings if settings[name] != theirs.get(name)]
+        differing = "; ".join(f"{name}: {theirs.get(name)} there, {settings[name]} now" for name in names)
+        raise ValueError(f"{folder} holds a search with other settings ({differing}); name another folder")
+    if settings is not None and "settings" not in study.user_attrs:
+        study.set_user_attr("settings", settings)
+    return study
+
+
+def take_over(study: optuna.Study, worker: int) -> int:
+    """Give up what this worker was killed in, and queue it again in its folder; returns how many it has completed."""
+    own = [trial for trial in study.get_trials() if trial.user_attrs.get("worker") == worker]
+    for trial in own:
+        if trial.state == TrialState.RUNNING:
+            study.tell(trial.number, state=TrialState.FAIL)
+            study.enqueue_trial(trial.params, user_attrs={"folder": folder_name(trial)})
+    return sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in own)
+
+
+def folder_name(trial: optuna.Trial | optuna.trial.FrozenTrial) -> str:
+    """Where a trial trains; one that was queued again goes on in the old place."""
+    return str(trial.user_attrs.get("folder", f"trial-{trial.number:05d}"))
 
 
 def suggest(trial: optuna.Trial, space: dict[str, Any]) -> list[str]:
@@ -65,7 +99,7 @@ def objective_value(held_out: dict[str, float], price: float) -> float:
         ValueError: nothing was held out, so there is nothing to judge by.
     """
     if not held_out:
-        raise ValueError("a search needs held-out prompts: set prompts.held_out.source and logging.held_out_every")
+        raise ValueError(NOTHING_HELD_OUT)
     return held_out["quality"] - price * held_out["nfe_mean"]
 
 
@@ -84,7 +118,7 @@ class Report(BaseCallback):
         held_out = next((callback for callback in every_callback if isinstance(callback, HeldOut)), None)
         if held_out is None or held_out.looks == self._looks:
             return
-        self._looks = held_out.looks
+        self._looks = held_out.looks  # the steps of a trial that goes on continue; Optuna keeps the first of equal ones
         self.trial.report(objective_value(held_out.summary, self.price), self._looks)
         if self.trial.should_prune():
             raise optuna.TrialPruned(f"behind the others after look {self._looks}")
@@ -97,14 +131,19 @@ def run_trial(
     folder: Path,
     price: float,
     trainer: Trainer = train,
+    worker: int | None = None,
 ) -> float:
     """Train once with drawn values; returns what `objective_value` makes of it.
 
     Raises:
-        optuna.TrialPruned: the trial was given up.
+        optuna.TrialPruned: the trial was given up. ValueError: nothing is held out to judge it by.
     """
+    if worker is not None:
+        trial.set_user_attr("worker", worker)
     cfg = configure([*suggest(trial, space), "alarm.stop=true", "progress_bar=false"])
-    result = trainer(cfg, folder / f"trial-{trial.number:05d}", callbacks=[Report(trial, price)])
+    if not (cfg.prompts.held_out.source and cfg.logging.held_out_every):
+        raise ValueError(NOTHING_HELD_OUT)  # before hours of training
+    result = trainer(cfg, folder / folder_name(trial), callbacks=[Report(trial, price)])
     if result.collapsed:
         raise optuna.TrialPruned(f"collapsed: {result.collapsed}")
     return objective_value(result.held_out, price)
@@ -130,19 +169,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--space", type=Path, default=Path("configs/search/ppo.yaml"), help="what may vary")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the Hydra configuration")
     parser.add_argument("--price", type=float, default=0.002, help="quality that one evaluation has to be worth")
-    parser.add_argument("--seed", type=int, default=None, help="of this worker's draws; workers need different ones")
+    parser.add_argument("--seed", type=int, default=None, help="of this worker's draws, and its name: all differ")
     parser.add_argument("overrides", nargs="*", help="as for train_sb3.py, for every trial")
     options = parser.parse_intermixed_args(arguments)
 
     def configure(drawn: list[str]) -> DictConfig:
         with initialize_config_dir(str(options.configs.resolve()), version_base="1.3"):
-            return compose("train", [*options.overrides, *drawn])
+            return compose("train", [f"prompts.held_out.number={HELD_OUT}", *options.overrides, *drawn])
 
-    study, space = open_study(options.folder, options.seed), read_space(options.space)
-    study.optimize(
-        lambda trial: run_trial(trial, configure, space, options.folder, options.price), n_trials=options.trials
-    )
-    complete = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
+    space = read_space(options.space)
+    settings = {"space": space, "price": options.price, "overrides": sorted(options.overrides)}
+    study, worker = open_study(options.folder, options.seed, settings), options.seed
+    left = options.trials - (0 if worker is None else take_over(study, worker))
+    if left > 0:
+        study.optimize(
+            lambda trial: run_trial(trial, configure, space, options.folder, options.price, worker=worker),
+            n_trials=left,
+        )
+    complete = study.get_trials(states=(TrialState.COMPLETE,))
     if not complete:
         print(f"none of {len(study.trials)} trials was completed")
         return

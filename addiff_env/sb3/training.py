@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +20,11 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecMonitor
 
 import addiff_env
-from addiff_env.agent import Agent
+from addiff_env.agent import CALIBRATION_SHARES, Agent
 from addiff_env.baseline_cache import BaselineCache
+from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.prompts import load_prompts
+from addiff_env.reward import check_undiscounted
 from addiff_env.sb3.callbacks import (
     Clock,
     CollapseAlarm,
@@ -39,13 +43,10 @@ from addiff_env.sb3.policies import ALGORITHMS, calibrate
 from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
 from addiff_env.stats import spread
 
-CALIBRATION_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine
 CONFIG_FILE = "config.yaml"
 WANDB_FILE = "wandb-id.txt"
 LOCK_FILE = ".lock"
-# May differ between a run and its continuation. How often held-out prompts are looked at may not: a look draws from
-# PyTorch's random stream, from which the actions after it are drawn as well.
-COSMETIC = ("progress_bar", "threads", "out", "resume", "logging.formats", "logging.filmstrips", "logging.wandb")
+COSMETIC = ("progress_bar", "threads", "out", "resume", "logging")  # may differ between a run and its continuation
 
 
 @dataclass
@@ -135,12 +136,19 @@ class Training:
         self.held_out = build_held_out(cfg, judge)
         self.remembered = build_callbacks(cfg, self.env, self.held_out)
         self.model.set_logger(make_logger(run, list(cfg.logging.formats), state["num_timesteps"] if state else 0))
-        if state is None:
-            self.env.order.progress = 1.0  # the statistics are those of every stage's prompts
-            calibrate(self.model, cfg.calibration_steps, CALIBRATION_SHARES, cfg.seed)
-            self.env.order.progress = 0.0
-        else:
+        try:
+            self._begin(state)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
             load_training_state(state, self.model, self.env, self.remembered)
+            return
+        self.env.order.progress = 1.0  # the statistics are those of every stage's prompts
+        calibrate(self.model, self.cfg.calibration_steps, CALIBRATION_SHARES, self.cfg.seed)
+        self.env.order.progress = 0.0
 
     def learn(self, further: Sequence[BaseCallback] = ()) -> None:
         """Train to the end."""
@@ -240,12 +248,36 @@ def _prompts(source: Any) -> str | list[str]:
 
 
 def build_env(cfg: DictConfig) -> DenoiseVecEnv:
-    """The lanes with their prompt order, curriculum and baselines."""
+    """The lanes with their prompt order, curriculum and baselines.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_baselines`.
+    """
     lanes = make_lanes(cfg.env.id, cfg.num_envs, **env_settings(cfg))
-    baselines = BaselineCache.load(cfg.reward.baselines, lanes) if cfg.reward.baselines else None
+    baselines = load_baselines(cfg, lanes) if cfg.reward.baselines else None
     stages = [Stage(**stage) for stage in cfg.prompts.stages]
     order = PromptOrder(lanes.prompts, stages, baselines.seeds if baselines else None)
     return DenoiseVecEnv(lanes, order, baselines)
+
+
+def load_baselines(cfg: DictConfig, lanes: DiffusionDenoiseVectorEnv) -> BaselineCache:
+    """The configured baselines, which must cover every prompt: one without would end the run in the middle.
+
+    Raises:
+        FileNotFoundError, ValueError: as `BaselineCache.load`; a discount, or prompts without a baseline: the message
+            says how many, and the command that scores them.
+    """
+    check_undiscounted(lanes.reward_config)
+    path, cache = cfg.reward.baselines, BaselineCache.load(cfg.reward.baselines, lanes)
+    missing = cache.missing(lanes.prompts)
+    if missing:
+        kwargs = {name: value for name, value in env_settings(cfg).items() if name != "reward"}
+        options = ["--env", cfg.env.id, "--kwargs", json.dumps(kwargs), "--steps", str(cache.configuration["steps"])]
+        raise ValueError(
+            f"{len(missing)} of {len(lanes.prompts)} prompts have no baseline in {path}, e.g. {missing[0]!r}; "
+            f"add them with: {shlex.join(['python', '-m', 'addiff_env.baseline_cache', str(path), *options])}"
+        )
+    return cache
 
 
 def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
@@ -261,8 +293,9 @@ def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
     if options["gamma"] != env.reward_config.gamma:
         message = "shaping needs one discount: algorithm.gamma is {}, the reward's gamma {}"
         raise ValueError(message.format(options["gamma"], env.reward_config.gamma))
-    del options["total_timesteps"], options["ent_coef_end"]
-    options["learning_rate"] = LinearSchedule(options["learning_rate"], options.pop("learning_rate_end"))
+    lag = env.num_envs * options["n_steps"] / options.pop("total_timesteps")
+    del options["ent_coef_end"]
+    options["learning_rate"] = LinearSchedule(options["learning_rate"], options.pop("learning_rate_end"), lag)
     algorithm, policy = ALGORITHMS[name]
     policy_options = {**_mapping(cfg.policy), "parts": observation_parts(env.env)}
     return algorithm(policy, VecMonitor(env), policy_kwargs=policy_options, seed=cfg.seed, device=cfg.device, **options)
@@ -332,7 +365,7 @@ def differing_values(ours: DictConfig, theirs: DictConfig) -> list[str]:
     """Every value in which two configurations differ, in words, cosmetic ones left out."""
     flat = [_flatten(_mapping(cfg)) for cfg in (ours, theirs)]
     names = sorted(set(flat[0]) | set(flat[1]))
-    names = [name for name in names if not any(f"{name}.".startswith(f"{cosmetic}.") for cosmetic in COSMETIC)]
+    names = [name for name in names if name.split(".")[0] not in COSMETIC]
     missing = "nothing"
     return [
         f"{name}: {flat[1].get(name, missing)} there, {flat[0].get(name, missing)} now"

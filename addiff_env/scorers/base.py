@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from addiff_env.loading import reason, resolve_model
+from addiff_env.loading import check_finite, reason, resolve_model, some
 
 Module = TypeVar("Module", bound=nn.Module)
 LOGIT_LIMIT = 30.0  # of scores without a bound of their own: a logit, or a few standard deviations
@@ -27,9 +25,13 @@ class Scorer(Protocol):
 
     Attributes:
         limit: observations clamp scores to [-limit, limit]; sound scores stay well inside.
+        mean, std: where its scores of generated pictures lie and how far they spread, roughly: what the reward takes
+            for quality 0.5, and for its unit, unless told otherwise.
     """
 
     limit: float
+    mean: float
+    std: float
 
     def score(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Scores (B,) float32 of pictures (B, 3, H, W) in [0, 1] under their prompts; higher is better.
@@ -80,15 +82,19 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         loaded = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file makes torch raise whatever its bytes lead to, IndexError among them
         size = path.stat().st_size
         raise ValueError(
             f"{path} is truncated, corrupted or no checkpoint of tensors alone ({size} bytes): {reason(error, 200)}"
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(_is_entry, state.items())):
         raise ValueError(f"{path} holds no state dict of tensors but {str(loaded)[:80]!r}")
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _is_entry(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
 def _read_torch(path: Path) -> Any:
@@ -122,16 +128,10 @@ def _check_state(module: nn.Module, state: dict[str, torch.Tensor], path: Path, 
             if name in state and state[name].shape != value.shape
         ],
     }
-    found = [f"{len(keys)} keys {what}: {_some(keys)}" for what, keys in problems.items() if keys]
+    found = [f"{len(keys)} keys {what}: {some(keys)}" for what, keys in problems.items() if keys]
     if found:
         raise ValueError(f"{path} does not fit {type(module).__name__}: {'; '.join(found)}")
-    broken = [name for name in expected if not torch.isfinite(state[name]).all()]
-    if broken:
-        raise ValueError(f"{path} holds numbers that are not finite: {_some(broken)}")
-
-
-def _some(keys: Sequence[str], number: int = 4) -> str:
-    return ", ".join(keys[:number]) + (", ..." if len(keys) > number else "")
+    check_finite({name: state[name] for name in expected}, path)
 
 
 def linear_head(width: int) -> nn.Sequential:

@@ -64,6 +64,7 @@ class ImageReward(nn.Module):
     """
 
     limit = LOGIT_LIMIT
+    mean, std = 0.0, 1.0  # it standardises its scores itself
 
     def __init__(
         self, tokenizer: Any, vision: dict[str, Any] | None = None, text: dict[str, Any] | None = None

@@ -6,21 +6,24 @@ It is a transformer that looks at a picture and its prompt together and says, as
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-from addiff_env.loading import shared
+from addiff_env.loading import reason, shared
 from addiff_env.preprocessing import check_pairs
-from addiff_env.scorers.base import LOGIT_LIMIT
+from addiff_env.scorers.base import LOGIT_LIMIT, load_exactly, read_checkpoint
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+MODEL_TYPE = "pixel_text_reward"
 
 
 class _Residual(nn.Module):
@@ -64,10 +67,11 @@ class PixelTextReward(nn.Module):
 
     A convolutional stem turns a 64x64 picture into 8x8 tokens; these, the prompt's tokens and one
     learned read-out token pass through a transformer. ``score_mean`` and ``score_std`` are the
-    logit's statistics on held-out generated pictures, for normalisation.
+    logit's statistics on held-out generated pictures, for the record.
     """
 
     limit = LOGIT_LIMIT
+    mean, std = 0.0, 1.0  # the reward takes the logit's own probability for quality
 
     def __init__(
         self,
@@ -83,7 +87,7 @@ class PixelTextReward(nn.Module):
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
-            "model_type": "pixel_text_reward",
+            "model_type": MODEL_TYPE,
             "vocab_size": vocab_size,
             "max_length": max_length,
             "width": width,
@@ -179,7 +183,7 @@ class PixelTextReward(nn.Module):
 
         Raises:
             FileNotFoundError: one of its files is missing.
-            ValueError: the weights are truncated, or not those of this configuration.
+            ValueError: one is damaged, or the weights are not those of this configuration; the message names it.
         """
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS, TOKENIZER):
@@ -188,10 +192,14 @@ class PixelTextReward(nn.Module):
                     f"{folder / name} is missing: a reward folder holds {CONFIG}, {WEIGHTS} and {TOKENIZER}. The "
                     "embedded world's comes with the package, or is made by: python -m addiff_env.tiny.recipes.reward"
                 )
-        model = cls(**_read_config(folder / CONFIG))
-        _load_weights(model, folder / WEIGHTS)
-        model.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        return model.to(torch_dtype).eval().requires_grad_(False)
+        with _explained(folder / CONFIG):
+            make = partial(cls, **_read_config(folder / CONFIG))
+            with torch.device("meta"):
+                make()  # does it fit the class at all?
+        model = load_exactly(make, read_checkpoint(folder / WEIGHTS), folder / WEIGHTS)
+        with _explained(folder / TOKENIZER):
+            model.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        return model.to(torch_dtype)
 
 
 @shared
@@ -200,23 +208,18 @@ def load_pixel_text_reward(folder: str | Path, device: str | torch.device = "cpu
     return PixelTextReward.from_pretrained(folder).to(device=device, memory_format=torch.channels_last)
 
 
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Name the file in whatever goes wrong with what it says."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or not a PixelTextReward's: {reason(error)}") from error
+
+
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-        kind = config.pop("model_type")
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is not a PixelTextReward configuration: {error}") from error
-    if kind != "pixel_text_reward":
-        raise ValueError(f"{path} has model_type {kind!r}, not 'pixel_text_reward'")
+    """The arguments that ``path`` gives the model."""
+    config = json.loads(path.read_text())
+    if (kind := config.pop("model_type")) != MODEL_TYPE:
+        raise ValueError(f"model_type is {kind!r}, not {MODEL_TYPE!r}")
     return config
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupted ({path.stat().st_size} bytes): {error}") from error
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit its {CONFIG}: {error}") from error

@@ -2,7 +2,7 @@
 
 ``python -m addiff_env.tiny.auc`` denoises ``dev`` prompts with the environment's own schedule, decodes the clean
 prediction at 20%, 40%, 60%, 80% and 100% of it, and prints the area under the ROC curve of every scorer for the verdict
-on the *finished* picture. What the prompt alone tells is listed beside them: a scorer is worth its lead over that.
+on the *finished* picture. What the prompt alone tells a linear probe is listed beside them (`probe` states its limits).
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def auc_interval(scores: np.ndarray, labels: np.ndarray, draws: int = 500, seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of `auc` over pictures."""
+    """95% bootstrap interval of `auc` over pictures; NaN where one of the classes is empty."""
+    if math.isnan(auc(scores, labels)):
+        return math.nan, math.nan
     rng = np.random.default_rng(seed)
     index = rng.integers(len(labels), size=(draws, len(labels)))
     values = [auc(scores[rows], labels[rows]) for rows in index]
@@ -53,7 +55,12 @@ def auc_interval(scores: np.ndarray, labels: np.ndarray, draws: int = 500, seed:
 
 
 def probe(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Out-of-fold ridge predictions (N,) of ``labels`` (N,) from ``features`` (N, D): what they alone tell."""
+    """Out-of-fold ridge predictions (N,) of ``labels`` (N,) from ``features`` (N, D): what they alone tell, at least.
+
+    A linear fit to a few hundred prompts with a fixed penalty: a better reader of the same text, or one that saw more
+    verdicts, could tell more, so that a scorer's lead over this is an upper bound of what its eyes are worth. Folds are
+    drawn over rows; prompts that occur more than once would be seen in training.
+    """
     fold = np.random.default_rng(0).permutation(len(labels)) % FOLDS
     predictions = np.zeros(len(labels))
     for held in range(FOLDS):
@@ -146,7 +153,7 @@ def table(result: dict[str, Any]) -> str:
         cells = (f"{e['auc']:.3f} ({e['low']:.2f}-{e['high']:.2f})" for e in shares.values())
         lines.append(f"{name:<34}" + "".join(f"{cell:>18}" for cell in cells))
     for share, least in LEAST.items():
-        value = result["auc"]["reward model"][f"{share:g}"]["auc"]
+        value = reward_auc(result, share)
         lines.append(
             f"reward model at {share:.0%}: {value:.3f}, wanted {least}: {'pass' if value >= least else 'FAIL'}"
         )
@@ -166,10 +173,7 @@ def main() -> None:
     args = parser.parse_args()
     result = measure(args)
     print(json.dumps(result, indent=2) if args.json else table(result))
-    missed = [
-        share for share, least in LEAST.items() if not result["auc"]["reward model"][f"{share:g}"]["auc"] >= least
-    ]
-    raise SystemExit(1 if missed else 0)
+    raise SystemExit(0 if all(reward_auc(result, share) >= least for share, least in LEAST.items()) else 1)
 
 
 if __name__ == "__main__":

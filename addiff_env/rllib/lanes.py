@@ -1,0 +1,76 @@
+"""The environment as an env runner takes it, and a first look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AutoresetMode, VectorWrapper
+
+import addiff_env  # noqa: F401, registers the ids in the worker
+from addiff_env.agent import CALIBRATION_SHARES, PartNorm
+from addiff_env.env import DiffusionDenoiseVectorEnv
+
+
+class LeanInfo(VectorWrapper):
+    """Only what is a plain array per lane stays in ``info``: RLlib splits it into one dictionary per lane."""
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Reset; see the environment."""
+        observation, info = self.env.reset(**kwargs)
+        return observation, _lean(info)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Step; see the environment."""
+        *result, info = self.env.step(actions)
+        return (*result, _lean(info))
+
+
+def _lean(info: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in info.items() if not isinstance(value, dict) and name != "_reward"}
+
+
+def make_lanes(context: Mapping[str, Any]) -> gym.vector.VectorEnv:
+    """What an env runner calls: ``id`` and ``kwargs`` of an environment, and ``num_envs`` as RLlib adds it.
+
+    Lanes restart in the step after the one that ended them (Gymnasium's default), which RLlib relies on.
+    """
+    lanes = gym.make_vec(
+        context["id"],
+        num_envs=context.get("num_envs", 1),
+        autoreset_mode=AutoresetMode.NEXT_STEP,
+        **context["kwargs"],
+    )
+    return LeanInfo(lanes)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a training has to know of its environment beforehand."""
+
+    norm: PartNorm  # calibrated
+    backbone: dict[str, Any]  # as the agent bundle describes it
+    reward: dict[str, float]
+
+
+def survey(context: Mapping[str, Any], steps: int, seed: int) -> Survey:
+    """Play ``steps`` random steps on the lanes that ``context`` makes.
+
+    Raises:
+        ValueError: observations other than flat NumPy arrays.
+    """
+    wrapped = make_lanes(context)
+    lanes = wrapped.unwrapped
+    assert isinstance(lanes, DiffusionDenoiseVectorEnv)
+    layout = (lanes.config.obs_mode, lanes.config.obs_backend)
+    if layout != ("flat", "numpy"):
+        raise ValueError(f"RLlib needs obs_mode 'flat' and obs_backend 'numpy', got {layout}")
+    norm = PartNorm(lanes.perception.parts)
+    norm.calibrate(
+        lambda: wrapped.reset(seed=seed)[0], lambda actions: wrapped.step(actions)[0], steps, CALIBRATION_SHARES, seed
+    )
+    backbone = {"model": lanes.config.model, "dtype": lanes.backbone.dtype_name}
+    wrapped.close()
+    return Survey(norm, backbone, dict(vars(lanes.reward_config)))

@@ -1,0 +1,90 @@
+"""What decides an RLlib run, and where its runners find room."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from addiff_env.rllib import checkpoint
+
+FILE = "settings.json"
+
+
+def _knob(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run; what is not said here is RLlib's default. Every field from the third on is a command line option."""
+
+    env_id: str = "AdDiffusion-Tiny-v0"
+    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    num_env_runners: int = _knob(2, "processes that play, each with its own model; 0: in the main process")
+    num_envs_per_runner: int = _knob(16, "lanes denoised in one batch")
+    gpus_per_runner: float | None = _knob(None, "default: the cluster's GPUs, shared out evenly, at most one each")
+    steps_per_lane: int = _knob(24, "decisions of every lane per iteration")
+    minibatch_size: int = _knob(192, "decisions")
+    num_epochs: int = _knob(8, "passes over an iteration's decisions")
+    learning_rate: float = _knob(1e-3, "Adam's")
+    entropy_coeff: float = _knob(0.01, "weight of the entropy bonus")
+    hidden: int = _knob(128, "width of both layers, of policy and value")
+    action_bias: Sequence[float] = _knob((1.9, -0.3, -0.5), "initial logits of continue, stop, refine")
+    calibration_steps: int = _knob(24, "random steps per lane that fix the observation's normalisation")
+    seed: int = _knob(0, "of weights, prompts, noise and exploration")
+
+    @property
+    def train_batch_size(self) -> int:
+        """Decisions per iteration, over all runners."""
+        return max(1, self.num_env_runners) * self.num_envs_per_runner * self.steps_per_lane
+
+
+def claim(folder: Path, settings: Settings) -> None:
+    """Write the settings into the run's folder; one that has a checkpoint already must have the same.
+
+    Raises:
+        ValueError: it has others; every differing value is named.
+    """
+    path, ours = folder / FILE, json.loads(json.dumps(asdict(settings)))
+    begun = path.is_file() and any(folder.glob(f"{checkpoint.NAME}*"))
+    theirs = json.loads(path.read_text()) if begun else ours
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if differing := [f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in names]:
+        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(differing)}); name another folder")
+    partial = path.with_name(FILE + ".partial")
+    partial.write_text(json.dumps(ours, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def share_gpus(settings: Settings, nodes: Sequence[Mapping[str, float]]) -> float:
+    """GPUs of one env runner on nodes with these resources (``CPU`` and ``GPU``); a runner also takes one CPU.
+
+    Raises:
+        ValueError: the runners do not fit: Ray would wait for room forever.
+    """
+    runners, share = settings.num_env_runners, settings.gpus_per_runner
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    if not runners:
+        return 0.0  # the main process sees every GPU
+    if share is None:
+        # Down to the ten-thousandths that Ray counts in: 0.1429 seven times would be more than one GPU.
+        share = math.floor(10_000 / math.ceil(runners / gpus)) / 10_000 if gpus else 0.0
+    if (room := sum(_room(node, share) for node in nodes)) < runners:
+        cpus = sum(int(node.get("CPU", 0)) for node in nodes)
+        raise ValueError(
+            f"{runners} env runners with 1 CPU and {share:g} GPUs each: there is room for {room} on "
+            f"{len(nodes)} node(s) with {cpus} CPUs and {gpus} GPUs"
+        )
+    return share
+
+
+def _room(node: Mapping[str, float], share: float) -> int:
+    cpus, gpus = int(node.get("CPU", 0)), int(node.get("GPU", 0))
+    if not share:
+        return cpus
+    return min(cpus, gpus * int(1 / share) if share <= 1 else int(gpus // share))
