@@ -110,6 +110,19 @@ def test_t2i_compbench_has_eight_categories(root):
         load_benchmark("t2i-compbench", root=root)
 
 
+def test_the_lists_of_t2i_compbench_say_which_relations_complex_prompts_have(root):
+    def complex_items():
+        items = load_benchmark("t2i-compbench", root=root, any_length=True, images_per_prompt=1)
+        return {item.prompt: item.metadata for item in items if item.category == "complex"}
+
+    assert complex_items() == {"a complex mug": {}, "a complex pot": {}}
+    write(root / "t2i_compbench/complex_val_spatial.txt", "A complex mug. \n")
+    assert complex_items() == {"a complex mug": {}, "a complex pot": {}}  # half the lists say nothing
+    write(root / "t2i_compbench/complex_val_action.txt", "an other\n")
+    kinds = {prompt: metadata["relations"] for prompt, metadata in complex_items().items()}
+    assert kinds == {"a complex mug": "spatial", "a complex pot": "both"}
+
+
 def test_a_list_of_another_length_is_refused(root):
     with pytest.raises(ValueError, match="has 4 prompts, the published list has 200.*dalle3-eval-samples"):
         load_benchmark("drawbench", root=root)

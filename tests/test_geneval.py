@@ -293,6 +293,22 @@ def test_the_vocabulary_is_coco_under_genevals_names():
         vocabulary(coco)
 
 
+COCO_BY_PASCAL_VOC = (  # the label set of the Mask2Former COCO-instance and RT-DETR checkpoints
+    "person,bicycle,car,motorbike,aeroplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,"
+    "cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,sofa,"
+    "pottedplant,bed,diningtable,toilet,tvmonitor,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,"
+    "refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush"
+)
+
+
+@pytest.mark.parametrize("other", [{}, {"hair drier": "hair dryer", "cell phone": "cellphone"}])
+def test_the_vocabulary_knows_what_checkpoints_call_its_classes(other):
+    labels = [other.get(name, name) for name in COCO_BY_PASCAL_VOC.split(",")]
+    assert tuple(vocabulary(dict(enumerate(labels))).values()) == GENEVAL_CLASSES
+
+
 @pytest.mark.skipif(not os.environ.get("ADDIFF_DATA"), reason="ADDIFF_DATA names no folder of benchmark lists")
 def test_the_vocabulary_is_the_published_one():
     published = Path(os.environ["ADDIFF_DATA"], "geneval/object_names.txt").read_text().split("\n")

@@ -222,7 +222,31 @@ def test_a_judge_that_never_answers_properly_gives_no_tie(server, ask, pairs, tm
     (found,) = judge.compare(pairs[:1])
     assert found.winner is None and not found.consistent
     assert judge.spent_usd == pytest.approx(6 * 0.0035)  # paid for all the same
-    assert not (tmp_path / "answers.jsonl").exists()
+    again = ask()  # a rerun neither forgets the money nor pays for the same again
+    assert again.spent_usd == pytest.approx(6 * 0.0035) and again.estimate_usd(pairs[:1]) == 0
+    assert again.compare(pairs[:1])[0].winner is None and len(server.requests) == 6
+    server.reply = brighter
+    with Judge(again.settings, tmp_path / "answers.jsonl", again=True) as insisting:
+        assert insisting.compare(pairs[:1])[0].winner == "a"
+
+
+def test_the_ceiling_counts_what_earlier_runs_spent(server, ask, pairs):
+    first = ask(max_usd=0.05)
+    first.compare(pairs[:2])
+    assert first.spent_usd == pytest.approx(4 * 0.0035)
+    resumed = ask(max_usd=0.05)
+    assert resumed.spent_usd == pytest.approx(4 * 0.0035)
+    with pytest.raises(CostCeilingError, match=r"\$0.01 is spent"):
+        resumed.compare(pairs)  # four more questions are about 0.044
+    assert len(server.requests) == 4
+    assert ask(max_usd=0.001).compare(pairs[:2])  # answers that are there cost nothing
+    assert ask(max_usd=0.05, base_url=server.url + "/").spent_usd == 0  # another judge's money
+
+
+def test_equal_pictures_are_a_tie_that_nobody_is_asked_about(server, ask, pairs):
+    same = Pair("p", 0, "good", "bad", pairs[0].image_a, pairs[0].image_a)
+    (found,) = ask().compare([same])
+    assert (found.winner, found.consistent) == ("tie", True) and not server.requests
 
 
 # --------------------------------------------------------------------------- money

@@ -20,6 +20,8 @@ from addiff_env.evaluation.phrases import noun_phrases, singular
         ("eight cats lounged in the sun", ["eight cats", "the sun"]),
         ("a airplane on the top of a horse", ["a airplane", "a horse"]),
         ("A person is jumping on a trampoline", ["A person", "a trampoline"]),
+        ("a phone hidden by a man", ["a phone", "a man"]),
+        ("a hidden door", ["a hidden door"]),
         ("", []),
         ("on the left of", []),
     ],

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import json
 import re
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from PIL import Image
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.exports import latex_escape, latex_table, write_csv
 from addiff_env.evaluation.html import MAX_SIDE, png_uri, write_report
-from addiff_env.evaluation.hypotheses import SUPPORTED, UNDECIDED, Part, Verdict
+from addiff_env.evaluation.hypotheses import SUPPORTED, UNDECIDED, Part, Rules, Verdict
 from addiff_env.evaluation.rows import append_rows
+from addiff_env.evaluation.rules import read_rules
 from addiff_env.evaluation.runs import (
     Strip,
     read_items,
@@ -176,6 +178,66 @@ def test_every_metric_and_category_is_there(page):
     assert page.line("categories", "agent")[1:] == [percent(1, 2), percent(1, 2)]
 
 
+PROTOCOLS = {
+    "geneval": {"agent": {"single": 1.0, "two": 0.5, "overall": 0.75}, "gone": {"single": 0.0, "overall": 0.0}},
+    "t2i_compbench": {"agent": {"color": 0.4321}, "ddim-5": {"color": 0.25}},
+}
+SETS = {
+    "references": {"inception": {"extractor": "inception <v3>", "size": None, "codec": "png"}},
+    "methods": {
+        "agent": {"pictures": 4, "fid": 12.5, "kid": 0.0123, "kid_std": 0.0045, "cmmd": 0.75},
+        "gone": {"pictures": 4, "fid": 1.0},
+    },
+}
+
+
+def whole_run(folder):
+    (folder / "protocols.json").write_text(json.dumps(PROTOCOLS))
+    (folder / "set_metrics.json").write_text(json.dumps(SETS))
+    rows = [replace(row, image="") for row in rows_of()]
+    return rows, write_report(folder, rows, ITEMS, [])
+
+
+def read_page(folder):
+    page = Page()
+    page.feed((folder / "report.html").read_text(encoding="utf-8"))
+    page.close()
+    assert page.open == []
+    return page
+
+
+def test_protocols_and_set_metrics_are_shown(tmp_path):
+    whole_run(tmp_path)
+    page = read_page(tmp_path)
+    lines = page.tables["whole"]
+    assert lines[:2] == [["method", "overall", "single", "two"], ["agent", "0.7500", "1.0000", "0.5000"]]
+    assert lines[2:5] == [["method", "color"], ["ddim-5", "0.2500"], ["agent", "0.4321"]]
+    assert lines[5:] == [
+        ["method", "pictures", "fid", "kid", "cmmd"],
+        ["agent", "4", "12.5000", "0.0123 ± 0.0045", "0.7500"],
+    ]  # "gone" is no method of these rows
+    assert "extractor inception <v3>, size –, codec png" in " ".join("".join(page.words).split())
+
+
+def test_protocols_and_set_metrics_are_exported(tmp_path):
+    rows, written = whole_run(tmp_path)
+    assert [path.name for path in written][3:] == ["table_whole.csv"]
+    with (tmp_path / "table_whole.csv").open(newline="", encoding="utf-8") as file:
+        lines = {(x["method"], x["metric"], x["category"]): x for x in csv.DictReader(file)}
+    assert float(lines["agent", "geneval", "overall"]["value"]) == 0.75
+    assert float(lines["ddim-5", "t2i_compbench", "color"]["value"]) == 0.25
+    kid = lines["agent", "kid", ""]
+    assert (float(kid["value"]), float(kid["sd"]), kid["pictures"]) == (0.0123, 0.0045, "4")
+    assert len(lines) == 3 + 2 + 3
+    tex = (tmp_path / "table.tex").read_text()
+    assert r"agent & 12.5000 & 0.0123 (0.0045) & 0.7500 \\" in tex and r"agent & 0.7500 & 1.0000 & 0.5000 \\" in tex
+    assert tex.count(r"\toprule") == 2 + 3
+    for name in ("protocols.json", "set_metrics.json"):
+        (tmp_path / name).unlink()
+    assert len(write_report(tmp_path, rows, ITEMS, [])) == 3 and not (tmp_path / "table_whole.csv").exists()
+    assert "whole" not in read_page(tmp_path).tables
+
+
 def test_decisions_and_complexity(page):
     # First decisions 0, 0, 2, 0; second 1, 2, 1, 0; third 1, 0; fourth 1.
     decisions = page.tables["actions"][1:]
@@ -193,6 +255,45 @@ def test_verdicts_are_shown_with_their_parts(page):
     assert "H1 undecided" in text and "About 777 prompts would decide." in text and "H2 supported" in text
     assert page.line("verdicts", "quality") == ["quality", "undecided", "0.125 [-0.25, 0.5]", "0.032"]
     assert page.line("verdicts", "above")[3] == "< 0.0001"
+
+
+def test_the_rules_of_the_verdicts_are_shown(tmp_path, page):
+    text = " ".join(" ".join(page.words).split())
+    assert "one-sided tests at 5%, over prompts; in their brackets stand the bounds that decide" in text
+    assert "Of success, 0.02 less still counts as equal, and 0.01 more is the smallest gain" in text
+    assert page.line("verdicts", "margin")[1] == "0.02" and page.line("verdicts", "worthwhile")[1] == "0.01"
+    (tmp_path / "config.yaml").write_text("rules: {alpha: 0.01, margin: 0.004, max_nfe: 20}\n")
+    scores = [replace(row, image="", scores={"imagereward": float(row.nfe)}) for row in rows_of()]
+    write_report(tmp_path, scores, ITEMS, VERDICTS)
+    shown = read_page(tmp_path)
+    assert "one-sided tests at 1%, over prompts; in their brackets stand the bounds that decide" in " ".join(
+        " ".join(shown.words).split()
+    )
+    lines = {name: shown.line("verdicts", name)[1] for name in ("score", "margin", "worthwhile", "max NFE")}
+    assert lines == {"score": "imagereward", "margin": "0.004", "worthwhile": "0.025", "max NFE": "20"}
+    (tmp_path / "verdicts.json").write_text(json.dumps({"rules": {"margin": 0.5}, "verdicts": []}))
+    assert read_rules(tmp_path, "imagereward") == Rules("imagereward", 0.5, 0.025)
+
+
+def test_failures_of_any_metric_that_passes_or_fails_are_shown(tmp_path):
+    rows = [replace(row, image="", scores={"geneval": row.scores["success"]}) for row in rows_of()]
+    write_report(tmp_path, rows, ITEMS, [])
+    page = read_page(tmp_path)
+    assert "The agent failed 2 of 4 pictures" in " ".join("".join(page.words).split())
+    assert page.line("failures", "ddim-10") == ["ddim-10", "1", "0"]
+    assert any("geneval: star is missing" in words for words in page.words)
+    graded = [replace(row, scores={"imagereward": float(row.nfe)}) for row in rows]
+    write_report(tmp_path, graded, ITEMS, [])
+    assert not any("The agent failed" in words for words in read_page(tmp_path).words)
+
+
+def test_what_was_left_out_is_said(tmp_path, page):
+    rows = [replace(row, image="") for row in rows_of()]
+    write_provenance(tmp_path, rows, benchmark="toy", left_out=["method 'lcm-4': no <LoRA>", "metric 'fid': offline"])
+    write_report(tmp_path, rows, ITEMS, [])
+    text = "".join(read_page(tmp_path).words)
+    assert text.count("method 'lcm-4': no <LoRA>") == 1 and "metric 'fid': offline" in text
+    assert not any("left out" in words for words in page.words)
 
 
 def test_failures_show_the_reason_and_what_others_made(page):

@@ -169,6 +169,13 @@ def test_the_library_says_the_same_of_the_same_folders(tmp_path, rng, small_extr
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6 * np.trace(np.cov(x, rowvar=False)))
 
 
+def test_pictures_of_several_sizes_need_a_size(tmp_path, rng, small_extractor):
+    paths = [*pictures(tmp_path / "a", rng, 3), *pictures(tmp_path / "b", rng, 2, size=(30, 20))]
+    with pytest.raises(ValueError, match="20x20 and 20x30 .*set_metrics.size=<pixels>"):
+        extract(None, paths, batch_size=2)  # before any network is touched
+    assert len(extract(small_extractor, paths, batch_size=2, size=16)) == 5
+
+
 @pytest.mark.slow
 def test_the_librarys_command_says_the_same_with_an_inception_network(tmp_path, rng, monkeypatch):
     import torch

@@ -1,6 +1,5 @@
 """T2I-CompBench: rules by hand and against a second statement of them; prompts; small models with random weights."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,13 @@ from addiff_env.evaluation.geneval import Detection
 from addiff_env.evaluation.t2i import (
     RELATIONS,
     BlipVqa,
+    DepthEstimator,
     T2IMetric,
     WordDetector,
     complex_demand,
+    depth_demand,
+    depth_relation_score,
+    depth_score,
     detect,
     numeracy_demand,
     numeracy_score,
@@ -109,7 +112,7 @@ def test_spatial_scores_by_hand() -> None:
 def test_boxes_are_measured_in_the_scripts_pixels() -> None:
     picture = np.zeros((958, 1000, 3), np.uint8)
     seen = [found("cat", (100, 200, 300, 400)), found("dog", score=0.2)]
-    (kept,) = detect(lambda shown: seen, picture, threshold=0.3)  # type: ignore[arg-type]
+    (kept,) = detect(lambda shown, words: seen, picture, [], threshold=0.3)
     assert kept.label == "cat" and kept.box == pytest.approx((50, 100, 150, 200))
 
 
@@ -145,10 +148,83 @@ def test_a_box_inside_another_of_its_kind_is_the_same_object() -> None:
         numeracy_score([], [])
 
 
+# --------------------------------------------------------------------------- depth
+
+NEAR = np.tile(np.linspace(0, 1, 100), (50, 1))  # (50, 100): nearer to the right
+
+
+@pytest.mark.parametrize(
+    ("relation", "a", "b", "score"),
+    [  # seen from the first box
+        ("in front of", (20, 0, 60, 50), (10, 0, 50, 50), 1.0),  # nearer, IoU .6
+        ("behind", (20, 0, 60, 50), (10, 0, 50, 50), 0.0),
+        ("behind", (10, 0, 50, 50), (20, 0, 60, 50), 1.0),
+        ("hidden", (10, 0, 50, 50), (20, 0, 60, 50), 1.0),
+        ("in front of", (30, 0, 70, 50), (10, 0, 50, 50), (20 / 60) / 0.5),  # IoU 1/3
+        ("in front of", (60, 0, 90, 50), (10, 0, 50, 50), 0.0),  # nearer, but covers nothing
+        ("in front of", (20, -9, 60, 50), (10, 0, 50, 50), 1.0),  # a box may reach outside the picture
+        ("behind", (20, 60, 60, 90), (20, 60, 60, 90), 0.0),  # or lie there
+        (None, (20, 0, 60, 50), (10, 0, 50, 50), 0.0),
+    ],
+)
+def test_depth_relations_by_hand(relation: str | None, a: tuple[int, ...], b: tuple[int, ...], score: float) -> None:
+    assert depth_relation_score(relation, a, b, NEAR) == pytest.approx(score)
+
+
+def plain_depth_score(names: tuple[str, str], relation: str, seen: list[Detection], near: np.ndarray) -> float:
+    """The rules stated a second time, as a loop over labels and boxes."""
+    labels = [one.label for one in seen]
+    present = [any(name in label for label in labels) for name in names]
+    if not any(present):
+        return 0.0
+    if not all(present):
+        name = names[present.index(True)]
+        return 0.25 * next(one.score for one in seen if name in one.label)
+    last: dict[int, int] = {}
+    for i, label in enumerate(labels):
+        last |= {k: i for k in (0, 1) if names[k] in label}
+        if len(last) == 2:
+            break
+    a, b = seen[last[0]], seen[last[1]]
+    wide = max(0, min(a.box[2], b.box[2]) - max(a.box[0], b.box[0]))
+    high = max(0, min(a.box[3], b.box[3]) - max(a.box[1], b.box[1]))
+    areas = sum((one.box[2] - one.box[0]) * (one.box[3] - one.box[1]) for one in (a, b))
+    iou = wide * high / (areas - wide * high)
+    means = [near[int(o.box[1]) : int(o.box[3]), int(o.box[0]) : int(o.box[2])].mean() for o in (a, b)]
+    right = means[0] > means[1] if relation == "in front of" else means[0] < means[1]
+    return 0.25 * a.score + 0.25 * b.score + 0.5 * right * min(1, iou / 0.5)
+
+
+corners = st.tuples(st.integers(0, 40), st.integers(0, 20), st.integers(1, 50), st.integers(1, 25))
+sightings = st.builds(
+    lambda label, c, score: found(label, (c[0], c[1], c[0] + c[2], c[1] + c[3]), score),
+    st.sampled_from(["cat", "dog", "teddy cat", "cup"]),
+    corners,
+    st.floats(0.1, 1.0),
+)
+
+
+@given(st.lists(sightings, max_size=5), st.sampled_from(["in front of", "behind", "hidden"]))
+def test_depth_scores_equal_a_second_statement(seen: list[Detection], relation: str) -> None:
+    expected = plain_depth_score(("cat", "dog"), relation, seen, NEAR)
+    assert depth_score(seen, ("cat", "dog"), relation, NEAR) == pytest.approx(expected)
+
+
+def test_depth_of_a_prompt_that_names_nothing() -> None:
+    assert depth_score([found("cat")], None, "behind", NEAR) == 0.0
+
+
 # --------------------------------------------------------------------------- prompts
 
 
 def test_demands_by_hand() -> None:
+    assert depth_demand("a phone hidden by a man") == (("phone", "person"), "hidden")
+    assert depth_demand("a dog in front of a desk") == (("dog", "desk"), "in front of")
+    assert depth_demand("a girl behind a cow") == (("person", "cow"), "behind")
+    # The script of places renames persons alone, that of numbers others too.
+    assert spatial_demand("a ship near a painting") == (("ship", "painting"), "near")
+    assert numeracy_demand("two ships and a painting") == [("boat", 2), ("picture", 1)]
+    assert complex_demand("The television was next to the goldfish.") == (("television", "goldfish"), "next to")
     assert spatial_demand("a girl on the left of a traffic light") == (("person", "light"), "on the left of")
     assert spatial_demand("a horse on side of a bicycle") == (("horse", "bicycle"), "on side of")
     assert spatial_demand("a horse") == (None, None)
@@ -167,8 +243,11 @@ def test_demands_by_hand() -> None:
 @pytest.mark.skipif(not os.environ.get("ADDIFF_DATA"), reason="ADDIFF_DATA names no folder of benchmark lists")
 def test_every_public_prompt_demands_something() -> None:
     folder = Path(os.environ["ADDIFF_DATA"], "t2i_compbench")
-    prompts = {name: (folder / f"{name}_val.txt").read_text().splitlines() for name in ("spatial", "numeracy", "color")}
+    names = ("spatial", "3d_spatial", "numeracy", "color")
+    prompts = {name: (folder / f"{name}_val.txt").read_text().splitlines() for name in names}
     demands = [spatial_demand(prompt) for prompt in prompts["spatial"]]
+    demands += [depth_demand(prompt) for prompt in prompts["3d_spatial"]]
+    assert not any("hidden" in objects for objects, _ in demands if objects)
     assert all(objects and relation for objects, relation in demands)
     assert sum(bool(numeracy_demand(prompt)) for prompt in prompts["numeracy"]) == len(prompts["numeracy"])
     assert all(questions(prompt) for prompt in prompts["color"])
@@ -250,10 +329,43 @@ def test_words_are_detected(tmp_path: Path, rng: np.random.Generator) -> None:
     processor = OwlViTProcessor(OwlViTImageProcessor(size={"height": 64, "width": 64}), tokenizer)
     processor.save_pretrained(tmp_path)
     made = open_t2i("spatial", f"{tmp_path},threshold=0.0", "cpu", [Item("a circle near a star", 0, "spatial")])
-    assert isinstance(made.detector, WordDetector) and made.detector.words == ["circle", "star"]
-    seen = made.detector(Image.fromarray(rng.integers(0, 255, (48, 80, 3), np.uint8)))
+    assert isinstance(made.detector, WordDetector)
+    picture = rng.integers(0, 255, (48, 80, 3), np.uint8)
+    seen = made.detector(Image.fromarray(picture), ["circle", "star"])
     assert len(seen) == 4 and {one.label for one in seen} <= {"circle", "star"}  # one for each patch
     assert [one.score for one in seen] == sorted((one.score for one in seen), reverse=True)
+    assert made.detector(Image.fromarray(picture), []) == []
+
+
+def test_a_pictures_score_depends_on_its_own_prompt_alone() -> None:
+    asked = []
+
+    def detector(picture: Image.Image, words: Any) -> list[Detection]:
+        asked.append(list(words))
+        return []
+
+    items = [Item("a cat near a dog", 0, "spatial"), Item("two dogs and one cup", 1, "numeracy")]
+    metric("t2i_compbench", detector=detector).score(np.concatenate([PICTURE, PICTURE]), items)
+    assert asked == [["cat", "dog"], ["dog", "cup"]]
+
+
+def test_depth_is_estimated(tmp_path: Path, rng: np.random.Generator) -> None:
+    from transformers import DepthAnythingConfig, DPTConfig, DPTForDepthEstimation, DPTImageProcessor
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    necks = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "backbone_out_indices": [0, 1, 2, 3]}
+    config = DPTConfig(**sizes, **necks, intermediate_size=16, image_size=32, patch_size=16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        DPTForDepthEstimation(config).save_pretrained(tmp_path)
+    DPTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    nearness = DepthEstimator(str(tmp_path))(Image.fromarray(rng.integers(0, 255, (40, 80, 3), np.uint8)))
+    assert nearness.shape == (479, 958) and (nearness.min(), nearness.max()) == (0, 1)
+    DepthAnythingConfig(depth_estimation_type="metric").save_pretrained(tmp_path)  # of which the largest is farthest
+    with pytest.raises(ValueError, match=r"\(depth_anything\) is no DPT or Depth Anything of relative depth"):
+        DepthEstimator(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="/nowhere/dpt.*spatial_3d:depth=<folder>"):
+        DepthEstimator("/nowhere/dpt")
 
 
 # --------------------------------------------------------------------------- the metrics
@@ -276,10 +388,12 @@ class Cosine:
 
 
 def metric(name: str, **more: Any) -> T2IMetric:
-    def detector(picture: Image.Image) -> list[Detection]:
-        return [found("apple", (0, 0, 100, 100), 1.0), found("plate", (300, 0, 400, 100), 1.0)]
+    def detector(picture: Image.Image, words: Any) -> list[Detection]:
+        cup = found("cup", (10, 0, 110, 100), 1.0)
+        return [found("apple", (0, 0, 100, 100), 1.0), found("plate", (300, 0, 400, 100), 1.0), cup]
 
     parts: dict[str, Any] = {"blip": Answers(), "detector": detector, "clip": Cosine()}
+    parts["depth"] = lambda picture: np.tile(np.linspace(0, 1, 479), (479, 1))
     return T2IMetric(name, **parts | more)
 
 
@@ -291,6 +405,8 @@ PICTURE = np.zeros((1, 479, 479, 3), np.uint8)
     [
         ("color", "a red apple", "blip_vqa", 0.5),
         ("spatial", "an apple on the left of a plate", "spatial", 1.0),
+        ("3d_spatial", "an apple behind a cup", "spatial_3d", 1.0),
+        ("3d_spatial", "an apple in front of a cup", "spatial_3d", 0.5),
         ("numeracy", "one apple and two plates", "numeracy", 0.75),
         ("non_spatial", "A man is reading.", "non_spatial", 0.3),
         ("complex", "The red apple was on side of the oval plate.", "three_in_one", (0.5 + 1.0) / 2),
@@ -303,9 +419,9 @@ def test_every_category_has_its_own_metric(category: str, prompt: str, own: str,
         ((values, _),) = metric(name).score(PICTURE, [item])
         assert values == pytest.approx(dict.fromkeys({own, name}, score))
         assert set(metric(name).columns(item)) == set(values)
-    others = {"blip_vqa", "spatial", "numeracy", "non_spatial", "three_in_one"} - {own}
+    others = {"blip_vqa", "spatial", "spatial_3d", "numeracy", "non_spatial", "three_in_one"} - {own}
     assert all(metric(other).columns(item) == () for other in others)
-    assert metric("t2i_compbench").columns(Item("a cup behind a cat", 0, "3d_spatial")) == ()
+    assert metric("t2i_compbench").columns(Item("a cup", 0, "another")) == ()
 
 
 def test_the_benchmarks_lists_say_which_relations_a_prompt_has(tmp_path: Path) -> None:
@@ -318,14 +434,36 @@ def test_the_benchmarks_lists_say_which_relations_a_prompt_has(tmp_path: Path) -
     values = [made.score(PICTURE, [Item(p + ".", 0, "complex")])[0][0]["three_in_one"] for p in (spatial, action, both)]
     assert values == pytest.approx([(0.5 + 1.0) / 2, (0.5 + 0.3) / 2, (0.5 + 1.0 + 0.3) / 3])
     assert Cosine.seen[-1] == "an apple near a plate ." and "red" not in " ".join(Cosine.seen[-2:])
+    kinds = ((spatial, "spatial"), (action, "action"), (both, "both"))
+    items = [Item(p + ".", 0, "complex", metadata={"relations": kind}) for p, kind in kinds]  # as the loader has them
+    stated = [metric("three_in_one").score(PICTURE, [item])[0][0]["three_in_one"] for item in items]
+    assert stated == pytest.approx(values)
 
 
-def test_objects_are_collected() -> None:
-    items = [
-        Item("a cat near a dog", 0, "spatial"),
-        Item("two dogs and one cup", 1, "numeracy"),
-        Item("The apple was next to the plate.", 2, "complex"),
-        Item("a red car", 3, "color"),
-    ]
-    assert objects_of(items) == ["cat", "dog", "cup", "apple", "plate"]
-    assert json.dumps(objects_of([])) == "[]"
+def test_guessing_the_relations_of_complex_prompts_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blip: Path
+) -> None:
+    monkeypatch.setattr("addiff_env.evaluation.t2i.load_scorer", lambda *_: Cosine())
+    monkeypatch.setattr("addiff_env.evaluation.t2i._open_detector", lambda *_: {"detector": None})
+    guessed, stated = Item("x", 0, "complex"), Item("y", 0, "complex", metadata={"relations": "both"})
+    with pytest.warns(UserWarning, match="1 pictures of category 'complex'.*complex_val_action.txt"):
+        open_t2i("three_in_one", f"blip={small_blip}", "cpu", [guessed, stated])
+    open_t2i("three_in_one", f"blip={small_blip}", "cpu", [stated])  # no warning, which would be an error
+    for kind in ("spatial", "action"):
+        (tmp_path / f"complex_val_{kind}.txt").write_text("X.\n")
+    open_t2i("three_in_one", f"blip={small_blip},lists={tmp_path}", "cpu", [guessed])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "category", "objects"),
+    [
+        ("a cat near a dog", "spatial", ["cat", "dog"]),
+        ("a cat hidden by a man", "3d_spatial", ["cat", "person"]),
+        ("two dogs and one cup", "numeracy", ["dog", "cup"]),
+        ("The apple was next to the plate.", "complex", ["apple", "plate"]),
+        ("The dog ran.", "complex", []),
+        ("a red car", "color", []),
+    ],
+)
+def test_the_objects_of_a_prompt(prompt: str, category: str, objects: list[str]) -> None:
+    assert objects_of(Item(prompt, 0, category)) == objects

@@ -1,7 +1,8 @@
 """Benchmarks: lists of prompts, each with the seed of its initial noise.
 
 One loader, `load_benchmark`, and one row type, `Item`. The embedded world's splits are part of the package; the public
-lists are read from a folder (argument ``root`` or environment variable ``ADDIFF_DATA``), laid out as `SOURCES` says;
+lists are read from a folder (argument ``root`` or environment variable ``ADDIFF_DATA``), laid out as `SOURCES` says
+(`addiff_env.evaluation.fetch` fills it);
 any ``.txt``, ``.csv``, ``.tsv`` or ``.jsonl`` file can be named by its path.
 """
 
@@ -142,7 +143,10 @@ def _entries(name: str, root: str | Path | None, any_length: bool) -> list[Entry
 
 def _find(name: str, source: Source, root: str | Path | None) -> Path:
     folder = root or os.environ.get("ADDIFF_DATA")
-    wanted = f"{name} needs {' or '.join(source.paths)} from {source.home}"
+    wanted = (
+        f"{name} needs {' or '.join(source.paths)} from {source.home} "
+        f"(python -m addiff_env.evaluation.fetch {name} <folder>)"
+    )
     if not folder:
         raise FileNotFoundError(f"{wanted}, below a folder named by `root` or the environment variable ADDIFF_DATA")
     for relative in source.paths:
@@ -358,14 +362,35 @@ def _structured(entry: Entry, path: Path) -> Entry:
 
 
 def read_t2i_compbench(folder: Path) -> list[Entry]:
-    """T2I-CompBench's validation prompts, ``<category>_val.txt`` for each of `T2I_CATEGORIES`."""
+    """T2I-CompBench's validation prompts, ``<category>_val.txt`` for each of `T2I_CATEGORIES`.
+
+    Where the benchmark's ``complex_val_spatial.txt`` and ``complex_val_action.txt`` lie beside them, metadata says
+    under ``relations`` which a complex prompt has: ``spatial``, ``action`` or ``both``.
+    """
+    relations = _complex_relations(folder)
     entries = []
     for category in T2I_CATEGORIES:
         path = folder / f"{category}_val.txt"
         if not path.is_file():
             raise FileNotFoundError(f"T2I-CompBench: no {path}; from {SOURCES['t2i-compbench'].home}")
-        entries += [Entry(e.prompt, category, f"{category}/{e.id}") for e in read_text(path)]
+        for e in read_text(path):
+            stated = {"relations": relations(e.prompt)} if relations and category == "complex" else {}
+            entries.append(Entry(e.prompt, category, f"{category}/{e.id}", metadata=stated))
     return entries
+
+
+def _complex_relations(folder: Path) -> Callable[[str], str] | None:
+    """Which relations a complex prompt has, by the benchmark's lists; None where they are not there."""
+    paths = [folder / f"complex_val_{kind}.txt" for kind in ("spatial", "action")]
+    if not all(path.is_file() for path in paths):
+        return None
+    spatial, action = ({_plain(entry.prompt) for entry in read_text(path)} for path in paths)
+    return lambda prompt: "spatial" if _plain(prompt) in spatial else "action" if _plain(prompt) in action else "both"
+
+
+def _plain(prompt: str) -> str:
+    """As the benchmark's script compares prompts: up to the full stop, in lower case."""
+    return prompt.split(".")[0].lower()
 
 
 def read_coco(path: Path, number: int = COCO_NUMBER, seed: int = 0) -> list[Entry]:

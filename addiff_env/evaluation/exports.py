@@ -17,8 +17,10 @@ from addiff_env.evaluation.summary import (
     summarise,
     tidy,
 )
+from addiff_env.evaluation.whole import SPREAD, Whole
 from addiff_env.types import ResultRow
 
+WHOLE_HEAD = ("method", "metric", "category", "pictures", "value", "sd")  # sd: over random subsets, of KID
 CSV_HEAD = ("method", "metric", "category", "pictures", "mean", "sd", "low", "high")
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -40,6 +42,14 @@ def write_csv(rows: Sequence[ResultRow], path: Path) -> None:
             writer.writerow([method, metric, category, e.number, e.mean, e.deviation, _blank(e.low), _blank(e.high)])
 
 
+def write_whole_csv(whole: Whole, path: Path) -> None:
+    """One line per method, protocol or set metric, and category."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(WHOLE_HEAD)
+        writer.writerows([cell if isinstance(cell, str) else _blank(cell) for cell in line] for line in whole.lines())
+
+
 def _blank(value: float | None) -> float | str:
     return "" if value is None else value
 
@@ -49,8 +59,11 @@ def latex_escape(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def latex_table(rows: Sequence[ResultRow], caption: str) -> str:
-    r"""Two tables: quality and cost of each method, and its quality by category. Needs ``\usepackage{booktabs}``."""
+def latex_table(rows: Sequence[ResultRow], caption: str, whole: Whole = Whole()) -> str:  # noqa: B008 (frozen)
+    r"""Tables of each method's quality and cost, its quality by category, and what was measured of ``whole`` sets.
+
+    They need ``\usepackage{booktabs}``.
+    """
     metric, shares = headline_metric(rows), share_metrics(rows)
     is_share, name = metric in shares, latex_escape(metric)
     summaries = summarise(rows, shares)
@@ -66,6 +79,7 @@ def latex_table(rows: Sequence[ResultRow], caption: str) -> str:
             "",
             *_float(_category_table(rows, metric, shares), f"{text}: {name}{' in percent' * is_share} by category."),
             "",
+            *_whole_tables(whole, text),
         ]
     )
 
@@ -110,6 +124,34 @@ def _category_table(rows: Sequence[ResultRow], metric: str, shares: frozenset[st
         for method, of in found.items()
     ]
     return _tabular(["method", *(latex_escape(category) for category in categories)], body)
+
+
+def _whole_tables(whole: Whole, caption: str) -> list[str]:
+    """A table per protocol, and one of the set metrics."""
+    tables = []
+    for metric, methods in whole.protocols.items():
+        names = whole.categories(metric)
+        body = [[name, *(_optional(means.get(key)) for key in names)] for name, means in methods.items()]
+        tables.append((names, body, f"{latex_escape(metric)} by its own protocol"))
+    if whole.sets:
+        names = whole.set_names()
+        body = [[name, *(_set_value(values, key) for key in names)] for name, values in whole.sets.items()]
+        tables.append((names, body, "set metrics; of KID, in parentheses, the standard deviation over subsets"))
+    lines: list[str] = []
+    for names, body, title in tables:
+        head = ["method", *map(latex_escape, names)]
+        cells = [[latex_escape(line[0]), *line[1:]] for line in body]
+        lines += [*_float(_tabular(head, cells), f"{caption}: {title}."), ""]
+    return lines
+
+
+def _set_value(values: dict[str, float], name: str) -> str:
+    spread = values.get(SPREAD.get(name, ""))
+    return _optional(values.get(name)) + ("" if spread is None else f" ({_number(spread, 4)})")
+
+
+def _optional(value: float | None) -> str:
+    return "--" if value is None else _number(value, 4)
 
 
 def _tabular(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

@@ -21,8 +21,21 @@ from addiff_env.loading import fetching, quiet_loading
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 SETTING = "geneval:<folder of a detector>"
-# GenEval's names for COCO classes that it renamed.
-ALIASES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+# GenEval's names for COCO classes that it renamed, or that checkpoints call otherwise: Mask2Former's and RT-DETR's have
+# Pascal VOC's names for six of them.
+ALIASES = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    "motorbike": "motorcycle",
+    "aeroplane": "airplane",
+    "sofa": "couch",
+    "pottedplant": "potted plant",
+    "diningtable": "dining table",
+    "tvmonitor": "tv",
+    "hair dryer": "hair drier",
+    "cellphone": "cell phone",
+}
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item, categories_in_turn
-from addiff_env.evaluation.exports import latex_table, write_csv
-from addiff_env.evaluation.hypotheses import Verdict
+from addiff_env.evaluation.exports import latex_table, write_csv, write_whole_csv
+from addiff_env.evaluation.hypotheses import Rules, Verdict
+from addiff_env.evaluation.judge import JUDGEMENT, OUTCOMES
 from addiff_env.evaluation.report import (
     ACTION_COLORS,
     AGENT,
@@ -35,6 +37,7 @@ from addiff_env.evaluation.report import (
     quality_figure,
     shares_text,
 )
+from addiff_env.evaluation.rules import read_rules
 from addiff_env.evaluation.runs import (
     SETTINGS,
     Strip,
@@ -47,7 +50,6 @@ from addiff_env.evaluation.runs import (
 from addiff_env.evaluation.significance import Comparison, compare_methods
 from addiff_env.evaluation.summary import (
     COSTS,
-    SUCCESS,
     Estimate,
     MethodSummary,
     by_facts,
@@ -60,11 +62,14 @@ from addiff_env.evaluation.summary import (
     share_metrics,
     summarise,
 )
+from addiff_env.evaluation.whole import SPREAD, Whole, read_whole
 from addiff_env.filmstrips import INK, overlay
 from addiff_env.types import ACTIONS, ResultRow
 
 SUBJECT = "agent"  # the method whose decisions, failures and comparisons are shown
 MAX_FAILURES, MAX_SIDE = 12, 192  # pictures shown, and their largest side in pixels
+LEFT_OUT = "left_out"  # in a run's provenance: methods and metrics that were asked for and could not be had
+WRITTEN = ("report.html", "table.tex", "table.csv", "table_whole.csv")
 CLAIMS = {
     "H1": "Efficiency: quality equal to 50-step inference at no more than 30 NFE on average.",
     "H2": "Quality: higher quality than any fixed-step method at equal compute.",
@@ -86,8 +91,11 @@ def write_report(
 ) -> list[Path]:
     """Write ``report.html``, ``table.tex`` and ``table.csv`` into a run folder; returns their paths.
 
+    Where protocols or set metrics were measured there is ``table_whole.csv`` as well.
+
     Args:
-        folder: the run, whose pictures, filmstrips, ``config.yaml`` and ``provenance.json`` are shown where they exist.
+        folder: the run, whose pictures, filmstrips, ``config.yaml``, ``provenance.json``, ``protocols.json``,
+            ``set_metrics.json`` and ``judge.json`` are shown where they exist.
         rows: per-image rows of all methods.
         items: the benchmark's items.
         verdicts: H1-H4; none where no agent was evaluated.
@@ -97,11 +105,16 @@ def write_report(
     """
     if not rows:
         raise ValueError(f"no rows to report on in {folder}")
-    page, tex, table = folder / "report.html", folder / "table.tex", folder / "table.csv"
+    page, tex, table, further = (folder / name for name in WRITTEN)
+    whole = read_whole(folder, list(by_method(rows)))
     write_csv(rows, table)
-    tex.write_text(latex_table(rows, _caption(rows, read_provenance(folder))), encoding="utf-8")
+    tex.write_text(latex_table(rows, _caption(rows, read_provenance(folder)), whole), encoding="utf-8")
     page.write_text(render(folder, rows, items, verdicts), encoding="utf-8")
-    return [page, tex, table]
+    further.unlink(missing_ok=True)  # of an earlier report
+    if not whole:
+        return [page, tex, table]
+    write_whole_csv(whole, further)
+    return [page, tex, table, further]
 
 
 def _caption(rows: Sequence[ResultRow], provenance: Mapping[str, Any]) -> str:
@@ -127,10 +140,14 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         metric=headline_metric(rows),
         verdicts=verdicts,
         claims=CLAIMS,
+        rules=_rules(read_rules(folder, headline_metric(rows))),
+        left_out=provenance.get(LEFT_OUT, []),
         subject=SUBJECT,
         methods=_method_table(rows),
         metrics=_metric_table(rows),
+        whole=_whole_tables(read_whole(folder, list(by_method(rows)))),
         comparisons=_comparisons(rows) if own else [],
+        judged=_judged(folder),
         plots=[_svg(quality_figure(rows, [name]), f"quality-{name}") for name in ("net_flops", "nfe")],
         actions=_actions(own),
         complexity=_complexity(own, facts) if own else None,
@@ -139,6 +156,11 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         failures=cards.failures() if own else None,
         provenance=_provenance(folder, rows, provenance),
     )
+
+
+def _rules(rules: Rules) -> dict[str, Any]:
+    """The rules, the level of the tests in percent."""
+    return {**asdict(rules), "alpha": f"{100 * rules.alpha:g}"}
 
 
 @cache
@@ -229,6 +251,34 @@ def _metric_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
     return {"names": [name + " (%)" * (name in shares) for name in names], "lines": lines}
 
 
+def _whole_tables(whole: Whole) -> dict[str, Any] | None:
+    """Protocols and set metrics as tables of text; None where there are none."""
+    if not whole:
+        return None
+    tables = []
+    for metric, methods in whole.protocols.items():
+        names = whole.categories(metric)
+        lines = [(name, [_digits(means.get(key)) for key in names]) for name, means in methods.items()]
+        tables.append({"title": f"{metric}, by its own protocol", "names": names, "lines": lines})
+    if whole.sets:
+        names = whole.set_names()
+        lines = [
+            (name, [f"{values['pictures']:,}", *(_set_value(values, key) for key in names)])
+            for name, values in whole.sets.items()
+        ]
+        tables.append({"title": "set metrics", "names": ["pictures", *names], "lines": lines})
+    return {"tables": tables, "references": list(whole.references.items())}
+
+
+def _set_value(values: Mapping[str, float], name: str) -> str:
+    spread = values.get(SPREAD.get(name, ""))
+    return _digits(values.get(name)) + ("" if spread is None else f" ± {_digits(spread)}")
+
+
+def _digits(value: float | None) -> str:
+    return "–" if value is None else _fixed(value, 4)
+
+
 def _category_tables(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
     """One table per metric, methods by categories; the headline metric first."""
     shares, categories, headline = share_metrics(rows), categories_of(rows), headline_metric(rows)
@@ -280,6 +330,49 @@ def _complexity(own: Sequence[ResultRow], facts: Mapping[Place, int]) -> dict[st
         quality = _cell(estimate([row.scores[metric] for row in group], prompts, is_share), is_share, len(group))
         lines.append((level, len(group), spent, quality))
     return {"svg": _svg(complexity_figure(own, facts), "complexity"), "lines": lines, "percent": is_share}
+
+
+# --------------------------------------------------------------------------- judges
+
+
+def _judged(folder: Path) -> dict[str, Any] | None:
+    """What vision-language models preferred, from ``judge.json``; None where nobody was asked."""
+    path = folder / JUDGEMENT
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    judges = {f"{name} ({one['model']})": one for name, one in found["judges"].items()}
+    columns = judges if len(judges) == 1 else {**judges, "all judges": found["together"]}
+    return {
+        **{name: found[name] for name in ("prompts", "pictures", "spent_usd", "agreement")},
+        "tables": [(name, [_pair_line(pair) for pair in one["pairs"]]) for name, one in columns.items()],
+        "names": list(columns),
+        "ranking": _ranking(columns),
+        "notes": [f"{name}: {one['note']}" for name, one in columns.items() if one["note"]],
+    }
+
+
+def _pair_line(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """Two methods' line: shares of wins, ties and losses as cells."""
+    rates = [_rate(pair[outcome], pair["pairs"]) if outcome in pair else Cell("–") for outcome in OUTCOMES]
+    return {**pair, "rates": rates}
+
+
+def _rate(found: Mapping[str, float], number: int) -> Cell:
+    return _cell(Estimate(number, found["share"], 0.0, found["low"], found["high"]), True, number)
+
+
+def _ranking(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[Cell]]]:
+    """Methods by strength in the last column, with what each judge makes of them."""
+    of = [{one["method"]: one for one in column["ranking"]} for column in columns.values()]
+    names = list(dict.fromkeys(name for ranking in reversed(of) for name in ranking))
+    return [(name, [_strength(ranking.get(name)) for ranking in of]) for name in names]
+
+
+def _strength(found: Mapping[str, Any] | None) -> Cell:
+    if found is None:
+        return Cell("–")
+    return Cell(_fixed(found["estimate"], 3), f"{_fixed(found['low'], 3)} to {_fixed(found['high'], 3)}")
 
 
 # --------------------------------------------------------------------------- pictures
@@ -341,6 +434,7 @@ class Cards:
 
     def __init__(self, rows: Sequence[ResultRow], folder: Path) -> None:
         self.pictures, self.metric = Pictures(folder), headline_metric(rows)
+        self.is_share = self.metric in share_metrics(rows)  # passed or failed, as by the checker or GenEval's rules
         self.groups = by_method(rows)
         self.by_place: dict[Place, list[ResultRow]] = {}
         for row in rows:
@@ -364,31 +458,31 @@ class Cards:
 
     def _final(self, row: ResultRow) -> dict[str, Any]:
         value = row.scores[self.metric]
-        passed = bool(value) if self.metric == SUCCESS else None
+        passed = bool(value) if self.is_share else None
         words = row.reason or f"{self.metric} {value:.3g}"
         return {"method": row.method, "uri": self.pictures.of(row), "passed": passed, "words": words, "nfe": row.nfe}
 
     def failures(self) -> dict[str, Any] | None:
-        """What the agent failed, categories in turn, and who passed where it failed; None where nothing is judged."""
-        if self.metric != SUCCESS:
+        """What the agent failed, categories in turn, and who passed where it failed; None for graded scores."""
+        if not self.is_share:
             return None
         own = self.groups[SUBJECT]
-        failed = [row for row in own if not row.scores[SUCCESS]]
+        failed = [row for row in own if not row.scores[self.metric]]
         places = {(row.prompt, row.seed) for row in failed}
         others = {name: group for name, group in self.groups.items() if name != SUBJECT}
         shown = [row for (row,) in categories_in_turn([[row] for row in failed])][:MAX_FAILURES]
         return {
             "number": len(failed),
             "of": len(own),
-            "balance": [(name, *_discordant(group, places)) for name, group in others.items()],
+            "balance": [(name, *_discordant(group, places, self.metric)) for name, group in others.items()],
             "cards": [{"row": row, "made": self.made((row.prompt, row.seed))} for row in shown],
         }
 
 
-def _discordant(group: Sequence[ResultRow], failed: set[Place]) -> tuple[int, int]:
+def _discordant(group: Sequence[ResultRow], failed: set[Place], metric: str) -> tuple[int, int]:
     """Pictures that passed where the agent failed, and that failed where it passed."""
-    won = sum(bool(row.scores[SUCCESS]) for row in group if (row.prompt, row.seed) in failed)
-    lost = sum(not row.scores[SUCCESS] for row in group if (row.prompt, row.seed) not in failed)
+    won = sum(bool(row.scores[metric]) for row in group if (row.prompt, row.seed) in failed)
+    lost = sum(not row.scores[metric] for row in group if (row.prompt, row.seed) not in failed)
     return won, lost
 
 
@@ -405,7 +499,7 @@ def _provenance(folder: Path, rows: Sequence[ResultRow], kept: Mapping[str, Any]
     """What is needed to run this again."""
     config = folder / "config.yaml"
     return {
-        "kept": _flat({name: value for name, value in kept.items() if name != "methods"}),
+        "kept": _flat({name: value for name, value in kept.items() if name not in ("methods", LEFT_OUT)}),
         "settings": SETTINGS,
         "methods": [(name, [_one(group, part) for part in SETTINGS]) for name, group in by_method(rows).items()],
         "config": config.read_text() if config.exists() else "",

@@ -1,8 +1,11 @@
 """A vision-language model as judge of pairs of pictures, through the OpenAI-compatible chat protocol.
 
 Every pair is asked in both orders and a preference counts only where both orders agree, so a judge that prefers
-whatever comes first decides nothing (Zheng et al. 2023, section 3.4). Answers are kept on disk and never asked twice.
-Before the first call the cost is estimated, and a run that would cost more than its ceiling is refused.
+whatever comes first decides nothing (Zheng et al. 2023, section 3.4). Answers are kept on disk with what they cost, the
+unusable ones too, so that nothing is paid for twice and the ceiling holds over interrupted runs together. Before the
+first call the cost is estimated, and a run that would cost more than its ceiling is refused.
+
+`addiff_env.evaluation.judging` is the command that judges a finished run.
 
 The endpoint, the model and its prices come from environment variables, see `JudgeSettings.from_environment`. The key is
 read when the client is made and goes into the client alone: never into settings, rows, the cache, logs or messages.
@@ -15,7 +18,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -26,6 +30,8 @@ import numpy as np
 from addiff_env.evaluation.jsonl import append_objects, read_objects
 
 FIRST, SECOND, TIE = "first", "second", "tie"
+OUTCOMES = ("a", "tie", "b")  # of a pair: a preferred, neither, b preferred
+ANSWERS, JUDGEMENT = "judge-answers.jsonl", "judge.json"  # of a judged run folder
 _QUESTION = (
     "Two pictures were made for the prompt below. Which one follows the prompt better (objects, counts, colours, "
     "relations)? Where both follow it equally well, prefer the one with fewer visible defects. Answer 'tie' if neither "
@@ -41,6 +47,7 @@ _SCHEMA = {
         "additionalProperties": False,
     },
 }
+_KEPT = 2000  # characters of what a judge said
 _PROTOCOL = hashlib.sha256(json.dumps([_QUESTION, _SCHEMA]).encode()).hexdigest()[:12]  # a new wording asks anew
 
 
@@ -61,7 +68,7 @@ class JudgeSettings:
     usd_per_million_output: float
     base_url: str | None = None  # None: the client's own default
     key_variable: str = "ADDIFF_JUDGE_API_KEY"  # environment variable that holds the key
-    max_usd: float = 10.0  # ceiling of all calls of one `Judge`, cached answers are free
+    max_usd: float = 10.0  # ceiling of all calls that the cache knows of, those of earlier runs included
     image_tokens: int = 1500  # assumed per picture when estimating
     answer_tokens: int = 300  # most tokens of an answer
     retries: int = 6  # after 408, 409, 429, 5xx, a lost connection or a timeout, with exponential back-off
@@ -70,9 +77,11 @@ class JudgeSettings:
 
     @classmethod
     def from_environment(cls, name: str = "", **overrides: Any) -> JudgeSettings:
-        """Read ``ADDIFF_JUDGE_{MODEL,USD_IN,USD_OUT,BASE_URL,MAX_USD}``, with a name ``ADDIFF_JUDGE_<NAME>_...``.
+        """Read ``ADDIFF_JUDGE_{MODEL,USD_IN,USD_OUT,BASE_URL,MAX_USD,ANSWER_TOKENS}``.
 
-        ``USD_IN`` and ``USD_OUT`` are dollars per million tokens. The key stays in ``..._API_KEY``.
+        With a name they are ``ADDIFF_JUDGE_<NAME>_...``. ``USD_IN`` and ``USD_OUT`` are dollars per million tokens; a
+        model that thinks before it answers needs more ``ANSWER_TOKENS`` than the default. The key stays in
+        ``..._API_KEY``.
 
         Raises:
             ValueError: a variable that is missing or no number, by name.
@@ -91,6 +100,8 @@ class JudgeSettings:
         }
         if os.environ.get(f"{prefix}MAX_USD"):
             values["max_usd"] = _number(f"{prefix}MAX_USD")
+        if os.environ.get(f"{prefix}ANSWER_TOKENS"):
+            values["answer_tokens"] = int(_number(f"{prefix}ANSWER_TOKENS"))
         return cls(**{**values, **overrides})
 
 
@@ -132,6 +143,7 @@ class _Question:
     first: Path
     second: Path
     key: str
+    is_trivial: bool  # both pictures are the same
 
 
 def combine_orders(ab: str | None, ba: str | None) -> tuple[str | None, bool]:
@@ -152,12 +164,16 @@ class Judge:
     Args:
         settings: model, prices, ceiling.
         cache: file of answers, made if absent; the same file serves several judges.
+        again: ask anew what was asked before as often as allowed without a usable answer.
     """
 
-    def __init__(self, settings: JudgeSettings, cache: Path) -> None:
+    def __init__(self, settings: JudgeSettings, cache: Path, again: bool = False) -> None:
         self.settings, self.cache = settings, cache
-        self.answers: dict[str, str] = {row["key"]: row["winner"] for row in read_objects(cache)}
-        self.spent_usd = 0.0
+        self.endpoint = _hash([settings.base_url, settings.model])[:12]
+        kept = read_objects(cache)
+        self.answers: dict[str, str] = {row["key"]: row["winner"] for row in kept if row["winner"]}
+        self.unusable = Counter() if again else Counter(row["key"] for row in kept if not row["winner"])
+        self.spent_usd = sum(row.get("usd", 0.0) for row in kept if row.get("endpoint") == self.endpoint)
         self._client: Any = None
 
     def __enter__(self) -> Judge:
@@ -176,8 +192,12 @@ class Judge:
         """What asking the pairs costs at most without repeats, cached answers being free."""
         return sum(self._price_estimate(question) for question in self._pending(pairs))
 
-    def compare(self, pairs: Sequence[Pair]) -> list[Preference]:
+    def compare(self, pairs: Sequence[Pair], watch: Callable[[list[Any]], Iterable[Any]] = iter) -> list[Preference]:
         """Preferences in the order of the pairs.
+
+        Args:
+            pairs: what is asked, both ways round; two equal pictures are a tie without being asked.
+            watch: wraps the list of questions as they are asked, e.g. a progress bar.
 
         Raises:
             CostCeilingError: the estimate exceeds the ceiling (before any call), or what was spent reaches it.
@@ -186,29 +206,37 @@ class Judge:
         """
         pending = self._pending(pairs)
         estimate = sum(self._price_estimate(question) for question in pending)
-        if self.spent_usd + estimate > self.settings.max_usd:
+        if pending and self.spent_usd + estimate > self.settings.max_usd:
             raise CostCeilingError(
                 f"{len(pending)} questions to {self.settings.model} cost about ${estimate:.2f}, "
                 f"${self.spent_usd:.2f} is spent, the ceiling is ${self.settings.max_usd:.2f}"
             )
-        for question in pending:
+        for question in watch(pending):
             self._ask_and_keep(question)
         return [self._preference(pair) for pair in pairs]
 
     def _pending(self, pairs: Iterable[Pair]) -> list[_Question]:
         asked = {q.key: q for pair in pairs for q in self._questions(pair)}
-        return [question for key, question in asked.items() if key not in self.answers]
+        return [question for question in asked.values() if self._is_open(question)]
+
+    def _is_open(self, question: _Question) -> bool:
+        """Whether it is to be asked: not answered, not given up, and between two different pictures."""
+        if question.key in self.answers or question.is_trivial:
+            return False
+        return self.unusable[question.key] <= self.settings.malformed_retries
 
     def _questions(self, pair: Pair) -> tuple[_Question, _Question]:
         a, b = pair.image_a, pair.image_b
         return self._question(pair.prompt, a, b), self._question(pair.prompt, b, a)
 
     def _question(self, prompt: str, first: Path, second: Path) -> _Question:
-        parts = [_PROTOCOL, self.settings.base_url, self.settings.model, prompt, _digest(first), _digest(second)]
-        return _Question(prompt, first, second, hashlib.sha256(json.dumps(parts).encode()).hexdigest())
+        digests = [_digest(first), _digest(second)]
+        key = _hash([_PROTOCOL, self.settings.base_url, self.settings.model, prompt, *digests])
+        return _Question(prompt, first, second, key, digests[0] == digests[1])
 
     def _preference(self, pair: Pair) -> Preference:
-        answers = [self.answers.get(question.key) for question in self._questions(pair)]
+        asked = self._questions(pair)
+        answers = [TIE if question.is_trivial else self.answers.get(question.key) for question in asked]
         winner, consistent = combine_orders(*answers)
         names = (pair.prompt, pair.seed, pair.method_a, pair.method_b)
         return Preference(*names, winner, consistent, self.settings.model)
@@ -216,19 +244,23 @@ class Judge:
     # ----------------------------------------------------------------- one question
 
     def _ask_and_keep(self, question: _Question) -> None:
-        """Ask until the answer is well-formed; one that never is stays unanswered and is asked anew by a rerun."""
-        for _ in range(1 + self.settings.malformed_retries):
+        """Ask until the answer is well-formed; one that never is stays unanswered, by a rerun as well."""
+        while self._is_open(question):
             if self.spent_usd + self._price_estimate(question) > self.settings.max_usd:
                 raise CostCeilingError(f"${self.spent_usd:.2f} of ${self.settings.max_usd:.2f} are spent")
-            answer = parse_answer(self._call(question))
-            if answer is not None:
-                winner, reason = answer
-                record = {"key": question.key, "model": self.settings.model, "prompt": question.prompt}
-                append_objects(self.cache, [{**record, "winner": winner, "reason": self._without_key(reason)}])
+            text, usd = self._call(question)
+            winner, reason = parse_answer(text) or (None, text or "")
+            record = {"key": question.key, "model": self.settings.model, "endpoint": self.endpoint, "usd": usd}
+            said = {"prompt": question.prompt, "winner": winner, "reason": self._without_key(reason)[:_KEPT]}
+            append_objects(self.cache, [{**record, **said}])
+            self.spent_usd += usd
+            if winner is None:
+                self.unusable[question.key] += 1
+            else:
                 self.answers[question.key] = winner
-                return
 
-    def _call(self, question: _Question) -> str | None:
+    def _call(self, question: _Question) -> tuple[str | None, float]:
+        """What the judge says and what that cost."""
         import openai
 
         try:
@@ -242,8 +274,8 @@ class Judge:
         except openai.OpenAIError as error:
             # Not chained: the original holds the request and with it the key.
             raise JudgeError(self._without_key(f"{self.settings.model}: {type(error).__name__}: {error}")) from None
-        self.spent_usd += self._price(response.usage, question)
-        return response.choices[0].message.content if response.choices else None
+        usd = self._price(response.usage, question)
+        return (response.choices[0].message.content if response.choices else None), usd
 
     def _connected(self) -> Any:
         if self._client is None:
@@ -296,6 +328,10 @@ def _messages(question: _Question) -> list[dict[str, Any]]:
 def _data_url(path: Path) -> str:
     kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

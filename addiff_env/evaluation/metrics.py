@@ -6,7 +6,7 @@
 | ``clip_score``, ``reward_score`` | the same | the environment's own CLIP and reward model |
 | ``imagereward``, ``hpsv2.1``, ``aesthetic``, ``pickscore``, ``clipscore:<CLIP setting>`` | the same | any prompt |
 | ``geneval`` | geneval (0 or 1) | GenEval's prompts, by their metadata |
-| ``blip_vqa``, ``spatial``, ``numeracy``, ``non_spatial``, ``three_in_one`` | the same | T2I-CompBench, by category |
+| ``blip_vqa``, ``spatial``, ``spatial_3d``, ``numeracy``, ``non_spatial``, ``three_in_one`` | same | T2I-CompBench |
 | ``t2i_compbench`` | t2i_compbench, and the one of the above that is its category's own | T2I-CompBench |
 
 Behind a colon follows what `addiff_env.scorers.load_scorer` takes, or the model of `addiff_env.evaluation.geneval` and
@@ -23,6 +23,9 @@ import numpy as np
 import torch
 
 from addiff_env.evaluation.benchmarks import Item
+from addiff_env.evaluation.rules import MARGINS as MARGINS
+from addiff_env.evaluation.rules import SHARE as SHARE
+from addiff_env.evaluation.rules import margins_of as margins_of
 from addiff_env.perception import Perception
 from addiff_env.scorers import Scorer, load_scorer
 from addiff_env.tiny.checker import judge
@@ -33,13 +36,6 @@ Scored = tuple[dict[str, float], str]  # a picture's scores, and words about the
 _CHUNK = 16  # pictures that a model sees at a time
 SCORERS = {name: name for name in ("imagereward", "aesthetic", "pickscore", "clipscore")} | {"hpsv2.1": "hps"}
 EASY = ("clip_score", "reward_score")  # what policies look at or are paid by: no headline where anything else is there
-
-# Quality lost that still counts as equal, and the smallest gain worth calling one; in the metric's own unit.
-MARGINS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("clip_score", "clipscore", "non_spatial", "hpsv2.1"), (0.002, 0.001)),
-    **dict.fromkeys(("reward_score", "imagereward", "aesthetic", "pickscore"), (0.05, 0.025)),
-}
-SHARE = (0.02, 0.01)  # the same of scores in [0, 1] that are shares of something satisfied
 
 
 class Metric(Protocol):
@@ -231,12 +227,6 @@ def primary_score(measured: Sequence[Collection[str]], wanted: str | None = None
     if not counts or (wanted is not None and wanted not in counts):
         raise ValueError(f"no score {wanted!r} is measured; measured are: {', '.join(counts) or 'none'}")
     return wanted or max(counts, key=lambda name: (name not in EASY, counts[name]))
-
-
-def margins_of(metric: str) -> dict[str, float]:
-    """`hypotheses.Rules`' margins of a score."""
-    margin, worthwhile = MARGINS.get(metric, SHARE)
-    return {"margin": margin, "worthwhile": worthwhile}
 
 
 def protocol_scores(rows: Sequence[ResultRow]) -> dict[str, dict[str, dict[str, float]]]:

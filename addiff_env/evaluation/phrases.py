@@ -32,8 +32,8 @@ _OTHERS = (
 _ENDS = frozenset((_PREPOSITIONS + " " + _OTHERS).split())  # words that belong to no phrase
 _PLACES = frozenset("top bottom left right side front back".split())  # "on the left of": no thing to be seen
 _VERBS = frozenset(
-    "lay lays lie lies sat sits stood stands hung hangs held holds ran runs flew flies shone rose fell ate drank wore "
-    "wears rode rides grew made makes cast spread swam leads led met".split()
+    "lay lays lie lies sat sits stood stands hung hangs held holds hidden ran runs flew flies shone rose fell ate "
+    "drank wore wears rode rides grew made makes cast spread swam leads led met".split()
 )
 _QUALITIES = frozenset(
     "red orange yellow green blue purple pink brown black white gray grey gold golden silver beige dark light bright "

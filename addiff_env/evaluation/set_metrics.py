@@ -176,7 +176,7 @@ def inception_features(
         resizer: of `prepare`.
 
     Raises:
-        ValueError: no files.
+        ValueError: no files, or files of several sizes without ``size``.
         ImportError: `torch-fidelity` is not installed.
         pickle.UnpicklingError: a weights file that holds more than tensors.
     """
@@ -209,10 +209,16 @@ def extract(
     size: int | None = None,
     resizer: str = "bicubic",
 ) -> np.ndarray:
-    """Features (N, C) of picture files by any of torch-fidelity's extractors that gives one kind of features."""
+    """Features (N, C) of picture files by any of torch-fidelity's extractors that gives one kind of features.
+
+    Raises:
+        ValueError: no files, or files of several sizes without a ``size`` that they are prepared to.
+    """
     import torch
 
     _refuse_empty(paths)
+    if size is None:
+        _refuse_sizes(paths)
     network = network.eval().requires_grad_(False).to(device)
     found = []
     for start in range(0, len(paths), batch_size):
@@ -221,6 +227,20 @@ def extract(
             (features,) = network(torch.from_numpy(np.stack(batch)).to(device))
         found.append(features.float().cpu().numpy())
     return np.concatenate(found)
+
+
+def _refuse_sizes(paths: Sequence[Path]) -> None:
+    """Sizes are read from the files' heads, so that a folder is refused before any of it has been measured."""
+    first: tuple[int, int] | None = None
+    for path in paths:
+        with Image.open(path) as picture:
+            first = first or picture.size
+            if picture.size != first:
+                sizes = " and ".join("{}x{}".format(*shown) for shown in (first, picture.size))
+                raise ValueError(
+                    f"FID and KID need pictures of one size, got {sizes} ({paths[0]} and {path}); "
+                    "set_metrics.size=<pixels> crops and resizes all of them first"
+                )
 
 
 def _bytes(path: Path, size: int | None, resizer: str) -> np.ndarray:

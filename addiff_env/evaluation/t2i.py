@@ -1,17 +1,19 @@
-"""T2I-CompBench's metrics (Huang et al. 2023, 2025): BLIP-VQA, detector-based spatial and numeracy, CLIP, 3-in-1.
+"""T2I-CompBench's metrics (Huang et al. 2023, 2025): BLIP-VQA, detector-based spatial, depth, numeracy, CLIP, 3-in-1.
 
 The scoring rules are those of the benchmark's own scripts, as pure functions over answers and detections. Different
 from them are: noun phrases come from `phrases` instead of spaCy; the detector is one of the `transformers` library
-instead of UniDet; BLIP is the `transformers` port. Tables should name the models, and numbers made with others than
-the scripts' are not comparable with published ones. 3D-spatial needs a depth estimator besides and is not measured.
+instead of UniDet; BLIP and the depth estimator are the `transformers` ports; depths are read at the objects' boxes,
+where the script mixes up rows and columns. Tables should name the models, and numbers made with others than the
+scripts' are not comparable with published ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,16 +26,18 @@ from addiff_env.evaluation.phrases import NounPhrase, is_quality, noun_phrases, 
 from addiff_env.loading import fetching, quiet_loading
 from addiff_env.scorers import Scorer, load_scorer
 
-T2I_METRICS = ("blip_vqa", "spatial", "numeracy", "non_spatial", "three_in_one", "t2i_compbench")
+T2I_METRICS = ("blip_vqa", "spatial", "spatial_3d", "numeracy", "non_spatial", "three_in_one", "t2i_compbench")
 OWN = {  # each category's own metric, as the benchmark has it
     **dict.fromkeys(("color", "shape", "texture"), "blip_vqa"),
     "spatial": "spatial",
+    "3d_spatial": "spatial_3d",
     "numeracy": "numeracy",
     "non_spatial": "non_spatial",
     "complex": "three_in_one",
 }
 BLIP = "Salesforce/blip-vqa-capfilt-large"
 DETECTOR = "google/owlv2-base-patch16-ensemble"  # any word may be asked of it; COCO's 80 classes lack half the objects
+DEPTH = "Intel/dpt-hybrid-midas"  # the script's in its transformers port
 CLIP = "clipscore:open_clip:ViT-B-32/openai"
 SIDE = 479  # the scripts' pictures have this shorter side; distances are in its pixels
 PHRASES = 8  # noun phrases asked for at most
@@ -49,9 +53,10 @@ RELATIONS = (  # in the order in which the script looks for them
     "on top of",
 )
 COMPLEX_RELATIONS = ("on top of", "on bottom of", "on the left", "on the right", "next to", "on side of", "near")
-_PERSONS = ("girl", "boy", "man", "woman")
-_RENAMED = {
-    **dict.fromkeys(_PERSONS, "person"),
+DEPTH_RELATIONS = ("in front of", "behind", "hidden")  # in the order in which the script looks for them
+_PERSONS = dict.fromkeys(("girl", "boy", "man", "woman"), "person")
+_COUNTED = {  # names of counted objects; the scripts of places rename persons alone
+    **_PERSONS,
     "ship": "boat",
     "television": "tv",
     "telivision": "tv",
@@ -110,6 +115,59 @@ def spatial_score(detections: Sequence[Detection], objects: tuple[str, str] | No
     return score if score >= 0.5 else 0.0
 
 
+def depth_relation_score(relation: str | None, a: Sequence[float], b: Sequence[float], nearness: np.ndarray) -> float:
+    """How well box ``a`` stands in front of box ``b``, or *behind* or *hidden* by it, in [0, 1].
+
+    0 where what ``a`` holds is not nearer (or farther) on average; else the boxes' IoU by .5, at most 1: one thing
+    hides another only where it covers it.
+
+    Args:
+        relation: one of `DEPTH_RELATIONS`.
+        a: left, top, right, bottom in pixels of ``nearness``.
+        b: the same of the other.
+        nearness: (h, w), larger is nearer.
+    """
+    one, other = (_inside(nearness, box) for box in (a, b))
+    if relation not in DEPTH_RELATIONS or not one.size or not other.size:
+        return 0.0
+    nearer = float(one.mean() - other.mean())
+    holds = nearer > 0 if relation == "in front of" else nearer < 0
+    return min(1.0, _overlap(a, b) / 0.5) if holds else 0.0
+
+
+def _inside(values: np.ndarray, box: Sequence[float]) -> np.ndarray:
+    left, top, right, bottom = (max(0, int(edge)) for edge in box)
+    return values[top:bottom, left:right]
+
+
+def depth_score(
+    detections: Sequence[Detection], objects: tuple[str, str] | None, relation: str | None, nearness: np.ndarray
+) -> float:
+    """A quarter of each object's confidence and half the relation's score.
+
+    Args:
+        detections: most confident first, boxes in pixels of ``nearness``.
+        objects: what has to stand in ``relation``, in its order; parts of a label count. None: the prompt does not say.
+        relation: one of `DEPTH_RELATIONS`.
+        nearness: (h, w), larger is nearer.
+    """
+    one, other = _first_of(detections, objects) if objects else (None, None)
+    score = sum(0.25 * found.score for found in (one, other) if found)
+    if one and other:
+        score += depth_relation_score(relation, one.box, other.box, nearness) / 2
+    return score
+
+
+def _first_of(detections: Sequence[Detection], objects: tuple[str, str]) -> list[Detection | None]:
+    """The detection of each object: as in the script the last one before both have been seen, or the first of one."""
+    seen: list[Detection | None] = [None, None]
+    for found in detections:
+        seen = [found if name in found.label else before for name, before in zip(objects, seen, strict=True)]
+        if all(seen):
+            return seen
+    return [next((found for found in detections if name in found.label), None) for name in objects]
+
+
 def numeracy_score(detections: Sequence[Detection], wanted: Sequence[tuple[str, int]]) -> float:
     """Every object's equal share: half of it for being there, half for being there so many times.
 
@@ -160,6 +218,12 @@ def spatial_demand(prompt: str) -> tuple[tuple[str, str] | None, str | None]:
     return ((names[0], names[-1]) if len(names) > 1 else None), relation
 
 
+def depth_demand(prompt: str) -> tuple[tuple[str, str] | None, str | None]:
+    """The first and the last object of a prompt such as "a cat hidden by a dog", and their relation."""
+    objects, _ = spatial_demand(prompt)
+    return objects, next((words for words in DEPTH_RELATIONS if words in prompt), None)
+
+
 def complex_demand(prompt: str) -> tuple[tuple[str, str] | None, str | None]:
     """The objects before and behind the one relation of a longer prompt; no objects where there is not exactly one."""
     lowered, phrases = prompt.lower(), noun_phrases(prompt)
@@ -186,23 +250,25 @@ def _is_counted(phrase: NounPhrase) -> bool:
 def _object(phrase: NounPhrase) -> str:
     """The words behind the number, the last one in the singular."""
     words = phrase.text.lower().split()[1:] or [phrase.head.lower()]
-    return _name(" ".join([*words[:-1], singular(words[-1])]))
+    name = " ".join([*words[:-1], singular(words[-1])])
+    return _COUNTED.get(name, name)
 
 
 def _name(noun: str) -> str:
-    return _RENAMED.get(noun.lower(), noun.lower())
+    return _PERSONS.get(noun.lower(), noun.lower())
 
 
-def objects_of(items: Sequence[Item]) -> list[str]:
-    """Every object that detectors are asked for by the items' prompts."""
-    names: dict[str, None] = {}
-    for item in items:
-        if item.category == "numeracy":
-            names |= dict.fromkeys(name for name, _ in numeracy_demand(item.prompt))
-        elif item.category in ("spatial", "complex"):
-            objects, _ = (spatial_demand if item.category == "spatial" else complex_demand)(item.prompt)
-            names |= dict.fromkeys(objects or ())
-    return list(names)
+_DEMANDS = {"spatial": spatial_demand, "3d_spatial": depth_demand, "complex": complex_demand}
+
+
+def objects_of(item: Item) -> list[str]:
+    """The objects that a detector is asked for in a picture of ``item``: those of its own prompt alone."""
+    if item.category == "numeracy":
+        return list(dict.fromkeys(name for name, _ in numeracy_demand(item.prompt)))
+    if item.category not in _DEMANDS:
+        return []
+    objects, _ = _DEMANDS[item.category](item.prompt)
+    return list(dict.fromkeys(objects or ()))
 
 
 # --------------------------------------------------------------------------- models
@@ -259,47 +325,90 @@ class BlipVqa:
         return float(logits[self.answers].float().softmax(0)[0])
 
 
+class Finder(Protocol):
+    """Finds objects in pictures."""
+
+    def __call__(self, picture: Image.Image, words: Sequence[str]) -> list[Detection]:
+        """Detections, most confident first: of ``words``, or of whatever it knows."""
+
+
 class WordDetector:
     """A detector that is asked for words, of the `transformers` library (OWL-ViT, OWLv2): boxes without masks.
 
+    Every box goes to the one word that fits it best, so what is found depends on the words that are asked for.
+
     Args:
-        words: what is looked for in every picture.
         model: hub id or folder.
         device: where it runs.
 
     Raises:
-        FileNotFoundError: the model is not there. ValueError: no words.
+        FileNotFoundError: the model is not there.
     """
 
-    def __init__(self, words: Sequence[str], model: str = DETECTOR, device: str = "cpu") -> None:
+    def __init__(self, model: str = DETECTOR, device: str = "cpu") -> None:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-        if not words:
-            raise ValueError("the prompts name no object to detect")
-        self.name, self.device, self.words = model, device, list(words)
+        self.name, self.device = model, device
         with fetching(model, "spatial:<folder>"), quiet_loading():
             self.processor = AutoProcessor.from_pretrained(model)
             self.model = AutoModelForZeroShotObjectDetection.from_pretrained(model).eval().to(device)
 
     @torch.no_grad()
-    def __call__(self, picture: Image.Image) -> list[Detection]:
-        """Detections of one picture, most confident first."""
-        texts = [[f"a photo of a {word}" for word in self.words]]
+    def __call__(self, picture: Image.Image, words: Sequence[str]) -> list[Detection]:
+        """Detections of ``words`` in one picture, most confident first; none where nothing is looked for."""
+        if not words:
+            return []
+        texts = [[f"a photo of a {word}" for word in words]]
         inputs = self.processor(text=texts, images=picture.convert("RGB"), return_tensors="pt").to(self.device)
         outputs = self.model(**inputs)
         (result,) = self.processor.post_process_grounded_object_detection(
             outputs, threshold=0.0, target_sizes=[(picture.height, picture.width)]
         )
         parts = (result["labels"].tolist(), result["scores"].tolist(), result["boxes"].tolist())
-        known = [(self.words[label], score, box) for label, score, box in zip(*parts, strict=True)]
+        known = [(words[label], score, box) for label, score, box in zip(*parts, strict=True)]
         found = [Detection(word, score, (b[0], b[1], b[2], b[3])) for word, score, b in known]
         return sorted(found, key=lambda f: -f.score)
 
 
-def detect(detector: Detector, picture: np.ndarray, threshold: float) -> list[Detection]:
+class DepthEstimator:
+    """How near everything in a picture is, by a DPT or Depth Anything of the `transformers` library.
+
+    Args:
+        model: hub id or folder of one that predicts relative (inverse) depth.
+        device: where it runs.
+
+    Raises:
+        FileNotFoundError: it is not there. ValueError: a model of another kind, or one that predicts distances.
+    """
+
+    def __init__(self, model: str = DEPTH, device: str = "cpu") -> None:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation
+
+        self.name, self.device = model, device
+        with fetching(model, "spatial_3d:depth=<folder>"), quiet_loading():
+            config = AutoConfig.from_pretrained(model)
+            is_metric = getattr(config, "depth_estimation_type", "relative") != "relative"
+            if config.model_type not in ("dpt", "depth_anything") or is_metric:
+                raise ValueError(f"{model!r} ({config.model_type}) is no DPT or Depth Anything of relative depth")
+            self.processor = AutoImageProcessor.from_pretrained(model)
+            self.model = AutoModelForDepthEstimation.from_pretrained(model).eval().to(device)
+
+    @torch.no_grad()
+    def __call__(self, picture: Image.Image) -> np.ndarray:
+        """Nearness (h, w) in [0, 1], the nearest being 1, at the size of `detect`'s boxes."""
+        inputs = self.processor(images=picture.convert("RGB"), return_tensors="pt").to(self.device)
+        near = self.model(**inputs).predicted_depth.float()  # (1, h, w)
+        scale = SIDE / min(picture.size)
+        size = (round(scale * picture.height), round(scale * picture.width))
+        near = torch.nn.functional.interpolate(near[None], size, mode="bilinear", align_corners=True)[0, 0]
+        spread = near.max() - near.min()
+        return ((near - near.min()) / spread.clamp_min(1e-12)).cpu().numpy()
+
+
+def detect(detector: Finder, picture: np.ndarray, words: Sequence[str], threshold: float) -> list[Detection]:
     """Detections above a confidence, boxes in pixels of a picture whose shorter side is `SIDE`."""
     scale = SIDE / min(picture.shape[:2])
-    found = [one for one in detector(Image.fromarray(picture)) if one.score > threshold]
+    found = [one for one in detector(Image.fromarray(picture), words) if one.score > threshold]
     boxes = [
         (scale * left, scale * top, scale * right, scale * low) for left, top, right, low in (f.box for f in found)
     ]
@@ -315,8 +424,9 @@ class T2IMetric:
     Args:
         name: ``t2i_compbench`` gives each category's own score under both names.
         blip: a picture's and a prompt's BLIP-VQA score.
-        detector: finds the objects.
+        detector: finds the objects of a picture's own prompt.
         threshold: detections count above this confidence.
+        depth: how near everything in a picture is.
         clip: cosine of pictures and prompts.
         lists: prompts (lower case, without full stop) that have a spatial relation only, or an action only.
         device: where the CLIP is.
@@ -326,14 +436,15 @@ class T2IMetric:
         self,
         name: str,
         blip: BlipVqa | None = None,
-        detector: Detector | None = None,
+        detector: Finder | None = None,
         threshold: float = 0.5,
+        depth: Callable[[Image.Image], np.ndarray] | None = None,
         clip: Scorer | None = None,
         lists: tuple[frozenset[str], frozenset[str]] | None = None,
         device: str = "cpu",
     ) -> None:
         self.name, self.blip, self.detector, self.threshold = name, blip, detector, threshold
-        self.clip, self.lists, self.device = clip, lists, device
+        self.depth, self.clip, self.lists, self.device = depth, clip, lists, device
 
     def columns(self, item: Item) -> tuple[str, ...]:
         """The category's own metric, if it is this one or this is all of them."""
@@ -352,29 +463,34 @@ class T2IMetric:
         if own == "blip_vqa":
             return self._attributes(picture, item.prompt)
         if own == "numeracy":
-            return numeracy_score(self._detect(picture), numeracy_demand(item.prompt))
+            return numeracy_score(self._detect(picture, item), numeracy_demand(item.prompt))
         if own == "spatial":
-            return spatial_score(self._detect(picture), *spatial_demand(item.prompt))
+            return spatial_score(self._detect(picture, item), *spatial_demand(item.prompt))
+        if own == "spatial_3d":
+            return depth_score(self._detect(picture, item), *depth_demand(item.prompt), self._nearness(picture))
         if own == "non_spatial":
             return self._cosine(picture, item.prompt)
-        return self._complex(picture, item.prompt)
+        return self._complex(picture, item)
 
-    def _complex(self, picture: np.ndarray, prompt: str) -> float:
+    def _complex(self, picture: np.ndarray, item: Item) -> float:
         """The mean of attributes and whichever relations the prompt has (Huang et al. 2023, 3-in-1)."""
-        spatial, action = self._relations(prompt)
-        parts = [self._attributes(picture, prompt)]
+        spatial, action = self._relations(item)
+        parts = [self._attributes(picture, item.prompt)]
         if spatial:
-            parts.append(spatial_score(self._detect(picture), *complex_demand(prompt)))
+            parts.append(spatial_score(self._detect(picture, item), *complex_demand(item.prompt)))
         if action:
-            parts.append(self._cosine(picture, without(prompt, is_quality)))
+            parts.append(self._cosine(picture, without(item.prompt, is_quality)))
         return float(np.mean(parts))
 
-    def _relations(self, prompt: str) -> tuple[bool, bool]:
+    def _relations(self, item: Item) -> tuple[bool, bool]:
         """Whether the prompt has a spatial relation, and an action; by the benchmark's lists, else by its words.
 
         With the lists a prompt on neither has both; without them one that names a place has a spatial relation, and
         any other an action.
         """
+        prompt, stated = item.prompt, item.metadata.get("relations")
+        if self.lists is None and stated:
+            return stated != "action", stated != "spatial"
         if self.lists is None:
             spatial = any(words in prompt.lower() for words in COMPLEX_RELATIONS)
             return spatial, not spatial
@@ -386,9 +502,13 @@ class T2IMetric:
         assert self.blip is not None
         return self.blip(Image.fromarray(picture), prompt)
 
-    def _detect(self, picture: np.ndarray) -> list[Detection]:
+    def _detect(self, picture: np.ndarray, item: Item) -> list[Detection]:
         assert self.detector is not None
-        return detect(self.detector, picture, self.threshold)
+        return detect(self.detector, picture, objects_of(item), self.threshold)
+
+    def _nearness(self, picture: np.ndarray) -> np.ndarray:
+        assert self.depth is not None
+        return self.depth(Image.fromarray(picture))
 
     def _cosine(self, picture: np.ndarray, prompt: str) -> float:
         assert self.clip is not None
@@ -400,13 +520,17 @@ def open_t2i(name: str, rest: str, device: str, items: Sequence[Item]) -> T2IMet
 
     Args:
         name: of the metric.
-        rest: the model of a metric that has one, or ``blip=``, ``detector=``, ``clip=``, ``threshold=``, ``lists=``
-            (a folder with ``complex_val_spatial.txt`` and ``complex_val_action.txt``), separated by commas.
+        rest: the model of a metric that has one, or ``blip=``, ``detector=``, ``depth=``, ``clip=``, ``threshold=``,
+            ``lists=`` (a folder with ``complex_val_spatial.txt`` and ``complex_val_action.txt``; by default what the
+            loader found beside the prompts), separated by commas.
         device: where the models run.
-        items: whose objects an open-vocabulary detector is asked for.
+        items: whose categories say which models are needed.
 
     Raises:
         FileNotFoundError: weights or lists are missing. ValueError: an unknown option.
+
+    Warns:
+        UserWarning: nothing says which relations the complex prompts have, so that they get no official mean.
     """
     options = _read_options(name, rest)
     categories = {item.category for item in items}
@@ -414,17 +538,32 @@ def open_t2i(name: str, rest: str, device: str, items: Sequence[Item]) -> T2IMet
     parts: dict[str, Any] = {}
     if needed & {"blip_vqa", "three_in_one"}:
         parts["blip"] = BlipVqa(options.get("blip", BLIP), device)
-    if needed & {"spatial", "numeracy", "three_in_one"}:
-        parts |= _open_detector(options, device, items)
+    if needed & {"spatial", "spatial_3d", "numeracy", "three_in_one"}:
+        parts |= _open_detector(options, device)
+    if "spatial_3d" in needed:
+        parts["depth"] = DepthEstimator(options.get("depth", DEPTH), device)
     if needed & {"non_spatial", "three_in_one"}:
         parts["clip"] = load_scorer(options.get("clip", CLIP), device)
     if "lists" in options:
         parts["lists"] = _read_lists(Path(options["lists"]))
+    elif "three_in_one" in needed:
+        _warn_of_guesses(items)
     return T2IMetric(name, **parts, device=device)
 
 
-_MODEL = {"blip_vqa": "blip", "spatial": "detector", "numeracy": "detector", "non_spatial": "clip"}
-_OPTIONS = ("blip", "detector", "clip", "threshold", "lists")
+def _warn_of_guesses(items: Sequence[Item]) -> None:
+    guessed = [item.prompt for item in items if item.category == "complex" and "relations" not in item.metadata]
+    if guessed:
+        warnings.warn(
+            f"nothing says which relations {len(guessed)} pictures of category 'complex' have, so their words decide "
+            "and none gets the official mean of three parts; put the benchmark's complex_val_spatial.txt and "
+            "complex_val_action.txt beside complex_val.txt, or name their folder by lists=",
+            stacklevel=3,
+        )
+
+
+_MODEL = {**dict.fromkeys(("spatial", "spatial_3d", "numeracy"), "detector"), "blip_vqa": "blip", "non_spatial": "clip"}
+_OPTIONS = ("blip", "detector", "depth", "clip", "threshold", "lists")
 
 
 def _read_options(name: str, rest: str) -> dict[str, str]:
@@ -439,17 +578,20 @@ def _read_options(name: str, rest: str) -> dict[str, str]:
     return options
 
 
-def _open_detector(options: Mapping[str, str], device: str, items: Sequence[Item]) -> dict[str, Any]:
+def _open_detector(options: Mapping[str, str], device: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     model = options.get("detector", DETECTOR)
     with fetching(model, "spatial:<folder>"):
         asked = AutoConfig.from_pretrained(model).model_type in ("owlvit", "owlv2")
-    detector: Detector = (
-        WordDetector(objects_of(items), model, device) if asked else BoxDetector(model, device, coco=False)
-    )
+    detector: Finder = WordDetector(model, device) if asked else _unasked(BoxDetector(model, device, coco=False))
     threshold = float(options.get("threshold", 0.2 if asked else 0.5))
     return {"detector": detector, "threshold": threshold}
+
+
+def _unasked(detector: Detector) -> Finder:
+    """A detector of fixed classes, which cannot be asked for words."""
+    return lambda picture, words: detector(picture)
 
 
 def _read_lists(folder: Path) -> tuple[frozenset[str], frozenset[str]]:

@@ -1,0 +1,53 @@
+"""The rules that a run's verdicts were reached by: each score's margins, and what the run folder says of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from addiff_env.evaluation.hypotheses import Rules
+
+# Quality lost that still counts as equal, and the smallest gain worth calling one; in the metric's own unit.
+MARGINS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("clip_score", "clipscore", "non_spatial", "hpsv2.1"), (0.002, 0.001)),
+    **dict.fromkeys(("reward_score", "imagereward", "aesthetic", "pickscore"), (0.05, 0.025)),
+}
+SHARE = (0.02, 0.01)  # the same of scores in [0, 1] that are shares of something satisfied
+
+
+def margins_of(metric: str) -> dict[str, float]:
+    """`Rules`' margins of a score."""
+    margin, worthwhile = MARGINS.get(metric, SHARE)
+    return {"margin": margin, "worthwhile": worthwhile}
+
+
+def read_rules(folder: Path, metric: str) -> Rules:
+    """The rules of a finished run: as ``verdicts.json`` states them, else those of ``config.yaml`` over the defaults.
+
+    Args:
+        folder: of the run.
+        metric: the score that its verdicts speak of.
+
+    Raises:
+        ValueError: rules that make no sense.
+    """
+    known = {f.name for f in fields(Rules)}
+    stated = _stated(folder / "verdicts.json") or _configured(folder / "config.yaml")
+    values = {"metric": metric, **margins_of(metric), **stated}
+    return Rules(**{name: value for name, value in values.items() if name in known})
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text()) if path.exists() else []
+    return found.get("rules") or {} if isinstance(found, dict) else {}
+
+
+def _configured(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    found = OmegaConf.to_container(OmegaConf.load(path))
+    return found.get("rules") or {} if isinstance(found, dict) else {}
