@@ -66,6 +66,7 @@ from addiff_env.evaluation.planning import (
     asked_methods,
     expected_methods,
     keep_plan,
+    left_out,
     named_agents,
     plan,
 )
@@ -338,6 +339,7 @@ def keep_run(
         "agent": first.fingerprint,
         "agents": {name: agent.fingerprint for name, agent in agents.items()},
         "environment": {"id": name, **kwargs, **overrides},
+        "left_out": left_out(folder),
     }
     write_items(folder, items)
     write_provenance(folder, rows, **facts)
@@ -431,7 +433,7 @@ def evaluate(
     metric = primary_score([columns_of(metrics, item) for item in items], cfg.primary)
     evaluation = Evaluation(shard_path(folder, *place), env, metrics, cfg.save_images)
     found = plan_run(cfg, evaluation, items, agents, metric)
-    keep_plan(folder, cfg.methods, found)
+    keep_plan(folder, cfg.methods, found, skipped)
     keep_stamp(folder, stamp, code_version())  # only now: a command that is refused leaves nothing to agree with
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg))
     return make_rows(cfg, evaluation, shard(items, *place), found.methods, agents, overrides)

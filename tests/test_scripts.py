@@ -157,6 +157,8 @@ def test_what_is_missing_stops_an_evaluation_before_any_picture(trained, tmp_pat
     allowed = run("evaluate.py", *options, *metrics, "allow_missing=true")
     assert allowed.returncode == 0, allowed.stderr
     assert "left out method 'lcm-2'" in allowed.stdout and "left out metric 'pickscore" in allowed.stdout
+    method, metric = json.loads((tmp_path / "provenance.json").read_text())["left_out"]
+    assert method.startswith("method 'lcm-2': ") and metric.startswith("metric 'pickscore:/nowhere/pickscore': ")
     rows = read_rows(tmp_path / "rows.jsonl")
     assert [sorted(row.scores) for row in rows] == [["clip_score", "reward_score"]] * 2  # no success without a checker
     assert "clip_score" in (tmp_path / "table.txt").read_text().splitlines()[0]

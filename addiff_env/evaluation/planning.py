@@ -24,6 +24,7 @@ from addiff_env.loading import PACKAGE_PREFIX
 
 ALL = "all"
 FILE = "methods.json"
+METRICS = "left_out_metrics"  # in that file
 DISTILLED = ("lcm-4", "sdxl-turbo-1")  # need weights of their own: of "all", left out where those are missing
 _DIFFUSION = {
     "ddim": (5, 10, 20, 30, 50),
@@ -163,8 +164,8 @@ def plan(
 # --------------------------------------------------------------------------- what is kept for the merge
 
 
-def keep_plan(folder: Path, wanted: str | Sequence[str], found: Plan) -> None:
-    """Add to ``methods.json`` what came of the names; those of earlier runs in the folder stay."""
+def keep_plan(folder: Path, wanted: str | Sequence[str], found: Plan, skipped: Mapping[str, str] | None = None) -> None:
+    """Add to ``methods.json`` what came of the names and why metrics were ``skipped``; what earlier runs kept stays."""
     names = {name: [method.name for method in group] for name, group in found.made.items()}
     with alone_in(folder):
         kept = read_plan(folder)
@@ -172,7 +173,16 @@ def keep_plan(folder: Path, wanted: str | Sequence[str], found: Plan) -> None:
         left_out = {name: why for name, why in {**kept["left_out"], **found.left_out}.items() if name not in names}
         made = {name: group for name, group in made.items() if name not in left_out}
         whole = [*names, *found.left_out] if wanted == ALL else kept[ALL]
-        write_whole(folder / FILE, json.dumps({"made": made, "left_out": left_out, ALL: whole}, indent=2) + "\n")
+        metrics = {**kept.get(METRICS, {}), **(skipped or {})}
+        plan = {"made": made, "left_out": left_out, METRICS: metrics, ALL: whole}
+        write_whole(folder / FILE, json.dumps(plan, indent=2) + "\n")
+
+
+def left_out(folder: Path) -> list[str]:
+    """What was asked for and could not be had, with the reason: for the report."""
+    kept = read_plan(folder)
+    methods = [f"method {name!r}: {why}" for name, why in kept["left_out"].items()]
+    return methods + [f"metric {name!r}: {why}" for name, why in kept.get(METRICS, {}).items()]
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
