@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
@@ -143,7 +144,7 @@ def tune(
     own = measure(make_method("agent", env, agent), env, items, metrics, metric)
     grid = threshold_grid(env, own.reward_scores)
     tried, pictures = (
-        [measure(make_method(spec, env), env, items, metrics, metric) for spec in specs]
+        [measure(make_method(spec, env), env, items, metrics, metric) for spec in tqdm(specs, "tuning", unit="method")]
         for specs in (grid, best_of_grid(env, own.net_flops))
     )
     shares = [round(share, 4) for share in own.shares[1:]]
