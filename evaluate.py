@@ -4,7 +4,8 @@
     python evaluate.py benchmark.limit=null     the whole test split
     python evaluate.py agent=runs/train/tiny-seed0/agent hydra.run.dir=runs/mine
     python evaluate.py shard.index=0 shard.count=4 hydra.run.dir=runs/mine      one quarter; then shard.merge=true
-    accelerate launch --num_processes 4 evaluate.py hydra.run.dir=runs/mine     four processes, merged by the last one
+    accelerate launch --multi_gpu evaluate.py hydra.run.dir=runs/mine          one process per GPU, merged by the last
+    torchrun --nproc_per_node 2 evaluate.py hydra.run.dir=runs/mine             the same without GPUs
     python evaluate.py methods=all hydra.run.dir=runs/all                       every method that applies to the model
     python evaluate.py agents=[runs/a/agent,runs/b/agent] hydra.run.dir=runs/ab several training seeds
     python evaluate.py benchmark.name=geneval benchmark.root=data metrics=[geneval,clip_score] agent=runs/sd15/agent
