@@ -263,13 +263,14 @@ def plan_run(
 ) -> Plan:
     """The methods of the configuration: a misspelt one, or one without its weights, stops us before any work."""
     options, env, first = MethodOptions.read(plain(cfg.method_options)), evaluation.env, next(iter(agents.values()))
-    tunable = bool(cfg.tune.benchmark) or is_embedded_world(benchmark)
+    b, tunable = cfg.benchmark, bool(cfg.tune.benchmark) or is_embedded_world(benchmark)
+    whole = load_benchmark(b.name, root=b.root, images_per_prompt=b.images_per_prompt)  # the limit may grow
     asked = asked_methods(cfg.methods, env, options, tunable)
 
     def make(spec: str) -> list[Method]:
         if spec == "agent":
             return [PolicyMethod(env, agent, name) for name, agent in agents.items()]
-        return [make_method(spec, env, first, options, benchmark)]
+        return [make_method(spec, env, first, options, whole)]
 
     def tuned(specs: Sequence[str]) -> list[str]:
         return tuned_specs(cfg, specs, evaluation, first, metric)

@@ -50,8 +50,8 @@ class FixedSteps(Batched):
 class WordCount(Batched):
     """As many steps as the prompt's length asks for, at a mean of ``mean_steps``: adaptive, but blind.
 
-    ``benchmark`` holds all items of the evaluation, whose mean length sets the scale: a shard, or what an interruption
-    left over, gets the steps that it gets in the whole.
+    ``benchmark`` holds all items of the list, whose mean length sets the scale: a shard, what an interruption left
+    over, or a run with a limit gets the steps that it gets in the whole.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class WordCount(Batched):
         if not benchmark or not mean_steps >= 1:
             raise ValueError(f"{self.name} needs at least one step and one prompt, got {len(benchmark)}")
         self.mean_steps, self.mean_words = mean_steps, float(np.mean([_words(item) for item in benchmark]))
-        self.policy = f"{self.name} at {self.mean_words:.6g} words"  # another limit of the benchmark is another policy
+        self.policy = f"{self.name} at {self.mean_words:.6g} words"
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Make one picture per item."""
@@ -270,7 +270,7 @@ def make_method(
 ) -> Method:
     """The method that ``spec`` names (`METHODS`), on the model and settings of ``env``.
 
-    ``benchmark`` holds all items of the evaluation, also those of other shards.
+    ``benchmark`` holds all items of the list, also those of other shards and beyond the limit.
 
     Raises:
         ValueError: unknown, or its numbers do not parse; the message quotes it.
