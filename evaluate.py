@@ -16,9 +16,9 @@ add methods. With other settings than the folder's rows were made with it is ref
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,10 @@ from addiff_env.evaluation.benchmarks import Item, benchmark_record, load_benchm
 from addiff_env.evaluation.files import alone_in, write_whole
 from addiff_env.evaluation.html import write_report
 from addiff_env.evaluation.hypotheses import (
-    CONTINUED,
-    FULL_IMAGE,
     Rules,
-    Verdict,
-    all_verdicts,
+    control_names,
+    decide,
     describe,
-    h4_refinement,
 )
 from addiff_env.evaluation.memory import watched
 from addiff_env.evaluation.metrics import (
@@ -58,6 +55,7 @@ from addiff_env.evaluation.metrics import (
     primary_score,
     protocol_scores,
     score_pictures,
+    scores_of_all_methods,
 )
 from addiff_env.evaluation.outside import MethodOptions
 from addiff_env.evaluation.planning import (
@@ -170,14 +168,15 @@ class Evaluation:
             row.actions, row.nfe, row.forward_passes = made.actions, made.nfe, made.forward_passes
             row.net_flops, row.seconds, row.peak_memory = made.net_flops, made.seconds, peak_memory
             row.scores, row.reason = scores, "; ".join(filter(None, (made.note, reason)))
-            row.image = self._save_image(method, made) if self.save_images else ""
+            row.image = self._save_image(row, made) if self.save_images else ""
             rows.append(row)
         append_rows(self.path, rows)
         return rows
 
-    def _save_image(self, method: Method, made: Generated) -> str:
-        name = f"{made.seed}-{zlib.crc32(made.prompt.encode()):08x}.png"  # a file may repeat seeds over prompts
-        relative = Path("images") / method.name.replace(":", "_") / name
+    def _save_image(self, row: ResultRow, made: Generated) -> str:
+        # By the row's whole key: a folder may hold the same picture in two dtypes, or of two code versions.
+        digest = hashlib.sha256(json.dumps(row.key).encode()).hexdigest()[:12]
+        relative = Path("images") / row.method.replace(":", "_") / f"{row.seed}-{digest}.png"
         (self.folder / relative).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(made.picture).save(self.folder / relative)
         return str(relative)
@@ -214,11 +213,6 @@ def record_filmstrips(
     return strips
 
 
-def control_names(agent: str) -> tuple[str, str]:
-    """H4's controls of an agent's rows, by method name."""
-    return FULL_IMAGE.replace("agent", agent, 1), CONTINUED.replace("agent", agent, 1)
-
-
 def controls_of(
     rows: list[ResultRow], env: DiffusionDenoiseVectorEnv, full: DiffusionDenoiseVectorEnv, agent: str = "agent"
 ) -> list[Method]:
@@ -226,26 +220,6 @@ def controls_of(
     scripts = {(row.prompt, row.seed): row for row in rows}
     replayed, continued = control_names(agent)
     return [Replay(full, replayed, scripts), MatchedSteps(env, continued, scripts)]
-
-
-def decide(
-    rows: list[ResultRow],
-    items: Sequence[Item],
-    rules: Rules = Rules(),  # noqa: B008 (frozen)
-    agents: Sequence[str] = ("agent",),
-) -> list[Verdict]:
-    """Verdicts on H1-H4 from the rows, all of which have the rules' metric; ``agents`` are training runs of one group.
-
-    Of several the first alone has H4's controls, so that H4 is about that one.
-    """
-    facts = {(item.prompt, item.seed): item.facts for item in items}
-    if len(agents) == 1:
-        return all_verdicts(rows, facts, agent=agents, rules=rules)
-    controls = control_names(agents[0])
-    *others, last = all_verdicts([row for row in rows if row.method not in controls], facts, agent=agents, rules=rules)
-    if set(controls) <= {row.method for row in rows}:
-        last = h4_refinement(rows, agents[:1], controls, rules)
-    return [*others, last]
 
 
 def rules_of(cfg: DictConfig, metric: str) -> Rules:
@@ -356,7 +330,7 @@ def report(
     overrides: dict[str, Any],
 ) -> None:
     """Write and print the table and the verdicts; write the plot, the filmstrips, ``report.html`` and its exports."""
-    metric = primary_score([list(row.scores) for row in rows], cfg.primary)
+    metric = primary_score(scores_of_all_methods(rows), cfg.primary)
     whole, rows = rows, lead_with(rows, metric)
     if len(rows) < len(whole):
         print(f"{len(whole) - len(rows)} of {len(whole)} rows have no {metric} and are left out of the report")
@@ -375,11 +349,14 @@ def report(
         written.append(folder / "filmstrips.png")
         titled = [(f"{strip.item.prompt!r}: {strip.reason}", strip.frames) for strip in strips]
         filmstrip_figure(titled).savefig(written[-1])
-    verdicts = decide(rows, items, rules_of(cfg, metric), list(agents)) if own else []
+    rules = rules_of(cfg, metric)
+    facts = {(item.prompt, item.seed): item.facts for item in items}
+    verdicts = decide(rows, facts, rules, list(agents)) if own else []
     print("\n".join(map(describe, verdicts)) + "\n")
     keep_run(cfg, folder, rows, items, agents, overrides, metric)
     save_strips(folder, strips)
-    write_verdicts(folder, verdicts)
+    write_verdicts(folder, verdicts, rules)
+    write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg))  # a merge has no shard's
     written += [folder / "verdicts.json", *write_report(folder, rows, items, verdicts)]
     print("wrote")
     for path in written:
@@ -459,7 +436,7 @@ def stamp_run(
 def whole_run(
     cfg: DictConfig, folder: Path, items: Sequence[Item], place: tuple[int, int], launched: bool, agent: str
 ) -> list[ResultRow] | None:
-    """All shards' rows, the controls of ``agent`` included, also written to ``rows.jsonl``.
+    """All shards' rows, the controls of ``agent`` included, also written to ``rows.jsonl`` beside what that holds.
 
     None where a launched run's other processes are at work.
     """
@@ -468,7 +445,9 @@ def whole_run(
     merge = merge_if_whole if launched else merge_shards
     rows = merge(folder, place[1], places, methods)
     if rows is not None:
-        write_rows(folder / "rows.jsonl", rows)
+        path, merged = folder / "rows.jsonl", {row.key for row in rows}
+        others = [row for row in read_rows(path) if row.key not in merged]  # of methods or items not asked for now
+        write_rows(path, [*rows, *others])
     return rows
 
 

@@ -161,6 +161,11 @@ def test_a_request_is_structured_and_names_the_prompt(server, ask, pairs):
     assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
 
 
+def test_a_model_that_allows_no_temperature_is_sent_none(server, ask, pairs):
+    ask(temperature=None).compare(pairs[:1])
+    assert "temperature" not in server.requests[0]
+
+
 @pytest.mark.parametrize("always", ["first", "second"])
 def test_position_bias_decides_nothing(server, ask, pairs, always):
     server.reply = lambda first, second: always
@@ -304,6 +309,9 @@ def test_settings_come_from_the_environment(monkeypatch, tmp_path, pairs):
     monkeypatch.setenv("ADDIFF_JUDGE_EYE_USD_OUT", "10")
     monkeypatch.setenv("ADDIFF_JUDGE_EYE_MAX_USD", "3")
     settings = JudgeSettings.from_environment("eye", retries=1)
+    assert settings.temperature == 0
+    monkeypatch.setenv("ADDIFF_JUDGE_EYE_TEMPERATURE", "none")
+    assert JudgeSettings.from_environment("eye").temperature is None
     assert (settings.base_url, settings.max_usd, settings.retries) == ("http://x/v1", 3.0, 1)
     assert settings.key_variable == "ADDIFF_JUDGE_EYE_API_KEY" and KEY not in repr(settings)
     monkeypatch.delenv("ADDIFF_JUDGE_EYE_API_KEY")

@@ -9,6 +9,7 @@ from test_judge import KEY, brighter, server  # noqa: F401 (the fixture)
 from test_report import ITEMS, VERDICTS, Page, rows_of
 
 from addiff_env.evaluation import html, judging
+from addiff_env.evaluation.hypotheses import Rules
 from addiff_env.evaluation.judge import Preference
 from addiff_env.evaluation.judging import agreement, describe_judge, describe_pair, run_pairs
 from addiff_env.evaluation.rows import append_rows, read_rows
@@ -26,7 +27,7 @@ def run(tmp_path):
         Image.new("RGB", (8, 8), (LEVEL[row.method] + row.seed, 0, 0)).save(folder / row.image)
     append_rows(folder / "rows.jsonl", rows)
     write_items(folder, ITEMS)
-    write_verdicts(folder, VERDICTS)
+    write_verdicts(folder, VERDICTS, Rules())
     write_provenance(folder, rows, benchmark="toy")
     return folder
 

@@ -24,6 +24,7 @@ from addiff_env.evaluation.metrics import (
     primary_score,
     protocol_scores,
     score_pictures,
+    scores_of_all_methods,
 )
 from addiff_env.perception import Perception
 from addiff_env.types import ResultRow
@@ -126,6 +127,17 @@ def test_a_scorer_by_its_setting_scores_pictures(perception: Perception, rng: np
         ([["blip_vqa", "t2i_compbench"], ["spatial", "t2i_compbench"]], None, "t2i_compbench"),
     ],
 )
+def test_scores_of_rows_made_before_do_not_lead_where_a_method_lacks_them() -> None:
+    def row(method: str, **scores: float) -> ResultRow:
+        return ResultRow(method, "p", 0, "c", "b", "s", method, "float32", "1", scores=scores)
+
+    old = [row("ddim-50", hpsv21=0.3, clip_score=0.2)] * 3
+    assert scores_of_all_methods([*old, row("agent", clip_score=0.1)]) == [["clip_score"]] * 4
+    assert primary_score(scores_of_all_methods(old)) == "hpsv21"
+    with pytest.raises(ValueError, match=r"no score in common \(ddim-50: clip_score, hpsv21; agent: aesthetic\)"):
+        scores_of_all_methods([*old, row("agent", aesthetic=5.0)])
+
+
 def test_the_primary_score_is_one_that_policies_do_not_see(
     measured: list[list[str]], wanted: str | None, primary: str
 ) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from addiff_env.evaluation.phrases import noun_phrases, singular
+from addiff_env.evaluation.phrases import is_quality, noun_phrases, singular, without
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,8 @@ def test_numbers_are_read() -> None:
 )  # fmt: skip
 def test_singulars(plural: str, one: str) -> None:
     assert singular(plural) == one
+
+
+def test_adjectives_are_taken_out_of_a_prompt() -> None:
+    prompt = "The fluffy cat and the sleek, striped fish were next to the rectangular mirror."
+    assert without(prompt, is_quality) == "The cat and the , fish were next to the mirror ."

@@ -1,6 +1,5 @@
 """What a run consists of: methods by name, agents by seed, and the settings that a folder's rows are held to."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from addiff_env.agent import Agent, PolicyNet
 from addiff_env.evaluation.baselines import METHODS, make_method
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.files import keep_first, write_whole
-from addiff_env.evaluation.hypotheses import Rules
+from addiff_env.evaluation.hypotheses import Rules, control_names, decide
 from addiff_env.evaluation.outside import MethodOptions
 from addiff_env.evaluation.planning import (
     ALL,
@@ -155,12 +154,8 @@ def test_several_agents_are_named_by_their_training_seeds(tmp_path: Path) -> Non
 
 
 def test_a_group_of_agents_is_judged_as_one_and_h4_by_the_first() -> None:
-    root = Path(__file__).parent.parent
-    spec: Any = importlib.util.spec_from_file_location("evaluate_script", root / "evaluate.py")
-    evaluate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(evaluate)
     rng, items = np.random.default_rng(0), [Item(f"prompt {k}", k, "colors", facts=k % 3) for k in range(40)]
-    agents, controls = ["agent-s3", "agent-s5"], list(evaluate.control_names("agent-s3"))
+    agents, controls = ["agent-s3", "agent-s5"], list(control_names("agent-s3"))
     assert controls == ["agent-s3, mask=full", "agent-s3, continued"]
     spent = {"ddim-5": 5, "ddim-50": 50, "agent-s3": 8, "agent-s5": 16, **dict.fromkeys(controls, 8)}
     rows = [
@@ -170,7 +165,8 @@ def test_a_group_of_agents_is_judged_as_one_and_h4_by_the_first() -> None:
         for name, nfe in spent.items()
         for item in items
     ]  # fmt: skip
-    verdicts = evaluate.decide(rows, items, Rules(draws=200), agents)  # agent-s5 spends twice what the controls do
+    facts = {(item.prompt, item.seed): item.facts for item in items}
+    verdicts = decide(rows, facts, Rules(draws=200), agents)  # agent-s5 spends twice what the controls do
     assert [verdict.hypothesis for verdict in verdicts] == ["H1", "H2", "H3", "H4"]
     assert all("agent-s3" in part.condition for part in verdicts[3].parts) and len(verdicts[3].parts) == 2
 

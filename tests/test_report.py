@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.exports import latex_escape, latex_table, write_csv
-from addiff_env.evaluation.html import MAX_SIDE, png_uri, write_report
+from addiff_env.evaluation.html import MAX_SIDE, main, png_uri, write_report
 from addiff_env.evaluation.hypotheses import SUPPORTED, UNDECIDED, Part, Rules, Verdict
 from addiff_env.evaluation.rows import append_rows
 from addiff_env.evaluation.rules import read_rules
@@ -90,7 +90,7 @@ def run(tmp_path_factory):
         Image.new("RGB", (16, 16), (row.nfe, 0, 0)).save(path)
     append_rows(folder / "rows.jsonl", [replace(rows[0], code_version="older"), *rows, replace(rows[1], seed=99)])
     write_items(folder, ITEMS)
-    write_verdicts(folder, VERDICTS)
+    write_verdicts(folder, VERDICTS, Rules())
     write_provenance(folder, rows, benchmark="toy_<i>", agent="policy-agent", environment={"id": "Toy", "finish": 2})
     save_strips(folder, [strip_of(ITEMS[0], ACTIONS[0]), strip_of(ITEMS[1], [2, 1])])
     (folder / "config.yaml").write_text("limit: <b>4</b>\n")
@@ -271,8 +271,44 @@ def test_the_rules_of_the_verdicts_are_shown(tmp_path, page):
     )
     lines = {name: shown.line("verdicts", name)[1] for name in ("score", "margin", "worthwhile", "max NFE")}
     assert lines == {"score": "imagereward", "margin": "0.004", "worthwhile": "0.025", "max NFE": "20"}
-    (tmp_path / "verdicts.json").write_text(json.dumps({"rules": {"margin": 0.5}, "verdicts": []}))
-    assert read_rules(tmp_path, "imagereward") == Rules("imagereward", 0.5, 0.025)
+    used = Rules("imagereward", 0.5, 0.025)
+    write_verdicts(tmp_path, VERDICTS, used)  # what they were reached by counts, not what was configured since
+    assert read_rules(tmp_path, "imagereward") == used and read_verdicts(tmp_path) == VERDICTS
+    (tmp_path / "verdicts.json").write_text(
+        json.dumps([asdict(verdict) for verdict in VERDICTS])
+    )  # of earlier releases
+    assert read_verdicts(tmp_path) == VERDICTS and read_rules(tmp_path, "imagereward").margin == 0.004
+
+
+def test_training_runs_of_an_agent_are_shown_as_one_agent(tmp_path):
+    rows = [replace(row, image="") for row in rows_of()]
+    named = [replace(row, method="agent-s1") if row.method == "agent" else row for row in rows]
+    second = [replace(row, method="agent-s2", policy="other") for row in rows if row.method == "agent"]
+    write_report(tmp_path, [*named, *second], ITEMS, [])
+    page = read_page(tmp_path)
+    assert {"comparisons", "actions", "complexity", "failures"} <= set(page.tables)
+    compared = [line[0] for line in page.tables["comparisons"][1:]]
+    assert "ddim-5" in compared and not any("agent" in name for name in compared)
+
+
+def test_the_verdicts_are_decided_anew_by_the_configured_rules(tmp_path, capsys, monkeypatch):
+    rng, methods = np.random.default_rng(0), {"agent": 6, "ddim-5": 5, "ddim-50": 50, "euler-5": 5}
+    items = [Item(f"prompt {k // 2}", k, "full", facts=k % 3) for k in range(60)]
+    rows = [
+        ResultRow(name, i.prompt, i.seed, i.category, "b", name, name, "float32", "1", nfe=nfe + i.facts,
+                  net_flops=nfe * 1e9, scores={"success": float(rng.random() < 0.8)})
+        for name, nfe in methods.items() for i in items
+    ]  # fmt: skip
+    append_rows(tmp_path / "rows.jsonl", rows)
+    write_items(tmp_path, items)
+    write_provenance(tmp_path, rows, metric="success")
+    (tmp_path / "config.yaml").write_text("rules: {max_nfe: 6, draws: 200}\n")
+    monkeypatch.setattr("sys.argv", ["html", str(tmp_path), "--decide"])
+    main()
+    assert "H1: not supported (30 prompts; fails: mean NFE at most 6" in capsys.readouterr().out
+    (first, *_) = read_verdicts(tmp_path)
+    assert first.parts[0].estimate == pytest.approx(np.mean([row.nfe for row in rows if row.method == "agent"]))
+    assert read_rules(tmp_path, "success").max_nfe == 6 and "at most 6" in (tmp_path / "report.html").read_text()
 
 
 def test_failures_of_any_metric_that_passes_or_fails_are_shown(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 
 from addiff_env.agent import Agent
 from addiff_env.evaluation.rows import read_rows
+from addiff_env.evaluation.rules import read_rules
 from addiff_env.evaluation.runs import read_strips, reported_rows
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,12 @@ def test_shards_merge_into_one_run(trained, tmp_path):
     rows = read_rows(tmp_path / "rows.jsonl")
     assert len(rows) == 5 * 8 and len({row.key for row in rows}) == 5 * 8
     assert "H4: " in merged.stdout
+    whole = run("evaluate.py", *options, "shard.count=1", "methods=[words-3]", "controls=false", "filmstrips=0")
+    assert whole.returncode == 0, whole.stderr  # as does a later command that is not split ...
+    assert run("evaluate.py", *options, "shard.merge=true").returncode == 0
+    assert {row.method for row in read_rows(tmp_path / "rows.jsonl")} >= {"words-3", "agent"}  # ... which a merge keeps
+    assert run("evaluate.py", *options, "+rules.margin=0.05", "shard.merge=true").returncode == 0
+    assert read_rules(tmp_path, "success").margin == 0.05  # a merge says by which rules it decides
 
     other = run("evaluate.py", *options, "+env.guidance_scale=7", "shard.merge=true")
     assert other.returncode != 0 and "environment.guidance_scale: 4.0 there, 7 now" in other.stderr

@@ -25,9 +25,11 @@ from addiff_env.evaluation.significance import (
     non_inferiority,
     paired_values,
     partial_spearman,
+    picture_counts,
     rank_biserial,
     required_prompts,
     required_runs,
+    resample,
     resampled_means,
     score_of,
     spearman_test,
@@ -106,6 +108,31 @@ def test_copied_seeds_are_no_evidence(rng):
     often = [row("a", f"p{k}", 100 * k + s, v) for k, v in enumerate(success) for s in range(10)]
     tables = [paired_values(rows, ["a"], [score_of("success")])["a"][0] for rows in (once, often)]
     np.testing.assert_array_equal(*tables)
+
+
+def test_prompts_weigh_by_their_pictures(rng):
+    # As tables do: nine pictures of one prompt and one of another average to a mean of ten pictures.
+    rows = [row("a", "x", k, 1) for k in range(9)] + [row("a", "y", 9, 0)]
+    counts = picture_counts(rows, "a")
+    assert counts.tolist() == [9, 1]
+    found = resample(paired_values(rows, ["a"], [score_of("success"), costs_of("nfe")]), draws=500, pictures=counts)
+    assert found.means["a"].tolist() == pytest.approx([0.9, 10])
+    # Of two prompts both are x, both y, or one each; never are they weighed as if they had one picture each.
+    assert set(np.round(found.draws["a"][:, 0], 6)) == {0.0, 0.9, 1.0} and np.allclose(found.draws["a"][:, 1], 10)
+
+
+def test_intervals_of_unequal_prompts_cover(rng):
+    # Prompts of 1 to 8 pictures, whose differences depend on their number: the interval is of the pictures' mean.
+    sizes = rng.integers(1, 9, (400, 150))
+    values = rng.normal(0.1 * sizes, 1)
+    truth = (0.1 * np.arange(1, 9) ** 2).mean() / np.arange(1, 9).mean()
+    found = [
+        resample({"d": value[None, None]}, draws=400, seed=k, pictures=size).mean("d")
+        for k, (value, size) in enumerate(zip(values, sizes, strict=True))
+    ]
+    covered = np.mean([one.low <= truth <= one.high for one in found])
+    assert 0.92 <= covered <= 0.98  # 400 trials of 95%: standard error .011
+    assert np.mean([one.estimate for one in found]) == pytest.approx(truth, abs=0.02)
 
 
 def test_training_runs_are_a_level_of_their_own(rng):

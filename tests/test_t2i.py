@@ -337,6 +337,23 @@ def test_words_are_detected(tmp_path: Path, rng: np.random.Generator) -> None:
     assert made.detector(Image.fromarray(picture), []) == []
 
 
+def test_objects_that_a_detector_of_fixed_classes_does_not_know_are_named(tmp_path: Path) -> None:
+    from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ResNetConfig
+
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], out_features=["stage2"])
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 3}
+    names = {0: "cat", 1: "goldfish"}
+    config = DetrConfig(backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False,
+                        backbone=None, id2label=names, **size, **heads)  # fmt: skip
+    DetrForObjectDetection(config).save_pretrained(tmp_path)
+    DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}).save_pretrained(tmp_path)
+    items = [Item("a cat on the left of a sofa", 0, "spatial"), Item("two fish and three wallets", 1, "numeracy")]
+    with pytest.warns(UserWarning, match=r"knows 2 classes, not 2 of the 4 objects .*\(e.g. sofa, wallet\)"):
+        open_t2i("t2i_compbench", f"detector={tmp_path}", "cpu", items)
+    open_t2i("spatial", str(tmp_path), "cpu", [Item("a cat near a goldfish", 0, "spatial")])  # a warning is an error
+
+
 def test_a_pictures_score_depends_on_its_own_prompt_alone() -> None:
     asked = []
 

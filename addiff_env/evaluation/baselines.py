@@ -28,7 +28,7 @@ class FixedSteps(Batched):
     """A solver with N steps, stated as ``ddim-N``: same model, guidance and noise as the environment ``env``."""
 
     def __init__(
-        self, env: DiffusionDenoiseVectorEnv, steps: int, solver: str | None = None, batch_size: int = 64
+        self, env: DiffusionDenoiseVectorEnv, steps: int, solver: str | None = None, batch_size: int | None = None
     ) -> None:
         solver = solver or env.backbone.solver
         super().__init__(env, f"{solver}-{steps}", batch_size)
@@ -55,7 +55,11 @@ class WordCount(Batched):
     """
 
     def __init__(
-        self, env: DiffusionDenoiseVectorEnv, mean_steps: float, benchmark: Sequence[Item], batch_size: int = 64
+        self,
+        env: DiffusionDenoiseVectorEnv,
+        mean_steps: float,
+        benchmark: Sequence[Item],
+        batch_size: int | None = None,
     ) -> None:
         super().__init__(env, f"words-{mean_steps:g}", batch_size)
         if not benchmark or not mean_steps >= 1:
@@ -232,7 +236,9 @@ class Replay(Batched):
 class MatchedSteps(Batched):
     """Fixed steps, per picture as many as the agent spent on it: what continuing would have made of the same NFE."""
 
-    def __init__(self, env: DiffusionDenoiseVectorEnv, name: str, scripts: Scripts, batch_size: int = 64) -> None:
+    def __init__(
+        self, env: DiffusionDenoiseVectorEnv, name: str, scripts: Scripts, batch_size: int | None = None
+    ) -> None:
         super().__init__(env, name, batch_size)
         self.scripts = scripts
 

@@ -25,7 +25,7 @@ from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item, categories_in_turn
 from addiff_env.evaluation.exports import latex_table, write_csv, write_whole_csv
-from addiff_env.evaluation.hypotheses import Rules, Verdict
+from addiff_env.evaluation.hypotheses import Rules, Verdict, agent_runs, decide, describe
 from addiff_env.evaluation.judge import JUDGEMENT, OUTCOMES
 from addiff_env.evaluation.report import (
     ACTION_COLORS,
@@ -37,7 +37,7 @@ from addiff_env.evaluation.report import (
     quality_figure,
     shares_text,
 )
-from addiff_env.evaluation.rules import read_rules
+from addiff_env.evaluation.rules import configured_rules, read_rules
 from addiff_env.evaluation.runs import (
     SETTINGS,
     Strip,
@@ -46,6 +46,7 @@ from addiff_env.evaluation.runs import (
     read_strips,
     read_verdicts,
     reported_rows,
+    write_verdicts,
 )
 from addiff_env.evaluation.significance import Comparison, compare_methods
 from addiff_env.evaluation.summary import (
@@ -66,7 +67,7 @@ from addiff_env.evaluation.whole import SPREAD, Whole, read_whole
 from addiff_env.filmstrips import INK, overlay
 from addiff_env.types import ACTIONS, ResultRow
 
-SUBJECT = "agent"  # the method whose decisions, failures and comparisons are shown
+SUBJECT = "agent"  # whose comparisons are shown, all its training runs together; decisions and failures: the first's
 MAX_FAILURES, MAX_SIDE = 12, 192  # pictures shown, and their largest side in pixels
 LEFT_OUT = "left_out"  # in a run's provenance: methods and metrics that were asked for and could not be had
 WRITTEN = ("report.html", "table.tex", "table.csv", "table_whole.csv")
@@ -128,7 +129,7 @@ def _one(rows: Sequence[ResultRow], name: str) -> str:
 
 def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdicts: Sequence[Verdict]) -> str:
     """The page as text, see `write_report`. Everything read from files is escaped by the template."""
-    own = by_method(rows).get(SUBJECT, [])
+    own = by_method(rows).get(_subject(rows), [])
     facts = {(item.prompt, item.seed): item.facts for item in items}
     cards, provenance = Cards(rows, folder), read_provenance(folder)
     return _template().render(
@@ -142,7 +143,7 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         claims=CLAIMS,
         rules=_rules(read_rules(folder, headline_metric(rows))),
         left_out=provenance.get(LEFT_OUT, []),
-        subject=SUBJECT,
+        subject=_subject(rows),
         methods=_method_table(rows),
         metrics=_metric_table(rows),
         whole=_whole_tables(read_whole(folder, list(by_method(rows)))),
@@ -156,6 +157,11 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         failures=cards.failures() if own else None,
         provenance=_provenance(folder, rows, provenance),
     )
+
+
+def _subject(rows: Sequence[ResultRow]) -> str:
+    """The agent's first training run among the methods; `SUBJECT` where there is none."""
+    return next(iter(agent_runs(by_method(rows))), SUBJECT)
 
 
 def _rules(rules: Rules) -> dict[str, Any]:
@@ -299,12 +305,13 @@ def _of(summaries: Mapping[str, MethodSummary], method: str, metric: str, shares
 
 
 def _comparisons(rows: Sequence[ResultRow]) -> list[tuple[str, list[Comparison]]]:
-    """The agent against every other method, for each metric that all rows have; corrected together."""
-    others = [name for name in by_method(rows) if name != SUBJECT]
+    """The agent's training runs against every other method, for each metric that all rows have; corrected together."""
+    runs = agent_runs(by_method(rows))
+    others = [name for name in by_method(rows) if name not in runs]
     metrics = [name for name in metric_names(rows) if all(name in row.scores for row in rows)]
     if not others or len({row.prompt for row in rows}) < 2:
         return []
-    found = compare_methods(rows, [SUBJECT], others, metrics)
+    found = compare_methods(rows, {SUBJECT: runs}, others, metrics)
     return [(name, [one for one in found if one.metric == name]) for name in metrics]
 
 
@@ -435,7 +442,7 @@ class Cards:
     def __init__(self, rows: Sequence[ResultRow], folder: Path) -> None:
         self.pictures, self.metric = Pictures(folder), headline_metric(rows)
         self.is_share = self.metric in share_metrics(rows)  # passed or failed, as by the checker or GenEval's rules
-        self.groups = by_method(rows)
+        self.groups, self.subject = by_method(rows), _subject(rows)
         self.by_place: dict[Place, list[ResultRow]] = {}
         for row in rows:
             self.by_place.setdefault((row.prompt, row.seed), []).append(row)
@@ -443,7 +450,7 @@ class Cards:
     def trajectory(self, strip: Strip) -> dict[str, Any]:
         """A recorded trajectory, and the final pictures of every method for the same prompt and noise."""
         place = strip.item.prompt, strip.item.seed
-        own = [row for row in self.by_place.get(place, []) if row.method == SUBJECT]
+        own = [row for row in self.by_place.get(place, []) if row.method == self.subject]
         return {
             "item": strip.item,
             "reason": strip.reason,
@@ -466,10 +473,10 @@ class Cards:
         """What the agent failed, categories in turn, and who passed where it failed; None for graded scores."""
         if not self.is_share:
             return None
-        own = self.groups[SUBJECT]
+        own = self.groups[self.subject]
         failed = [row for row in own if not row.scores[self.metric]]
         places = {(row.prompt, row.seed) for row in failed}
-        others = {name: group for name, group in self.groups.items() if name != SUBJECT}
+        others = {name: group for name, group in self.groups.items() if name != self.subject}
         shown = [row for (row,) in categories_in_turn([[row] for row in failed])][:MAX_FAILURES]
         return {
             "number": len(failed),
@@ -514,14 +521,33 @@ def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
     return found
 
 
+def decide_again(folder: Path) -> list[Verdict]:
+    """H1-H4 anew from a finished run's rows, by the rules of its ``config.yaml``; kept in ``verdicts.json``.
+
+    Raises:
+        ValueError: as `reported_rows` and `decide`.
+    """
+    rows, items = reported_rows(folder), read_items(folder)
+    rules = configured_rules(folder, headline_metric(rows))
+    complexity = {(item.prompt, item.seed): float(item.facts) for item in items}
+    verdicts = decide(rows, complexity, rules, agent_runs(by_method(rows)))
+    write_verdicts(folder, verdicts, rules)
+    return verdicts
+
+
 def main() -> None:
     """Make a finished run's report again."""
     parser = argparse.ArgumentParser(description="Make the report of a finished evaluation again, without any model.")
     parser.add_argument("folder", type=Path, help="run folder of evaluate.py, e.g. runs/evaluate")
-    folder = parser.parse_args().folder
+    parser.add_argument("--decide", action="store_true", help="decide H1-H4 anew, by the rules in its config.yaml")
+    options = parser.parse_args()
+    folder = options.folder
     if not (folder / "rows.jsonl").exists():
         parser.error(f"no rows.jsonl in {folder}")
-    for path in write_report(folder, reported_rows(folder), read_items(folder), read_verdicts(folder)):
+    verdicts = decide_again(folder) if options.decide else read_verdicts(folder)
+    if options.decide:
+        print("\n".join(map(describe, verdicts)))
+    for path in write_report(folder, reported_rows(folder), read_items(folder), verdicts):
         print(path)
 
 

@@ -10,6 +10,9 @@ short. An interval that is merely wide is undecided. As one part is enough, thes
 hypothesis at once (`critical_value`), so that a true one is refuted with probability ``alpha`` at most, however many
 methods it was compared with. (H3 is refuted by either of two correlations, each at ``alpha``.)
 
+Means are those of pictures, as in the tables; prompts are what is resampled. H3's correlations take one value per
+prompt.
+
 Where the metric is 0 or 1, replicates are drawn from the prompts and two more, on one of which only the agent passes,
 and on the other everything but the agent (after Bonett & Price 2012). Methods that disagree on no prompt, or hardly
 any, would otherwise have an interval of no width.
@@ -31,8 +34,10 @@ from addiff_env.evaluation.significance import (
     costs_of,
     critical_value,
     interval,
+    mean_over_pictures,
     paired_values,
     partial_spearman,
+    picture_counts,
     required_prompts,
     required_runs,
     resampled_means,
@@ -176,34 +181,49 @@ def _too_few(hypothesis: str, rows: Sequence[ResultRow], agent: Sequence[str]) -
     return conclude(hypothesis, prompts, [Part(f"a bootstrap needs {LEAST_PROMPTS} prompts, got {prompts}", UNDECIDED)])
 
 
-def _read(
-    rows: Sequence[ResultRow], groups: Groups, measures: Sequence[Measure], rules: Rules
-) -> tuple[Values, Values]:
+@dataclass(frozen=True)
+class _Read:
     """Values of every group, the metric first, and the same with two prompts more where the metric is 0 or 1."""
-    values = paired_values(rows, groups, measures)
+
+    values: Values
+    padded: Values
+    pictures: np.ndarray  # of each prompt (prompts,): what it weighs
+
+    @property
+    def prompts(self) -> int:
+        """How many there are."""
+        return len(self.pictures)
+
+    def against(self) -> _Read:
+        """The agent minus each control, run by run: a control repeats the decisions of one run."""
+        return replace(self, values=_against(self.values), padded=_against(self.padded))
+
+
+def _read(rows: Sequence[ResultRow], groups: Groups, measures: Sequence[Measure], rules: Rules) -> _Read:
+    values, pictures = paired_values(rows, groups, measures), picture_counts(rows, next(iter(groups.values()))[0])
     if rules.metric not in share_metrics(rows):
-        return values, values
-    return values, {name: _with_disagreement(array, name == AGENT) for name, array in values.items()}
+        return _Read(values, values, pictures)
+    padded = {name: _with_disagreement(array, pictures, name == AGENT) for name, array in values.items()}
+    return _Read(values, padded, pictures)
 
 
-def _with_disagreement(array: np.ndarray, is_agent: bool) -> np.ndarray:
+def _with_disagreement(array: np.ndarray, pictures: np.ndarray, is_agent: bool) -> np.ndarray:
     """(measures, runs, prompts + 2): a prompt that only the agent passes, one that only it fails, at mean cost."""
-    further = np.repeat(array.mean(2, keepdims=True), 2, axis=2)  # (measures, runs, 2)
+    further = np.repeat(mean_over_pictures(array, pictures)[..., None], 2, axis=2)  # (measures, runs, 2)
     further[0] = (1.0, 0.0) if is_agent else (0.0, 1.0)
     return np.concatenate([array, further], axis=2)
 
 
-def _resample(values: Values, padded: Values, rules: Rules) -> Resampled:
-    """The means of ``values`` with replicates of the ``padded`` ones, moved to have the same centre."""
-    means = {name: array.mean((1, 2)) for name, array in values.items()}
-    runs = {name: array.mean(2) for name, array in values.items()}
-    drawn = resampled_means(padded, rules.draws, rules.seed)
-    centred = {name: draws + means[name] - padded[name].mean((1, 2)) for name, draws in drawn.items()}
+def _resample(read: _Read, rules: Rules) -> Resampled:
+    """The means of the values with replicates of the padded ones, moved to have the same centre."""
+    runs = {name: mean_over_pictures(array, read.pictures) for name, array in read.values.items()}
+    means = {name: array.mean(1) for name, array in runs.items()}
+    number = next(iter(read.padded.values())).shape[-1] - read.prompts
+    pictures = np.append(read.pictures, np.full(number, read.pictures.mean()))  # a prompt more is one of the usual size
+    drawn = resampled_means(read.padded, rules.draws, rules.seed, pictures)
+    centres = {name: mean_over_pictures(array, pictures).mean(1) for name, array in read.padded.items()}
+    centred = {name: draws + means[name] - centres[name] for name, draws in drawn.items()}
     return Resampled(means, centred, rules.level, runs)
-
-
-def _prompts_in(values: Values) -> int:
-    return next(iter(values.values())).shape[-1]
 
 
 def _flatten(agent: Sequence[str], fronts: Groups, *others: str) -> dict[str, list[str]]:
@@ -295,14 +315,14 @@ def h1_efficiency(
     groups = _flatten(agent, fronts, reference)
     if few := _too_few("H1", rows, agent):
         return few
-    values, padded = _read(rows, groups, [score_of(rules.metric), costs_of("net_flops"), costs_of("nfe")], rules)
-    found = _resample(values, padded, rules)
+    read = _read(rows, groups, [score_of(rules.metric), costs_of("net_flops"), costs_of("nfe")], rules)
+    found = _resample(read, rules)
     spent, behind = found.mean(AGENT, 2), found.difference(AGENT, reference)
     distances = {solver: found.above_front(AGENT, members) for solver, members in fronts.items()}
     cheaper = [name for name in _members(fronts) if found.means[name][1] <= found.means[AGENT][1]]
     rivals = {name: found.difference(AGENT, name) for name in cheaper}
     everything = _comparisons([spent.negated(), behind, *distances.values(), *rivals.values()])
-    judge = Judge(_prompts_in(values), rules, len(agent), critical_value(everything, rules.alpha))
+    judge = Judge(read.prompts, rules, len(agent), critical_value(everything, rules.alpha))
     parts = [
         judge.at_most(f"mean NFE at most {rules.max_nfe:g}", spent, rules.max_nfe),
         judge.above(f"quality not inferior to {reference}", behind, -rules.margin),
@@ -339,12 +359,12 @@ def h2_quality(
     groups = _flatten(agent, fronts)
     if few := _too_few("H2", rows, agent):
         return few
-    values, padded = _read(rows, groups, [score_of(rules.metric), costs_of("net_flops")], rules)
-    found = _resample(values, padded, rules)
+    read = _read(rows, groups, [score_of(rules.metric), costs_of("net_flops")], rules)
+    found = _resample(read, rules)
     families = {**fronts, "all fixed methods": _members(fronts)} if len(fronts) > 1 else dict(fronts)
     distances = {family: found.above_front(AGENT, members) for family, members in families.items()}
     critical = critical_value(_comparisons(distances.values()), rules.alpha)
-    judge = Judge(_prompts_in(values), rules, len(agent), critical)
+    judge = Judge(read.prompts, rules, len(agent), critical)
     parts = []
     for family, distance in distances.items():
         condition = f"above the front of {family} at equal net FLOPs"
@@ -467,11 +487,12 @@ def h4_refinement(
     if few := _too_few("H4", rows, refining):
         return few
     groups = {AGENT: list(refining), **named}
-    values, padded = _read(rows, groups, [score_of(rules.metric), costs_of("nfe")], rules)
-    prompts = _prompts_in(values)
+    read = _read(rows, groups, [score_of(rules.metric), costs_of("nfe")], rules)
+    prompts = read.prompts
     if not any(row.method in set(refining) and Action.REFINE in row.actions for row in rows):
         return conclude("H4", prompts, [Part("the agent refines (it never does)", NOT_SUPPORTED)])
-    found = _resample(_against(values), _against(padded), rules)
+    found = _resample(read.against(), rules)
+    spent = float(mean_over_pictures(read.values[AGENT][1], read.pictures).mean())
     gains = {name: found.mean(name) for name in named}
     judge = Judge(prompts, rules, len(refining), critical_value(gains.values(), rules.alpha))
     parts = [judge.above(f"better than {name} at equal NFE", gains[name], 0.0, rules.worthwhile) for name in named]
@@ -479,21 +500,19 @@ def h4_refinement(
         "H4",
         prompts,
         [
-            _matched(part, found.means[name], values[AGENT], name, rules)
+            _matched(part, spent, float(found.means[name][1]), name, rules)
             for part, name in zip(parts, named, strict=True)
         ],
     )
 
 
 def _against(values: Values) -> Values:
-    """The agent minus each control, run by run: a control repeats the decisions of one run."""
     return {name: values[AGENT] - array for name, array in values.items() if name != AGENT}
 
 
-def _matched(part: Part, gained: np.ndarray, agent: np.ndarray, name: str, rules: Rules) -> Part:
-    """The part, undecided where the control spent less; ``gained`` holds what the agent spent more (measure 1)."""
-    wanted = float(agent[1].mean())
-    spent = wanted - float(gained[1])
+def _matched(part: Part, wanted: float, more: float, name: str, rules: Rules) -> Part:
+    """The part, undecided where the control spent less: the agent spent ``wanted`` NFE, ``more`` than the control."""
+    spent = wanted - more
     if spent >= wanted * (1 - rules.matched):
         return part
     words = (
@@ -554,6 +573,31 @@ def all_verdicts(
         if len(controls) == 2
         else _undecided("H4", "its controls were not run", prompts),
     ]
+
+
+def control_names(agent: str) -> tuple[str, str]:
+    """H4's controls of an agent's rows, by method name."""
+    return FULL_IMAGE.replace("agent", agent, 1), CONTINUED.replace("agent", agent, 1)
+
+
+def decide(
+    rows: Sequence[ResultRow],
+    complexity: Mapping[Place, float],
+    rules: Rules = Rules(),  # noqa: B008 (frozen)
+    agents: Sequence[str] = ("agent",),
+) -> list[Verdict]:
+    """Verdicts on H1-H4 from the rows, all of which have the rules' metric; ``agents`` are training runs of one group.
+
+    Of several the first alone has H4's controls, so that H4 is about that one.
+    """
+    if len(agents) == 1:
+        return all_verdicts(rows, complexity, agent=agents, rules=rules)
+    controls = control_names(agents[0])
+    others = [row for row in rows if row.method not in controls]
+    *verdicts, last = all_verdicts(others, complexity, agent=agents, rules=rules)
+    if set(controls) <= {row.method for row in rows}:
+        last = h4_refinement(rows, agents[:1], controls, rules)
+    return [*verdicts, last]
 
 
 def _references(rows: Sequence[ResultRow], agent: Sequence[str]) -> list[str]:

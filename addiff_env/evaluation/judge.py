@@ -71,17 +71,18 @@ class JudgeSettings:
     max_usd: float = 10.0  # ceiling of all calls that the cache knows of, those of earlier runs included
     image_tokens: int = 1500  # assumed per picture when estimating
     answer_tokens: int = 300  # most tokens of an answer
+    temperature: float | None = 0.0  # None: not sent, as models that think before they answer allow their own only
     retries: int = 6  # after 408, 409, 429, 5xx, a lost connection or a timeout, with exponential back-off
     malformed_retries: int = 2  # after an answer that is not what was asked for
     timeout: float = 120.0  # seconds per call
 
     @classmethod
     def from_environment(cls, name: str = "", **overrides: Any) -> JudgeSettings:
-        """Read ``ADDIFF_JUDGE_{MODEL,USD_IN,USD_OUT,BASE_URL,MAX_USD,ANSWER_TOKENS}``.
+        """Read ``ADDIFF_JUDGE_{MODEL,USD_IN,USD_OUT,BASE_URL,MAX_USD,ANSWER_TOKENS,TEMPERATURE}``.
 
         With a name they are ``ADDIFF_JUDGE_<NAME>_...``. ``USD_IN`` and ``USD_OUT`` are dollars per million tokens; a
-        model that thinks before it answers needs more ``ANSWER_TOKENS`` than the default. The key stays in
-        ``..._API_KEY``.
+        model that thinks before it answers needs more ``ANSWER_TOKENS`` than the default, and mostly ``TEMPERATURE``
+        none. The key stays in ``..._API_KEY``.
 
         Raises:
             ValueError: a variable that is missing or no number, by name.
@@ -102,6 +103,8 @@ class JudgeSettings:
             values["max_usd"] = _number(f"{prefix}MAX_USD")
         if os.environ.get(f"{prefix}ANSWER_TOKENS"):
             values["answer_tokens"] = int(_number(f"{prefix}ANSWER_TOKENS"))
+        if told := os.environ.get(f"{prefix}TEMPERATURE"):
+            values["temperature"] = None if told.lower() == "none" else _number(f"{prefix}TEMPERATURE")
         return cls(**{**values, **overrides})
 
 
@@ -269,7 +272,7 @@ class Judge:
                 messages=_messages(question),
                 response_format={"type": "json_schema", "json_schema": _SCHEMA},
                 max_completion_tokens=self.settings.answer_tokens,
-                temperature=0,
+                **({} if self.settings.temperature is None else {"temperature": self.settings.temperature}),
             )
         except openai.OpenAIError as error:
             # Not chained: the original holds the request and with it the key.

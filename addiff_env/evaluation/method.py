@@ -29,10 +29,10 @@ class Method(Protocol):
 
 
 class Batched:
-    """What methods share that make their pictures batch by batch."""
+    """What methods share that make their pictures batch by batch: the environment's ``batch_size`` unless told."""
 
-    def __init__(self, env: DiffusionDenoiseVectorEnv, name: str, batch_size: int = 64) -> None:
-        self.env, self.batch_size = env, batch_size
+    def __init__(self, env: DiffusionDenoiseVectorEnv, name: str, batch_size: int | None = None) -> None:
+        self.env, self.batch_size = env, env.config.batch_size if batch_size is None else batch_size
         self.name = self.solver = self.policy = name
         self.backbone = env.backbone
 

@@ -229,6 +229,22 @@ def primary_score(measured: Sequence[Collection[str]], wanted: str | None = None
     return wanted or max(counts, key=lambda name: (name not in EASY, counts[name]))
 
 
+def scores_of_all_methods(rows: Sequence[ResultRow]) -> list[list[str]]:
+    """Names of every row's scores that each method has, for `primary_score`: rows of before may have further ones.
+
+    Raises:
+        ValueError: the methods share no score.
+    """
+    names: dict[str, set[str]] = {}
+    for row in rows:
+        names.setdefault(row.method, set()).update(row.scores)
+    shared = set.intersection(*names.values()) if names else set()
+    if names and not shared:
+        had = "; ".join(f"{method}: {', '.join(sorted(own)) or 'none'}" for method, own in names.items())
+        raise ValueError(f"the methods have no score in common ({had})")
+    return [[name for name in row.scores if name in shared] for row in rows]
+
+
 def protocol_scores(rows: Sequence[ResultRow]) -> dict[str, dict[str, dict[str, float]]]:
     """What benchmarks with a protocol of their own report: per metric, method and category (or tag) the mean score.
 

@@ -67,7 +67,7 @@ class DiffusersSolver(Batched):
         steps: solver steps.
         scheduler: a class of diffusers; its configuration is the model's own.
         pipeline: a class of diffusers, by default the plain one of the model's kind.
-        batch_size: pictures at a time.
+        batch_size: pictures at a time; None: the environment's.
         backbone: another model than the environment's.
         guidance_scale: another one than the environment's.
         size: height and width of the pictures, pixels, where not the environment's.
@@ -83,7 +83,7 @@ class DiffusersSolver(Batched):
         steps: int,
         scheduler: Any,
         pipeline: Any = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         *,
         backbone: Backbone | None = None,
         guidance_scale: float | None = None,

@@ -40,6 +40,23 @@ _QUALITIES = frozenset(
     "small big large tall short long round square old new soft hard rough smooth wooden metallic".split()
 )
 
+# Further adjectives, those of T2I-CompBench's complex prompts: no list of a language's is ever complete.
+_ADJECTIVES = _QUALITIES | frozenset(
+    "ancient angular artistic battered beautiful blazing bold brilliant bulky bumpy bustling busy calm challenging "
+    "chilled chilly choppy circular clean cold colorful comfortable comforting compact conical cool cozy cracked "
+    "crisp crispy crunchy crystal-clear curious curved curvy cylindrical daily damp deep delectable delicate "
+    "delicious detailed dim distant dizzying dramatic dry dull dusty dynamic eager early earthy elegant emotional "
+    "endless enduring fiery floral flowing fluffy fragrant fresh furry fuzzy gentle geometric glossy gnarled gooey "
+    "graceful grand greasy hardworking healing healthful heavy hot human icy injured intricate inviting iridescent "
+    "jagged juicy lapping low lumpy lush luxurious majestic maternal matte modern multicolored murky natural opaque "
+    "open ornate oval peaceful pentagonal perfect pillowy plain plump plush powerful priceless prickly pungent quiet "
+    "ready rectangular refreshing rich ripe rocky romantic rough-edged rounded rugged rusted rusty savory seasonal "
+    "serene sharp sheer shiny silky sizzling sleek slimy slushy soothing sour sparkling spherical spicy spiky sticky "
+    "straight streamlined striking striped stunning sturdy stylish sugary sweet tart tech-savvy tender textured "
+    "therapeutic thick thorny thrilling timeless tiny tired towering translucent treacherous triangular unique urban "
+    "vibrant warm weathered welcoming wet winding".split()
+)
+
 
 @dataclass(frozen=True)
 class NounPhrase:
@@ -127,7 +144,7 @@ def _names_nothing(word: str, determined: bool) -> bool:
 
 def is_quality(word: str) -> bool:
     """Whether the word is one of the list of adjectives."""
-    return word.lower() in _QUALITIES
+    return word.lower() in _ADJECTIVES
 
 
 def without(prompt: str, unwanted: Callable[[str], bool]) -> str:

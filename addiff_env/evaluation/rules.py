@@ -35,8 +35,16 @@ def read_rules(folder: Path, metric: str) -> Rules:
     Raises:
         ValueError: rules that make no sense.
     """
+    return _rules(metric, _stated(folder / "verdicts.json") or _configured(folder / "config.yaml"))
+
+
+def configured_rules(folder: Path, metric: str) -> Rules:
+    """The rules that a run's ``config.yaml`` asks for, over the defaults; raises as `read_rules`."""
+    return _rules(metric, _configured(folder / "config.yaml"))
+
+
+def _rules(metric: str, stated: dict[str, Any]) -> Rules:
     known = {f.name for f in fields(Rules)}
-    stated = _stated(folder / "verdicts.json") or _configured(folder / "config.yaml")
     values = {"metric": metric, **margins_of(metric), **stated}
     return Rules(**{name: value for name, value in values.items() if name in known})
 

@@ -3,7 +3,7 @@
 | file | what |
 |---|---|
 | ``items.jsonl`` | prompt, seed, category and complexity of every picture |
-| ``verdicts.json`` | H1-H4 with their parts |
+| ``verdicts.json`` | H1-H4 with their parts, and the rules that they were reached by |
 | ``provenance.json`` | benchmark, agent, environment, libraries |
 | ``filmstrips/`` | a folder per recorded trajectory: its frames and masks as PNG, and ``strip.json`` |
 """
@@ -25,7 +25,7 @@ from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.files import write_whole
-from addiff_env.evaluation.hypotheses import Part, Verdict
+from addiff_env.evaluation.hypotheses import Part, Rules, Verdict
 from addiff_env.evaluation.jsonl import read_objects
 from addiff_env.evaluation.rows import CONFIGURATION, read_rows
 from addiff_env.evaluation.summary import lead_with
@@ -87,9 +87,10 @@ def read_items(folder: Path) -> list[Item]:
     return [Item(**values) for values in read_objects(folder / ITEMS)]
 
 
-def write_verdicts(folder: Path, verdicts: Sequence[Verdict]) -> None:
-    """Keep the verdicts with the numbers behind them."""
-    (folder / VERDICTS).write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=2) + "\n")
+def write_verdicts(folder: Path, verdicts: Sequence[Verdict], rules: Rules) -> None:
+    """Keep the verdicts with the numbers behind them, and the rules that they were reached by."""
+    kept = {"rules": asdict(rules), "verdicts": [asdict(verdict) for verdict in verdicts]}
+    (folder / VERDICTS).write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def read_verdicts(folder: Path) -> list[Verdict]:
@@ -97,6 +98,7 @@ def read_verdicts(folder: Path) -> list[Verdict]:
     if not (folder / VERDICTS).exists():
         return []
     found = json.loads((folder / VERDICTS).read_text())
+    found = found["verdicts"] if isinstance(found, dict) else found  # earlier releases kept no rules
     return [Verdict(**{**values, "parts": tuple(Part(**part) for part in values["parts"])}) for values in found]
 
 

@@ -1,7 +1,9 @@
 """Statistics on per-image rows: what a difference between methods is worth.
 
-Prompts are the unit of sampling. Pictures of one prompt (several seeds) are averaged and stay together when prompts are
-resampled, so they never count as independent evidence (cluster bootstrap; Davison & Hinkley 1997, section 3.8). Agents
+Prompts are the unit of sampling: pictures of one prompt (several seeds) stay together when prompts are resampled, so
+they never count as independent evidence (cluster bootstrap; Davison & Hinkley 1997, section 3.8). Means are those of
+pictures, as in every table: a prompt weighs by its number of pictures, and each replicate is the ratio of the resampled
+sums. Rank tests and effect sizes take one value per prompt, the mean over its pictures. Agents
 trained from several seeds are a second, crossed level: runs are resampled beside prompts (pigeonhole bootstrap, Owen
 2007). With R runs the resampled spread of runs is (R-1)/R of the true one, so three or more runs are wanted.
 
@@ -37,6 +39,7 @@ __all__ = [
     "non_inferiority",
     "paired_values",
     "partial_spearman",
+    "picture_counts",
     "rank_biserial",
     "required_prompts",
     "required_runs",
@@ -222,10 +225,24 @@ def paired_values(
     tables = _tables(rows, methods)
     _refuse_unpaired(tables)
     places = list(next(iter(tables.values())))
-    prompts = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in places))}
-    owner = np.array([prompts[prompt] for prompt, _ in places])  # (pictures,)
+    owner = _owners(prompt for prompt, _ in places)
     per_method = {m: _prompt_means([table[p] for p in places], owner, measures) for m, table in tables.items()}
     return {name: np.stack([per_method[m] for m in runs], axis=1) for name, runs in groups.items()}
+
+
+def picture_counts(rows: Sequence[ResultRow], method: str) -> np.ndarray:
+    """Pictures of each prompt, int64 (prompts,), in the order of `paired_values` whose first method is ``method``.
+
+    Raises:
+        ValueError: as `paired_values`.
+    """
+    return np.bincount(_owners(prompt for prompt, _ in _tables(rows, [method])[method]))
+
+
+def _owners(prompts: Iterable[str]) -> np.ndarray:
+    """Which prompt each picture belongs to, numbered by first appearance (pictures,)."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts])
 
 
 def _tables(rows: Sequence[ResultRow], methods: Sequence[str]) -> dict[str, dict[tuple[str, int], ResultRow]]:
@@ -263,13 +280,21 @@ def _prompt_means(rows: Sequence[ResultRow], owner: np.ndarray, measures: Sequen
 # --------------------------------------------------------------------------- bootstrap
 
 
-def resampled_means(values: Mapping[str, np.ndarray], draws: int = 10_000, seed: int = 0) -> dict[str, np.ndarray]:
+def mean_over_pictures(array: np.ndarray, pictures: np.ndarray | None = None) -> np.ndarray:
+    """Mean over the last axis, prompts, each weighed by its number of ``pictures`` (prompts,); None: one each."""
+    return np.asarray(np.average(array, axis=-1, weights=pictures))
+
+
+def resampled_means(
+    values: Mapping[str, np.ndarray], draws: int = 10_000, seed: int = 0, pictures: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Bootstrap means (draws, measures) of every group, all from the same resampled prompts.
 
     Args:
         values: per group (measures, runs, prompts), as `paired_values` gives them.
         draws: bootstrap replicates.
         seed: of the resampling.
+        pictures: of each prompt (prompts,), by which it weighs; None: one each.
 
     Raises:
         ValueError: fewer than two prompts, groups with different prompts, or fewer than one draw.
@@ -285,11 +310,17 @@ def resampled_means(values: Mapping[str, np.ndarray], draws: int = 10_000, seed:
         name: _weights(run_stream, array.shape[1], draws) for name, array in values.items() if array.shape[1] > 1
     }
     chunks: dict[str, list[np.ndarray]] = {name: [] for name in values}
-    for start, weights in _weight_chunks(prompt_stream, number, draws):
+    for start, drawn in _weight_chunks(prompt_stream, number, draws):
+        weights = drawn if pictures is None else _normalised(drawn * pictures)
         for name, array in values.items():
             means = (weights @ array.reshape(-1, number).T).reshape(-1, *array.shape[:2])  # (D, measures, runs)
             chunks[name].append(_over_runs(means, run_weights.get(name), start))
     return {name: np.concatenate(parts) for name, parts in chunks.items()}
+
+
+def _normalised(weights: np.ndarray) -> np.ndarray:
+    """Rows (D, n) that add up to 1."""
+    return np.asarray(weights / weights.sum(1, keepdims=True))
 
 
 def _over_runs(means: np.ndarray, weights: np.ndarray | None, start: int) -> np.ndarray:
@@ -401,11 +432,18 @@ def _above_chord(agent: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.n
     return agent[:, 0] - (1 - share) * left[:, 0] - share * right[:, 0]
 
 
-def resample(values: Mapping[str, np.ndarray], *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Resampled:
+def resample(
+    values: Mapping[str, np.ndarray],
+    *,
+    level: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+    pictures: np.ndarray | None = None,
+) -> Resampled:
     """Resample prompts (and runs) once for all groups and measures, see `resampled_means`."""
-    means = {name: array.mean((1, 2)) for name, array in values.items()}
-    runs = {name: array.mean(2) for name, array in values.items()}
-    return Resampled(means, resampled_means(values, draws, seed), level, runs)
+    runs = {name: mean_over_pictures(array, pictures) for name, array in values.items()}
+    means = {name: array.mean(1) for name, array in runs.items()}
+    return Resampled(means, resampled_means(values, draws, seed, pictures), level, runs)
 
 
 # --------------------------------------------------------------------------- tests and effect sizes
@@ -547,7 +585,10 @@ def non_inferiority(
 
 @dataclass(frozen=True)
 class Comparison:
-    """One method against another on one metric; differences are method minus baseline, per prompt."""
+    """One method against another on one metric; differences are method minus baseline, paired.
+
+    Means, intervals and what is detectable are of pictures; Wilcoxon and effect sizes take one value per prompt.
+    """
 
     metric: str
     method: str
@@ -591,7 +632,8 @@ def compare_methods(
     named = methods if isinstance(methods, Mapping) else {name: [name] for name in methods}
     groups = {**{name: [name] for name in baselines}, **named}
     values = paired_values(rows, groups, [score_of(metric) for metric in metrics])
-    resampled = resample(values, draws=draws, seed=seed)
+    pictures = picture_counts(rows, next(iter(groups.values()))[0])
+    resampled = resample(values, draws=draws, seed=seed, pictures=pictures)
     wanted = [
         ((k, metric), method, baseline)
         for k, metric in enumerate(metrics)
@@ -599,7 +641,7 @@ def compare_methods(
         for baseline in baselines
         if method != baseline
     ]
-    found = [_compare(*names, values, resampled, 0.05 / len(wanted)) for names in wanted]
+    found = [_compare(*names, values, resampled, pictures, 0.05 / len(wanted)) for names in wanted]
     corrected = holm([comparison.p_bootstrap for comparison in found])
     return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]
 
@@ -610,6 +652,7 @@ def _compare(
     baseline: str,
     values: Mapping[str, np.ndarray],
     resampled: Resampled,
+    pictures: np.ndarray,
     alpha: float,
 ) -> Comparison:
     measure, name = metric
@@ -629,8 +672,18 @@ def _compare(
         p_wilcoxon=wilcoxon_p(per_prompt),
         cohens_dz=cohens_dz(per_prompt),
         rank_biserial=rank_biserial(per_prompt),
-        minimum_detectable=minimum_detectable_effect(float(np.std(per_prompt, ddof=1)), per_prompt.size, alpha),
+        minimum_detectable=minimum_detectable_effect(_spread(per_prompt, pictures), per_prompt.size, alpha),
     )
+
+
+def _spread(differences: np.ndarray, pictures: np.ndarray) -> float:
+    """What, over the root of the number of prompts, is the standard error of the mean over pictures (linearised).
+
+    With as many pictures for every prompt it is the standard deviation of the differences.
+    """
+    share = pictures / pictures.mean()
+    rests = share * (differences - mean_over_pictures(differences, pictures))
+    return float(np.sqrt((rests**2).sum() / (len(rests) - 1)))
 
 
 # --------------------------------------------------------------------------- rank correlation

@@ -1,7 +1,8 @@
 """T2I-CompBench's metrics (Huang et al. 2023, 2025): BLIP-VQA, detector-based spatial, depth, numeracy, CLIP, 3-in-1.
 
 The scoring rules are those of the benchmark's own scripts, as pure functions over answers and detections. Different
-from them are: noun phrases come from `phrases` instead of spaCy; the detector is one of the `transformers` library
+from them are: noun phrases, and the adjectives that CLIP's prompt of 3-in-1 is freed from, come from `phrases` instead
+of spaCy (the adjectives from a list made for ``complex_val.txt``); the detector is one of the `transformers` library
 instead of UniDet; BLIP and the depth estimator are the `transformers` ports; depths are read at the objects' boxes,
 where the script mixes up rows and columns. Tables should name the models, and numbers made with others than the
 scripts' are not comparable with published ones.
@@ -10,7 +11,7 @@ scripts' are not comparable with published ones.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.geneval import BoxDetector, Detection, Detector
+from addiff_env.evaluation.geneval import BoxDetector, Detection
 from addiff_env.evaluation.metrics import as_tensor
 from addiff_env.evaluation.phrases import NounPhrase, is_quality, noun_phrases, singular, without
 from addiff_env.loading import fetching, quiet_loading
@@ -530,7 +531,9 @@ def open_t2i(name: str, rest: str, device: str, items: Sequence[Item]) -> T2IMet
         FileNotFoundError: weights or lists are missing. ValueError: an unknown option.
 
     Warns:
-        UserWarning: nothing says which relations the complex prompts have, so that they get no official mean.
+        UserWarning: nothing says which relations the complex prompts have, so that they get no official mean; or the
+            detector has classes of its own, among which there are objects missing that prompts ask for: it cannot find
+            these, so that they count as absent from every picture, as in the scripts.
     """
     options = _read_options(name, rest)
     categories = {item.category for item in items}
@@ -540,6 +543,8 @@ def open_t2i(name: str, rest: str, device: str, items: Sequence[Item]) -> T2IMet
         parts["blip"] = BlipVqa(options.get("blip", BLIP), device)
     if needed & {"spatial", "spatial_3d", "numeracy", "three_in_one"}:
         parts |= _open_detector(options, device)
+        if labels := getattr(parts["detector"], "labels", None):
+            _warn_of_unknown(items, labels.values(), options.get("detector", DETECTOR))
     if "spatial_3d" in needed:
         parts["depth"] = DepthEstimator(options.get("depth", DEPTH), device)
     if needed & {"non_spatial", "three_in_one"}:
@@ -558,6 +563,21 @@ def _warn_of_guesses(items: Sequence[Item]) -> None:
             f"nothing says which relations {len(guessed)} pictures of category 'complex' have, so their words decide "
             "and none gets the official mean of three parts; put the benchmark's complex_val_spatial.txt and "
             "complex_val_action.txt beside complex_val.txt, or name their folder by lists=",
+            stacklevel=3,
+        )
+
+
+def _warn_of_unknown(items: Sequence[Item], labels: Collection[str], detector: str) -> None:
+    """As `spatial_score` and `numeracy_score` match labels: whole, or as a part of one."""
+    wanted = {(name, item.category == "numeracy") for item in items for name in objects_of(item)}
+    unknown = sorted(
+        {name for name, part in wanted if not any(name in label if part else name == label for label in labels)}
+    )
+    if unknown:
+        warnings.warn(
+            f"{detector} knows {len(labels)} classes, not {len(unknown)} of the {len({n for n, _ in wanted})} objects "
+            f"that prompts ask for (e.g. {', '.join(unknown[:5])}): these count as absent from every picture; a "
+            "detector that can be asked for any word (OWL-ViT, OWLv2) finds them",
             stacklevel=3,
         )
 
@@ -584,14 +604,19 @@ def _open_detector(options: Mapping[str, str], device: str) -> dict[str, Any]:
     model = options.get("detector", DETECTOR)
     with fetching(model, "spatial:<folder>"):
         asked = AutoConfig.from_pretrained(model).model_type in ("owlvit", "owlv2")
-    detector: Finder = WordDetector(model, device) if asked else _unasked(BoxDetector(model, device, coco=False))
+    detector: Finder = WordDetector(model, device) if asked else _Unasked(BoxDetector(model, device, coco=False))
     threshold = float(options.get("threshold", 0.2 if asked else 0.5))
     return {"detector": detector, "threshold": threshold}
 
 
-def _unasked(detector: Detector) -> Finder:
+class _Unasked:
     """A detector of fixed classes, which cannot be asked for words."""
-    return lambda picture, words: detector(picture)
+
+    def __init__(self, detector: BoxDetector) -> None:
+        self.detector, self.labels = detector, detector.labels
+
+    def __call__(self, picture: Image.Image, words: Sequence[str]) -> list[Detection]:
+        return self.detector(picture)
 
 
 def _read_lists(folder: Path) -> tuple[frozenset[str], frozenset[str]]:
