@@ -117,16 +117,6 @@ def test_a_scorer_by_its_setting_scores_pictures(perception: Perception, rng: np
     assert words == ""
 
 
-@pytest.mark.parametrize(
-    ("measured", "wanted", "primary"),
-    [
-        ([["success", "requirements", "clip_score"]] * 2, None, "success"),
-        ([["clip_score", "reward_score", "hpsv2.1"]] * 2, None, "hpsv2.1"),
-        ([["clip_score", "reward_score"]], None, "clip_score"),
-        ([["clip_score", "reward_score"]], "reward_score", "reward_score"),
-        ([["blip_vqa", "t2i_compbench"], ["spatial", "t2i_compbench"]], None, "t2i_compbench"),
-    ],
-)
 def test_scores_of_rows_made_before_do_not_lead_where_a_method_lacks_them() -> None:
     def row(method: str, **scores: float) -> ResultRow:
         return ResultRow(method, "p", 0, "c", "b", "s", method, "float32", "1", scores=scores)
@@ -138,6 +128,16 @@ def test_scores_of_rows_made_before_do_not_lead_where_a_method_lacks_them() -> N
         scores_of_all_methods([*old, row("agent", aesthetic=5.0)])
 
 
+@pytest.mark.parametrize(
+    ("measured", "wanted", "primary"),
+    [
+        ([["success", "requirements", "clip_score"]] * 2, None, "success"),
+        ([["clip_score", "reward_score", "hpsv2.1"]] * 2, None, "hpsv2.1"),
+        ([["clip_score", "reward_score"]], None, "clip_score"),
+        ([["clip_score", "reward_score"]], "reward_score", "reward_score"),
+        ([["blip_vqa", "t2i_compbench"], ["spatial", "t2i_compbench"]], None, "t2i_compbench"),
+    ],
+)
 def test_the_primary_score_is_one_that_policies_do_not_see(
     measured: list[list[str]], wanted: str | None, primary: str
 ) -> None:
