@@ -220,3 +220,14 @@ def test_a_worker_trains_and_reports(small_kwargs, tmp_path, capsys):
     (trial,) = search.open_study(tmp_path / "study").trials
     assert len(trial.intermediate_values) == 2 and trial.value == pytest.approx(trial.intermediate_values[2])
     assert (tmp_path / "study" / "trial-00000" / "agent" / "agent.json").exists()
+
+
+@pytest.mark.parametrize("swept", [["seed=0"], ["env=tiny", "+reward.weights.efficiency=0.004", "seed=1"]])
+def test_the_agents_of_a_sweep_can_be_named_to_an_evaluation(swept):
+    """Hydra's own grammar reads the folders that a sweep (``train_sb3.py -m``) makes."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", swept, return_hydra_config=True)
+        agent = f"runs/sweep/tiny/{cfg.hydra.sweep.subdir}/agent"
+        several = compose("evaluate", [f"agents=[{agent},runs/b/agent]"])
+        single = compose("evaluate", [f"agent={agent}"])
+    assert list(several.agents) == [agent, "runs/b/agent"] and single.agent == agent
