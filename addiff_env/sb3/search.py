@@ -3,9 +3,10 @@
     python -m addiff_env.sb3.search runs/sweep/tiny --trials 20 env=tiny algorithm.total_timesteps=20000
 
 A trial is a whole training in a folder of its own. It is judged on the held-out prompts by quality less a fixed price
-per evaluation (of the reward only its own price may be among what is searched, and its scales are fixed), and given up early where it does worse than
-others at the same point, or where its policy collapses. A worker that was killed and is started again with the same
-``--seed`` goes on with the training it had begun, from its checkpoint, and runs only what is left of its ``--trials``.
+per evaluation (of the reward only its own price may be among what is searched, and its scales are fixed), and given up
+early where it does worse than others at the same point, or where its policy collapses. A worker that was killed and is
+started again with the same ``--seed`` goes on with the training it had begun, from its checkpoint, and runs only what
+is left of its ``--trials``.
 
 Configurations are composed by Hydra, as in ``train_sb3.py``; its Optuna sweeper is not used, since that pins an Optuna
 without journal files. ``train_sb3.py -m seed=0,1,2`` is Hydra's own sweep, for lists of values.
