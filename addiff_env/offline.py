@@ -112,6 +112,18 @@ def write_dataset(name: str, env: DiffusionDenoiseVectorEnv, episodes: Sequence[
     )
 
 
+def check_free(name: str) -> None:
+    """See whether `write_dataset` will take ``name``: asked before hours of recording, nothing is lost.
+
+    Raises:
+        ImportError: Minari is not installed; ValueError: no name of a dataset, or it is taken.
+    """
+    minari = _minari()
+    minari.dataset.minari_dataset.parse_dataset_id(name)
+    if (path := minari.storage.get_dataset_path(name)).exists():
+        raise ValueError(f"there is a dataset {name} already, in {path}: choose another name or version")
+
+
 def _single_spec(env: DiffusionDenoiseVectorEnv) -> Any:
     """What makes the one-lane environment with the settings of ``env``; None where it was made without an id."""
     if env.spec is None:
@@ -166,6 +178,8 @@ def _minari() -> Any:
     try:
         import minari
         import minari.data_collector
+        import minari.dataset.minari_dataset
+        import minari.storage
     except ImportError as error:
         raise ImportError("Minari datasets need: pip install 'addiff-env[offline]'") from error
     return minari
@@ -181,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-envs", type=int, default=16, help="lanes denoised in one batch")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, initial noises and random actions")
     options = parser.parse_args(arguments)
+    check_free(options.name)
     rng = np.random.default_rng(options.seed)
     agent = Agent.from_pretrained(options.agent) if options.agent else None
     name, kwargs = agent.environment if agent else (options.env, {})

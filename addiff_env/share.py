@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from omegaconf import OmegaConf
 
 from addiff_env.agent import Agent
+from addiff_env.evaluation.hypotheses import agent_runs
 from addiff_env.evaluation.rows import read_rows
 from addiff_env.stats import clustered_wilson
 from addiff_env.types import ResultRow
@@ -36,7 +37,7 @@ def measured(agent: Agent, folder: Path) -> tuple[str, dict[str, float]]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no {name} in {str(folder)!r}: --evaluation wants a finished run of evaluate.py")
     rows = [row for row in read_rows(folder / "rows.jsonl") if row.policy == agent.fingerprint]
-    rows = [row for row in rows if row.method == "agent"]
+    rows = [row for row in rows if agent_runs([row.method])]  # one of several is named after its training seed
     if not rows:
         raise ValueError(f"{folder / 'rows.jsonl'} has no rows of agent {agent.fingerprint}: evaluate this one")
     kinds = sorted({(row.code_version, row.dtype, row.backbone, row.solver) for row in rows})

@@ -13,8 +13,11 @@ set -euo pipefail
 : "${ADDIFF_HOME:?set ADDIFF_HOME to the checkout}"
 : "${ADDIFF_RUNS:?set ADDIFF_RUNS to a folder on a shared disk}"
 if [[ -n "${ADDIFF_SETUP:-}" ]]; then
+    [[ -r "$ADDIFF_SETUP" ]] || { echo "ADDIFF_SETUP: cannot read $ADDIFF_SETUP" >&2 && exit 1; }
+    set +eu # module and conda scripts read variables that are not set
     # shellcheck source=/dev/null
     source "$ADDIFF_SETUP"
+    set -euo pipefail
 fi
 cd "$ADDIFF_HOME"
 bin="${ADDIFF_VENV:-$ADDIFF_HOME/.venv}/bin"
@@ -27,8 +30,12 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 # run_step <command ...>: run it as a step. Shortly before the time limit SLURM sends USR1 (#SBATCH --signal), and the
 # job queues itself again: what was made stays, and the same command goes on from there.
 run_step() {
-    local step status=0
-    trap 'scontrol requeue "${SLURM_JOB_ID:?not inside a SLURM job}"' USR1
+    local step status=0 job="${SLURM_JOB_ID:?not inside a SLURM job}"
+    if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then # one task's SLURM_JOB_ID is the whole array's
+        job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:?}"
+    fi
+    # shellcheck disable=SC2064 # filled in now: the signal may come when the function and its variables are gone
+    trap "scontrol requeue $job" USR1
     srun "$@" &
     step="$!"
     wait "$step" || status="$?"

@@ -1,11 +1,13 @@
 """Recorded trajectories: whole, paired with their prompts, and the same after a round trip through Minari."""
 
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from addiff_env.offline import collect, random_policy, read_episodes, write_dataset
+from addiff_env.offline import check_free, collect, main, random_policy, read_episodes, write_dataset
 
 ID = "AdDiffusion-Tiny-v0"
 PAIRS = [("a red circle", 1), ("a blue star", 2), ("a green square and a red star", 3)]
@@ -63,3 +65,23 @@ def test_minari_gives_back_what_was_recorded(env, episodes, tmp_path, monkeypatc
     assert recovered.vector.reward_config == env.reward_config
     with pytest.raises(ValueError, match="no episodes"):
         write_dataset("addiff/none-v0", env, [], "random")
+
+
+def test_nothing_is_recorded_for_a_name_that_is_taken(tmp_path, monkeypatch):
+    pytest.importorskip("minari", reason="pip install 'addiff-env[offline]'")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(gym, "make_vec", lambda *_, **__: pytest.fail("an environment was made"))
+    (tmp_path / "addiff" / "taken-v0" / "data").mkdir(parents=True)
+    with pytest.raises(ValueError, match="a dataset addiff/taken-v0 already"):
+        main(["addiff/taken-v0"])
+    with pytest.raises(ValueError, match="Malformed dataset ID: a b"):
+        main(["a b"])
+    check_free("addiff/taken-v1")
+    assert [path.name for path in (tmp_path / "addiff").iterdir()] == ["taken-v0"]
+
+
+def test_nothing_is_recorded_without_minari(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minari", None)  # as if it were not installed
+    monkeypatch.setattr(gym, "make_vec", lambda *_, **__: pytest.fail("an environment was made"))
+    with pytest.raises(ImportError, match="addiff-env.offline."):
+        main(["addiff/test-v0"])

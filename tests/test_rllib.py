@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ import torch
 from gymnasium.wrappers.vector import DictInfoToList
 
 from addiff_env import rllib
-from addiff_env.agent import Agent
+from addiff_env.agent import Agent, PolicyNet
 from addiff_env.pipeline import AdaptivePipeline
 from addiff_env.rllib import checkpoint
 from addiff_env.rllib.__main__ import build_parser, main
-from addiff_env.rllib.lanes import survey
+from addiff_env.rllib.lanes import Survey, survey
 from addiff_env.rllib.settings import claim, share_gpus
-from addiff_env.rllib.training import Progress
+from addiff_env.rllib.training import Progress, bundle
 
 ID = "AdDiffusion-Tiny-v0"
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -42,7 +43,8 @@ def test_a_survey_calibrates_and_describes(small_kwargs):
     observations, _ = rllib.make_lanes(context).reset(seed=0)
     assert sum(seen.norm.parts.values()) == observations.shape[1]
     assert seen.norm.mean.abs().sum() > 0 and (seen.norm.scale == 0).any()  # quality slots that never vary
-    assert seen.backbone == {"model": small_kwargs["model"], "dtype": "float32"} and seen.reward["gamma"] == 1
+    assert seen.backbone == {"model": small_kwargs["model"], "revision": None, "dtype": "float32"}
+    assert seen.reward["gamma"] == 1
     assert torch.equal(survey(context, steps=6, seed=0).norm.mean, seen.norm.mean)
     with pytest.raises(ValueError, match="obs_mode 'flat'.*'dict'"):
         survey({**context, "kwargs": {**small_kwargs, "obs_mode": "dict"}}, steps=1, seed=0)
@@ -173,6 +175,20 @@ def test_progress_goes_on_after_the_checkpoint(tmp_path):
         {"iteration": 3, "nfe": 6, "episode_return_mean": 0.5},
     ]
     assert list(tmp_path.glob("events.out.tfevents*"))
+
+
+def test_a_bundle_leaves_the_trainers_prompts_and_device_out():
+    """Neither its environment nor the settings it was trained with name them."""
+    policy = PolicyNet({"quality": 8}, 4)
+    weights = {f"policy.{name}": value.numpy() for name, value in policy.state_dict().items()}
+    group = SimpleNamespace(get_weights=lambda: {"default_policy": weights})
+    kwargs = {"prompts": ["a star"], "device": "cuda", "mask": "full"}
+    settings = rllib.Settings(env_kwargs=kwargs, hidden=4)
+    seen = Survey(policy.norm, {"model": "m", "revision": "main", "dtype": "float32"}, {"gamma": 1.0})
+    agent = bundle(SimpleNamespace(learner_group=group, iteration=2), settings, seen, {"nfe": 7.0})
+    assert agent.config["env"] == {"id": ID, "kwargs": {"mask": "full"}}
+    assert agent.config["training"]["algorithm"]["env_kwargs"] == {"mask": "full"}
+    assert agent.config["backbone"]["revision"] == "main" and agent.fingerprint == Agent(policy, {}).fingerprint
 
 
 # --------------------------------------------------------------------------- training

@@ -1,5 +1,6 @@
 """The hyperparameter search: spaces, pruning of the collapsed, workers that share a journal."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,67 @@ def test_a_killed_worker_goes_on_with_its_training(tmp_path):
     assert search.take_over(study, 3) == 1  # so one of its trainings is done
 
 
+def test_a_restarted_worker_draws_anew(tmp_path):
+    """Its second training is no repetition of its first, killed or completed; a neighbour's neither."""
+
+    def work(worker, trials):
+        study = search.open_study(tmp_path, worker)
+        search.take_over(study, worker)
+        study.optimize(
+            lambda trial: search.run_trial(trial, configure, SPACE, tmp_path, 0.0, trainer, worker=worker),
+            n_trials=trials,
+        )
+        return [trial.params["algorithm.learning_rate"] for trial in study.trials]
+
+    study = search.open_study(tmp_path, 3)
+    search.take_over(study, 3)
+    killed = study.ask()
+    killed.set_user_attr("worker", 3)
+    search.suggest(killed, SPACE)
+    first, again, second = work(3, 2)
+    assert again == first != second
+    drawn = [*work(3, 1)[3:], *work(4, 2)[4:]]
+    assert len({first, second, *drawn}) == 5
+
+
+def test_the_best_trial_is_named_by_the_folder_that_it_has(tmp_path, monkeypatch, capsys):
+    """A trial that was taken over trained on in the old one."""
+    monkeypatch.setattr(search, "run_trial", partial(search.run_trial, trainer=trainer))
+    (tmp_path / "space.yaml").write_text("policy.hidden: [128]\n")
+    killed = search.open_study(tmp_path / "study").ask()
+    killed.set_user_attr("worker", 3)
+    options = ["--trials", "1", "--seed", "3", "--space", str(tmp_path / "space.yaml"), "--configs", str(CONFIGS)]
+    search.main([str(tmp_path / "study"), *options])
+    assert f"best of 2 trials: 0.9800 ({tmp_path / 'study' / 'trial-00000'})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("space", "overrides", "message"),
+    [
+        ("policy.hidden: [64]", ["reward=running"], "reward.normalisation=running: .*scales of its own"),
+        ("reward.normalisation: [fixed]", [], "reward.normalisation cannot be searched"),
+        ("reward: [fixed, running]", [], "reward cannot be searched"),
+        ("reward.weights: [{clip_weight: 1}]", [], "reward.weights cannot be searched"),
+        (
+            "+reward.weights.clip_weight: {low: 0, high: 1}",
+            [],
+            r"\+reward.weights.clip_weight cannot .*only .*efficiency",
+        ),
+    ],
+)
+def test_trials_that_do_not_compare_are_refused(tmp_path, space, overrides, message):
+    """Before anything is started: each would be judged by a reward of its own."""
+    (tmp_path / "space.yaml").write_text(space + "\n")
+    options = ["--space", str(tmp_path / "space.yaml"), "--configs", str(CONFIGS)]
+    with pytest.raises(ValueError, match=message):
+        search.main([str(tmp_path / "study"), *options, *overrides])
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_price_may_be_searched():
+    search.refuse_unlike_judges(configure([]), {"+reward.weights.efficiency": {"low": 0.001, "high": 0.01}})
+
+
 def test_workers_with_other_settings_are_refused(tmp_path):
     search.open_study(tmp_path, 0, {"price": 0.002, "overrides": ["env=tiny"]})
     search.open_study(tmp_path, 1, {"price": 0.002, "overrides": ["env=tiny"]})
@@ -158,3 +220,14 @@ def test_a_worker_trains_and_reports(small_kwargs, tmp_path, capsys):
     (trial,) = search.open_study(tmp_path / "study").trials
     assert len(trial.intermediate_values) == 2 and trial.value == pytest.approx(trial.intermediate_values[2])
     assert (tmp_path / "study" / "trial-00000" / "agent" / "agent.json").exists()
+
+
+@pytest.mark.parametrize("swept", [["seed=0"], ["env=tiny", "+reward.weights.efficiency=0.004", "seed=1"]])
+def test_the_agents_of_a_sweep_can_be_named_to_an_evaluation(swept):
+    """Hydra's own grammar reads the folders that a sweep (``train_sb3.py -m``) makes."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("train", swept, return_hydra_config=True)
+        agent = f"runs/sweep/tiny/{cfg.hydra.sweep.subdir}/agent"
+        several = compose("evaluate", [f"agents=[{agent},runs/b/agent]"])
+        single = compose("evaluate", [f"agent={agent}"])
+    assert list(several.agents) == [agent, "runs/b/agent"] and single.agent == agent

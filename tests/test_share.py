@@ -53,6 +53,15 @@ def test_results_go_from_the_rows_into_bundle_and_card(agent, rows, tmp_path, ca
     assert measured["success"] == 0.75 and "| nfe | 8.0 |" in card.text
 
 
+def test_each_of_several_agents_finds_its_own_rows(agent, rows, tmp_path):
+    """Evaluated together, they are named after their training seeds; the controls of one are none of its rows."""
+    own = [replace(row, method="agent-s1") for row in rows]
+    others = [replace(row, method="agent-s0", policy="0123456789ab", nfe=99) for row in rows]
+    controls = [replace(row, method="agent-s1, mask=full", nfe=50) for row in rows]
+    name, numbers = share.measured(agent, write(tmp_path / "run", [*others, *own, *controls]))
+    assert name == "tiny-test" and numbers["pictures"] == 4 and numbers["nfe"] == 8
+
+
 def test_pushing_sends_what_was_recorded(agent, rows, tmp_path, monkeypatch, capsys):
     pushed = []
 

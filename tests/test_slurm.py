@@ -27,8 +27,12 @@ FAKES = {
         shift
         export SLURM_JOB_ID=41 SLURM_JOB_NUM_NODES="${FAKE_NODES:-1}" SLURM_JOB_NODELIST=n[1-9] SLURM_CPUS_PER_TASK=4
         for task in $(seq 0 "${tasks:-0}"); do
-            [[ -z "${tasks:-}" ]] || export SLURM_ARRAY_TASK_ID="$task" SLURM_ARRAY_TASK_COUNT="$((tasks + 1))"
+            if [[ -n "${tasks:-}" ]]; then  # the last task's SLURM_JOB_ID is the array's
+                export SLURM_ARRAY_JOB_ID=41 SLURM_JOB_ID="$((41 + tasks - task))"
+                export SLURM_ARRAY_TASK_ID="$task" SLURM_ARRAY_TASK_COUNT="$((tasks + 1))"
+            fi
             bash -c 'export FAKE_BATCH=$$; template="$1"; shift; source "$template"' - "$template" "$@" >&2
+            echo "ended $?" >>"$LOG"
         done
         echo "41;cluster"
     """,
@@ -46,7 +50,10 @@ FAKES = {
         fi
         if [[ -n "${FAKE_LIMIT:-}" ]]; then  # as SLURM shortly before the time limit: a signal to the batch shell
             kill -USR1 "$FAKE_BATCH"
-            sleep 0.3
+            for _ in $(seq 200); do  # the shell may take its time on a busy machine
+                (($(grep -c '^scontrol requeue' "$LOG") > ${SLURM_ARRAY_TASK_ID:-0})) && break
+                sleep 0.05
+            done
             echo "went on" >>"$LOG"
         fi
         exit "${FAKE_STATUS:-0}"
@@ -126,14 +133,32 @@ def test_trainings_do_not_share_a_folder(cluster, tmp_path):
     assert cfg.hydra.run.dir == f"{tmp_path}/runs/train/sd15-seed1"
 
 
-@pytest.mark.parametrize(("kind", "status"), [("train", 0), ("evaluate", 0), ("sweep", 3)])
+@pytest.mark.parametrize(("kind", "status"), [("train", 0), ("evaluate", 0), ("sweep", 3), ("ray", 3)])
 def test_a_job_queues_itself_again_before_the_time_limit(cluster, kind, status):
     """The step is left to end: what it made until then stays, and the job goes on from there."""
-    arguments = [kind] if kind == "train" else [kind, "1"]
-    _, lines = cluster(*arguments, FAKE_LIMIT="1", FAKE_STATUS=str(status), check=False)
-    assert "scontrol requeue 41" in lines and lines.index("scontrol requeue 41") < lines.index("went on")
+    array = kind in ("sweep", "evaluate")
+    _, lines = cluster(kind, *["1"] * array, FAKE_LIMIT="1", FAKE_STATUS=str(status), check=False)
+    requeue = "scontrol requeue 41_0" if array else "scontrol requeue 41"
+    assert lines.index(requeue) < lines.index("went on") < lines.index(f"ended {status}")
     directives = (SLURM / f"{kind}.sbatch").read_text()
     assert "#SBATCH --requeue" in directives and "#SBATCH --signal=B:USR1@" in directives
+
+
+def test_a_task_of_an_array_queues_only_itself_again(cluster):
+    """The array's own number is the SLURM_JOB_ID of one of its tasks."""
+    _, lines = cluster("sweep", "2", FAKE_LIMIT="1")
+    assert [line for line in calls(lines, "scontrol") if "requeue" in line] == ["requeue 41_0", "requeue 41_1"]
+
+
+def test_the_setup_file_may_read_what_is_not_set(cluster, tmp_path):
+    """Module and conda scripts do; the job itself stays strict, and a file that is not there ends it."""
+    setup = tmp_path / "setup.sh"
+    setup.write_text('false\necho "setup <$UNSET>" >>"$LOG"\n')
+    _, lines = cluster("train", ADDIFF_SETUP=str(setup), FAKE_STATUS="3")
+    assert "setup <>" in lines and len(calls(lines, "python")) == 1 and "ended 3" in lines
+    setup.unlink()
+    result, lines = cluster("train", ADDIFF_SETUP=str(setup))
+    assert f"cannot read {setup}" in result.stderr and calls(lines, "python") == [] and "ended 1" in lines
 
 
 def test_no_gpus_when_none_are_wanted(cluster):
@@ -174,9 +199,16 @@ def test_ray_is_brought_up_on_every_node_and_taken_down(cluster, tmp_path, nodes
     ]
 
 
-def test_failures_are_passed_on(cluster):
-    result, _ = cluster("train", check=False, FAKE_STATUS="3")
-    assert result.returncode == 0  # the fake sbatch, like the real one, only queues
+@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("status", [0, 3])
+def test_jobs_end_as_their_programs_do(cluster, kind, status):
+    array = kind in ("sweep", "evaluate", "merge")  # an evaluation's second job is its merge
+    _, lines = cluster("evaluate" if kind == "merge" else kind, *["1"] * array, FAKE_STATUS=str(status))
+    ended = [line for line in lines if line.startswith("ended ")]
+    assert ended == [f"ended {status}"] * (2 if kind in ("evaluate", "merge") else 1)
+
+
+def test_wrong_commands_are_refused(cluster):
     assert cluster("sweep", check=False)[0].returncode == 2
     assert "got 'x'" in cluster("sweep", "x", check=False)[0].stderr
     usage = cluster("nothing", check=False)[0].stdout

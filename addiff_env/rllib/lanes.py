@@ -71,6 +71,6 @@ def survey(context: Mapping[str, Any], steps: int, seed: int) -> Survey:
     norm.calibrate(
         lambda: wrapped.reset(seed=seed)[0], lambda actions: wrapped.step(actions)[0], steps, CALIBRATION_SHARES, seed
     )
-    backbone = {"model": lanes.config.model, "dtype": lanes.backbone.dtype_name}
+    backbone = {"model": lanes.config.model, "revision": lanes.backbone.revision, "dtype": lanes.backbone.dtype_name}
     wrapped.close()
     return Survey(norm, backbone, dict(vars(lanes.reward_config)))

@@ -163,8 +163,10 @@ def bundle(algorithm: Any, settings: Settings, seen: Survey, last: Mapping[str, 
     weights = algorithm.learner_group.get_weights()["default_policy"]
     policy = PolicyNet(seen.norm.parts, settings.hidden)
     policy.load_state_dict({name: torch.as_tensor(weights[f"policy.{name}"]) for name in policy.state_dict()})
+    # Prompts and device are the trainer's own: whoever acts with the agent has others.
+    kwargs = {name: value for name, value in settings.env_kwargs.items() if name not in ("prompts", "device")}
     config: dict[str, Any] = {
-        "env": {"id": settings.env_id, "kwargs": dict(settings.env_kwargs)},
+        "env": {"id": settings.env_id, "kwargs": kwargs},
         "observation": seen.norm.parts,
         "hidden": settings.hidden,
         "backbone": seen.backbone,
@@ -172,7 +174,7 @@ def bundle(algorithm: Any, settings: Settings, seen: Survey, last: Mapping[str, 
         "training": {
             "seed": settings.seed,
             "timesteps": algorithm.iteration * settings.train_batch_size,
-            "algorithm": {"name": "rllib_ppo", **asdict(settings)},
+            "algorithm": {"name": "rllib_ppo", **asdict(replace(settings, env_kwargs=kwargs))},
             "last_rollout": {name: round(value, 4) for name, value in last.items()},
         },
     }

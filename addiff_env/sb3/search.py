@@ -3,9 +3,10 @@
     python -m addiff_env.sb3.search runs/sweep/tiny --trials 20 env=tiny algorithm.total_timesteps=20000
 
 A trial is a whole training in a folder of its own. It is judged on the held-out prompts by quality less a fixed price
-per evaluation (the reward's own price may be among what is searched), and given up early where it does worse than
-others at the same point, or where its policy collapses. A worker that was killed and is started again with the same
-``--seed`` goes on with the training it had begun, from its checkpoint, and runs only what is left of its ``--trials``.
+per evaluation (of the reward only its own price may be among what is searched, and its scales are fixed), and given up
+early where it does worse than others at the same point, or where its policy collapses. A worker that was killed and is
+started again with the same ``--seed`` goes on with the training it had begun, from its checkpoint, and runs only what
+is left of its ``--trials``.
 
 Configurations are composed by Hydra, as in ``train_sb3.py``; its Optuna sweeper is not used, since that pins an Optuna
 without journal files. ``train_sb3.py -m seed=0,1,2`` is Hydra's own sweep, for lists of values.
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -31,6 +33,7 @@ from addiff_env.sb3.training import Result, train
 
 Trainer = Callable[..., Result]
 HELD_OUT = 128  # prompts that a trial is judged on; the 32 of a single training are too few to tell trials apart
+PRICES = ("reward.weights.efficiency",)  # of the reward, what is no part of the quality that trials are judged by
 NOTHING_HELD_OUT = "a search needs held-out prompts: set prompts.held_out.source and logging.held_out_every"
 
 
@@ -60,18 +63,45 @@ def open_study(folder: Path, seed: int | None = None, settings: dict[str, Any] |
 
 
 def take_over(study: optuna.Study, worker: int) -> int:
-    """Give up what this worker was killed in, and queue it again in its folder; returns how many it has completed."""
+    """Give up what this worker was killed in, and queue it again in its folder; returns how many it has completed.
+
+    What the worker draws from now on differs from what it drew before.
+    """
     own = [trial for trial in study.get_trials() if trial.user_attrs.get("worker") == worker]
     for trial in own:
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
             study.enqueue_trial(trial.params, user_attrs={"folder": folder_name(trial)})
+    # With the old seed, the first draw of all would come again.
+    seed = np.random.SeedSequence([worker, len(own)]).generate_state(1)[0]
+    study.sampler = optuna.samplers.TPESampler(seed=int(seed))
     return sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in own)
 
 
 def folder_name(trial: optuna.Trial | optuna.trial.FrozenTrial) -> str:
     """Where a trial trains; one that was queued again goes on in the old place."""
     return str(trial.user_attrs.get("folder", f"trial-{trial.number:05d}"))
+
+
+def refuse_unlike_judges(cfg: DictConfig, space: dict[str, Any]) -> None:
+    """Trials are judged by their own reward's quality, which has to be the same one in all of them.
+
+    Raises:
+        ValueError: the scores' scales move with a training, or ``space`` has more of the reward than its price.
+    """
+    if cfg.reward.normalisation != "fixed":
+        raise ValueError(
+            f"reward.normalisation={cfg.reward.normalisation}: every trial would be judged on scales of its own; "
+            "a search needs fixed ones (reward=fixed)"
+        )
+    groups = ("reward", "reward.normalisation", "reward.weights")
+    for entry in space:
+        name = entry.lstrip("+")
+        if name in groups or (name.startswith("reward.weights.") and name not in PRICES):
+            raise ValueError(
+                f"{entry} cannot be searched: every trial would be judged by a reward of its own; "
+                f"of the reward's weights only {', '.join(PRICES)} may vary"
+            )
 
 
 def suggest(trial: optuna.Trial, space: dict[str, Any]) -> list[str]:
@@ -178,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return compose("train", [f"prompts.held_out.number={HELD_OUT}", *options.overrides, *drawn])
 
     space = read_space(options.space)
+    refuse_unlike_judges(configure([]), space)
     settings = {"space": space, "price": options.price, "overrides": sorted(options.overrides)}
     study, worker = open_study(options.folder, options.seed, settings), options.seed
     left = options.trials - (0 if worker is None else take_over(study, worker))
@@ -191,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"none of {len(study.trials)} trials was completed")
         return
     best = study.best_trial
-    print(f"best of {len(study.trials)} trials: {best.value:.4f} ({options.folder / f'trial-{best.number:05d}'})")
+    print(f"best of {len(study.trials)} trials: {best.value:.4f} ({options.folder / folder_name(best)})")
     for name, value in best.params.items():
         print(f"  {name}={value}")
 
