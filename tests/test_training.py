@@ -73,6 +73,26 @@ class Killed(Exception):
     pass
 
 
+class AdvantagesByHand(BaseCallback):
+    """Compares every rollout's advantages with the recursion of Schulman et al. 2016 (eq. 16, backwards)."""
+
+    def __init__(self, lambdas):
+        super().__init__()
+        self.lambdas, self.compared = list(lambdas), 0
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        buffer, lam = self.model.rollout_buffer, self.lambdas.pop(0)
+        goes_on = 1 - buffer.episode_starts[1:]
+        delta = buffer.rewards[:-1] + goes_on * buffer.values[1:] - buffer.values[:-1]
+        for t in reversed(range(len(delta))):
+            expected = delta[t] + lam * goes_on[t] * buffer.advantages[t + 1]
+            np.testing.assert_allclose(buffer.advantages[t], expected, atol=1e-5)
+            self.compared += int(goes_on[t].sum())
+
+
 class KillAt(BaseCallback):
     """Ends the process' work in the middle of a rollout, as far as a test can."""
 
@@ -157,6 +177,7 @@ def test_a_run_leaves_logs_configuration_and_agent(whole):
     assert stages == sorted(stages) and stages[0] == 0 and stages[-1] == 2
     entropy = [event.value for event in events.Scalars("train/ent_coef")]
     assert entropy == pytest.approx([0.01 - 0.009 * k / 6 for k in range(6)])
+    assert column(whole, "train/gae_lambda") == pytest.approx([0.95 - 0.45 * k / 6 for k in range(6)])
 
     saved = OmegaConf.load(whole / CONFIG_FILE)
     assert saved.algorithm.name == "maskable_ppo" and saved.reward.target_nfe == 5
@@ -165,6 +186,13 @@ def test_a_run_leaves_logs_configuration_and_agent(whole):
     assert not {"prompts", "device"} & set(agent.config["env"]["kwargs"])  # those are the trainer's own
     assert agent.config["training"]["release"] == addiff_env.__version__
     assert agent.config["reward"]["efficiency"] == pytest.approx(column(whole, "dual/price")[-1])
+
+
+def test_advantages_follow_the_lambda_of_their_rollout(small_kwargs, tmp_path):
+    by_hand = AdvantagesByHand([0.9, 0.75, 0.6, 0.45, 0.3, 0.15])
+    cfg = configure(small_kwargs, "algorithm.gae_lambda=0.9", "algorithm.gae_lambda_end=0.0")
+    train(cfg, tmp_path, callbacks=[by_hand])
+    assert not by_hand.lambdas and by_hand.compared > 20
 
 
 def test_a_complete_run_is_only_exported_again(whole, small_kwargs):

@@ -163,19 +163,24 @@ class LinearSchedule:
 
 
 class Progress(BaseCallback):
-    """Tell the prompt order how far training is, and set the entropy bonus; both follow from the timesteps alone."""
+    """Tell the prompt order how far training is; set entropy bonus and GAE's lambda. All from the timesteps alone."""
 
-    def __init__(self, env: DenoiseVecEnv, total_timesteps: int, entropy: LinearSchedule) -> None:
+    def __init__(
+        self, env: DenoiseVecEnv, total_timesteps: int, entropy: LinearSchedule, gae_lambda: LinearSchedule
+    ) -> None:
         super().__init__()
-        self.env, self.total, self.entropy = env, total_timesteps, entropy
+        self.env, self.total, self.entropy, self.gae_lambda = env, total_timesteps, entropy, gae_lambda
 
     def _on_rollout_start(self) -> None:
         done = self.model.num_timesteps / self.total
         self.env.order.progress = done
-        self.model.ent_coef = self.entropy(1 - done)  # type: ignore[attr-defined]
+        model: Any = self.model
+        model.ent_coef = self.entropy(1 - done)
+        model.gae_lambda = model.rollout_buffer.gae_lambda = self.gae_lambda(1 - done)  # the buffer's is the one in use
 
     def _on_rollout_end(self) -> None:
         self.logger.record("train/ent_coef", self.model.ent_coef)  # type: ignore[attr-defined]
+        self.logger.record("train/gae_lambda", self.model.gae_lambda)  # type: ignore[attr-defined]
         if len(self.env.order.stages) > 1:
             self.logger.record("curriculum/stage", self.env.order.stage)
 

@@ -156,9 +156,10 @@ class Training:
         if done >= algorithm.total_timesteps or self.collapsed:
             return
         entropy = LinearSchedule(algorithm.ent_coef, algorithm.ent_coef_end)
+        gae_lambda = LinearSchedule(algorithm.gae_lambda, algorithm.gae_lambda_end)
         config = resolved(self.cfg)
         callbacks = [
-            Progress(self.env, algorithm.total_timesteps, entropy),
+            Progress(self.env, algorithm.total_timesteps, entropy, gae_lambda),
             *self.remembered.values(),
             *further,
             Checkpoints(self.run / FILE, self.env, self.remembered, config, self.cfg.checkpoint_every),
@@ -294,7 +295,7 @@ def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
         message = "shaping needs one discount: algorithm.gamma is {}, the reward's gamma {}"
         raise ValueError(message.format(options["gamma"], env.reward_config.gamma))
     lag = env.num_envs * options["n_steps"] / options.pop("total_timesteps")
-    del options["ent_coef_end"]
+    del options["ent_coef_end"], options["gae_lambda_end"]  # `Progress` follows these schedules
     options["learning_rate"] = LinearSchedule(options["learning_rate"], options.pop("learning_rate_end"), lag)
     algorithm, policy = ALGORITHMS[name]
     policy_options = {**_mapping(cfg.policy), "parts": observation_parts(env.env)}
