@@ -30,17 +30,17 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 # run_step <command ...>: run it as a step. Shortly before the time limit SLURM sends USR1 (#SBATCH --signal), and the
 # job queues itself again: what was made stays, and the same command goes on from there.
 run_step() {
-    local step status=0 job="${SLURM_JOB_ID:?not inside a SLURM job}"
+    local step status job="${SLURM_JOB_ID:?not inside a SLURM job}"
     if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then # one task's SLURM_JOB_ID is the whole array's
         job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:?}"
     fi
     # shellcheck disable=SC2064 # filled in now: the signal may come when the function and its variables are gone
-    trap "scontrol requeue $job" USR1
+    trap "signalled=1; scontrol requeue $job" USR1
     srun "$@" &
     step="$!"
-    wait "$step" || status="$?"
-    while kill -0 "$step" 2>/dev/null; do # the signal ended the waiting, not the step
-        status=0
+    signalled=1
+    while ((signalled)); do # a signal ends the waiting, not the step, whose own status the next wait tells
+        signalled=0 status=0
         wait "$step" || status="$?"
     done
     return "$status"

@@ -40,7 +40,8 @@ FAKES = {
         while [[ "$1" == --* ]]; do shift; done
         exec "$@"  # a signal to the step reaches its program
     """,
-    "scontrol": '[[ "$1" == requeue ]] || printf "n1\\nn2\\nn3\\n"',
+    # The controller takes its time: a short step ends before the shell waits for it again.
+    "scontrol": '[[ "$1" == requeue ]] && exec sleep 0.3; printf "n1\\nn2\\nn3\\n"',
     "hostname": "echo '10.0.0.1 10.0.0.2'",
     "ray": "exec sleep 30",  # as ray start --block
     "python": """
