@@ -164,10 +164,22 @@ def test_intervals_cover_and_p_values_are_uniform_under_the_null(rng):
     coverage = np.mean([f.low <= 0 <= f.high for f in found])
     assert coverage == pytest.approx(0.95, abs=0.02)
     p = np.array([f.p_two_sided() for f in found])
-    assert stats.kstest(p - rng.uniform(0, 1 / 1501, p.size), "uniform").pvalue > 0.01  # counts, spread out
+    assert stats.kstest(p - rng.uniform(0, 2 / 1501, p.size), "uniform").pvalue > 0.01  # counts, spread out
     assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.02)
     one_sided = np.array([f.p_below(0.0) for f in found])
+    assert stats.kstest(one_sided - rng.uniform(0, 1 / 1501, p.size), "uniform").pvalue > 0.01
     assert np.mean(one_sided <= 0.05) == pytest.approx(0.05, abs=0.02)
+
+
+def test_p_and_bounds_never_disagree(rng):
+    """A skewed statistic at any bound: p is at most alpha just where the bound of that level lies beyond."""
+    for alpha, number in [(0.05, 199), (0.05, 200), (0.025, 1000), (0.01, 333), (0.1, 10)]:
+        draws = rng.gamma(2, 0.5, number)
+        for bound in np.r_[draws, draws + 1e-6, draws - 1e-6, -1.0, 9.0]:
+            found = interval(draws.mean() - bound, draws - bound, 1 - 2 * alpha)
+            above, below = found.low > found.rounding, found.high < -found.rounding
+            assert above == (found.p_below(0.0) <= alpha), (alpha, number, bound)
+            assert (above or below) == (found.p_two_sided() <= 2 * alpha), (alpha, number, bound)
 
 
 def test_ties_count_as_extreme(rng):
@@ -207,6 +219,8 @@ def test_degenerate_input_is_refused():
         bootstrap_difference(np.ones(3), np.ones(4))
     with pytest.raises(ValueError, match="level"):
         interval(0.0, np.zeros(3), 1.0)
+    with pytest.raises(ValueError, match="30 replicates are too few for an interval at level 0.95"):
+        interval(0.0, np.zeros(30))
 
 
 # --------------------------------------------------------------------------- tests and effect sizes

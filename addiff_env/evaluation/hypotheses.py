@@ -20,6 +20,7 @@ any, would otherwise have an interval of no width.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -79,6 +80,8 @@ class Rules:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 < self.alpha < 0.5:
             raise ValueError(f"alpha must lie between 0 and 0.5, got {self.alpha}")
+        if self.draws + 1 < 1 / self.alpha:
+            raise ValueError(f"bounds at {self.alpha:g} need {math.ceil(1 / self.alpha - 1)} draws, got {self.draws}")
 
     @property
     def level(self) -> float:
@@ -149,9 +152,10 @@ class Judge:
     def above(self, condition: str, found: Interval | Least, bound: float, worthwhile: float = 0.0) -> Part:
         """Is the true value above ``bound``? Not supported where it is surely less than ``worthwhile`` above it."""
         high = found.high if self.critical is None else found.ceiling(self.critical)
-        outcome = SUPPORTED if found.low > bound else NOT_SUPPORTED if high < bound + worthwhile else UNDECIDED
+        p = found.p_below(bound)  # at most alpha just where the lower bound lies above
+        outcome = SUPPORTED if p <= self.rules.alpha else NOT_SUPPORTED if high < bound + worthwhile else UNDECIDED
         gap = max(found.estimate - bound, bound + worthwhile - found.estimate)
-        part = Part(condition, outcome, found.estimate, found.low, high, found.p_below(bound))
+        part = Part(condition, outcome, found.estimate, found.low, high, p)
         note = f"nearest: {found.nearest}" if isinstance(found, Least) else ""
         return self.needing(replace(part, note=note), found, gap)
 
@@ -426,7 +430,8 @@ def _correlation_parts(level: np.ndarray, nfe: np.ndarray, rules: Rules) -> list
     outcome = SUPPORTED if p <= rules.alpha else NOT_SUPPORTED if bootstrap.outcome == NOT_SUPPORTED else UNDECIDED
     condition = "more than when complexities are dealt out at random"
     gap = max(rho.estimate, rules.correlation - rho.estimate)
-    return [bootstrap, judge.needing(Part(condition, outcome, rho.estimate, rho.low, rho.high, p), rho, gap)]
+    # The bootstrap's bounds belong to the other part: this one's p comes from another test and may differ from them.
+    return [bootstrap, judge.needing(Part(condition, outcome, rho.estimate, p=p), rho, gap)]
 
 
 def _partial_parts(rows: Sequence[ResultRow], complexity: Mapping[Place, float], rules: Rules) -> list[Part]:
@@ -625,7 +630,8 @@ def describe(verdict: Verdict) -> str:
     needed += f"; at least {verdict.runs:,} training runs are needed" if verdict.runs else ""
     lines = [f"{verdict.hypothesis}: {verdict.outcome} ({verdict.prompts:,} prompts; {verdict.reason}{needed})"]
     for part in verdict.parts:
-        numbers = "" if part.estimate is None else f": {part.estimate:.4g} [{part.low:.4g}, {part.high:.4g}]"
+        numbers = "" if part.estimate is None else f": {part.estimate:.4g}"
+        numbers += "" if part.low is None else f" [{part.low:.4g}, {part.high:.4g}]"
         p = "" if part.p is None else f", p = {part.p:.2g}"
         note = f" ({part.note})" if part.note else ""
         lines.append(f"  {part.outcome}: {part.condition}{numbers}{p}{note}")

@@ -70,8 +70,12 @@ class Interval:
         return float(np.std(self.draws, ddof=1))
 
     def p_below(self, bound: float) -> float:
-        """One-sided p-value of "the true value is at most ``bound``", from the replicates shifted to it."""
-        return _tail(self.draws - self.estimate >= self.estimate - bound - self.rounding)
+        """One-sided p-value of "the true value is at most ``bound``": the level at which ``low`` would reach it.
+
+        It is the share of replicates on the far side (Efron & Tibshirani 1993, section 15.4), so that it never says
+        other than the interval: at level 1 - 2 alpha ``low`` lies above ``bound`` just where p is at most alpha.
+        """
+        return _tail(self.draws <= bound + self.rounding)
 
     def ceiling(self, critical: float) -> float:
         """Upper bound that holds together with others, see `critical_value`."""
@@ -82,8 +86,8 @@ class Interval:
         return replace(self, estimate=-self.estimate, low=-self.high, high=-self.low, draws=-self.draws)
 
     def p_two_sided(self) -> float:
-        """Two-sided p-value of "the true value is zero"."""
-        return _tail(np.abs(self.draws - self.estimate) >= abs(self.estimate) - self.rounding)
+        """Two-sided p-value of "the true value is zero": the interval at level 1 - p ends there."""
+        return min(1.0, 2 * min(self.p_below(0.0), self.negated().p_below(0.0)))
 
     @property
     def rounding(self) -> float:
@@ -163,15 +167,18 @@ def critical_value(found: Iterable[Interval], alpha: float) -> float:
 
 
 def interval(estimate: float, draws: np.ndarray, level: float = 0.95, run_error: float = 0.0) -> Interval:
-    """Percentile interval of replicates (D,).
+    """Percentile interval of replicates (D,): its ends are the (D + 1) alpha-th of them, from below and from above.
 
     Raises:
-        ValueError: a level outside (0, 1).
+        ValueError: a level outside (0, 1), or more than the replicates can tell.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(estimate), float(low), float(high), draws, run_error)
+    number = math.floor((draws.size + 1) * (1 - level) / 2 + 1e-9)  # no interpolation: p-values count replicates too
+    if number < 1:
+        raise ValueError(f"{draws.size} replicates are too few for an interval at level {level:g}")
+    ordered = np.partition(draws, [number - 1, draws.size - number])
+    return Interval(float(estimate), float(ordered[number - 1]), float(ordered[-number]), draws, run_error)
 
 
 # --------------------------------------------------------------------------- rows to paired values
