@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,6 +22,9 @@ from torch import nn
 import addiff_env
 from addiff_env.config import EnvConfig
 from addiff_env.types import Action
+
+if TYPE_CHECKING:
+    from addiff_env.env import DiffusionDenoiseVectorEnv
 
 FORMAT_VERSION = 1
 PART_NORM = 2.0  # root-mean-square length of every normalised part
@@ -111,6 +114,16 @@ class PolicyNet(nn.Module):
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         """Observations (B, width) float32 to logits (B, 3)."""
         return self.head(self.body(self.norm(observations)))
+
+
+def shareable(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a bundle keeps of these: prompts and device are the trainer's own, whoever acts with the agent has others."""
+    return {name: value for name, value in env_kwargs.items() if name not in ("prompts", "device")}
+
+
+def describe_backbone(lanes: DiffusionDenoiseVectorEnv) -> dict[str, Any]:
+    """The model that the lanes denoise with, as a bundle names it."""
+    return {"model": lanes.config.model, "revision": lanes.backbone.revision, "dtype": lanes.backbone.dtype_name}
 
 
 class Agent:

@@ -161,8 +161,22 @@ def test_trials_that_do_not_compare_are_refused(tmp_path, space, overrides, mess
     assert not (tmp_path / "study").exists()
 
 
-def test_the_price_may_be_searched():
-    search.refuse_unlike_judges(configure([]), {"+reward.weights.efficiency": {"low": 0.001, "high": 0.01}})
+def test_the_price_may_be_searched(tmp_path, monkeypatch):
+    """Trials train at prices of their own and are judged at the search's: all of them by the same one."""
+    trained = []
+
+    def train(cfg, folder, **_):
+        trained.append(cfg.reward.weights.efficiency)
+        return Result(None, 100, None, {"quality": 0.9, "nfe_mean": 10.0})
+
+    monkeypatch.setattr(search, "run_trial", partial(search.run_trial, trainer=train))
+    (tmp_path / "space.yaml").write_text("+reward.weights.efficiency: {low: 0.001, high: 0.01}\n")
+    options = ["--trials", "3", "--seed", "0", "--space", str(tmp_path / "space.yaml"), "--configs", str(CONFIGS)]
+    search.main([str(tmp_path / "study"), *options, "--price", "0.003"])
+    trials = search.open_study(tmp_path / "study").trials
+    assert trained == pytest.approx([trial.params["+reward.weights.efficiency"] for trial in trials])
+    assert len(set(trained)) == 3 and all(0.001 <= price <= 0.01 for price in trained)
+    assert [trial.value for trial in trials] == pytest.approx([0.9 - 0.003 * 10] * 3)
 
 
 def test_workers_with_other_settings_are_refused(tmp_path):

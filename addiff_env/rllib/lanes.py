@@ -10,7 +10,7 @@ import gymnasium as gym
 from gymnasium.vector import AutoresetMode, VectorWrapper
 
 import addiff_env  # noqa: F401, registers the ids in the worker
-from addiff_env.agent import CALIBRATION_SHARES, PartNorm
+from addiff_env.agent import CALIBRATION_SHARES, PartNorm, describe_backbone
 from addiff_env.env import DiffusionDenoiseVectorEnv
 
 
@@ -71,6 +71,6 @@ def survey(context: Mapping[str, Any], steps: int, seed: int) -> Survey:
     norm.calibrate(
         lambda: wrapped.reset(seed=seed)[0], lambda actions: wrapped.step(actions)[0], steps, CALIBRATION_SHARES, seed
     )
-    backbone = {"model": lanes.config.model, "revision": lanes.backbone.revision, "dtype": lanes.backbone.dtype_name}
+    backbone = describe_backbone(lanes)
     wrapped.close()
     return Survey(norm, backbone, dict(vars(lanes.reward_config)))

@@ -13,7 +13,7 @@ from typing import Any
 import gymnasium as gym
 import torch
 
-from addiff_env.agent import Agent, PolicyNet
+from addiff_env.agent import Agent, PolicyNet, shareable
 from addiff_env.rllib import checkpoint
 from addiff_env.rllib.lanes import Survey, make_lanes, survey
 from addiff_env.rllib.settings import Settings, claim, share_gpus
@@ -163,8 +163,7 @@ def bundle(algorithm: Any, settings: Settings, seen: Survey, last: Mapping[str, 
     weights = algorithm.learner_group.get_weights()["default_policy"]
     policy = PolicyNet(seen.norm.parts, settings.hidden)
     policy.load_state_dict({name: torch.as_tensor(weights[f"policy.{name}"]) for name in policy.state_dict()})
-    # Prompts and device are the trainer's own: whoever acts with the agent has others.
-    kwargs = {name: value for name, value in settings.env_kwargs.items() if name not in ("prompts", "device")}
+    kwargs = shareable(settings.env_kwargs)
     config: dict[str, Any] = {
         "env": {"id": settings.env_id, "kwargs": kwargs},
         "observation": seen.norm.parts,

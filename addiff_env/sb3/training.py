@@ -20,7 +20,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecMonitor
 
 import addiff_env
-from addiff_env.agent import CALIBRATION_SHARES, Agent
+from addiff_env.agent import CALIBRATION_SHARES, Agent, describe_backbone, shareable
 from addiff_env.baseline_cache import BaselineCache
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.prompts import load_prompts
@@ -191,19 +191,14 @@ class Training:
         return dict(self.held_out.summary) if self.held_out else {}
 
     def bundle(self) -> Agent:
-        """The trained actor with what it was trained on and how it did in the last rollout.
-
-        Prompts and device are the trainer's own: whoever acts with the agent has others.
-        """
+        """The trained actor with what it was trained on and how it did in the last rollout."""
         log, clock, lanes = self.remembered["log"], self.remembered["clock"], self.env.env
         assert isinstance(log, EpisodeLog) and isinstance(clock, Clock)
-        kwargs = {name: value for name, value in env_settings(self.cfg).items() if name not in ("prompts", "device")}
-        backbone = {"model": lanes.config.model, "revision": lanes.backbone.revision}
         config: dict[str, Any] = {
-            "env": {"id": self.cfg.env.id, "kwargs": kwargs},
+            "env": {"id": self.cfg.env.id, "kwargs": shareable(env_settings(self.cfg))},
             "observation": observation_parts(lanes),
             "hidden": self.cfg.policy.hidden,
-            "backbone": backbone | {"dtype": lanes.backbone.dtype_name},
+            "backbone": describe_backbone(lanes),
             "reward": dict(vars(lanes.reward_config)),
             "training": {
                 "seed": self.cfg.seed,
