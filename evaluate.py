@@ -38,7 +38,6 @@ from addiff_env.evaluation.benchmarks import Item, benchmark_record, load_benchm
 from addiff_env.evaluation.files import alone_in, write_whole
 from addiff_env.evaluation.html import write_report
 from addiff_env.evaluation.hypotheses import (
-    Rules,
     control_names,
     decide,
     describe,
@@ -49,7 +48,6 @@ from addiff_env.evaluation.metrics import (
     columns_of,
     default_metrics,
     is_embedded_world,
-    margins_of,
     missing,
     open_metrics,
     primary_score,
@@ -80,6 +78,7 @@ from addiff_env.evaluation.rows import (
     shard_path,
     write_rows,
 )
+from addiff_env.evaluation.rules import rules_of
 from addiff_env.evaluation.runs import (
     Strip,
     is_reported,
@@ -94,6 +93,7 @@ from addiff_env.evaluation.stamp import CONTROL, keep_stamp, require_same, run_s
 from addiff_env.evaluation.summary import lead_with
 from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune, tuning_items
 from addiff_env.evaluation.version import code_version, model_revision
+from addiff_env.evaluation.whole import PROTOCOLS, SET_METRICS, pictures_of
 from addiff_env.filmstrips import filmstrip_figure, record_trajectories
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import Action, Generated, ResultRow
@@ -138,6 +138,19 @@ class Evaluation:
                     f"{self.path} holds rows of {method.name!r} without {', '.join(sorted(lacking))}: it was made with "
                     "other metrics; take another folder: hydra.run.dir=..."
                 )
+
+    def require_one_version(self, methods: Sequence[Method]) -> None:
+        """Check that a shard's file has rows of today's code only: a merge takes rows of one version.
+
+        Raises:
+            ValueError: it has others of ``methods``.
+        """
+        names = {method.name for method in methods}
+        if others := {row.code_version for row in self.rows if row.method in names} - {self.version}:
+            raise ValueError(
+                f"{self.path} holds rows of code version {', '.join(sorted(others))}, this is {self.version}, and a "
+                "merge takes rows of one version: take another folder (hydra.run.dir=...), or the code of before"
+            )
 
     def run(self, method: Method, items: Sequence[Item]) -> list[ResultRow]:
         """Make what is missing; returns the method's rows for ``items``, in their order.
@@ -222,9 +235,9 @@ def controls_of(
     return [Replay(full, replayed, scripts), MatchedSteps(env, continued, scripts)]
 
 
-def rules_of(cfg: DictConfig, metric: str) -> Rules:
-    """The rules of the verdicts: a score's own margins unless the configuration names others."""
-    return Rules(**{"metric": metric, **margins_of(metric), **plain(cfg.rules)})
+def listed(setting: Any) -> list[str]:
+    """A setting that may be one name or a list of names."""
+    return [setting] if isinstance(setting, str) else list(setting)
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -349,7 +362,7 @@ def report(
         written.append(folder / "filmstrips.png")
         titled = [(f"{strip.item.prompt!r}: {strip.reason}", strip.frames) for strip in strips]
         filmstrip_figure(titled).savefig(written[-1])
-    rules = rules_of(cfg, metric)
+    rules = rules_of(metric, plain(cfg.rules))
     facts = {(item.prompt, item.seed): item.facts for item in items}
     verdicts = decide(rows, facts, rules, list(agents)) if own else []
     print("\n".join(map(describe, verdicts)) + "\n")
@@ -363,16 +376,18 @@ def report(
         print(f"  {path}")
 
 
-def measure_whole(cfg: DictConfig, folder: Path, rows: list[ResultRow], references: References) -> None:
+def measure_whole(folder: Path, rows: list[ResultRow], items: Sequence[Item], references: References) -> None:
     """What is measured of a method's pictures together: the benchmark's own protocol, and the set metrics."""
+    (folder / PROTOCOLS).unlink(missing_ok=True)  # of other rows
     if scores := protocol_scores(rows):
-        (folder / "protocols.json").write_text(json.dumps(scores, indent=2) + "\n")
+        (folder / PROTOCOLS).write_text(json.dumps(scores, indent=2) + "\n")
         for metric, methods in scores.items():
             for method, shares in methods.items():
                 print(f"{metric}, {method}: " + "  ".join(f"{name} {share:.4f}" for name, share in shares.items()))
     if references.features:
         sets = set_scores(rows, folder, references)
-        (folder / "set_metrics.json").write_text(json.dumps(sets, indent=2) + "\n")
+        kept = {**sets, "measured_on": pictures_of(rows, items)}
+        (folder / SET_METRICS).write_text(json.dumps(kept, indent=2) + "\n")
         print(describe_sets(sets))
 
 
@@ -410,17 +425,21 @@ def evaluate(
     for setting, why in skipped.items():
         print(f"left out metric {setting!r}: {why}")
     metric = primary_score([columns_of(metrics, item) for item in items], cfg.primary)
+    rules_of(metric, plain(cfg.rules))  # wrong ones are refused before any picture is made
     evaluation = Evaluation(shard_path(folder, *place), env, metrics, cfg.save_images)
     found = plan_run(cfg, evaluation, items, agents, metric)
     keep_plan(folder, cfg.methods, found, skipped)
     keep_stamp(folder, stamp, code_version())  # only now: a command that is refused leaves nothing to agree with
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg))
+    if place[1] > 1:
+        evaluation.require_one_version(found.methods)
+        append_rows(evaluation.path, [])  # a shard that has nothing to make is whole as well
     return make_rows(cfg, evaluation, shard(items, *place), found.methods, agents, overrides)
 
 
 def metric_settings(cfg: DictConfig, items: Sequence[Item]) -> list[str]:
     """What is measured of each picture."""
-    return default_metrics(items) if cfg.metrics is None else list(cfg.metrics)
+    return default_metrics(items) if cfg.metrics is None else listed(cfg.metrics)
 
 
 def stamp_run(
@@ -464,7 +483,7 @@ def main(cfg: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     b = cfg.benchmark
     items = load_benchmark(b.name, b.limit, root=b.root, images_per_prompt=b.images_per_prompt)
-    agents = named_agents(cfg.agent, list(cfg.agents))
+    agents = named_agents(cfg.agent, listed(cfg.agents))
     overrides = plain(cfg.env)
     stamp = stamp_run(cfg, items, agents, overrides)
     references = open_references(cfg, folder, "cuda" if torch.cuda.is_available() else "cpu")
@@ -487,7 +506,7 @@ def main(cfg: DictConfig) -> None:
         if launched and (folder / "report.html").exists() and is_reported(folder, settings, rows):
             print(f"another process reported them: {folder / 'report.html'}")
             return
-        measure_whole(cfg, folder, rows, references)
+        measure_whole(folder, rows, items, references)
         report(cfg, folder, rows, items, agents, overrides)
         mark_reported(folder, settings, rows)
 

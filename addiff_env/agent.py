@@ -117,7 +117,7 @@ class PolicyNet(nn.Module):
 
 
 def shareable(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a bundle keeps of these: prompts and device are the trainer's own, whoever acts with the agent has others."""
+    """What a bundle keeps of these: prompts and device are the trainer's, whoever acts with the agent has others."""
     return {name: value for name, value in env_kwargs.items() if name not in ("prompts", "device")}
 
 

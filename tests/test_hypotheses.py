@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from addiff_env.evaluation.hypotheses import (
     BEST_OF,
@@ -28,7 +29,7 @@ from addiff_env.evaluation.hypotheses import (
     solver_families,
     solver_fronts,
 )
-from addiff_env.evaluation.significance import interval
+from addiff_env.evaluation.significance import Least, interval
 from addiff_env.types import Action, ResultRow
 
 QUICK = Rules(draws=400)
@@ -253,6 +254,37 @@ def test_the_number_that_would_decide_does_decide(rng):
     assert decided.count(SUPPORTED) >= 4
 
 
+def test_what_blocks_says_how_many_prompts_are_needed(rng):
+    """Not the nearest comparison, if that one is decided already; and refuting takes the bounds of all at once."""
+    draws = rng.standard_normal(4000)
+    near, far = interval(0.03, 0.03 + 0.005 * draws, 0.9), interval(0.05, 0.05 + 0.04 * draws, 0.9)
+    part = Judge(1000, Rules(), critical=1.645).above("above", Least({"near": near, "far": far}, 0.9), 0.0, 0.01)
+    assert part.outcome == UNDECIDED and part.note == "nearest: near"
+    assert part.required == pytest.approx(1000 * ((1.645 + 0.842) * 0.04 / 0.05) ** 2, rel=0.05)
+    behind = interval(-0.03, -0.03 + 0.02 * draws, 0.9)
+    part = Judge(500, Rules(), critical=2.6).above("above", behind, 0.0, 0.01)  # .04 short of the gain; 2.6 * .02 more
+    assert part.outcome == UNDECIDED and part.required == pytest.approx(500 * ((2.6 + 0.842) / 2) ** 2, rel=0.05)
+    spent = interval(29.0, 29.0 + draws, 0.9)
+    part = Judge(100, Rules(), critical=1.645).at_most("mean NFE at most 30", spent, 30.0)
+    assert part.outcome == UNDECIDED and part.required == pytest.approx(100 * (1.645 + 0.842) ** 2, rel=0.05)
+
+
+@pytest.mark.parametrize("number", [150, 160, 539])
+def test_who_spends_just_what_is_allowed_keeps_within_it(number, rng):
+    """Whatever the rounding of a mean of as many equal numbers."""
+    rows = rows_of("agent", rng.random(number) < 0.8, 30) + rows_of("ddim-50", rng.random(number) < 0.8, 50)
+    verdict = h1_efficiency(rows, ["agent"], "ddim-50", {"ddim": ["ddim-50"]}, QUICK)
+    assert part_of(verdict, "mean NFE at most 30").outcome == SUPPORTED
+
+
+def test_rules_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="power must lie between 0 and 1, got 80"):
+        Rules(power=80)
+    with pytest.raises(ValueError, match="bounds at 0.001 need 999 draws, got 500"):
+        Rules(alpha=0.001, draws=500)
+    assert Rules(alpha=0.001).fewer(500) == 10_000 and Rules().fewer(500) == 500
+
+
 # --------------------------------------------------------------------------- H3
 
 
@@ -267,11 +299,27 @@ def test_h3_sees_more_steps_for_complex_prompts(rng):
     assert verdict.outcome == SUPPORTED and len(verdict.parts) == 3
     partial = verdict.parts[-1]
     assert partial.outcome == NOT_APPLICABLE and partial.condition == (
-        "seeds do not repeat across prompts, so seed cannot be partialled out (it is independent of the prompt by "
-        "design)"
+        "too few prompts share a seed to partial it out (it is independent of the prompt by design)"
     )
     backwards = h3_adaptivity(rows_of("agent", np.ones(300), 30 - nfe // 2), ["agent"], places(level), QUICK)
     assert backwards.outcome == NOT_SUPPORTED
+
+
+def test_h3_takes_training_runs_for_what_they_are(rng):
+    """One run that adapts and two that do not are no agent that adapts: runs are resampled beside prompts."""
+    level = rng.integers(1, 6, 200)
+    adapts, rows = 8 + 2 * level + rng.integers(0, 3, 200), []
+    for name, nfe in (("agent-s0", adapts), ("agent-s1", rng.integers(8, 20, 200)), ("agent-s2", np.full(200, 9))):
+        rows += rows_of(name, np.ones(200), nfe)
+    runs = ["agent-s0", "agent-s1", "agent-s2"]
+    verdict = h3_adaptivity(rows, runs, places(level), QUICK)
+    first = verdict.parts[0]
+    each = [stats.spearmanr(level, [row.nfe for row in rows if row.method == name])[0] for name in runs[:2]]
+    assert first.estimate == pytest.approx(sum(each) / 3)  # the third does the same for every prompt: 0
+    assert first.low < 0.05 < 0.5 < first.high and verdict.outcome == UNDECIDED
+    assert first.required is None and first.runs > 3
+    alike = [row for name in runs for row in rows_of(name, np.ones(200), adapts)]
+    assert h3_adaptivity(alike, runs, places(level), QUICK).outcome == SUPPORTED
 
 
 def test_h3_refuses_a_collapsed_policy(rng):

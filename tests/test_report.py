@@ -32,6 +32,7 @@ from addiff_env.evaluation.runs import (
     write_verdicts,
 )
 from addiff_env.evaluation.summary import by_facts, decision_counts, estimate, headline_metric, summarise, tidy
+from addiff_env.evaluation.whole import pictures_of
 from addiff_env.stats import wilson_interval
 from addiff_env.types import Action, ResultRow
 
@@ -219,6 +220,22 @@ def test_protocols_and_set_metrics_are_shown(tmp_path):
     assert "extractor inception <v3>, size –, codec png" in " ".join("".join(page.words).split())
 
 
+def test_set_metrics_of_other_pictures_are_not_shown(tmp_path):
+    """A folder's run may have grown since, or its code changed."""
+    rows, _ = whole_run(tmp_path)
+    for items, made, shown in (
+        (ITEMS, rows, True),
+        (ITEMS[:2], rows, False),
+        (ITEMS, [replace(row, code_version="older") for row in rows], False),
+    ):
+        kept = {**SETS, "measured_on": pictures_of(made, items)}
+        (tmp_path / "set_metrics.json").write_text(json.dumps(kept))
+        write_report(tmp_path, rows, ITEMS, [])
+        lines = read_page(tmp_path).tables["whole"]
+        assert (["method", "pictures", "fid", "kid", "cmmd"] in lines) == shown
+        assert ("fid" in (tmp_path / "table_whole.csv").read_text()) == shown
+
+
 def test_protocols_and_set_metrics_are_exported(tmp_path):
     rows, written = whole_run(tmp_path)
     assert [path.name for path in written][3:] == ["table_whole.csv"]
@@ -255,6 +272,14 @@ def test_verdicts_are_shown_with_their_parts(page):
     assert "H1 undecided" in text and "About 777 prompts would decide." in text and "H2 supported" in text
     assert page.line("verdicts", "quality") == ["quality", "undecided", "0.125 [-0.25, 0.5]", "0.032"]
     assert page.line("verdicts", "above")[3] == "< 0.0001"
+
+
+def test_a_few_prompts_have_no_bootstrap(page):
+    """Two or four of them would give tiny p-values to differences of nothing."""
+    (head, first, *_) = page.tables["comparisons"]
+    cells = dict(zip(head, [" ".join(cell.split()) for cell in first], strict=True))
+    assert cells["difference"].endswith("[– to –]") and cells["p (Holm)"] == cells["detectable"] == "–"
+    assert float(cells["Wilcoxon p"]) == 1.0
 
 
 def test_the_rules_of_the_verdicts_are_shown(tmp_path, page):
@@ -307,7 +332,15 @@ def test_the_verdicts_are_decided_anew_by_the_configured_rules(tmp_path, capsys,
     assert "H1: not supported (30 prompts; fails: mean NFE at most 6" in capsys.readouterr().out
     (first, *_) = read_verdicts(tmp_path)
     assert first.parts[0].estimate == pytest.approx(np.mean([row.nfe for row in rows if row.method == "agent"]))
-    assert read_rules(tmp_path, "success").max_nfe == 6 and "at most 6" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert read_rules(tmp_path, "success").max_nfe == 6 and "at most 6" in text and "no more than 6 NFE" in text
+    (tmp_path / "config.yaml").write_text("rules: {max_nef: 6}\n")
+    with pytest.raises(ValueError, match=r"unknown rules \['max_nef'\]; known: metric, margin"):
+        main()
+    (tmp_path / "config.yaml").write_text("rules: {}\n")
+    write_provenance(tmp_path, [row for row in rows if row.method != "agent"], metric="success")
+    main()  # without an agent there is nothing to decide
+    assert read_verdicts(tmp_path) == []
 
 
 def test_failures_of_any_metric_that_passes_or_fails_are_shown(tmp_path):

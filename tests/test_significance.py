@@ -326,6 +326,27 @@ def test_comparisons_cover_every_metric_and_baseline_with_one_correction(rng):
     assert first.minimum_detectable == pytest.approx(corrected) and corrected > minimum_detectable_effect(spread, 120)
 
 
+def test_what_is_detectable_allows_for_training_runs():
+    """Runs .1 apart tell nothing smaller, however many prompts there are."""
+    prompts = np.arange(500)
+    rows = [
+        ResultRow(name, f"p{k}", 0, "c", "b", "s", name, "float32", "1", scores={"q": 0.01 * np.sin(k) + shift})
+        for name, shift in (("s0", -0.1), ("s1", 0.0), ("s2", 0.1), ("other", -0.03))
+        for k in prompts
+    ]
+    (found,) = compare_methods(rows, {"agent": ["s0", "s1", "s2"]}, ["other"], ["q"], draws=1000)
+    error = np.std([-0.1, 0.0, 0.1]) / math.sqrt(3)
+    assert found.minimum_detectable == pytest.approx((1.96 + 0.8416) * error, rel=1e-3)
+    assert found.difference == pytest.approx(0.03) and found.p_bootstrap > 0.3
+
+
+def test_many_comparisons_can_still_be_significant(rng):
+    """Two in ten thousand, times 80 comparisons, would be .016 for any data."""
+    many = {f"m{k}": np.zeros(40) for k in range(80)}
+    found = compare_methods(rows_of(agent=np.ones(40), **many), ["agent"], list(many), ["success"], draws=500)
+    assert len(found) == 80 and max(one.p_holm for one in found) <= 0.01
+
+
 # --------------------------------------------------------------------------- rank correlation
 
 

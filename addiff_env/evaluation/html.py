@@ -9,9 +9,10 @@ import argparse
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item, categories_in_turn
 from addiff_env.evaluation.exports import latex_table, write_csv, write_whole_csv
-from addiff_env.evaluation.hypotheses import Rules, Verdict, agent_runs, decide, describe
+from addiff_env.evaluation.hypotheses import LEAST_PROMPTS, Rules, Verdict, agent_runs, decide, describe
 from addiff_env.evaluation.judge import JUDGEMENT, OUTCOMES
 from addiff_env.evaluation.report import (
     ACTION_COLORS,
@@ -72,7 +73,7 @@ MAX_FAILURES, MAX_SIDE = 12, 192  # pictures shown, and their largest side in pi
 LEFT_OUT = "left_out"  # in a run's provenance: methods and metrics that were asked for and could not be had
 WRITTEN = ("report.html", "table.tex", "table.csv", "table_whole.csv")
 CLAIMS = {
-    "H1": "Efficiency: quality equal to 50-step inference at no more than 30 NFE on average.",
+    "H1": "Efficiency: quality equal to 50-step inference at no more than {max_nfe:g} NFE on average.",
     "H2": "Quality: higher quality than any fixed-step method at equal compute.",
     "H3": "Adaptivity: simple prompts stop early, complex ones get more evaluations.",
     "H4": "Refinement: refining regions beats the same compute spent on full-image steps.",
@@ -107,7 +108,7 @@ def write_report(
     if not rows:
         raise ValueError(f"no rows to report on in {folder}")
     page, tex, table, further = (folder / name for name in WRITTEN)
-    whole = read_whole(folder, list(by_method(rows)))
+    whole = read_whole(folder, rows, items)
     write_csv(rows, table)
     tex.write_text(latex_table(rows, _caption(rows, read_provenance(folder)), whole), encoding="utf-8")
     page.write_text(render(folder, rows, items, verdicts), encoding="utf-8")
@@ -131,6 +132,7 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
     """The page as text, see `write_report`. Everything read from files is escaped by the template."""
     own = by_method(rows).get(_subject(rows), [])
     facts = {(item.prompt, item.seed): item.facts for item in items}
+    rules = read_rules(folder, headline_metric(rows))
     cards, provenance = Cards(rows, folder), read_provenance(folder)
     return _template().render(
         css=Markup(_css()),  # noqa: S704 (ours)
@@ -140,13 +142,13 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         prompts=len({row.prompt for row in rows}),
         metric=headline_metric(rows),
         verdicts=verdicts,
-        claims=CLAIMS,
-        rules=_rules(read_rules(folder, headline_metric(rows))),
+        claims={name: claim.format(max_nfe=rules.max_nfe) for name, claim in CLAIMS.items()},
+        rules=_rules(rules),
         left_out=provenance.get(LEFT_OUT, []),
         subject=_subject(rows),
         methods=_method_table(rows),
         metrics=_metric_table(rows),
-        whole=_whole_tables(read_whole(folder, list(by_method(rows)))),
+        whole=_whole_tables(read_whole(folder, rows, items)),
         comparisons=_comparisons(rows) if own else [],
         judged=_judged(folder),
         plots=[_svg(quality_figure(rows, [name]), f"quality-{name}") for name in ("net_flops", "nfe")],
@@ -181,7 +183,9 @@ def _template() -> Template:
     environment.filters["signed"] = lambda value: f"{value:+.1f}"
     environment.filters["fixed"] = lambda value: _fixed(value, 3)
     environment.filters["short"] = lambda value: f"{value:.4g}"
-    environment.filters["p_value"] = lambda value: "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+    environment.filters["p_value"] = lambda value: (
+        "–" if math.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
+    )
     return environment.get_template("report.html.jinja")
 
 
@@ -224,7 +228,7 @@ def _cell(found: Estimate | None, is_share: bool, number: int) -> Cell:
 
 
 def _fixed(value: float, digits: int) -> str:
-    return f"{value:,.{digits}f}".replace("-", "−")
+    return "–" if math.isnan(value) else f"{value:,.{digits}f}".replace("-", "−")
 
 
 def _method_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
@@ -312,6 +316,9 @@ def _comparisons(rows: Sequence[ResultRow]) -> list[tuple[str, list[Comparison]]
     if not others or len({row.prompt for row in rows}) < 2:
         return []
     found = compare_methods(rows, {SUBJECT: runs}, others, metrics)
+    if found[0].prompts < LEAST_PROMPTS:  # as for verdicts: a bootstrap of so few says nothing
+        nan = math.nan
+        found = [replace(one, low=nan, high=nan, p_bootstrap=nan, p_holm=nan, minimum_detectable=nan) for one in found]
     return [(name, [one for one in found if one.metric == name]) for name in metrics]
 
 
@@ -530,7 +537,8 @@ def decide_again(folder: Path) -> list[Verdict]:
     rows, items = reported_rows(folder), read_items(folder)
     rules = configured_rules(folder, headline_metric(rows))
     complexity = {(item.prompt, item.seed): float(item.facts) for item in items}
-    verdicts = decide(rows, complexity, rules, agent_runs(by_method(rows)))
+    runs = agent_runs(by_method(rows))
+    verdicts = decide(rows, complexity, rules, runs) if runs else []
     write_verdicts(folder, verdicts, rules)
     return verdicts
 

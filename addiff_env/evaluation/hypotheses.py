@@ -26,6 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from scipy import stats
 
 from addiff_env.evaluation.significance import (
     Interval,
@@ -65,7 +66,7 @@ class Rules:
 
     metric: str = "success"
     margin: float = 0.02  # quality lost that still counts as equal (H1)
-    worthwhile: float = 0.01  # smallest gain worth calling one (H2, H4): below it a gain is none
+    worthwhile: float = 0.01  # smallest gain worth calling one (H2, H4): what is surely less refutes
     max_nfe: float = 30.0  # mean NFE allowed (H1)
     correlation: float = 0.1  # smallest rank correlation worth calling one (H3)
     matched: float = 0.02  # relative difference of mean NFE up to which two methods spent the same (H4)
@@ -80,6 +81,8 @@ class Rules:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0 < self.alpha < 0.5:
             raise ValueError(f"alpha must lie between 0 and 0.5, got {self.alpha}")
+        if not 0 < self.power < 1:
+            raise ValueError(f"power must lie between 0 and 1, got {self.power}")
         if self.draws + 1 < 1 / self.alpha:
             raise ValueError(f"bounds at {self.alpha:g} need {math.ceil(1 / self.alpha - 1)} draws, got {self.draws}")
 
@@ -87,6 +90,10 @@ class Rules:
     def level(self) -> float:
         """Of the intervals: their ends are the one-sided bounds at ``alpha``."""
         return 1 - 2 * self.alpha
+
+    def fewer(self, draws: int) -> int:
+        """Replicates of a costly statistic: as few as that, but enough for bounds at ``alpha``."""
+        return min(self.draws, max(draws, math.ceil(10 / self.alpha)))
 
 
 @dataclass(frozen=True)
@@ -154,27 +161,49 @@ class Judge:
         high = found.high if self.critical is None else found.ceiling(self.critical)
         p = found.p_below(bound)  # at most alpha just where the lower bound lies above
         outcome = SUPPORTED if p <= self.rules.alpha else NOT_SUPPORTED if high < bound + worthwhile else UNDECIDED
-        gap = max(found.estimate - bound, bound + worthwhile - found.estimate)
         part = Part(condition, outcome, found.estimate, found.low, high, p)
         note = f"nearest: {found.nearest}" if isinstance(found, Least) else ""
-        return self.needing(replace(part, note=note), found, gap)
+        return self.needing(replace(part, note=note), found, bound, worthwhile)
 
     def at_most(self, condition: str, found: Interval, bound: float) -> Part:
         """Is the true value at most ``bound``?"""
         low = found.low if self.critical is None else -found.negated().ceiling(self.critical)
-        outcome = SUPPORTED if found.high <= bound else NOT_SUPPORTED if low > bound else UNDECIDED
-        return self.needing(
-            Part(condition, outcome, found.estimate, low, found.high), found, abs(found.estimate - bound)
-        )
+        enough = found.high <= bound + found.rounding  # who spends just what is allowed keeps within it
+        outcome = SUPPORTED if enough else NOT_SUPPORTED if low > bound + found.rounding else UNDECIDED
+        return self.needing(Part(condition, outcome, found.estimate, low, found.high), found.negated(), -bound)
 
-    def needing(self, part: Part, found: Interval | Least, gap: float) -> Part:
-        """The part with the prompts, or the training runs, that would decide it."""
+    def needing(self, part: Part, found: Interval | Least, bound: float, worthwhile: float = 0.0) -> Part:
+        """The part with the prompts, or else the training runs, that would decide it, whichever way takes fewer.
+
+        It is supported once every comparison lies above ``bound`` that does not yet, and refuted once a single one
+        surely lies below ``bound + worthwhile``, by the bounds that hold for all comparisons at once.
+        """
         if part.outcome != UNDECIDED:
             return part
-        alpha, power = self.rules.alpha, self.rules.power
-        prompts = required_prompts(gap, found.standard_error, self.prompts, alpha, power, found.run_error)
-        runs = None if prompts else required_runs(gap, found.run_error, self.runs, alpha, power)
-        return replace(part, required=prompts, runs=runs)
+        everything = list(found.differences.values()) if isinstance(found, Least) else [found]
+        open_ = [one for one in everything if one.p_below(bound) > self.rules.alpha] or everything
+        joint = self.rules.alpha if self.critical is None else float(stats.norm.sf(self.critical))
+        above = [self._needed(one.estimate - bound, one, self.rules.alpha) for one in open_]
+        below = [self._needed(bound + worthwhile - one.estimate, one, joint) for one in everything]
+        prompts, runs = (_fewest([_all_of([n[k] for n in above]), *(n[k] for n in below)]) for k in (0, 1))
+        return replace(part, required=prompts, runs=None if prompts else runs)
+
+    def _needed(self, gap: float, one: Interval, alpha: float) -> tuple[int | None, int | None]:
+        """Prompts, and where no number of these would do training runs, that tell a value from one ``gap`` away."""
+        error, power = one.run_error, self.rules.power
+        if prompts := required_prompts(gap, one.standard_error, self.prompts, alpha, power, error):
+            return prompts, self.runs
+        return None, required_runs(gap, error, self.runs, alpha, power)
+
+
+def _all_of(numbers: Sequence[int | None]) -> int | None:
+    """The largest number; None where one is not known."""
+    known = [number for number in numbers if number is not None]
+    return max(known) if len(known) == len(numbers) else None
+
+
+def _fewest(numbers: Sequence[int | None]) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
 
 
 def _too_few(hypothesis: str, rows: Sequence[ResultRow], agent: Sequence[str]) -> Verdict | None:
@@ -380,9 +409,7 @@ def h2_quality(
 # --------------------------------------------------------------------------- H3
 
 
-NO_PARTIAL = (
-    "seeds do not repeat across prompts, so seed cannot be partialled out (it is independent of the prompt by design)"
-)
+NO_PARTIAL = "too few prompts share a seed to partial it out (it is independent of the prompt by design)"
 
 
 def h3_adaptivity(
@@ -400,7 +427,7 @@ def h3_adaptivity(
 
     Args:
         rows: per-image rows.
-        agent: the agent's training runs, as method names; they are averaged.
+        agent: the agent's training runs, as method names; the mean of their own correlations counts.
         complexity: of every (prompt, seed), e.g. `Item.facts`.
         rules: margins and levels.
 
@@ -412,54 +439,62 @@ def h3_adaptivity(
     if unknown:
         raise ValueError(f"no complexity of {len(unknown)} pictures, e.g. {unknown[0]}")
     measures = [costs_of("nfe"), lambda row: complexity[row.prompt, row.seed]]
-    nfe, level = paired_values(rows, {AGENT: agent}, measures)[AGENT].mean(1)
+    nfe, levels = paired_values(rows, {AGENT: agent}, measures)[AGENT]  # (runs, prompts) both
+    level, prompts = levels[0], levels.shape[1]
     if few := _too_few("H3", rows, agent):
         return few
     if np.ptp(level) == 0:
         alike = f"every prompt has complexity {level[0]:g}: nothing to adapt to"
-        return conclude("H3", nfe.size, [Part(alike, UNDECIDED)])
-    if np.ptp(nfe) == 0:
-        return conclude("H3", nfe.size, [Part(f"NFE varies (it is {nfe[0]:g} for every prompt)", NOT_SUPPORTED)])
-    return conclude("H3", nfe.size, _correlation_parts(level, nfe, rules) + _partial_parts(taken, complexity, rules))
+        return conclude("H3", prompts, [Part(alike, UNDECIDED)])
+    if np.ptp(nfe, axis=1).max() == 0:
+        return conclude("H3", prompts, [Part(f"NFE varies (it is {nfe[0, 0]:g} for every prompt)", NOT_SUPPORTED)])
+    return conclude("H3", prompts, _correlation_parts(level, nfe, rules) + _partial_parts(taken, complexity, rules))
 
 
 def _correlation_parts(level: np.ndarray, nfe: np.ndarray, rules: Rules) -> list[Part]:
-    found = spearman_test(level, nfe, level=rules.level, draws=min(rules.draws, 2000), seed=rules.seed)
-    rho, p, judge = found.rho, found.p_permutation, Judge(nfe.size, rules)
+    found = spearman_test(level, nfe, level=rules.level, draws=rules.fewer(2000), seed=rules.seed)
+    rho, p, judge = found.rho, found.p_permutation, Judge(level.size, rules, len(nfe))
     bootstrap = judge.above("NFE grows with complexity", rho, 0.0, rules.correlation)
     outcome = SUPPORTED if p <= rules.alpha else NOT_SUPPORTED if bootstrap.outcome == NOT_SUPPORTED else UNDECIDED
     condition = "more than when complexities are dealt out at random"
-    gap = max(rho.estimate, rules.correlation - rho.estimate)
     # The bootstrap's bounds belong to the other part: this one's p comes from another test and may differ from them.
-    return [bootstrap, judge.needing(Part(condition, outcome, rho.estimate, p=p), rho, gap)]
+    return [bootstrap, judge.needing(Part(condition, outcome, rho.estimate, p=p), rho, 0.0, rules.correlation)]
 
 
 def _partial_parts(rows: Sequence[ResultRow], complexity: Mapping[Place, float], rules: Rules) -> list[Part]:
-    level, nfe, seeds = (
-        np.array([value(row) for row in rows], float)
-        for value in (lambda r: complexity[r.prompt, r.seed], lambda r: r.nfe, lambda r: r.seed)
-    )
-    prompts = {prompt: k for k, prompt in enumerate(dict.fromkeys(row.prompt for row in rows))}
-    if (rho := partial_spearman(level, nfe, seeds)) is None or len(np.unique(seeds)) > len(prompts) / 2:
+    methods = list(dict.fromkeys(row.method for row in rows))
+    places = {(row.prompt, row.seed): k for k, row in enumerate(row for row in rows if row.method == methods[0])}
+    nfe = np.empty((len(methods), len(places)))
+    for row in rows:
+        nfe[methods.index(row.method), places[row.prompt, row.seed]] = row.nfe
+    level = np.array([complexity[place] for place in places], float)
+    seeds = np.array([seed for _, seed in places])
+    prompts = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in places))}
+    each = [partial_spearman(level, own, seeds) for own in nfe]
+    if len(np.unique(seeds)) > len(prompts) / 2 or not any(each):
         return [Part(NO_PARTIAL, NOT_APPLICABLE)]
-    owner = np.array([prompts[row.prompt] for row in rows])
-    found = _resampled_partial(rho, (level, nfe, seeds), owner, rules)
-    return [Judge(len(prompts), rules).above("also among pictures of one seed", found, 0.0, rules.correlation)]
+    owner = np.array([prompts[prompt] for prompt, _ in places])
+    rhos = np.array([rho or 0.0 for rho in each])  # a run that does the same for every picture adapts to none
+    found = _resampled_partial(rhos, (level, nfe, seeds), owner, rules)
+    judge = Judge(len(prompts), rules, len(methods))
+    return [judge.above("also among pictures of one seed", found, 0.0, rules.correlation)]
 
 
 def _resampled_partial(
-    rho: float, variables: tuple[np.ndarray, np.ndarray, np.ndarray], owner: np.ndarray, rules: Rules
+    rhos: np.ndarray, variables: tuple[np.ndarray, np.ndarray, np.ndarray], owner: np.ndarray, rules: Rules
 ) -> Interval:
-    """Bootstrap over prompts, each with all its pictures."""
-    rng = np.random.default_rng([rules.seed, 3])
+    """Bootstrap over prompts, each with all its pictures, and over the training runs that ``rhos`` (runs,) are of."""
+    rng, runs = np.random.default_rng([rules.seed, 3]), np.random.default_rng([rules.seed, 4])
+    level, nfe, seeds = variables
     pictures = [np.flatnonzero(owner == k) for k in range(owner.max() + 1)]
     draws = []
-    for _ in range(min(rules.draws, 500)):
+    for _ in range(rules.fewer(500)):
         index = np.concatenate([pictures[k] for k in rng.integers(len(pictures), size=len(pictures))])
-        value = partial_spearman(*(variable[index] for variable in variables))
-        if value is not None and np.isfinite(value):
-            draws.append(value)
-    return interval(rho, np.array(draws), rules.level)
+        drawn = runs.integers(len(nfe), size=len(nfe)) if len(nfe) > 1 else [0]
+        values = [partial_spearman(level[index], nfe[run][index], seeds[index]) for run in drawn]
+        if any(value is not None and np.isfinite(value) for value in values):
+            draws.append(float(np.mean(np.nan_to_num(np.array(values, float)))))
+    return interval(float(rhos.mean()), np.array(draws), rules.level, float(np.std(rhos) / math.sqrt(len(rhos))))
 
 
 # --------------------------------------------------------------------------- H4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,24 @@ def read_rules(folder: Path, metric: str) -> Rules:
     Raises:
         ValueError: rules that make no sense.
     """
-    return _rules(metric, _stated(folder / "verdicts.json") or _configured(folder / "config.yaml"))
+    return rules_of(metric, _stated(folder / "verdicts.json") or _configured(folder / "config.yaml"))
 
 
 def configured_rules(folder: Path, metric: str) -> Rules:
     """The rules that a run's ``config.yaml`` asks for, over the defaults; raises as `read_rules`."""
-    return _rules(metric, _configured(folder / "config.yaml"))
+    return rules_of(metric, _configured(folder / "config.yaml"))
 
 
-def _rules(metric: str, stated: dict[str, Any]) -> Rules:
-    known = {f.name for f in fields(Rules)}
-    values = {"metric": metric, **margins_of(metric), **stated}
-    return Rules(**{name: value for name, value in values.items() if name in known})
+def rules_of(metric: str, stated: Mapping[str, Any]) -> Rules:
+    """A score's own margins and the default levels, unless ``stated`` names others.
+
+    Raises:
+        ValueError: a rule that there is not, or rules that make no sense.
+    """
+    known = [f.name for f in fields(Rules)]
+    if unknown := sorted(set(stated) - set(known)):
+        raise ValueError(f"unknown rules {unknown}; known: {', '.join(known)}")
+    return Rules(**{"metric": metric, **margins_of(metric), **stated})
 
 
 def _stated(path: Path) -> dict[str, Any]:

@@ -518,7 +518,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def minimum_detectable_effect(spread: float, prompts: int, alpha: float = 0.05, power: float = 0.8) -> float:
+def minimum_detectable_effect(
+    spread: float, prompts: int, alpha: float = 0.05, power: float = 0.8, run_error: float = 0.0
+) -> float:
     """Smallest true mean difference that a two-sided paired test finds with the power wanted.
 
     Args:
@@ -526,8 +528,10 @@ def minimum_detectable_effect(spread: float, prompts: int, alpha: float = 0.05, 
         prompts: number of prompts.
         alpha: level of the test.
         power: chance of finding it.
+        run_error: what training runs add to the standard error, see `required_prompts`.
     """
-    return float((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * spread / math.sqrt(prompts))
+    error = math.hypot(spread / math.sqrt(prompts), run_error)
+    return float((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * error)
 
 
 def required_prompts(
@@ -594,7 +598,8 @@ def non_inferiority(
 class Comparison:
     """One method against another on one metric; differences are method minus baseline, paired.
 
-    Means, intervals and what is detectable are of pictures; Wilcoxon and effect sizes take one value per prompt.
+    Means, intervals and what is detectable are of pictures; Wilcoxon and effect sizes take one value per prompt, of
+    several training runs their mean: they speak of these runs alone.
     """
 
     metric: str
@@ -633,14 +638,14 @@ def compare_methods(
             and effect sizes take their mean per prompt.
         baselines: names.
         metrics: names of scores.
-        draws: bootstrap replicates.
+        draws: bootstrap replicates; more are drawn where so few could not make the smallest p-value, 2 / (draws + 1),
+            a corrected one of 1%.
         seed: of the resampling.
     """
     named = methods if isinstance(methods, Mapping) else {name: [name] for name in methods}
     groups = {**{name: [name] for name in baselines}, **named}
     values = paired_values(rows, groups, [score_of(metric) for metric in metrics])
     pictures = picture_counts(rows, next(iter(groups.values()))[0])
-    resampled = resample(values, draws=draws, seed=seed, pictures=pictures)
     wanted = [
         ((k, metric), method, baseline)
         for k, metric in enumerate(metrics)
@@ -648,6 +653,7 @@ def compare_methods(
         for baseline in baselines
         if method != baseline
     ]
+    resampled = resample(values, draws=max(draws, 200 * len(wanted)), seed=seed, pictures=pictures)
     found = [_compare(*names, values, resampled, pictures, 0.05 / len(wanted)) for names in wanted]
     corrected = holm([comparison.p_bootstrap for comparison in found])
     return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]
@@ -679,7 +685,9 @@ def _compare(
         p_wilcoxon=wilcoxon_p(per_prompt),
         cohens_dz=cohens_dz(per_prompt),
         rank_biserial=rank_biserial(per_prompt),
-        minimum_detectable=minimum_detectable_effect(_spread(per_prompt, pictures), per_prompt.size, alpha),
+        minimum_detectable=minimum_detectable_effect(
+            _spread(per_prompt, pictures), per_prompt.size, alpha, run_error=difference.run_error
+        ),
     )
 
 
@@ -708,25 +716,27 @@ class RankCorrelation:
 def spearman_test(
     x: np.ndarray, y: np.ndarray, *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> RankCorrelation:
-    """Spearman's rank correlation of per-prompt values x and y, both (prompts,).
+    """Spearman's rank correlation of per-prompt values x (prompts,) and y (prompts,) or (runs, prompts).
 
-    The interval resamples prompts (ranks are taken anew in each replicate; a replicate in which one variable does not
-    vary has none and is left out); the null distribution permutes x over prompts.
+    Of several training runs it is the mean of each run's own, where one that does the same for every prompt has 0. The
+    interval resamples prompts, and runs beside them (ranks are taken anew in each replicate; of a single run one in
+    which a variable does not vary has none and is left out); the null distribution permutes x over prompts.
 
     Raises:
         ValueError: different lengths, fewer than four prompts, or a variable that does not vary.
     """
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    if x.shape != y.shape or x.size < 4:
-        raise ValueError(f"Spearman's correlation needs two variables of four prompts, got {x.shape} and {y.shape}")
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        raise ValueError(f"no rank correlation: x varies by {np.ptp(x)}, y by {np.ptp(y)}")
-    bootstrap_stream, null_stream = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
-    rho = float(_row_correlation(stats.rankdata(x)[None], stats.rankdata(y)[None])[0])
-    replicates = np.concatenate([_resampled_rho(bootstrap_stream, x, y, d) for d in _portions(x.size, draws)])
-    ranks_x, ranks_y = stats.rankdata(x), stats.rankdata(y)
+    x, y = np.asarray(x, float), np.atleast_2d(np.asarray(y, float))
+    if x.shape != y.shape[1:] or x.size < 4:
+        raise ValueError(f"Spearman's correlation needs two variables of four prompts, got {x.shape} and {y.shape[1:]}")
+    if np.ptp(x) == 0 or np.ptp(y, axis=1).max() == 0:
+        raise ValueError(f"no rank correlation: x varies by {np.ptp(x)}, y by {np.ptp(y, axis=1).max()}")
+    prompts, null_stream, runs = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
+    ranks_x, ranks_y = stats.rankdata(x), stats.rankdata(y, axis=1)
+    each = np.nan_to_num(_row_correlation(ranks_y, ranks_x[None]))  # (runs,)
+    replicates = np.concatenate([_resampled_rho(prompts, runs, x, y, d) for d in _portions(y.size, draws)])
     null = np.concatenate([_permuted_rho(null_stream, ranks_x, ranks_y, d) for d in _portions(x.size, draws)])
-    found = interval(rho, replicates[np.isfinite(replicates)], level)
+    rho, run_error = float(each.mean()), float(np.std(each) / math.sqrt(len(each)))
+    found = interval(rho, replicates[np.isfinite(replicates)], level, run_error)
     return RankCorrelation(found, _tail(null >= rho - 1e-12), x.size)
 
 
@@ -735,14 +745,18 @@ def _portions(number: int, draws: int) -> list[int]:
     return [min(size, draws - start) for start in range(0, draws, size)]
 
 
-def _resampled_rho(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, draws: int) -> np.ndarray:
-    index = rng.integers(x.size, size=(draws, x.size))
-    return _row_correlation(stats.rankdata(x[index], axis=1), stats.rankdata(y[index], axis=1))
+def _resampled_rho(
+    prompts: np.random.Generator, runs: np.random.Generator, x: np.ndarray, y: np.ndarray, draws: int
+) -> np.ndarray:
+    index = prompts.integers(x.size, size=(draws, x.size))
+    ranks = stats.rankdata(x[index], axis=1)
+    each = np.stack([_row_correlation(ranks, stats.rankdata(run[index], axis=1)) for run in y], axis=1)  # (D, runs)
+    return each[:, 0] if len(y) == 1 else (np.nan_to_num(each) * _weights(runs, len(y), draws)).sum(1)
 
 
 def _permuted_rho(rng: np.random.Generator, ranks_x: np.ndarray, ranks_y: np.ndarray, draws: int) -> np.ndarray:
     shuffled = rng.permuted(np.broadcast_to(ranks_x, (draws, ranks_x.size)), axis=1)
-    return _row_correlation(shuffled, ranks_y[None])
+    return np.mean([np.nan_to_num(_row_correlation(shuffled, run[None])) for run in ranks_y], axis=0)
 
 
 def _row_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:

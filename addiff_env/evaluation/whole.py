@@ -9,8 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from addiff_env.evaluation.benchmarks import Item
+from addiff_env.evaluation.rows import CONFIGURATION
+from addiff_env.types import ResultRow
 
 PROTOCOLS, SET_METRICS = "protocols.json", "set_metrics.json"
 SPREAD = {"kid": "kid_std"}  # a set metric's standard deviation over random subsets, by the metric
@@ -49,15 +54,27 @@ class Whole:
                     yield method, name, "", values.get("pictures"), values[name], values.get(SPREAD.get(name, ""))
 
 
-def read_whole(folder: Path, methods: Sequence[str]) -> Whole:
-    """What a run folder keeps of ``methods``; files that are not there hold nothing."""
+def pictures_of(rows: Sequence[ResultRow], items: Sequence[Item]) -> dict[str, str]:
+    """Every method's pictures of ``items``, as a digest: which they are, and by what they were made."""
+    places = [(item.prompt, item.seed) for item in items]
+    made_by = {row.method: [getattr(row, part) for part in (*CONFIGURATION, "code_version")] for row in rows}
+    return {name: sha256(json.dumps([places, by]).encode()).hexdigest()[:16] for name, by in made_by.items()}
+
+
+def read_whole(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item]) -> Whole:
+    """What a run folder keeps of the methods of ``rows``; files that are not there hold nothing.
+
+    Set metrics of other pictures, measured before the run grew or the code changed, are left out.
+    """
     protocols, sets = _read(folder / PROTOCOLS), _read(folder / SET_METRICS)
-    of = {metric: {name: found[name] for name in methods if name in found} for metric, found in protocols.items()}
-    measured = sets.get("methods", {})
+    now = pictures_of(rows, items)
+    of = {metric: {name: found[name] for name in now if name in found} for metric, found in protocols.items()}
+    measured, measured_on = sets.get("methods", {}), sets.get("measured_on", now)  # earlier releases did not say
+    same = [name for name, pictures in now.items() if name in measured and measured_on.get(name) == pictures]
     return Whole(
         {metric: found for metric, found in of.items() if found},
-        {name: measured[name] for name in methods if name in measured},
-        sets.get("references", {}),
+        {name: measured[name] for name in same},
+        sets.get("references", {}) if same else {},
     )
 
 
