@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from addiff_env.agent import Agent
-from addiff_env.evaluation.rows import read_rows
+from addiff_env.evaluation.rows import append_rows, read_rows, shard_path
 from addiff_env.evaluation.rules import read_rules
 from addiff_env.evaluation.runs import read_strips, reported_rows
+from addiff_env.types import ResultRow
 
 ROOT = Path(__file__).parent.parent
 LITTLE = ["num_envs=4", "algorithm.n_steps=4", "algorithm.batch_size=8", "algorithm.total_timesteps=32"]
@@ -119,6 +120,19 @@ def test_shards_merge_into_one_run(trained, tmp_path):
         path.write_text("".join(line for line in lines if '"agent, ' not in line))
     cut = run("evaluate.py", *options, "shard.merge=true")
     assert cut.returncode != 0 and "16 of 40 rows are missing" in cut.stderr and "agent, mask=full" in cut.stderr
+
+
+def test_shards_that_could_never_be_merged_are_none(trained, tmp_path):
+    """One that has nothing to make leaves a file all the same; one with rows of other code is refused beforehand."""
+    options = [f"agent={trained[0] / 'agent'}", "methods=[ddim-2]", "benchmark.limit=2", "controls=false"]
+    options += ["filmstrips=0", "shard.count=3", f"hydra.run.dir={tmp_path}"]
+    nothing = run("evaluate.py", *options, "shard.index=2")
+    assert nothing.returncode == 0, nothing.stderr
+    assert shard_path(tmp_path, 2, 3).read_text() == ""
+    append_rows(shard_path(tmp_path, 0, 3), [ResultRow("ddim-2", "x", 0, "c", "b", "s", "", "float32", "older")])
+    refused = run("evaluate.py", *options, "shard.index=0")
+    assert refused.returncode != 0 and "holds rows of code version older, this is" in refused.stderr
+    assert len(read_rows(shard_path(tmp_path, 0, 3))) == 1  # before any picture was made
 
 
 def test_processes_of_a_launcher_share_the_work_and_the_last_one_merges(trained, tmp_path):
