@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from stable_baselines3.common.callbacks import CallbackList
 
 optuna = pytest.importorskip("optuna", reason="pip install 'addiff-env[search]'")
@@ -263,6 +264,51 @@ def test_bad_spaces_are_named(tmp_path, entry):
     trial = search.open_study(tmp_path).ask()
     with pytest.raises(ValueError, match="policy.hidden"):
         search.suggest(trial, {"policy.hidden": entry})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        10,
+        -1,
+        2.5,
+        1e-05,
+        float("inf"),
+        "null",
+        "True",
+        "nan",
+        "10",
+        "1e3",
+        "",
+        "a word",
+        "it's, a=b",
+        "C:\\",
+    ]
+    + [
+        "runs/b.jsonl",
+        "addiff_env:tiny/splits/dev.jsonl",
+        "relative:0.5",
+        "fixed",
+        [1.5, None, "a,b"],
+        {"a": [None, "1"]},
+    ],
+    ids=repr,
+)
+def test_choices_arrive_as_they_are(tmp_path, value):
+    trial = search.open_study(tmp_path).ask()
+    trial.suggest_categorical = lambda name, choices: choices[0]  # a journal keeps no mappings
+    got = OmegaConf.to_container(configure(search.suggest(trial, {"+reward.chosen": [value]})))["reward"]["chosen"]
+    assert got == value and type(got) is type(value)
+
+
+def test_choices_may_be_null_or_a_group(tmp_path):
+    study = search.open_study(tmp_path, 0)
+    space = {"reward.target_nfe": [None, 10], "algorithm": ["ppo", "maskable_ppo"]}
+    drawn = [configure(search.suggest(study.ask(), space)) for _ in range(12)]
+    assert {cfg.reward.target_nfe for cfg in drawn} == {None, 10}
+    assert {cfg.algorithm.name for cfg in drawn} == {"ppo", "maskable_ppo"}
 
 
 def test_nothing_held_out_is_an_error(tmp_path):

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import optuna
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -36,6 +37,7 @@ Trainer = Callable[..., Result]
 HELD_OUT = 128  # prompts that a trial is judged on; the 32 of a single training are too few to tell trials apart
 PRICES = ("reward.weights.efficiency",)  # of the reward, what is no part of the quality that trials are judged by
 ATTEMPTS = 3  # at a training that ends with an error: what a checkpoint does not get over, the next one will not either
+NO_WORDS = ("null", "true", "false", "inf", "nan")  # what Hydra reads as something else
 NOTHING_HELD_OUT = "a search needs held-out prompts: set prompts.held_out.source and logging.held_out_every"
 
 
@@ -132,7 +134,23 @@ def suggest(trial: optuna.Trial, space: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: an entry that is neither choices nor bounds; the message shows it.
     """
-    return [f"{name}={_draw(trial, name, entry)}" for name, entry in space.items()]
+    return [f"{name}={spelled(_draw(trial, name, entry))}" for name, entry in space.items()]
+
+
+def spelled(value: Any) -> str:
+    """``value`` as Hydra's override grammar reads it back: nothing is null, and a text that looks like a number stays.
+
+    Plain words need no quotes, and are shown without.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(spelled, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{spelled(part)}' for name, part in value.items())}}}"
+    if isinstance(value, str) and not (value.isidentifier() and value.lower() not in NO_WORDS):
+        return QuotedString(value, Quote.single).with_quotes()
+    return str(value)
 
 
 def _draw(trial: optuna.Trial, name: str, entry: Any) -> Any:
@@ -250,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     best = study.best_trial
     print(f"best of {len(study.trials)} trials: {best.value:.4f} ({options.folder / folder_name(best)})")
     for name, value in best.params.items():
-        print(f"  {name}={value}")
+        print(f"  {name}={spelled(value)}")
 
 
 if __name__ == "__main__":
