@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,6 +284,21 @@ def test_another_configuration_is_refused_with_its_values(whole, small_kwargs):
         error.value
     )
     assert "logging" not in str(error.value)
+
+
+def test_only_a_training_that_begins_takes_the_place_of_another(whole, small_kwargs, tmp_path):
+    for name in (FILE, CONFIG_FILE, "progress.csv"):
+        shutil.copy(whole / name, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for mistake, complaint in [("algorithm.name=sac", "sac"), ("prompts.held_out.source=no.txt", "no.txt")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+            train(configure(small_kwargs, "resume=false", mistake), tmp_path)
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    cfg = configure(small_kwargs, "resume=false", "logging.held_out_every=0")
+    with pytest.raises(Killed):
+        train(cfg, tmp_path, callbacks=[KillAt(1)])
+    assert load_checkpoint(tmp_path / FILE)["num_timesteps"] == 0  # anew
+    assert OmegaConf.load(tmp_path / CONFIG_FILE).algorithm.name == "ppo"
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "text", "version"])

@@ -88,6 +88,7 @@ def _train(cfg: DictConfig, run: Path, judge: Judge | None, callbacks: Sequence[
     with weights_and_biases(cfg, run, fresh=state is None):  # before TensorBoard's writer is made, which it has to see
         training = Training(cfg, run, judge, state)
         try:
+            _settle(cfg, run, fresh=state is None)
             training.learn(callbacks)
             agent = training.bundle()
         finally:
@@ -380,7 +381,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _find_state(cfg: DictConfig, run: Path) -> dict[str, Any] | None:
-    """The run folder's checkpoint, if it is one of this configuration; writes the configuration beside it."""
+    """The run folder's checkpoint, if it is to be gone on from, and is one of this configuration."""
     path = run / FILE
     state = load_checkpoint(path) if cfg.resume and path.is_file() else None
     if state is not None:
@@ -391,7 +392,11 @@ def _find_state(cfg: DictConfig, run: Path) -> dict[str, Any] | None:
                 f"{run} holds a run with another configuration ({'; '.join(differing)}); "
                 "name another folder (hydra.run.dir=...) or start anew (resume=false)"
             )
-    if state is None:
-        path.unlink(missing_ok=True)
-    (run / CONFIG_FILE).write_text(resolved(cfg))
     return state
+
+
+def _settle(cfg: DictConfig, run: Path, fresh: bool) -> None:
+    """Give the folder to a training that was built: what cannot even begin leaves an older run there as it was."""
+    if fresh:
+        (run / FILE).unlink(missing_ok=True)
+    (run / CONFIG_FILE).write_text(resolved(cfg))
