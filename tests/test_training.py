@@ -1,5 +1,6 @@
 """Whole runs from a configuration: what they leave behind, and that a killed one goes on as if nothing had happened."""
 
+import importlib
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -409,6 +410,28 @@ def test_baselines_must_cover_every_prompt_before_the_run_begins(small_kwargs, t
 def test_mistakes_are_named(small_kwargs, tmp_path, overrides, complaint):
     with pytest.raises(ValueError, match=complaint):
         train(configure(small_kwargs, *overrides), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["prompts.held_out.source=[a red circle,a cat on a mat]"], "'a cat on a mat'"),
+        (["+env.kwargs.height=128"], "64x64, these have 128x64, e.g. of '.*'"),
+        (["prompts.held_out.source=[a cat]", "logging.held_out_every=0"], None),
+        (["prompts.held_out.source=[a red circle]"], None),
+        ([], None),
+    ],
+)
+def test_what_the_checker_cannot_judge_is_said_before_training(monkeypatch, overrides, complaint):
+    monkeypatch.syspath_prepend(str(ROOT))
+    script = importlib.import_module("train_sb3")
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", overrides)
+    with pytest.warns(UserWarning, match=complaint) if complaint else nullcontext():
+        judge = script.find_judge(cfg)
+    assert judge is (None if complaint else script.success_share)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        assert script.find_judge(compose("train", ["env=sd15"])) is None
 
 
 @pytest.mark.slow

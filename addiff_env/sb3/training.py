@@ -298,12 +298,19 @@ def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
     return algorithm(policy, VecMonitor(env), policy_kwargs=policy_options, seed=cfg.seed, device=cfg.device, **options)
 
 
-def build_held_out(cfg: DictConfig, judge: Judge | None) -> HeldOut | None:
-    """The look at held-out prompts, where the configuration names some."""
+def held_out_prompts(cfg: DictConfig) -> list[str]:
+    """The prompts that are looked at, from all over their source; none where the configuration looks at nothing."""
     held_out = cfg.prompts.held_out
     if not held_out.source or not cfg.logging.held_out_every:
+        return []
+    return spread(load_prompts(_prompts(held_out.source)), held_out.number)
+
+
+def build_held_out(cfg: DictConfig, judge: Judge | None) -> HeldOut | None:
+    """The look at held-out prompts, where the configuration names some."""
+    prompts = held_out_prompts(cfg)
+    if not prompts:
         return None
-    prompts = spread(load_prompts(_prompts(held_out.source)), held_out.number)
     settings = {"batch_size": cfg.num_envs} | env_settings(cfg)  # no more at once than training takes
     lanes = make_lanes(cfg.env.id, len(prompts), **settings)
     return HeldOut(lanes, prompts, cfg.logging.held_out_every, cfg.logging.filmstrips, judge)
