@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import addiff_env
 from addiff_env import baseline_cache
 from addiff_env.agent import Agent
-from addiff_env.baseline_cache import compute_baselines
+from addiff_env.baseline_cache import BaselineCache, compute_baselines
 from addiff_env.filmstrips import record_trajectories
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
 from addiff_env.prompts import load_prompts
@@ -378,11 +378,20 @@ def test_baselines_and_reward_weights_come_from_the_configuration(small_kwargs, 
     assert result.held_out == {}
 
 
-def test_baselines_must_cover_every_prompt_before_the_run_begins(small_kwargs, tmp_path):
+def test_baselines_must_cover_every_prompt_before_the_run_begins(small_kwargs, tmp_path, monkeypatch):
     path = tmp_path / "b.jsonl"
+    options = [f"reward.baselines={path}", "logging.held_out_every=0", "algorithm.total_timesteps=15"]
+    with pytest.raises(FileNotFoundError, match=f"no baselines '{path}'") as error:
+        train(configure(small_kwargs, *options), tmp_path / "run")
+    scored = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            baseline_cache, "compute_baselines", lambda path, env, *_: scored.update(env=env) or BaselineCache({})
+        )
+        baseline_cache.main(shlex.split(str(error.value).split("make them with: ")[1])[3:])
+    assert scored["env"].config.model == small_kwargs["model"] and scored["env"].prompts == PROMPTS
     lanes = make_lanes("AdDiffusion-Tiny-v0", 1, **small_kwargs | {"prompts": PROMPTS})
     compute_baselines(path, lanes, 3, PROMPTS[:1], [0])
-    options = [f"reward.baselines={path}", "logging.held_out_every=0", "algorithm.total_timesteps=15"]
     with pytest.raises(ValueError, match=f"3 of 4 prompts have no baseline in {path}, e.g. 'a star'") as error:
         train(configure(small_kwargs, *options), tmp_path / "run")
     command = shlex.split(str(error.value).split("add them with: ")[1])

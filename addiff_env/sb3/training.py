@@ -262,19 +262,27 @@ def load_baselines(cfg: DictConfig, lanes: DiffusionDenoiseVectorEnv) -> Baselin
 
     Raises:
         FileNotFoundError, ValueError: as `BaselineCache.load`; a discount, or prompts without a baseline: the message
-            says how many, and the command that scores them.
+            says how many. Where something is missing, it has the command that scores it.
     """
     check_undiscounted(lanes.reward_config)
-    path, cache = cfg.reward.baselines, BaselineCache.load(cfg.reward.baselines, lanes)
+    path = Path(cfg.reward.baselines)
+    if not path.is_file():
+        raise FileNotFoundError(f"no baselines {str(path)!r}; make them with: {_scoring_command(cfg)}")
+    cache = BaselineCache.load(path, lanes)
     missing = cache.missing(lanes.prompts)
     if missing:
-        kwargs = {name: value for name, value in env_settings(cfg).items() if name != "reward"}
-        options = ["--env", cfg.env.id, "--kwargs", json.dumps(kwargs), "--steps", str(cache.configuration["steps"])]
         raise ValueError(
             f"{len(missing)} of {len(lanes.prompts)} prompts have no baseline in {path}, e.g. {missing[0]!r}; "
-            f"add them with: {shlex.join(['python', '-m', 'addiff_env.baseline_cache', str(path), *options])}"
+            f"add them with: {_scoring_command(cfg, '--steps', str(cache.configuration['steps']))}"
         )
     return cache
+
+
+def _scoring_command(cfg: DictConfig, *options: str) -> str:
+    """What scores every prompt of this configuration, in its own environment."""
+    kwargs = {name: value for name, value in env_settings(cfg).items() if name != "reward"}
+    environment = ["--env", cfg.env.id, "--kwargs", json.dumps(kwargs)]
+    return shlex.join(["python", "-m", "addiff_env.baseline_cache", cfg.reward.baselines, *environment, *options])
 
 
 def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
