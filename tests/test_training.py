@@ -443,6 +443,23 @@ def test_what_the_checker_cannot_judge_is_said_before_training(monkeypatch, over
         assert script.find_judge(compose("train", ["env=sd15"])) is None
 
 
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("algorithm.total_timesteps=0", "total_timesteps must be a number of at least 1, got 0"),
+        ("algorithm.total_timesteps=-5", "total_timesteps .* got -5"),
+        ("algorithm.total_timesteps=nan", "total_timesteps .* got nan"),
+        ("algorithm.total_timesteps=10k", "total_timesteps .* got '10k'"),
+        ("reward.target_nfe=few", "target_nfe must be a number of evaluations or null, got 'few'"),
+        ("reward.target_nfe=true", "target_nfe .* got True"),
+    ],
+)
+def test_numbers_are_checked_before_models_are_loaded(small_kwargs, tmp_path, override, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        train(configure(small_kwargs | {"model": "/nowhere"}, override), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_killed_with_signal_9_twenty_times(small_kwargs, tmp_path):
     """Real kills of the real script, at random moments of rollouts, updates and saves; the result is the same."""

@@ -72,9 +72,11 @@ def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Seq
         callbacks: further SB3 callbacks; they have no part in checkpoints.
 
     Raises:
-        ValueError: the folder holds a run with another configuration; every differing value is named.
+        ValueError: the folder holds a run with another configuration; every differing value is named. Or a value that
+            no training can have.
         RuntimeError: another process trains in the folder.
     """
+    check_numbers(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     run.mkdir(parents=True, exist_ok=True)
@@ -97,6 +99,23 @@ def _train(cfg: DictConfig, run: Path, judge: Judge | None, callbacks: Sequence[
     keep_results(agent, out)
     agent.save(out)
     return Result(agent, training.model.num_timesteps, training.collapsed, training.held_out_summary)
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Before any model is loaded; what depends on the environment is checked with it.
+
+    Raises:
+        ValueError: no decision to train for, or a target that is no number.
+    """
+    total, target = cfg.algorithm.total_timesteps, cfg.reward.target_nfe
+    if not (_is_number(total) and 1 <= total < float("inf")):
+        raise ValueError(f"algorithm.total_timesteps must be a number of at least 1, got {total!r}")
+    if target is not None and not _is_number(target):
+        raise ValueError(f"reward.target_nfe must be a number of evaluations or null, got {target!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @contextmanager
