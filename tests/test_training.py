@@ -512,6 +512,16 @@ def test_weights_and_biases_mirrors_tensorboard(small_kwargs, tmp_path, monkeypa
         assert seen["id"] == first  # a resumed run is the same run
     with weights_and_biases(cfg, tmp_path, fresh=True):
         assert seen["id"] != first  # one that starts anew in the same folder is not
+    own = {"dir": "/elsewhere", "id": "mine", "resume": "never", "mode": "offline"}
+    chosen = configure(
+        small_kwargs, "logging=wandb", *(f"+logging.wandb.{name}={value}" for name, value in own.items())
+    )
+    with weights_and_biases(chosen, tmp_path):
+        assert own.items() <= seen.items()
+    for fixed in ("config={a: 1}", "sync_tensorboard=false"):
+        refused = configure(small_kwargs, "logging=wandb", f"+logging.wandb.{fixed}")
+        with pytest.raises(ValueError, match="logging.wandb." + fixed[:6]), weights_and_biases(refused, tmp_path):
+            pass
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"), weights_and_biases(cfg, tmp_path):
         pass

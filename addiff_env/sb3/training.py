@@ -363,17 +363,21 @@ def weights_and_biases(cfg: DictConfig, run: Path, fresh: bool = True) -> Iterat
     A run that goes on is the same run there; a ``fresh`` one is a new one, whatever the folder held before.
 
     Raises:
-        ImportError: wandb is not installed.
+        ImportError: wandb is not installed; ValueError: an argument that is not free.
     """
     if not cfg.logging.wandb:
         yield
         return
+    asked = _mapping(cfg.logging.wandb)
+    for name in ("config", "sync_tensorboard"):
+        if name in asked:
+            raise ValueError(f"logging.wandb.{name}={asked[name]!r}: the training itself sets {name}; leave it out")
     try:
         import wandb
     except ImportError as error:
         raise ImportError("logging=wandb needs: pip install wandb") from error
-    options = {"id": _wandb_id(run, fresh), **_mapping(cfg.logging.wandb)}
-    with wandb.init(sync_tensorboard=True, dir=str(run), config=_mapping(cfg), resume="allow", **options):
+    options = {"id": _wandb_id(run, fresh), "dir": str(run), "resume": "allow"} | asked
+    with wandb.init(sync_tensorboard=True, config=_mapping(cfg), **options):
         yield
 
 
