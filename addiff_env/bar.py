@@ -498,12 +498,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m addiff_env.bar", description="Decide the learning bar.")
     parser.add_argument("agents", nargs="+", type=Path, metavar="AGENT", help="folder of an agent bundle")
     parser.add_argument("--limit", type=int, default=None, help="pictures, categories in turn (default: all 1,024)")
-    parser.add_argument("--tuning", type=int, default=256, help="training prompts that the rule is chosen on")
+    parser.add_argument("--tuning", type=_positive, default=256, help="training prompts that the rule is chosen on")
     parser.add_argument("--num-envs", type=int, default=64, help="lanes denoised in one batch")
     parser.add_argument("--seed", type=int, default=0, help="of the training prompts and of the random policy")
     parser.add_argument("--opponents", type=Path, help="file that keeps what does not depend on the agent")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of tables")
     return parser
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 if __name__ == "__main__":

@@ -222,3 +222,10 @@ def test_agents_that_were_measured_are_told_whatever_comes_then(settings, env, t
     status, text, error = run(capsys, *agents, "--json")
     assert status == 2 and "the disk is full" in error
     assert [report["agent"] for report in json.loads(text)] == [str(agents[0])]
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_rule_cannot_be_chosen_on_nothing(tmp_path, capsys, number):
+    with pytest.raises(SystemExit) as ended:
+        bar.main([str(tmp_path), "--tuning", str(number)])
+    assert ended.value.code == 2 and f"--tuning: must be at least 1, got {number}" in capsys.readouterr().err
