@@ -384,14 +384,12 @@ class Bar:
         self.file = opponents
         self._known: dict[str, tuple[DiffusionDenoiseVectorEnv, Opponents]] = {}
 
-    def measure(self, folder: Path) -> Report:
-        """Run an agent against everything.
+    def measure(self, folder: Path, agent: Agent) -> Report:
+        """Run the agent of ``folder`` against everything.
 
         Raises:
-            FileNotFoundError, ValueError: as `Agent.from_pretrained` and the environment.
+            FileNotFoundError, ValueError: as the environment and `read_opponents`.
         """
-        agent = Agent.from_pretrained(folder)
-        _require_tiny(agent, folder)
         env, others = self._opponents(agent)
         choice, rule = others.choice, others.rule
         own = play(env, agent, self.items, "agent")
@@ -461,10 +459,17 @@ def read_opponents(path: Path, stamp: dict[str, Any]) -> Opponents:
     return Opponents(choice, constant, rule)
 
 
-def _require_tiny(agent: Agent, folder: Path) -> None:
+def load_agent(folder: Path) -> Agent:
+    """An agent that the bar is set for.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Agent.from_pretrained`, or it acts elsewhere.
+    """
+    agent = Agent.from_pretrained(folder)
     environment, _ = agent.environment
     if not environment.startswith("AdDiffusion-Tiny-"):
         raise ValueError(f"{folder} acts on {environment!r}; the bar is set in the embedded world, AdDiffusion-Tiny-v0")
+    return agent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -472,17 +477,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     items = load_benchmark("tiny-dev", options.limit)
     bar = Bar(items, options.tuning, options.num_envs, options.seed, options.opponents)
-    reports = []
-    for folder in options.agents:
-        try:
-            reports.append(bar.measure(folder))
-        except (FileNotFoundError, ValueError) as error:
-            print(error, file=sys.stderr)
-            return 2
-        if not options.json:
-            print(f"{reports[-1].text()}\n", flush=True)
-    if options.json:
-        print(json.dumps([report.as_dict() for report in reports], indent=2))
+    reports: list[Report] = []
+    try:
+        agents = [load_agent(folder) for folder in options.agents]  # all of them before the first is measured
+        for folder, agent in zip(options.agents, agents, strict=True):
+            reports.append(bar.measure(folder, agent))
+            if not options.json:
+                print(f"{reports[-1].text()}\n", flush=True)
+    except (FileNotFoundError, ValueError) as error:
+        print(error, file=sys.stderr)
+    finally:
+        if options.json and reports:  # what was finished is told, whatever came then
+            print(json.dumps([report.as_dict() for report in reports], indent=2))
+    if len(reports) < len(options.agents):
+        return 2
     return 0 if all(report.passed for report in reports) else 1
 
 
@@ -490,12 +498,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m addiff_env.bar", description="Decide the learning bar.")
     parser.add_argument("agents", nargs="+", type=Path, metavar="AGENT", help="folder of an agent bundle")
     parser.add_argument("--limit", type=int, default=None, help="pictures, categories in turn (default: all 1,024)")
-    parser.add_argument("--tuning", type=int, default=256, help="training prompts that the rule is chosen on")
+    parser.add_argument("--tuning", type=_positive, default=256, help="training prompts that the rule is chosen on")
     parser.add_argument("--num-envs", type=int, default=64, help="lanes denoised in one batch")
     parser.add_argument("--seed", type=int, default=0, help="of the training prompts and of the random policy")
     parser.add_argument("--opponents", type=Path, help="file that keeps what does not depend on the agent")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of tables")
     return parser
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 if __name__ == "__main__":

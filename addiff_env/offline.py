@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -53,7 +54,8 @@ def random_policy(rng: np.random.Generator, shares: Sequence[float] = RANDOM_SHA
 def collect(env: DiffusionDenoiseVectorEnv, act: Act, pairs: Sequence[tuple[str, int]]) -> Iterator[Trajectory]:
     """Play every (prompt, seed) once, as many at a time as there are lanes, and yield whole episodes in order.
 
-    Every pair is given to a lane beforehand: taking whatever ends first would favour short episodes.
+    Every pair is given to a lane beforehand: taking whatever ends first would favour short episodes. One that is not
+    finite before its first decision has no episode, and is left out with a warning.
 
     Raises:
         ValueError: lanes that restart by themselves.
@@ -61,7 +63,14 @@ def collect(env: DiffusionDenoiseVectorEnv, act: Act, pairs: Sequence[tuple[str,
     if env.autoreset_mode != AutoresetMode.DISABLED:
         raise ValueError(f"recording needs lanes that wait (autoreset DISABLED), got {env.autoreset_mode}")
     for start in range(0, len(pairs), env.num_envs):
-        yield from _play(env, act, pairs[start : start + env.num_envs])
+        yield from filter(_was_played, _play(env, act, pairs[start : start + env.num_envs]))
+
+
+def _was_played(episode: Trajectory) -> bool:
+    if not episode.actions:
+        whose = f"the prompt {episode.prompt!r} with seed {episode.seed}"
+        warnings.warn(f"{whose} was not finite in its warm-up: it has no episode and is left out", stacklevel=2)
+    return bool(episode.actions)
 
 
 def _play(env: DiffusionDenoiseVectorEnv, act: Act, pairs: Sequence[tuple[str, int]]) -> list[Trajectory]:

@@ -18,7 +18,7 @@
 set -euo pipefail
 
 usage() {
-    sed -n '2,18p' "${BASH_SOURCE[0]}" | cut -c 3-
+    sed -n '2,17p' "${BASH_SOURCE[0]}" | cut -c 3-
     exit 2
 }
 (($# >= 1)) || usage

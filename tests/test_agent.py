@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from addiff_env import agent as module
 from addiff_env import offline
 from addiff_env.agent import CONFIG, WEIGHTS, Agent, PolicyNet
-from addiff_env.bar import Bar
+from addiff_env.bar import load_agent
 from addiff_env.pipeline import make_agent_env
 from addiff_env.sb3 import zips
 
@@ -223,7 +223,7 @@ def test_a_bundle_does_not_choose_what_is_imported(
     monkeypatch.delitem(sys.modules, "payload", raising=False)
     config = json.loads((bundle / CONFIG).read_text())
     (bundle / CONFIG).write_text(json.dumps(config | {"env": {"id": name, "kwargs": {}}}))
-    for use in (make_agent_env, lambda agent, _: Bar([], 1, 1, 0).measure(bundle)):
+    for use in (make_agent_env, lambda *_: load_agent(bundle)):
         with pytest.raises(ValueError, match="acts on") as error:
             use(Agent.load(bundle), 1)
         assert repr(name) in str(error.value)

@@ -203,3 +203,29 @@ def test_what_cannot_be_measured_is_named(settings, env, tmp_path, capsys):
     other = planted(settings | {"env": {"id": "AdDiffusion-SD15-v0", "kwargs": {}}}, env, tmp_path / "b", [0.0] * 3)
     status, _, error = run(capsys, other)
     assert status == 2 and "AdDiffusion-SD15-v0" in error
+
+
+def test_agents_that_were_measured_are_told_whatever_comes_then(settings, env, tmp_path, capsys, monkeypatch):
+    """And what can be seen of the others beforehand ends the work before it begins."""
+    agents = [planted(settings, env, tmp_path / name, [0.0, 5.0, 0.0]) for name in "ab"]
+    measured, measure = [], bar.Bar.measure
+
+    def once(self, folder, *rest):
+        measured.append(folder)
+        if len(measured) > 1:
+            raise ValueError("the disk is full")
+        return measure(self, folder, *rest)
+
+    monkeypatch.setattr(bar.Bar, "measure", once)
+    status, text, error = run(capsys, *agents, tmp_path / "nothing", "--json")
+    assert status == 2 and text == "" and "nothing" in error and measured == []
+    status, text, error = run(capsys, *agents, "--json")
+    assert status == 2 and "the disk is full" in error
+    assert [report["agent"] for report in json.loads(text)] == [str(agents[0])]
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_rule_cannot_be_chosen_on_nothing(tmp_path, capsys, number):
+    with pytest.raises(SystemExit) as ended:
+        bar.main([str(tmp_path), "--tuning", str(number)])
+    assert ended.value.code == 2 and f"--tuning: must be at least 1, got {number}" in capsys.readouterr().err

@@ -37,6 +37,23 @@ def test_episodes_are_whole_and_can_be_replayed(env, episodes):
             assert ended[0] == (t == len(episode.actions) - 1)
 
 
+def test_what_fails_in_its_warm_up_is_left_out(env, monkeypatch):
+    """It has no decisions, and must not cost the others theirs."""
+    reset = env.reset
+
+    def failing(**options):
+        result = reset(**options)
+        env.done[:] |= np.array([seed == 2 for seed in options["options"]["seed"]])
+        return result
+
+    monkeypatch.setattr(env, "reset", failing)
+    with pytest.warns(UserWarning, match="'a blue star' with seed 2 was not finite in its warm-up") as warned:
+        made = list(collect(env, random_policy(np.random.default_rng(0)), PAIRS))
+    assert [(episode.prompt, episode.seed) for episode in made] == [PAIRS[0], PAIRS[2]] and len(warned) == 1
+    for episode in made:
+        assert len(episode.actions) == len(episode.observations) - 1 == len(episode.masks) - 1 > 0
+
+
 def test_other_autoreset_modes_are_refused(small_kwargs):
     other = gym.make_vec(ID, num_envs=1, autoreset_mode=AutoresetMode.SAME_STEP, **small_kwargs).unwrapped
     with pytest.raises(ValueError, match="SAME_STEP"):

@@ -200,6 +200,15 @@ def test_without_ray_the_message_says_what_to_install(tmp_path):
         main([str(tmp_path)])
 
 
+@pytest.mark.parametrize("name", ["iterations", "checkpoint_every"])
+def test_numbers_below_one_are_refused_before_ray_is_started(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        main([str(tmp_path), f"--{name.replace('_', '-')}", "0"])
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got -2"):
+        rllib.train(rllib.Settings(), tmp_path, **{"iterations": 1, name: -2})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def ray():
     """A local Ray with two CPUs, or a skipped test."""

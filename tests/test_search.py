@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from stable_baselines3.common.callbacks import CallbackList
 
 optuna = pytest.importorskip("optuna", reason="pip install 'addiff-env[search]'")
 
 from addiff_env.sb3 import search  # noqa: E402
 from addiff_env.sb3.callbacks import HeldOut  # noqa: E402
+from addiff_env.sb3.checkpoint import FILE  # noqa: E402
 from addiff_env.sb3.training import Result  # noqa: E402
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -19,6 +21,7 @@ SPACE = {
     "algorithm.n_epochs": {"low": 2, "high": 5, "int": True},
     "policy.hidden": [64, 128],
 }
+DONE = Result(None, 100, None, {"quality": 1.0, "nfe_mean": 10.0})
 
 
 def configure(overrides):
@@ -87,10 +90,10 @@ def test_a_killed_worker_goes_on_with_its_training(tmp_path):
     killed = search.open_study(tmp_path, 3).ask()
     killed.set_user_attr("worker", 3)
     drawn = search.suggest(killed, SPACE)
-    assert search.take_over(search.open_study(tmp_path, 4), 4) == 0
+    assert search.take_over(search.open_study(tmp_path, 4), 4, tmp_path) == 0
     assert [trial.state.name for trial in search.open_study(tmp_path).trials] == ["RUNNING"]
     study, seen = search.open_study(tmp_path, 3), []
-    assert search.take_over(study, 3) == 0
+    assert search.take_over(study, 3, tmp_path) == 0
 
     def train(cfg, folder, **_):
         seen.append((cfg, folder))
@@ -101,7 +104,61 @@ def test_a_killed_worker_goes_on_with_its_training(tmp_path):
     assert folder == tmp_path / "trial-00000" and f"policy.hidden={cfg.policy.hidden}" in drawn
     assert f"algorithm.learning_rate={cfg.algorithm.learning_rate}" in drawn
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
-    assert search.take_over(study, 3) == 1  # so one of its trainings is done
+    assert search.take_over(study, 3, tmp_path) == 1  # so one of its trainings is done
+
+
+def begin_and(study, folder, error):
+    """A training that leaves a checkpoint and then ends with ``error``."""
+    places = []
+
+    def train(cfg, place, **_):
+        place.mkdir(exist_ok=True)
+        (place / FILE).touch()
+        places.append(place.name)
+        raise error
+
+    with pytest.raises(type(error)):
+        study.optimize(lambda trial: search.run_trial(trial, configure, SPACE, folder, 0, train, worker=3), n_trials=1)
+    return places
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("CUDA is gone")], ids=repr)
+def test_an_interrupted_training_goes_on(tmp_path, error):
+    """Optuna takes Ctrl-C for a failure; what had begun is not lost, and is taken over once."""
+    study = search.open_study(tmp_path, 3)
+    assert begin_and(study, tmp_path, error) == ["trial-00000"]
+    assert [trial.state.name for trial in study.trials] == ["FAIL"]
+    for _ in range(2):
+        assert search.take_over(study, 3, tmp_path) == 0
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "WAITING"]
+    study.optimize(
+        lambda trial: search.run_trial(trial, configure, SPACE, tmp_path, 0, lambda *_, **__: DONE, worker=3),
+        n_trials=1,
+    )
+    first, second = study.trials
+    assert second.params == first.params and search.folder_name(second) == "trial-00000"
+    assert search.take_over(study, 3, tmp_path) == 1 and len(study.trials) == 2
+
+
+@pytest.mark.parametrize(("error", "times"), [(KeyboardInterrupt(), 5), (RuntimeError("NaN"), 3)], ids=repr)
+def test_an_error_that_comes_again_is_left_at_last(tmp_path, error, times):
+    """Interruptions may be any number: they say nothing about the training."""
+    study, places = search.open_study(tmp_path, 3), []
+    for _ in range(5):
+        search.take_over(study, 3, tmp_path)
+        places += begin_and(study, tmp_path, error)
+    assert places.count("trial-00000") == times
+
+
+def test_a_training_that_never_began_is_not_repeated(tmp_path):
+    """A wrong setting is as wrong the second time."""
+    study = search.open_study(tmp_path, 3)
+    with pytest.raises(ZeroDivisionError):
+        study.optimize(
+            lambda trial: search.run_trial(trial, configure, SPACE, tmp_path, 0, lambda *_, **__: 1 / 0, worker=3),
+            n_trials=1,
+        )
+    assert search.take_over(study, 3, tmp_path) == 0 and len(study.trials) == 1
 
 
 def test_a_restarted_worker_draws_anew(tmp_path):
@@ -109,7 +166,7 @@ def test_a_restarted_worker_draws_anew(tmp_path):
 
     def work(worker, trials):
         study = search.open_study(tmp_path, worker)
-        search.take_over(study, worker)
+        search.take_over(study, worker, tmp_path)
         study.optimize(
             lambda trial: search.run_trial(trial, configure, SPACE, tmp_path, 0.0, trainer, worker=worker),
             n_trials=trials,
@@ -117,7 +174,7 @@ def test_a_restarted_worker_draws_anew(tmp_path):
         return [trial.params["algorithm.learning_rate"] for trial in study.trials]
 
     study = search.open_study(tmp_path, 3)
-    search.take_over(study, 3)
+    search.take_over(study, 3, tmp_path)
     killed = study.ask()
     killed.set_user_attr("worker", 3)
     search.suggest(killed, SPACE)
@@ -207,6 +264,51 @@ def test_bad_spaces_are_named(tmp_path, entry):
     trial = search.open_study(tmp_path).ask()
     with pytest.raises(ValueError, match="policy.hidden"):
         search.suggest(trial, {"policy.hidden": entry})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        10,
+        -1,
+        2.5,
+        1e-05,
+        float("inf"),
+        "null",
+        "True",
+        "nan",
+        "10",
+        "1e3",
+        "",
+        "a word",
+        "it's, a=b",
+        "C:\\",
+    ]
+    + [
+        "runs/b.jsonl",
+        "addiff_env:tiny/splits/dev.jsonl",
+        "relative:0.5",
+        "fixed",
+        [1.5, None, "a,b"],
+        {"a": [None, "1"]},
+    ],
+    ids=repr,
+)
+def test_choices_arrive_as_they_are(tmp_path, value):
+    trial = search.open_study(tmp_path).ask()
+    trial.suggest_categorical = lambda name, choices: choices[0]  # a journal keeps no mappings
+    got = OmegaConf.to_container(configure(search.suggest(trial, {"+reward.chosen": [value]})))["reward"]["chosen"]
+    assert got == value and type(got) is type(value)
+
+
+def test_choices_may_be_null_or_a_group(tmp_path):
+    study = search.open_study(tmp_path, 0)
+    space = {"reward.target_nfe": [None, 10], "algorithm": ["ppo", "maskable_ppo"]}
+    drawn = [configure(search.suggest(study.ask(), space)) for _ in range(12)]
+    assert {cfg.reward.target_nfe for cfg in drawn} == {None, 10}
+    assert {cfg.algorithm.name for cfg in drawn} == {"ppo", "maskable_ppo"}
 
 
 def test_nothing_held_out_is_an_error(tmp_path):

@@ -145,6 +145,15 @@ def test_a_job_queues_itself_again_before_the_time_limit(cluster, kind, status):
     assert "#SBATCH --requeue" in directives and "#SBATCH --signal=B:USR1@" in directives
 
 
+@pytest.mark.parametrize(("restarts", "resume"), [(None, False), ("0", False), ("2", True)])
+def test_a_training_that_starts_anew_does_so_once(cluster, restarts, resume):
+    """Queued again, it would otherwise begin from nothing until it fits in one time limit."""
+    _, lines = cluster("train", "resume=false", "seed=1", SLURM_RESTART_COUNT=restarts)
+    (call,) = calls(lines, "python")
+    with initialize_config_dir(str(SLURM.parent / "configs"), version_base="1.3"):
+        assert compose("train", call.split()[1:]).resume is resume
+
+
 def test_a_task_of_an_array_queues_only_itself_again(cluster):
     """The array's own number is the SLURM_JOB_ID of one of its tasks."""
     _, lines = cluster("sweep", "2", FAKE_LIMIT="1")
@@ -213,7 +222,8 @@ def test_wrong_commands_are_refused(cluster):
     assert cluster("sweep", check=False)[0].returncode == 2
     assert "got 'x'" in cluster("sweep", "x", check=False)[0].stderr
     usage = cluster("nothing", check=False)[0].stdout
-    assert "slurm/submit.sh train" in usage and "ADDIFF_TRIALS" in usage and "ADDIFF_TEST_ONLY" in usage
+    assert "slurm/submit.sh train" in usage and "ADDIFF_TRIALS" in usage
+    assert usage.splitlines()[-1] == "  ADDIFF_TEST_ONLY  1: let sbatch check the job without queueing it"
 
 
 @pytest.mark.parametrize("name", ["ADDIFF_PARTITION", "ADDIFF_RUNS"])

@@ -1,16 +1,18 @@
 """Whole runs from a configuration: what they leave behind, and that a killed one goes on as if nothing had happened."""
 
+import importlib
 import json
 import os
 import pickle
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import addiff_env
 from addiff_env import baseline_cache
 from addiff_env.agent import Agent
-from addiff_env.baseline_cache import compute_baselines
+from addiff_env.baseline_cache import BaselineCache, compute_baselines
 from addiff_env.filmstrips import record_trajectories
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
 from addiff_env.prompts import load_prompts
@@ -285,6 +287,21 @@ def test_another_configuration_is_refused_with_its_values(whole, small_kwargs):
     assert "logging" not in str(error.value)
 
 
+def test_only_a_training_that_begins_takes_the_place_of_another(whole, small_kwargs, tmp_path):
+    for name in (FILE, CONFIG_FILE, "progress.csv"):
+        shutil.copy(whole / name, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for mistake, complaint in [("algorithm.name=sac", "sac"), ("prompts.held_out.source=no.txt", "no.txt")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=complaint):
+            train(configure(small_kwargs, "resume=false", mistake), tmp_path)
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    cfg = configure(small_kwargs, "resume=false", "logging.held_out_every=0")
+    with pytest.raises(Killed):
+        train(cfg, tmp_path, callbacks=[KillAt(1)])
+    assert load_checkpoint(tmp_path / FILE)["num_timesteps"] == 0  # anew
+    assert OmegaConf.load(tmp_path / CONFIG_FILE).algorithm.name == "ppo"
+
+
 @pytest.mark.parametrize("damage", ["truncate", "empty", "text", "version"])
 def test_a_damaged_checkpoint_is_named(whole, small_kwargs, tmp_path, damage):
     path, data = tmp_path / FILE, (whole / FILE).read_bytes()
@@ -361,11 +378,20 @@ def test_baselines_and_reward_weights_come_from_the_configuration(small_kwargs, 
     assert result.held_out == {}
 
 
-def test_baselines_must_cover_every_prompt_before_the_run_begins(small_kwargs, tmp_path):
+def test_baselines_must_cover_every_prompt_before_the_run_begins(small_kwargs, tmp_path, monkeypatch):
     path = tmp_path / "b.jsonl"
+    options = [f"reward.baselines={path}", "logging.held_out_every=0", "algorithm.total_timesteps=15"]
+    with pytest.raises(FileNotFoundError, match=f"no baselines '{path}'") as error:
+        train(configure(small_kwargs, *options), tmp_path / "run")
+    scored = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            baseline_cache, "compute_baselines", lambda path, env, *_: scored.update(env=env) or BaselineCache({})
+        )
+        baseline_cache.main(shlex.split(str(error.value).split("make them with: ")[1])[3:])
+    assert scored["env"].config.model == small_kwargs["model"] and scored["env"].prompts == PROMPTS
     lanes = make_lanes("AdDiffusion-Tiny-v0", 1, **small_kwargs | {"prompts": PROMPTS})
     compute_baselines(path, lanes, 3, PROMPTS[:1], [0])
-    options = [f"reward.baselines={path}", "logging.held_out_every=0", "algorithm.total_timesteps=15"]
     with pytest.raises(ValueError, match=f"3 of 4 prompts have no baseline in {path}, e.g. 'a star'") as error:
         train(configure(small_kwargs, *options), tmp_path / "run")
     command = shlex.split(str(error.value).split("add them with: ")[1])
@@ -393,6 +419,45 @@ def test_baselines_must_cover_every_prompt_before_the_run_begins(small_kwargs, t
 def test_mistakes_are_named(small_kwargs, tmp_path, overrides, complaint):
     with pytest.raises(ValueError, match=complaint):
         train(configure(small_kwargs, *overrides), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["prompts.held_out.source=[a red circle,a cat on a mat]"], "'a cat on a mat'"),
+        (["+env.kwargs.height=128"], "64x64, these have 128x64, e.g. of '.*'"),
+        (["prompts.held_out.source=[a cat]", "logging.held_out_every=0"], None),
+        (["prompts.held_out.source=[a red circle]"], None),
+        ([], None),
+    ],
+)
+def test_what_the_checker_cannot_judge_is_said_before_training(monkeypatch, overrides, complaint):
+    monkeypatch.syspath_prepend(str(ROOT))
+    script = importlib.import_module("train_sb3")
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("train", overrides)
+    with pytest.warns(UserWarning, match=complaint) if complaint else nullcontext():
+        judge = script.find_judge(cfg)
+    assert judge is (None if complaint else script.success_share)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        assert script.find_judge(compose("train", ["env=sd15"])) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("algorithm.total_timesteps=0", "total_timesteps must be a number of at least 1, got 0"),
+        ("algorithm.total_timesteps=-5", "total_timesteps .* got -5"),
+        ("algorithm.total_timesteps=nan", "total_timesteps .* got nan"),
+        ("algorithm.total_timesteps=10k", "total_timesteps .* got '10k'"),
+        ("reward.target_nfe=few", "target_nfe must be a number of evaluations or null, got 'few'"),
+        ("reward.target_nfe=true", "target_nfe .* got True"),
+    ],
+)
+def test_numbers_are_checked_before_models_are_loaded(small_kwargs, tmp_path, override, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        train(configure(small_kwargs | {"model": "/nowhere"}, override), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -447,6 +512,16 @@ def test_weights_and_biases_mirrors_tensorboard(small_kwargs, tmp_path, monkeypa
         assert seen["id"] == first  # a resumed run is the same run
     with weights_and_biases(cfg, tmp_path, fresh=True):
         assert seen["id"] != first  # one that starts anew in the same folder is not
+    own = {"dir": "/elsewhere", "id": "mine", "resume": "never", "mode": "offline"}
+    chosen = configure(
+        small_kwargs, "logging=wandb", *(f"+logging.wandb.{name}={value}" for name, value in own.items())
+    )
+    with weights_and_biases(chosen, tmp_path):
+        assert own.items() <= seen.items()
+    for fixed in ("config={a: 1}", "sync_tensorboard=false"):
+        refused = configure(small_kwargs, "logging=wandb", f"+logging.wandb.{fixed}")
+        with pytest.raises(ValueError, match="logging.wandb." + fixed[:6]), weights_and_biases(refused, tmp_path):
+            pass
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"), weights_and_biases(cfg, tmp_path):
         pass

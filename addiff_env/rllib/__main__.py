@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from addiff_env.rllib.settings import Settings
-from addiff_env.rllib.training import require_ray, train, wait_for_nodes
+from addiff_env.rllib.training import check_numbers, require_ray, train, wait_for_nodes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the options say."""
     options = build_parser().parse_args(arguments)
     settings = Settings(**{knob.name: getattr(options, knob.name) for knob in fields(Settings)})
+    check_numbers(options.iterations, options.checkpoint_every)
     ray = require_ray()  # says what is missing before anything is started
     ray.init(address=options.address)
     try:

@@ -108,6 +108,17 @@ def _living_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in require_ray().nodes() if node["Alive"]]
 
 
+def check_numbers(iterations: int, checkpoint_every: int) -> None:
+    """Before Ray is started.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
+    for name, value in (("iterations", iterations), ("checkpoint_every", checkpoint_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def train(settings: Settings, folder: Path, iterations: int, checkpoint_every: int = 5) -> list[float]:
     """Train in ``folder`` up to ``iterations`` and leave the agent bundle in ``folder/agent``.
 
@@ -117,9 +128,10 @@ def train(settings: Settings, folder: Path, iterations: int, checkpoint_every: i
         The mean episode return after each iteration of this call; NaN before the first episode has ended.
 
     Raises:
-        ImportError: Ray is not installed; ValueError: the folder holds a run with other settings, or the runners
-        do not fit on Ray's nodes.
+        ImportError: Ray is not installed; ValueError: the folder holds a run with other settings, the runners
+        do not fit on Ray's nodes, or as `check_numbers`.
     """
+    check_numbers(iterations, checkpoint_every)
     ray = require_ray()
     folder = folder.resolve()  # Ray's storage takes absolute paths only
     folder.mkdir(parents=True, exist_ok=True)

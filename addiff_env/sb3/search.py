@@ -4,9 +4,9 @@
 
 A trial is a whole training in a folder of its own. It is judged on the held-out prompts by quality less a fixed price
 per evaluation (of the reward only its own price may be among what is searched, and its scales are fixed), and given up
-early where it does worse than others at the same point, or where its policy collapses. A worker that was killed and is
-started again with the same ``--seed`` goes on with the training it had begun, from its checkpoint, and runs only what
-is left of its ``--trials``.
+early where it does worse than others at the same point, or where its policy collapses. A worker that was killed or
+interrupted and is started again with the same ``--seed`` goes on with the training it had begun, from its checkpoint,
+and runs only what is left of its ``--trials``; a training that fails again and again is left.
 
 Configurations are composed by Hydra, as in ``train_sb3.py``; its Optuna sweeper is not used, since that pins an Optuna
 without journal files. ``train_sb3.py -m seed=0,1,2`` is Hydra's own sweep, for lists of values.
@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import optuna
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -29,11 +30,14 @@ from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
 from addiff_env.sb3.callbacks import HeldOut
+from addiff_env.sb3.checkpoint import FILE
 from addiff_env.sb3.training import Result, train
 
 Trainer = Callable[..., Result]
 HELD_OUT = 128  # prompts that a trial is judged on; the 32 of a single training are too few to tell trials apart
 PRICES = ("reward.weights.efficiency",)  # of the reward, what is no part of the quality that trials are judged by
+ATTEMPTS = 3  # at a training that ends with an error: what a checkpoint does not get over, the next one will not either
+NO_WORDS = ("null", "true", "false", "inf", "nan")  # what Hydra reads as something else
 NOTHING_HELD_OUT = "a search needs held-out prompts: set prompts.held_out.source and logging.held_out_every"
 
 
@@ -62,20 +66,40 @@ def open_study(folder: Path, seed: int | None = None, settings: dict[str, Any] |
     return study
 
 
-def take_over(study: optuna.Study, worker: int) -> int:
-    """Give up what this worker was killed in, and queue it again in its folder; returns how many it has completed.
+def take_over(study: optuna.Study, worker: int, folder: Path) -> int:
+    """Give up what this worker did not bring to an end, and queue it again in its place below ``folder``.
 
     What the worker draws from now on differs from what it drew before.
+
+    Returns:
+        How many trainings it has completed.
     """
-    own = [trial for trial in study.get_trials() if trial.user_attrs.get("worker") == worker]
+    trials = study.get_trials()
+    last = {folder_name(trial): trial.number for trial in trials}  # in each place; the earlier ones were taken over
+    own = [trial for trial in trials if trial.user_attrs.get("worker") == worker]
     for trial in own:
+        if trial.number != last[folder_name(trial)]:
+            continue
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params, user_attrs={"folder": folder_name(trial)})
+        if (failures := _failures(trial)) < ATTEMPTS and _was_interrupted(trial, folder):
+            study.enqueue_trial(trial.params, user_attrs={"folder": folder_name(trial), "failures": failures})
     # With the old seed, the first draw of all would come again.
     seed = np.random.SeedSequence([worker, len(own)]).generate_state(1)[0]
     study.sampler = optuna.samplers.TPESampler(seed=int(seed))
     return sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in own)
+
+
+def _was_interrupted(trial: optuna.trial.FrozenTrial, folder: Path) -> bool:
+    """Whether a training had begun and may go on; to Optuna, Ctrl-C is a failure like any other."""
+    begun = "interrupted" in trial.user_attrs or (folder / folder_name(trial) / FILE).is_file()
+    return trial.state == TrialState.RUNNING or (trial.state == TrialState.FAIL and begun)
+
+
+def _failures(trial: optuna.trial.FrozenTrial) -> int:
+    """How often the training in this place has ended by itself without a result."""
+    failed = trial.state == TrialState.FAIL and "interrupted" not in trial.user_attrs
+    return trial.user_attrs.get("failures", 0) + failed
 
 
 def folder_name(trial: optuna.Trial | optuna.trial.FrozenTrial) -> str:
@@ -110,7 +134,23 @@ def suggest(trial: optuna.Trial, space: dict[str, Any]) -> list[str]:
     Raises:
         ValueError: an entry that is neither choices nor bounds; the message shows it.
     """
-    return [f"{name}={_draw(trial, name, entry)}" for name, entry in space.items()]
+    return [f"{name}={spelled(_draw(trial, name, entry))}" for name, entry in space.items()]
+
+
+def spelled(value: Any) -> str:
+    """``value`` as Hydra's override grammar reads it back: nothing is null, and a text that looks like a number stays.
+
+    Plain words need no quotes, and are shown without.
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(spelled, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{spelled(part)}' for name, part in value.items())}}}"
+    if isinstance(value, str) and not (value.isidentifier() and value.lower() not in NO_WORDS):
+        return QuotedString(value, Quote.single).with_quotes()
+    return str(value)
 
 
 def _draw(trial: optuna.Trial, name: str, entry: Any) -> Any:
@@ -173,7 +213,11 @@ def run_trial(
     cfg = configure([*suggest(trial, space), "alarm.stop=true", "progress_bar=false"])
     if not (cfg.prompts.held_out.source and cfg.logging.held_out_every):
         raise ValueError(NOTHING_HELD_OUT)  # before hours of training
-    result = trainer(cfg, folder / folder_name(trial), callbacks=[Report(trial, price)])
+    try:
+        result = trainer(cfg, folder / folder_name(trial), callbacks=[Report(trial, price)])
+    except KeyboardInterrupt:
+        trial.set_user_attr("interrupted", True)  # `take_over` goes on with it
+        raise
     if result.collapsed:
         raise optuna.TrialPruned(f"collapsed: {result.collapsed}")
     return objective_value(result.held_out, price)
@@ -211,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     refuse_unlike_judges(configure([]), space)
     settings = {"space": space, "price": options.price, "overrides": sorted(options.overrides)}
     study, worker = open_study(options.folder, options.seed, settings), options.seed
-    left = options.trials - (0 if worker is None else take_over(study, worker))
+    left = options.trials - (0 if worker is None else take_over(study, worker, options.folder))
     if left > 0:
         study.optimize(
             lambda trial: run_trial(trial, configure, space, options.folder, options.price, worker=worker),
@@ -224,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     best = study.best_trial
     print(f"best of {len(study.trials)} trials: {best.value:.4f} ({options.folder / folder_name(best)})")
     for name, value in best.params.items():
-        print(f"  {name}={value}")
+        print(f"  {name}={spelled(value)}")
 
 
 if __name__ == "__main__":

@@ -72,9 +72,11 @@ def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Seq
         callbacks: further SB3 callbacks; they have no part in checkpoints.
 
     Raises:
-        ValueError: the folder holds a run with another configuration; every differing value is named.
+        ValueError: the folder holds a run with another configuration; every differing value is named. Or a value that
+            no training can have.
         RuntimeError: another process trains in the folder.
     """
+    check_numbers(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     run.mkdir(parents=True, exist_ok=True)
@@ -88,6 +90,7 @@ def _train(cfg: DictConfig, run: Path, judge: Judge | None, callbacks: Sequence[
     with weights_and_biases(cfg, run, fresh=state is None):  # before TensorBoard's writer is made, which it has to see
         training = Training(cfg, run, judge, state)
         try:
+            _settle(cfg, run, fresh=state is None)
             training.learn(callbacks)
             agent = training.bundle()
         finally:
@@ -96,6 +99,23 @@ def _train(cfg: DictConfig, run: Path, judge: Judge | None, callbacks: Sequence[
     keep_results(agent, out)
     agent.save(out)
     return Result(agent, training.model.num_timesteps, training.collapsed, training.held_out_summary)
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Before any model is loaded; what depends on the environment is checked with it.
+
+    Raises:
+        ValueError: no decision to train for, or a target that is no number.
+    """
+    total, target = cfg.algorithm.total_timesteps, cfg.reward.target_nfe
+    if not (_is_number(total) and 1 <= total < float("inf")):
+        raise ValueError(f"algorithm.total_timesteps must be a number of at least 1, got {total!r}")
+    if target is not None and not _is_number(target):
+        raise ValueError(f"reward.target_nfe must be a number of evaluations or null, got {target!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @contextmanager
@@ -261,19 +281,27 @@ def load_baselines(cfg: DictConfig, lanes: DiffusionDenoiseVectorEnv) -> Baselin
 
     Raises:
         FileNotFoundError, ValueError: as `BaselineCache.load`; a discount, or prompts without a baseline: the message
-            says how many, and the command that scores them.
+            says how many. Where something is missing, it has the command that scores it.
     """
     check_undiscounted(lanes.reward_config)
-    path, cache = cfg.reward.baselines, BaselineCache.load(cfg.reward.baselines, lanes)
+    path = Path(cfg.reward.baselines)
+    if not path.is_file():
+        raise FileNotFoundError(f"no baselines {str(path)!r}; make them with: {_scoring_command(cfg)}")
+    cache = BaselineCache.load(path, lanes)
     missing = cache.missing(lanes.prompts)
     if missing:
-        kwargs = {name: value for name, value in env_settings(cfg).items() if name != "reward"}
-        options = ["--env", cfg.env.id, "--kwargs", json.dumps(kwargs), "--steps", str(cache.configuration["steps"])]
         raise ValueError(
             f"{len(missing)} of {len(lanes.prompts)} prompts have no baseline in {path}, e.g. {missing[0]!r}; "
-            f"add them with: {shlex.join(['python', '-m', 'addiff_env.baseline_cache', str(path), *options])}"
+            f"add them with: {_scoring_command(cfg, '--steps', str(cache.configuration['steps']))}"
         )
     return cache
+
+
+def _scoring_command(cfg: DictConfig, *options: str) -> str:
+    """What scores every prompt of this configuration, in its own environment."""
+    kwargs = {name: value for name, value in env_settings(cfg).items() if name != "reward"}
+    environment = ["--env", cfg.env.id, "--kwargs", json.dumps(kwargs)]
+    return shlex.join(["python", "-m", "addiff_env.baseline_cache", cfg.reward.baselines, *environment, *options])
 
 
 def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
@@ -297,12 +325,19 @@ def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
     return algorithm(policy, VecMonitor(env), policy_kwargs=policy_options, seed=cfg.seed, device=cfg.device, **options)
 
 
-def build_held_out(cfg: DictConfig, judge: Judge | None) -> HeldOut | None:
-    """The look at held-out prompts, where the configuration names some."""
+def held_out_prompts(cfg: DictConfig) -> list[str]:
+    """The prompts that are looked at, from all over their source; none where the configuration looks at nothing."""
     held_out = cfg.prompts.held_out
     if not held_out.source or not cfg.logging.held_out_every:
+        return []
+    return spread(load_prompts(_prompts(held_out.source)), held_out.number)
+
+
+def build_held_out(cfg: DictConfig, judge: Judge | None) -> HeldOut | None:
+    """The look at held-out prompts, where the configuration names some."""
+    prompts = held_out_prompts(cfg)
+    if not prompts:
         return None
-    prompts = spread(load_prompts(_prompts(held_out.source)), held_out.number)
     settings = {"batch_size": cfg.num_envs} | env_settings(cfg)  # no more at once than training takes
     lanes = make_lanes(cfg.env.id, len(prompts), **settings)
     return HeldOut(lanes, prompts, cfg.logging.held_out_every, cfg.logging.filmstrips, judge)
@@ -328,17 +363,21 @@ def weights_and_biases(cfg: DictConfig, run: Path, fresh: bool = True) -> Iterat
     A run that goes on is the same run there; a ``fresh`` one is a new one, whatever the folder held before.
 
     Raises:
-        ImportError: wandb is not installed.
+        ImportError: wandb is not installed; ValueError: an argument that is not free.
     """
     if not cfg.logging.wandb:
         yield
         return
+    asked = _mapping(cfg.logging.wandb)
+    for name in ("config", "sync_tensorboard"):
+        if name in asked:
+            raise ValueError(f"logging.wandb.{name}={asked[name]!r}: the training itself sets {name}; leave it out")
     try:
         import wandb
     except ImportError as error:
         raise ImportError("logging=wandb needs: pip install wandb") from error
-    options = {"id": _wandb_id(run, fresh), **_mapping(cfg.logging.wandb)}
-    with wandb.init(sync_tensorboard=True, dir=str(run), config=_mapping(cfg), resume="allow", **options):
+    options = {"id": _wandb_id(run, fresh), "dir": str(run), "resume": "allow"} | asked
+    with wandb.init(sync_tensorboard=True, config=_mapping(cfg), **options):
         yield
 
 
@@ -380,7 +419,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _find_state(cfg: DictConfig, run: Path) -> dict[str, Any] | None:
-    """The run folder's checkpoint, if it is one of this configuration; writes the configuration beside it."""
+    """The run folder's checkpoint, if it is to be gone on from, and is one of this configuration."""
     path = run / FILE
     state = load_checkpoint(path) if cfg.resume and path.is_file() else None
     if state is not None:
@@ -391,7 +430,11 @@ def _find_state(cfg: DictConfig, run: Path) -> dict[str, Any] | None:
                 f"{run} holds a run with another configuration ({'; '.join(differing)}); "
                 "name another folder (hydra.run.dir=...) or start anew (resume=false)"
             )
-    if state is None:
-        path.unlink(missing_ok=True)
-    (run / CONFIG_FILE).write_text(resolved(cfg))
     return state
+
+
+def _settle(cfg: DictConfig, run: Path, fresh: bool) -> None:
+    """Give the folder to a training that was built: what cannot even begin leaves an older run there as it was."""
+    if fresh:
+        (run / FILE).unlink(missing_ok=True)
+    (run / CONFIG_FILE).write_text(resolved(cfg))

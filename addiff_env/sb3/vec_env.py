@@ -93,15 +93,16 @@ class DenoiseVecEnv(VecEnv):
 
     def _start(self, lanes: np.ndarray, options: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
         """Start ``lanes``; those that end in their warm-up had nothing to decide and are drawn again."""
-        started = self._draw(lanes, options)
-        for _ in range(_TRIES):
-            failed = lanes[self.env.done[lanes]]
-            if len(failed) == 0:
+        for left in reversed(range(_TRIES)):
+            started = self._draw(lanes, options)
+            lanes = lanes[self.env.done[lanes]]
+            if len(lanes) == 0:
                 return started
-            warnings.warn(f"{len(failed)} lanes were not finite in their warm-up and are drawn again", stacklevel=2)
-            started = self._draw(failed, [{}] * len(failed))
+            if left:
+                warnings.warn(f"{len(lanes)} lanes were not finite in their warm-up and are drawn again", stacklevel=2)
+            options = [{}] * len(lanes)
         dtype = self.env.backbone.dtype_name
-        raise RuntimeError(f"{len(failed)} lanes were not finite in {_TRIES} warm-ups in {dtype}: try another dtype")
+        raise RuntimeError(f"{len(lanes)} lanes were not finite in {_TRIES} warm-ups in {dtype}: try another dtype")
 
     def _draw(self, lanes: np.ndarray, options: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
         prompts, seeds = [], []
