@@ -2,7 +2,7 @@
 
 import pytest
 
-from addiff_env.evaluation.phrases import is_quality, noun_phrases, singular, without
+from addiff_env.evaluation.phrases import counted_noun, is_quality, noun_phrases, singular, without
 
 
 @pytest.mark.parametrize(
@@ -70,10 +70,32 @@ def test_numbers_are_read() -> None:
 @pytest.mark.parametrize(
     ("plural", "one"),
     [("dogs", "dog"), ("mice", "mouse"), ("people", "person"), ("boxes", "box"), ("strawberries", "strawberry"),
-     ("knives", "knife"), ("couches", "couch"), ("glass", "glass"), ("bus", "bus"), ("Trains", "train")],
+     ("knives", "knife"), ("leaves", "leaf"), ("shelves", "shelf"), ("wolves", "wolf"), ("lives", "life"),
+     ("microwaves", "microwave"), ("gloves", "glove"), ("stoves", "stove"), ("olives", "olive"),
+     ("movies", "movie"), ("cookies", "cookie"), ("puppies", "puppy"),
+     ("couches", "couch"), ("glass", "glass"), ("bus", "bus"), ("Trains", "train")],
 )  # fmt: skip
 def test_singulars(plural: str, one: str) -> None:
     assert singular(plural) == one
+
+
+@pytest.mark.parametrize(
+    ("prompt", "noun"),
+    [
+        ("two traffic lights", "traffic light"),
+        ("two cars stuck on the road", "car"),
+        ("two drums added rhythm to the music", "drum"),
+        ("three sports cars parked outside", "sports car"),
+        ("one giraffe provided seating", "giraffe"),
+        ("one drum added rhythm", "drum"),
+        ("one baked potato", "baked potato"),
+        ("four sheep grazed in the pasture", "sheep"),
+        ("the two boats", "boat"),
+        ("two big brown dogs", "brown dog"),
+    ],
+)
+def test_what_is_counted(prompt: str, noun: str) -> None:
+    assert counted_noun(noun_phrases(prompt)[0]) == noun
 
 
 def test_adjectives_are_taken_out_of_a_prompt() -> None:

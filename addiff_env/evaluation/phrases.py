@@ -207,12 +207,35 @@ def without(prompt: str, unwanted: Callable[[str], bool]) -> str:
     return " ".join(word[0] for word in _WORD.finditer(prompt) if not unwanted(word[0]))
 
 
+def counted_noun(phrase: NounPhrase) -> str:
+    """The one or two words that name what a phrase counts, in the singular: "traffic light" of "two traffic lights".
+
+    Of several it ends with the plural, of one before a verb: what follows is none of it ("two cars stuck").
+    """
+    words = [word[0].lower() for word in _content(list(_WORD.finditer(phrase.text)))]
+    end = (phrase.number > 1 and _plural_end(words)) or _verb_at(words)
+    return " ".join([*words[max(0, end - 2) : end - 1], singular(words[end - 1])])
+
+
+def _plural_end(words: list[str]) -> int:
+    """Where the first run of plurals ends ("sports cars parked"); 0 where there is none."""
+    plural = [singular(word) != word for word in words] + [False]
+    return next((at for at in range(1, len(plural)) if plural[at - 1] and not plural[at]), 0)
+
+
+def _verb_at(words: list[str]) -> int:
+    """Where the first verb behind a noun is; the number of words where there is none."""
+    verbs = [word in _VERBS or (word.endswith(("ed", "ing")) and word not in _NOUNS | {"ring"}) for word in words]
+    behind = (at for at in range(1, len(words)) if verbs[at] and words[at - 1] not in _ADJECTIVES)
+    return next(behind, len(words))
+
+
 def singular(noun: str) -> str:
     """The singular of a regular English plural and of a few others; a word that is no plural stays."""
     word = noun.lower()
     if word in _IRREGULAR:
         return _IRREGULAR[word]
-    for ending, instead in (("ies", "y"), ("ves", "f"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x")):
+    for ending, instead in (("ies", "y"), ("sses", "ss"), ("shes", "sh"), ("ches", "ch"), ("xes", "x")):
         if word.endswith(ending) and len(word) > len(ending) + 1:
             return word.removesuffix(ending) + instead
     return word[:-1] if word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
@@ -227,16 +250,16 @@ _IRREGULAR = {
     "geese": "goose",
     "sheep": "sheep",
     "fish": "fish",
-    "knives": "knife",
-    "leaves": "leaf",
     "buses": "bus",
     "glasses": "glasses",
     "scissors": "scissors",
     "tomatoes": "tomato",
     "potatoes": "potato",
-    "cookies": "cookie",
     "bus": "bus",
     "gas": "gas",
     "canvas": "canvas",
     "lens": "lens",
+    **{f"{stem}ves": f"{stem}f" for stem in "bookshel cal dwar el hal hoo lea loa scar shea shel thie wol".split()},
+    **{f"{stem}ves": f"{stem}fe" for stem in "housewi kni li penkni wi".split()},
+    **{f"{one}s": one for one in "brownie calorie cookie genie hoodie magpie movie necktie smoothie zombie".split()},
 }
