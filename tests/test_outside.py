@@ -148,6 +148,9 @@ def test_nouns_are_excited(env: DiffusionDenoiseVectorEnv) -> None:
         ("a star above a green ring", ["star", "ring"]),
         ("two blue squares", ["squares"]),
         ("red", ["red"]),
+        ("a photo of a red circle", ["circle"]),  # the medium is no thing in the picture ...
+        ("a circle and a photo", ["circle", "photo"]),
+        ("a picture of", ["picture"]),  # ... unless there is no other
     ):
         ids = tokenizer(prompt).input_ids
         found = [tokenizer.decode([ids[index]]).strip() for index in noun_tokens(tokenizer, prompt)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from addiff_env.evaluation.phrases import is_quality, noun_phrases, singular, without
+from addiff_env.evaluation.phrases import counted_noun, is_quality, noun_phrases, singular, without
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,35 @@ from addiff_env.evaluation.phrases import is_quality, noun_phrases, singular, wi
         ("A person is jumping on a trampoline", ["A person", "a trampoline"]),
         ("a phone hidden by a man", ["a phone", "a man"]),
         ("a hidden door", ["a hidden door"]),
+        # Verbs of plurals, most of which are nouns elsewhere.
+        ("metallic bookends hold the plastic books", ["metallic bookends", "the plastic books"]),
+        ("The wooden bowl and metallic tongs mix the salad", ["The wooden bowl", "metallic tongs", "the salad"]),
+        ("The socks rest on the rack", ["The socks", "the rack"]),
+        ("The towel and soap dish rest on a tray", ["The towel", "soap dish", "a tray"]),
+        ("The belt and fluffy scarf hang on the hook", ["The belt", "fluffy scarf", "the hook"]),
+        ("a metallic stand and a glass display", ["a metallic stand", "a glass display"]),
+        ("a pizza slice on a book stand", ["a pizza slice", "a book stand"]),
+        ("a foot rest on the floor", ["a foot rest", "the floor"]),
+        ("The warm yellow light shone down on the sofa", ["The warm yellow light", "the sofa"]),
+        # A comma between adjectives.
+        ("The sleek, black sports car", ["The sleek, black sports car"]),
+        ("The gentle, soothing melody of the piano", ["The gentle, soothing melody", "the piano"]),
+        ("a pear, a peach and yellow bananas", ["a pear", "a peach", "yellow bananas"]),
+        # Nouns that look like participles, and *can*.
+        ("an oval mirror and a rectangular painting", ["an oval mirror", "a rectangular painting"]),
+        ("a brick building near a hospital bed", ["a brick building", "a hospital bed"]),
+        ("a diamond ring and a ring box", ["a diamond ring", "a ring box"]),
+        ("the ornate ceiling of a room", ["the ornate ceiling", "a room"]),
+        ("the comfy bed", ["the comfy bed"]),
+        ("children building a sandcastle", ["children", "a sandcastle"]),
+        ("a man waving, painting the wall", ["a man", "the wall"]),
+        ("a cylindrical soda can", ["a cylindrical soda can"]),
+        ("a can of soup", ["a can", "soup"]),
+        ("The watering can holds the flowers", ["The watering can", "the flowers"]),
+        ("a dog can run and a cat can not", ["a dog", "run", "a cat"]),
+        # What a verb of stance says of its noun.
+        ("a sunflower stood tall next to a wall", ["a sunflower", "a wall"]),
+        ("cherries hung low on the tall tree", ["cherries", "the tall tree"]),
         ("", []),
         ("on the left of", []),
     ],
@@ -41,10 +70,32 @@ def test_numbers_are_read() -> None:
 @pytest.mark.parametrize(
     ("plural", "one"),
     [("dogs", "dog"), ("mice", "mouse"), ("people", "person"), ("boxes", "box"), ("strawberries", "strawberry"),
-     ("knives", "knife"), ("couches", "couch"), ("glass", "glass"), ("bus", "bus"), ("Trains", "train")],
+     ("knives", "knife"), ("leaves", "leaf"), ("shelves", "shelf"), ("wolves", "wolf"), ("lives", "life"),
+     ("microwaves", "microwave"), ("gloves", "glove"), ("stoves", "stove"), ("olives", "olive"),
+     ("movies", "movie"), ("cookies", "cookie"), ("puppies", "puppy"),
+     ("couches", "couch"), ("glass", "glass"), ("bus", "bus"), ("Trains", "train")],
 )  # fmt: skip
 def test_singulars(plural: str, one: str) -> None:
     assert singular(plural) == one
+
+
+@pytest.mark.parametrize(
+    ("prompt", "noun"),
+    [
+        ("two traffic lights", "traffic light"),
+        ("two cars stuck on the road", "car"),
+        ("two drums added rhythm to the music", "drum"),
+        ("three sports cars parked outside", "sports car"),
+        ("one giraffe provided seating", "giraffe"),
+        ("one drum added rhythm", "drum"),
+        ("one baked potato", "baked potato"),
+        ("four sheep grazed in the pasture", "sheep"),
+        ("the two boats", "boat"),
+        ("two big brown dogs", "brown dog"),
+    ],
+)
+def test_what_is_counted(prompt: str, noun: str) -> None:
+    assert counted_noun(noun_phrases(prompt)[0]) == noun
 
 
 def test_adjectives_are_taken_out_of_a_prompt() -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.geneval import Detection
+from addiff_env.evaluation.phrases import _FINITE, _VERBS, NUMBERS, singular
 from addiff_env.evaluation.t2i import (
     RELATIONS,
     BlipVqa,
@@ -234,13 +235,35 @@ def test_demands_by_hand() -> None:
         ("person", 6),
     ]
     assert numeracy_demand("four bottles cluttered the shelf") == [("bottle", 4)]
+    assert numeracy_demand("four microwaves") == [("microwave", 4)]
     assert complex_demand("The red apple was next to the oval plate.") == (("apple", "plate"), "next to")
     assert complex_demand("The striped rug was on top of the wooden floor.") == (("rug", "floor"), "on top of")
     assert complex_demand("The dog ran.") == (None, None)
     assert questions("a red apple and a wooden desk") == ["a red apple?", "a wooden desk?"]
 
 
-@pytest.mark.skipif(not os.environ.get("ADDIFF_DATA"), reason="ADDIFF_DATA names no folder of benchmark lists")
+@pytest.mark.parametrize(
+    ("prompt", "demand"),
+    [
+        ("eight sofas provided comfortable seating", [("sofa", 8)]),
+        ("two cars stuck on the road", [("car", 2)]),
+        ("four chairs and one giraffe provided seating at the zoo", [("chair", 4), ("giraffe", 1)]),
+        ("three ships sailed alongside one swan", [("boat", 3), ("swan", 1)]),
+        # An article counts in the list that the prompt opens with, not in the scene.
+        ("three lemons and one banana were used for a recipe", [("lemon", 3), ("banana", 1)]),
+        ("an egg, a painting, and two fish sang a lively tune", [("egg", 1), ("picture", 1), ("fish", 2)]),
+        ("six people gathered for a picnic", [("person", 6)]),
+        ("one kite flew over three bees", [("kite", 1), ("bee", 3)]),
+    ],
+)
+def test_what_prompts_count(prompt: str, demand: list[tuple[str, int]]) -> None:
+    assert numeracy_demand(prompt) == demand
+
+
+public = pytest.mark.skipif(not os.environ.get("ADDIFF_DATA"), reason="ADDIFF_DATA names no folder of benchmark lists")
+
+
+@public
 def test_every_public_prompt_demands_something() -> None:
     folder = Path(os.environ["ADDIFF_DATA"], "t2i_compbench")
     names = ("spatial", "3d_spatial", "numeracy", "color")
@@ -251,6 +274,31 @@ def test_every_public_prompt_demands_something() -> None:
     assert all(objects and relation for objects, relation in demands)
     assert sum(bool(numeracy_demand(prompt)) for prompt in prompts["numeracy"]) == len(prompts["numeracy"])
     assert all(questions(prompt) for prompt in prompts["color"])
+
+
+NAMED_OTHERWISE = {
+    "person": "people boy boys girl girls man men woman women",
+    "boat": "ship ships",
+    "tv": "television televisions",
+    "fish": "goldfish",
+    "picture": "painting paintings",
+    "knife": "knives",
+    "mouse": "mice",
+}
+
+
+@public
+def test_public_numeracy_prompts_demand_what_they_name() -> None:
+    prompts = Path(os.environ["ADDIFF_DATA"], "t2i_compbench/numeracy_val.txt").read_text().splitlines()
+    for prompt in prompts:
+        words = prompt.replace(",", "").split()
+        demand = numeracy_demand(prompt)
+        assert len(demand) >= sum(word in NUMBERS for word in words), prompt
+        for name, _ in demand:
+            forms = {name, f"{name}s", f"{name}es", f"{name[:-1]}ies", *NAMED_OTHERWISE.get(name, "").split()}
+            assert forms & set(words) and singular(name) == name, (prompt, name)
+            assert not set(name.split()) & (_VERBS | set(_FINITE.split())), (prompt, name)
+            assert not name.endswith(("ed", "ing")), (prompt, name)
 
 
 # --------------------------------------------------------------------------- models

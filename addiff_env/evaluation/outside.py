@@ -7,6 +7,7 @@ one forward pass. Gradients are no NFE; they are in the net FLOPs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -32,7 +33,7 @@ from addiff_env.backbones import Backbone, StableDiffusionBackbone, draw_noise, 
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.method import Batched
-from addiff_env.evaluation.phrases import noun_phrases
+from addiff_env.evaluation.phrases import NounPhrase, noun_phrases
 from addiff_env.types import Generated
 
 SOLVERS = {"euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler, "pndm": PNDMScheduler}
@@ -267,19 +268,30 @@ class AttendAndExcite(DiffusersSolver):
         return self.pipeline.gradients * (self.pipeline.gradient_flops or 0.0)
 
 
+_MEDIA = frozenset("photo photograph picture image".split())
+
+
 def noun_tokens(tokenizer: Any, prompt: str) -> list[int]:
     """Positions, BOS counted, of the tokens that end the prompt's nouns; all of its own tokens where there is no noun.
+
+    The *photo* of "a photo of a cat" is no thing to be seen in the picture, unless nothing else is.
 
     Raises:
         ValueError: a prompt without any token.
     """
     last = tokenizer.model_max_length - 2  # what is behind was cut off
     pieces = min(len(tokenizer.tokenize(prompt)), last)
-    ends = [len(tokenizer.tokenize(prompt[: phrase.end])) for phrase in noun_phrases(prompt)]
+    phrases = noun_phrases(prompt)
+    shown = [phrase for phrase in phrases if not _is_medium(prompt, phrase)] or phrases
+    ends = [len(tokenizer.tokenize(prompt[: phrase.end])) for phrase in shown]
     found = sorted({end for end in ends if 0 < end <= pieces}) or list(range(1, pieces + 1))
     if not found:
         raise ValueError(f"Attend-and-Excite needs a word to excite, got the prompt {prompt!r}")
     return found
+
+
+def _is_medium(prompt: str, phrase: NounPhrase) -> bool:
+    return phrase.head.lower() in _MEDIA and re.match(r"\s+of\b", prompt[phrase.end :], re.IGNORECASE) is not None
 
 
 # --------------------------------------------------------------------------- distilled models

@@ -2,17 +2,20 @@
 
 The scoring rules are those of the benchmark's own scripts, as pure functions over answers and detections. Different
 from them are: noun phrases, and the adjectives that CLIP's prompt of 3-in-1 is freed from, come from `phrases` instead
-of spaCy (the adjectives from a list made for ``complex_val.txt``); the detector is one of the `transformers` library
-instead of UniDet; BLIP and the depth estimator are the `transformers` ports; depths are read at the objects' boxes,
-where the script mixes up rows and columns. Tables should name the models, and numbers made with others than the
-scripts' are not comparable with published ones.
+of spaCy (the adjectives from a list made for ``complex_val.txt``); what a prompt counts is found by rules, where the
+script has a vocabulary; the detector is one of the `transformers` library instead of UniDet; BLIP and the depth
+estimator are the `transformers` ports; depths are read at the objects' boxes, where the script mixes up rows and
+columns. Tables should name the models, and numbers made with others than the scripts' are not comparable with
+published ones.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +26,7 @@ from PIL import Image
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.geneval import BoxDetector, Detection
 from addiff_env.evaluation.metrics import as_tensor
-from addiff_env.evaluation.phrases import NounPhrase, is_quality, noun_phrases, singular, without
+from addiff_env.evaluation.phrases import NounPhrase, counted_noun, is_quality, noun_phrases, without
 from addiff_env.loading import fetching, quiet_loading
 from addiff_env.scorers import Scorer, load_scorer
 
@@ -64,6 +67,7 @@ _COUNTED = {  # names of counted objects; the scripts of places rename persons a
     "goldfish": "fish",
     "painting": "picture",
 }
+_LIST = re.compile(r"\s*(?:,|,?\s*and)\s*")  # what separates the objects of one
 
 
 # --------------------------------------------------------------------------- rules
@@ -239,19 +243,27 @@ def complex_demand(prompt: str) -> tuple[tuple[str, str] | None, str | None]:
 
 
 def numeracy_demand(prompt: str) -> list[tuple[str, int]]:
-    """The counted objects of a prompt: "two dogs and a traffic light" is (dog, 2) and (traffic light, 1)."""
-    return [(_object(phrase), phrase.number) for phrase in noun_phrases(prompt) if _is_counted(phrase)]
+    """The counted objects of a prompt: "two dogs and a traffic light" is (dog, 2) and (traffic light, 1).
+
+    An article counts as *one* in the list that the prompt opens with. The script looks objects up in a vocabulary,
+    which lacks what an article names behind a verb or a preposition: "six people gathered for a picnic".
+    """
+    phrases = noun_phrases(prompt)
+    listed = [
+        phrase for phrase in phrases[: _opening(prompt, phrases)] if phrase.text.split()[0].lower() in ("a", "an")
+    ]
+    wanted = [phrase for phrase in phrases if phrase.counted or phrase in listed]
+    return [(_object(phrase), phrase.number) for phrase in wanted]
 
 
-def _is_counted(phrase: NounPhrase) -> bool:
-    first = phrase.text.split()[0].lower()
-    return first in ("a", "an") or phrase.counted
+def _opening(prompt: str, phrases: Sequence[NounPhrase]) -> int:
+    """How many phrases there are before something else than a comma or an *and* stands between two."""
+    between = (prompt[one.end : other.end - len(other.text)] for one, other in pairwise(phrases))
+    return next((at for at, text in enumerate(between, 1) if not _LIST.fullmatch(text)), len(phrases))
 
 
 def _object(phrase: NounPhrase) -> str:
-    """The words behind the number, the last one in the singular."""
-    words = phrase.text.lower().split()[1:] or [phrase.head.lower()]
-    name = " ".join([*words[:-1], singular(words[-1])])
+    name = counted_noun(phrase)
     return _COUNTED.get(name, name)
 
 
