@@ -159,7 +159,7 @@ def _checked(entries: list[Entry], source: Source, path: Path, any_length: bool)
     if len(entries) != source.number and not any_length:
         raise ValueError(
             f"{path} has {len(entries)} prompts, the published list has {source.number}: a cut download or another "
-            f"version; from {source.home} (any_length=True accepts it)"
+            f"version; from {source.home} (any_length=True accepts it, of evaluate.py benchmark.any_length=true)"
         )
     return entries
 
