@@ -57,8 +57,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         if isinstance(step, int):
             self._send(step, {"error": {"message": f"refused {self.headers['Authorization']}", "type": "x"}})
-            return
-        self._send(200, self._completion(body, step))
+        elif isinstance(step, bytes):  # instead of a completion
+            self._send(200, step)
+        else:  # a dict replaces parts of a completion
+            changed = step if isinstance(step, dict) else {}
+            self._send(200, self._completion(body, None if changed else step) | changed)
 
     def _completion(self, body, content):
         pictures = [p["image_url"]["url"] for p in body["messages"][0]["content"] if p["type"] == "image_url"]
@@ -76,9 +79,10 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def _send(self, status, payload):
-        content = json.dumps(payload).encode()
+        raw = isinstance(payload, bytes)
+        content = payload if raw else json.dumps(payload).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if raw and payload.startswith(b"<") else "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.send_header("retry-after-ms", "1")
         self.end_headers()
@@ -197,6 +201,57 @@ def test_what_does_not_pass_is_an_error_and_a_rerun_goes_on(server, ask, pairs):
     assert [p.winner for p in found] == ["a"] * 4 and len(server.requests) == 6 + 5
     ask().compare(pairs)
     assert len(server.requests) == 11  # nothing is asked twice
+
+
+PAGE = f"<!doctype html>\n<title>Welcome</title>{' ' * 120}<p>{KEY}</p>".encode() + b"." * 500
+NO_COMPLETIONS = [
+    (PAGE, "no completion from http://127.*/v1 .*/v1.*: <!doctype html> <title>Welcome</title> <p><key></p>[.]+$"),
+    (b'{"error": {"message": "overloaded"}}', "no completion from http://127.*/v1: .*overloaded"),
+    (b'{"choices": [], "error": {"message": "\\u0073' + KEY[1:].encode() + b' is busy"}}', "'<key> is busy'"),
+    (b'{"id": "1", "choices": []}', "no completion from .*'choices': "),
+    (b'{"id": "1", "choices": null}', "no completion from .*'choices': None"),
+    (b"null", "no completion from .*: null"),
+    (b"[]", "no completion from .*"),
+    (b'{"choices": ', "no completion from .*: {"),
+]
+
+
+@pytest.mark.parametrize(("sent", "words"), NO_COMPLETIONS)
+def test_what_is_no_completion_is_asked_again_and_costs_nothing(server, ask, pairs, tmp_path, monkeypatch, sent, words):
+    waits = []
+    monkeypatch.setattr("addiff_env.evaluation.judge.time.sleep", waits.append)
+    server.reply, server.script = brighter, [None, sent, sent, None, *[sent] * 3]
+    judge = ask(retries=2)
+    with pytest.raises(JudgeError, match=words) as error:
+        judge.compare(pairs[:2])
+    assert KEY[:10] not in str(error.value) and len(str(error.value)) < 400
+    assert waits == [0.5, 1.0] * 2 and len(server.requests) == 7
+    assert judge.spent_usd == pytest.approx(2 * 0.0035)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+    assert [p.winner for p in ask().compare(pairs[:2])] == ["a", "a"] and len(server.requests) == 7 + 2
+
+
+USAGES = [{}, None, [], {"prompt_tokens": 1000, "completion_tokens": None}, {"prompt_tokens": True}]
+
+
+@pytest.mark.parametrize("usage", [*USAGES, {"prompt_tokens": 1e3, "completion_tokens": 9}])
+def test_an_answer_that_does_not_tell_its_tokens_is_kept_and_costs_the_estimate(server, ask, pairs, usage):
+    server.script = [{"usage": usage}] * 2
+    judge = ask()
+    estimate = judge.estimate_usd(pairs[:1])
+    assert judge.compare(pairs[:1])[0].winner == "tie"
+    assert judge.spent_usd == ask().spent_usd == pytest.approx(estimate) and ask().estimate_usd(pairs[:1]) == 0
+
+
+FILTERED = [{"index": 0, "finish_reason": "content_filter", "message": message} for message in (None, {}, "no")]
+
+
+@pytest.mark.parametrize("choice", [*FILTERED, {}, None, {"message": {"content": [{"type": "text", "text": "tie"}]}}])
+def test_a_message_that_is_missing_is_an_unusable_answer(server, ask, pairs, choice):
+    server.reply, server.script = brighter, [{"choices": [choice]}] * 2
+    judge = ask()
+    assert judge.compare(pairs[:1])[0].winner == "a"
+    assert judge.spent_usd == pytest.approx(4 * 0.0035) and len(server.requests) == 4
 
 
 def test_answers_are_cached_by_what_was_asked(server, ask, pairs):

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ _SCHEMA = {
     },
 }
 _KEPT = 2000  # characters of what a judge said
+_SHOWN = 200  # characters of what is no completion
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds before asking again, doubling, as the client's own
 _PROTOCOL = hashlib.sha256(json.dumps([_QUESTION, _SCHEMA]).encode()).hexdigest()[:12]  # a new wording asks anew
 
 
@@ -72,7 +75,8 @@ class JudgeSettings:
     image_tokens: int = 1500  # assumed per picture when estimating
     answer_tokens: int = 300  # most tokens of an answer
     temperature: float | None = 0.0  # None: not sent, as models that think before they answer allow their own only
-    retries: int = 6  # after 408, 409, 429, 5xx, a lost connection or a timeout, with exponential back-off
+    # After 408, 409, 429, 5xx, a lost connection, a timeout or what is no completion, with exponential back-off.
+    retries: int = 6
     malformed_retries: int = 2  # after an answer that is not what was asked for
     timeout: float = 120.0  # seconds per call
 
@@ -204,7 +208,8 @@ class Judge:
 
         Raises:
             CostCeilingError: the estimate exceeds the ceiling (before any call), or what was spent reaches it.
-            JudgeError: the endpoint refuses or stays unreachable, with its words but without the key.
+            JudgeError: the endpoint refuses, stays unreachable or sends no completions, with its words but without the
+                key.
             FileNotFoundError: a picture that is not there.
         """
         pending = self._pending(pairs)
@@ -264,10 +269,21 @@ class Judge:
 
     def _call(self, question: _Question) -> tuple[str | None, float]:
         """What the judge says and what that cost."""
+        for attempt in range(self.settings.retries + 1):
+            if attempt:
+                time.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT))
+            sent = self._post(question)
+            completion = _completion(sent)
+            if completion:
+                return _content(completion), self._price(completion, question)
+        raise JudgeError(self._no_completion(sent))
+
+    def _post(self, question: _Question) -> str:
+        """The body of the endpoint's answer, unparsed: the client makes of it whatever was expected."""
         import openai
 
         try:
-            response = self._connected().chat.completions.create(
+            response = self._connected().chat.completions.with_raw_response.create(
                 model=self.settings.model,
                 messages=_messages(question),
                 response_format={"type": "json_schema", "json_schema": _SCHEMA},
@@ -277,8 +293,16 @@ class Judge:
         except openai.OpenAIError as error:
             # Not chained: the original holds the request and with it the key.
             raise JudgeError(self._without_key(f"{self.settings.model}: {type(error).__name__}: {error}")) from None
-        usd = self._price(response.usage, question)
-        return (response.choices[0].message.content if response.choices else None), usd
+        return str(response.http_response.text)
+
+    def _no_completion(self, sent: str) -> str:
+        """What to say of it: its error, or how it begins. The key goes before anything is cut, lest a part stays."""
+        body = _parsed(sent)
+        said = sent if body is None else str((isinstance(body, dict) and body.get("error")) or body)
+        shown = " ".join(self._without_key(said).split())[:_SHOWN]
+        hint = "" if isinstance(body, dict) else " (is that the base URL of its API, mostly one that ends in /v1?)"
+        place = self._without_key(self.settings.base_url or "the default base URL")
+        return f"{self.settings.model}: no completion from {place}{hint}: {shown}"
 
     def _connected(self) -> Any:
         if self._client is None:
@@ -298,11 +322,10 @@ class Judge:
         )  # about four characters a token; three, to be safe
         return self._dollars(tokens, self.settings.answer_tokens)
 
-    def _price(self, usage: Any, question: _Question) -> float:
+    def _price(self, completion: Mapping[str, Any], question: _Question) -> float:
         """What a call cost; the estimate where the endpoint does not say."""
-        if usage is None:
-            return self._price_estimate(question)
-        return self._dollars(usage.prompt_tokens, usage.completion_tokens)
+        tokens = _tokens(completion)
+        return self._dollars(*tokens) if tokens else self._price_estimate(question)
 
     def _dollars(self, tokens_in: int, tokens_out: int) -> float:
         settings = self.settings
@@ -326,6 +349,38 @@ def _messages(question: _Question) -> list[dict[str, Any]]:
     for name, path in (("First picture:", question.first), ("Second picture:", question.second)):
         content += [{"type": "text", "text": name}, {"type": "image_url", "image_url": {"url": _data_url(path)}}]
     return [{"role": "user", "content": content}]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _completion(sent: str) -> dict[str, Any] | None:
+    """A completion from its JSON; None where it is none, e.g. a web page, or an error that came with status 200."""
+    body = _parsed(sent)
+    if not isinstance(body, dict) or body.get("error") or not isinstance(body.get("choices"), list):
+        return None
+    return body if body["choices"] else None
+
+
+def _content(completion: Mapping[str, Any]) -> str | None:
+    """What the judge says; None where a filter or the like left nothing."""
+    choice = completion["choices"][0]
+    message = choice.get("message") if isinstance(choice, dict) else None
+    content = message.get("content") if isinstance(message, dict) else None
+    return content if isinstance(content, str) else None
+
+
+def _tokens(completion: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Tokens in and out; None where they are not both told."""
+    usage = completion.get("usage")
+    told: dict[str, Any] = usage if isinstance(usage, dict) else {}
+    counts: list[Any] = [told.get("prompt_tokens"), told.get("completion_tokens")]
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+    return (counts[0], counts[1]) if whole else None
 
 
 def _data_url(path: Path) -> str:
