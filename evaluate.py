@@ -251,7 +251,8 @@ def plan_run(
     """The methods of the configuration: a misspelt one, or one without its weights, stops us before any work."""
     options, env, first = MethodOptions.read(plain(cfg.method_options)), evaluation.env, next(iter(agents.values()))
     b, tunable = cfg.benchmark, bool(cfg.tune.benchmark) or is_embedded_world(benchmark)
-    whole = load_benchmark(b.name, root=b.root, images_per_prompt=b.images_per_prompt)  # the limit may grow
+    # The limit may grow.
+    whole = load_benchmark(b.name, root=b.root, images_per_prompt=b.images_per_prompt, any_length=b.any_length)
     asked = asked_methods(cfg.methods, env, options, tunable)
 
     def make(spec: str) -> list[Method]:
@@ -276,11 +277,11 @@ def tuned_specs(cfg: DictConfig, specs: Sequence[str], evaluation: Evaluation, a
     Raises:
         ValueError: no prompts to tune on.
     """
-    benchmark = load_benchmark(cfg.benchmark.name, root=cfg.benchmark.root)
+    benchmark = load_benchmark(cfg.benchmark.name, root=cfg.benchmark.root, any_length=cfg.benchmark.any_length)
     name = cfg.tune.benchmark or ("tiny-dev" if is_embedded_world(benchmark) else None)
     if name is None:
         raise ValueError(f"{', '.join(AUTO)} need tune.benchmark=<prompts that the evaluation does not use>")
-    items = tuning_items(name, cfg.tune.limit, benchmark, cfg.benchmark.root)
+    items = tuning_items(name, cfg.tune.limit, benchmark, cfg.benchmark.root, cfg.benchmark.any_length)
     env, metrics = evaluation.env, evaluation.metrics
     return resolve(
         specs,
@@ -447,7 +448,7 @@ def stamp_run(
 ) -> dict[str, Any]:
     """What the rows of this configuration depend on; the benchmark as a whole, so that its limit may grow."""
     b = cfg.benchmark
-    whole = load_benchmark(b.name, root=b.root, images_per_prompt=b.images_per_prompt)
+    whole = load_benchmark(b.name, root=b.root, images_per_prompt=b.images_per_prompt, any_length=b.any_length)
     options = MethodOptions.read(plain(cfg.method_options))
     return run_stamp(agents, overrides, metric_settings(cfg, items), whole, options)
 
@@ -482,7 +483,7 @@ def main(cfg: DictConfig) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place[0])))  # each process has its own GPU
     folder = Path(HydraConfig.get().runtime.output_dir)
     b = cfg.benchmark
-    items = load_benchmark(b.name, b.limit, root=b.root, images_per_prompt=b.images_per_prompt)
+    items = load_benchmark(b.name, b.limit, root=b.root, images_per_prompt=b.images_per_prompt, any_length=b.any_length)
     agents = named_agents(cfg.agent, listed(cfg.agents))
     overrides = plain(cfg.env)
     stamp = stamp_run(cfg, items, agents, overrides)

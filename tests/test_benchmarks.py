@@ -163,6 +163,8 @@ def test_files_of_the_user(tmp_path):
     lines = write(tmp_path / "mine.jsonl", '{"prompt": "a cat", "seed": 3, "source": "me"}\n\n{"prompt": "a dog"}\n')
     items = load_benchmark(str(lines))
     assert [(i.prompt, i.seed, i.category) for i in items] == [("a cat", 3, "mine"), ("a dog", 1, "mine")]
+    digits = write(tmp_path / "digits.jsonl", '{"prompt": "a cat", "seed": "07"}\n{"prompt": "a cat", "seed": 0}\n')
+    assert [i.seed for i in load_benchmark(str(digits))] == [7, 0]
     assert items[0].metadata == {"source": "me"}
 
 
@@ -173,6 +175,11 @@ def test_files_of_the_user(tmp_path):
         ("a.csv", "text\na cat\n", "no column 'prompt' among .'text'."),
         ("a.csv", "prompt,seed\na cat\n", "row 1 has not 2 columns"),
         ("a.csv", "prompt,seed\na cat,x\n", "row 1: expected a whole number as seed, got 'x'"),
+        ("a.csv", "prompt,seed\na cat,-5\n", "row 1: expected a whole number as seed, got '-5'; it must be 0 or more"),
+        ("a.jsonl", '{"prompt": "a", "seed": 1.5}\n', "a.jsonl:1: expected a whole number as seed, got 1.5"),
+        ("a.jsonl", '{"prompt": "a", "seed": true}\n', "a.jsonl:1: expected a whole number as seed, got True"),
+        ("a.jsonl", '{"prompt": "a", "seed": 1e400}\n', "a.jsonl:1: expected a whole number as seed, got inf"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "seed": -5}\n', "a.jsonl:2: expected .* got -5; it must be 0"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"a.jsonl:2: no JSON"),
         ("a.jsonl", '{"prompt": 4}\n', "a.jsonl:1: expected a prompt, got 4"),
         ("a.jsonl", "[]\n", "expected an object"),

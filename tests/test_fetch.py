@@ -7,6 +7,7 @@ import threading
 import zipfile
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -18,12 +19,14 @@ from addiff_env.evaluation.fetch import FILES, FetchError, fetch, main
 @pytest.fixture
 def home(monkeypatch):
     """What a local server serves, by path; every benchmark's files come from it, under their own names."""
-    served: dict[str, bytes] = {}
+    served: dict[str, Any] = {}  # "<path> headers" are sent with it
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             content = served.get(self.path)
             self.send_response(404 if content is None else 200)
+            for header in served.get(f"{self.path} headers", {}).items():
+                self.send_header(*header)
             self.end_headers()
             self.wfile.write(content or b"")
 
@@ -82,6 +85,14 @@ def test_every_category_of_t2i_compbench_is_whole(home, tmp_path):
         fetch("t2i-compbench", tmp_path)
 
 
+def test_a_list_of_relations_holds_complex_prompts_only(home, tmp_path):
+    home |= {f"/{name}_val.txt": lines(300, name) for name in T2I_CATEGORIES}
+    home |= {"/complex_val_spatial.txt": lines(20, "complex"), "/complex_val_action.txt": lines(20, "complex")[:-5]}
+    with pytest.raises(FetchError, match="complex_val_action.txt has 1 lines of no prompt, e.g. 'a comple'"):
+        fetch("t2i-compbench", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_coco_is_taken_out_of_its_archive(home, tmp_path, monkeypatch):
     source = replace(SOURCES["coco-30k"], number=2, read=lambda path: benchmarks.read_coco(path, 2))
     monkeypatch.setitem(SOURCES, "coco-30k", source)
@@ -108,6 +119,20 @@ def test_a_cut_list_replaces_nothing(home, tmp_path, capsys):
     assert left.value.code == 1
     assert "drawbench: 150 prompts" in capsys.readouterr().err
     assert (tmp_path / "drawbench/drawbench.txt").read_bytes() == lines(200)
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({"Content-Length": "9999"}, "the connection ended [0-9]+ bytes too early"),
+        ({"Transfer-Encoding": "chunked"}, "IncompleteRead"),  # there are no chunks
+    ],
+)
+def test_a_broken_connection_is_no_list(home, tmp_path, headers, words):
+    home["/drawbench.txt"], home["/drawbench.txt headers"] = lines(200), headers  # as many lines as published
+    with pytest.raises(FetchError, match=f"cannot fetch .*{words}.*; put it by hand to"):
+        fetch("drawbench", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_answer_is_said_with_where_the_file_belongs(home, tmp_path, monkeypatch, capsys):

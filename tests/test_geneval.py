@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -355,6 +356,39 @@ def test_the_instance_detector_gives_boxes_around_its_masks(small_detector, rng)
         assert d.mask.shape == (48, 80) and d.label in GENEVAL_CLASSES and 0 <= d.score <= 1
         assert d.box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
         assert object_crop(picture, d, (0, 0, 0)).size == (d.box[2] - d.box[0], d.box[3] - d.box[1])
+
+
+def test_the_instance_detector_agrees_with_its_processor_at_the_size_that_that_works_at(small_detector, rng):
+    import torch
+
+    picture = Image.fromarray(rng.integers(0, 255, (384, 384, 3), np.uint8))
+    detect = InstanceDetector(str(small_detector))
+    with torch.inference_mode():
+        outputs = detect.model(**detect.processor(images=picture, return_tensors="pt"))
+    (theirs,) = detect.processor.post_process_instance_segmentation(
+        outputs, threshold=0.0, target_sizes=[(384, 384)], return_binary_maps=True
+    )
+    pairs = zip(theirs["segments_info"], theirs["segmentation"].numpy(), strict=True)
+    expected = {(GENEVAL_CLASSES[info["label_id"]], mask.astype(bool).tobytes()): info["score"] for info, mask in pairs}
+    assert {(d.label, d.mask.tobytes()): d.score for d in detect(picture)} == pytest.approx(expected, abs=2e-6)
+
+
+def test_masks_are_cut_out_at_the_size_of_the_picture(small_detector):
+    import torch
+
+    detect = InstanceDetector(str(small_detector))
+    masks = torch.tensor([[-1.0, -1.0, 2.0, 2.0]] * 4)[None, None]
+    classes = torch.full((1, 1, 81), -20.0)
+    classes[0, 0, :2] = torch.tensor([1.0, 0.0])
+    detect.model = lambda **_: SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
+    (only,) = detect(Image.new("RGB", (1000, 600)))
+    # By hand: from -1 at column 375 to 2 at column 625 the logits pass 0 at 458.33; column k has its centre at k + 0.5.
+    assert only.label == GENEVAL_CLASSES[0] and only.box == (458, 0, 1000, 600)
+    column = np.arange(458, 1000) + 0.5
+    certainty = (1 / (1 + np.exp(-np.minimum(-1 + 3 * (column - 375) / 250, 2)))).mean()
+    assert only.score == pytest.approx(certainty / (1 + np.exp(-1)), abs=1e-5)
+    masks.fill_(-1)
+    assert detect(Image.new("RGB", (1000, 600))) == []  # an empty mask is no object
 
 
 def test_the_box_detector_gives_boxes_in_the_picture(tmp_path, rng):

@@ -40,6 +40,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests, self.headers, self.script = [], [], []
         self.reply = lambda first, second: "tie"
+        self.prompt_tokens = 1000
 
     @property
     def url(self):
@@ -57,15 +58,18 @@ class Handler(BaseHTTPRequestHandler):
             return
         if isinstance(step, int):
             self._send(step, {"error": {"message": f"refused {self.headers['Authorization']}", "type": "x"}})
-            return
-        self._send(200, self._completion(body, step))
+        elif isinstance(step, bytes):  # instead of a completion
+            self._send(200, step)
+        else:  # a dict replaces parts of a completion
+            changed = step if isinstance(step, dict) else {}
+            self._send(200, self._completion(body, None if changed else step) | changed)
 
     def _completion(self, body, content):
         pictures = [p["image_url"]["url"] for p in body["messages"][0]["content"] if p["type"] == "image_url"]
         if content is None:
             content = json.dumps({"winner": self.server.reply(*pictures), "reason": "because"})
         message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-        usage = {"prompt_tokens": 1000, "completion_tokens": 100, "total_tokens": 1100}
+        usage = {"prompt_tokens": self.server.prompt_tokens, "completion_tokens": 100, "total_tokens": 1100}
         return {
             "id": "1",
             "object": "chat.completion",
@@ -76,9 +80,10 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def _send(self, status, payload):
-        content = json.dumps(payload).encode()
+        raw = isinstance(payload, bytes)
+        content = payload if raw else json.dumps(payload).encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", "text/html" if raw and payload.startswith(b"<") else "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.send_header("retry-after-ms", "1")
         self.end_headers()
@@ -199,6 +204,57 @@ def test_what_does_not_pass_is_an_error_and_a_rerun_goes_on(server, ask, pairs):
     assert len(server.requests) == 11  # nothing is asked twice
 
 
+PAGE = f"<!doctype html>\n<title>Welcome</title>{' ' * 120}<p>{KEY}</p>".encode() + b"." * 500
+NO_COMPLETIONS = [
+    (PAGE, "no completion from http://127.*/v1 .*/v1.*: <!doctype html> <title>Welcome</title> <p><key></p>[.]+$"),
+    (b'{"error": {"message": "overloaded"}}', "no completion from http://127.*/v1: .*overloaded"),
+    (b'{"choices": [], "error": {"message": "\\u0073' + KEY[1:].encode() + b' is busy"}}', "'<key> is busy'"),
+    (b'{"id": "1", "choices": []}', "no completion from .*'choices': "),
+    (b'{"id": "1", "choices": null}', "no completion from .*'choices': None"),
+    (b"null", "no completion from .*: null"),
+    (b"[]", "no completion from .*"),
+    (b'{"choices": ', "no completion from .*: {"),
+]
+
+
+@pytest.mark.parametrize(("sent", "words"), NO_COMPLETIONS)
+def test_what_is_no_completion_is_asked_again_and_costs_nothing(server, ask, pairs, tmp_path, monkeypatch, sent, words):
+    waits = []
+    monkeypatch.setattr("addiff_env.evaluation.judge.time.sleep", waits.append)
+    server.reply, server.script = brighter, [None, sent, sent, None, *[sent] * 3]
+    judge = ask(retries=2)
+    with pytest.raises(JudgeError, match=words) as error:
+        judge.compare(pairs[:2])
+    assert KEY[:10] not in str(error.value) and len(str(error.value)) < 400
+    assert waits == [0.5, 1.0] * 2 and len(server.requests) == 7
+    assert judge.spent_usd == pytest.approx(2 * 0.0035)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
+    assert [p.winner for p in ask().compare(pairs[:2])] == ["a", "a"] and len(server.requests) == 7 + 2
+
+
+USAGES = [{}, None, [], {"prompt_tokens": 1000, "completion_tokens": None}, {"prompt_tokens": True}]
+
+
+@pytest.mark.parametrize("usage", [*USAGES, {"prompt_tokens": 1e3, "completion_tokens": 9}])
+def test_an_answer_that_does_not_tell_its_tokens_is_kept_and_costs_the_estimate(server, ask, pairs, usage):
+    server.script = [{"usage": usage}] * 2
+    judge = ask()
+    estimate = judge.estimate_usd(pairs[:1])
+    assert judge.compare(pairs[:1])[0].winner == "tie"
+    assert judge.spent_usd == ask().spent_usd == pytest.approx(estimate) and ask().estimate_usd(pairs[:1]) == 0
+
+
+FILTERED = [{"index": 0, "finish_reason": "content_filter", "message": message} for message in (None, {}, "no")]
+
+
+@pytest.mark.parametrize("choice", [*FILTERED, {}, None, {"message": {"content": [{"type": "text", "text": "tie"}]}}])
+def test_a_message_that_is_missing_is_an_unusable_answer(server, ask, pairs, choice):
+    server.reply, server.script = brighter, [{"choices": [choice]}] * 2
+    judge = ask()
+    assert judge.compare(pairs[:1])[0].winner == "a"
+    assert judge.spent_usd == pytest.approx(4 * 0.0035) and len(server.requests) == 4
+
+
 def test_answers_are_cached_by_what_was_asked(server, ask, pairs):
     ask().compare(pairs[:1])
     other = Pair(
@@ -239,10 +295,10 @@ def test_the_ceiling_counts_what_earlier_runs_spent(server, ask, pairs):
     first = ask(max_usd=0.05)
     first.compare(pairs[:2])
     assert first.spent_usd == pytest.approx(4 * 0.0035)
-    resumed = ask(max_usd=0.05)
+    resumed = ask(max_usd=0.03)
     assert resumed.spent_usd == pytest.approx(4 * 0.0035)
     with pytest.raises(CostCeilingError, match=r"\$0.01 is spent"):
-        resumed.compare(pairs)  # four more questions are about 0.044
+        resumed.compare(pairs)  # four more questions are about 0.022, by what the first four were billed
     assert len(server.requests) == 4
     assert ask(max_usd=0.001).compare(pairs[:2])  # answers that are there cost nothing
     assert ask(max_usd=0.05, base_url=server.url + "/").spent_usd == 0  # another judge's money
@@ -259,7 +315,7 @@ def test_equal_pictures_are_a_tie_that_nobody_is_asked_about(server, ask, pairs)
 
 def test_the_ceiling_is_checked_before_the_first_call(server, ask, pairs):
     judge = ask(max_usd=0.05)
-    # By hand: at most 2 x 1500 picture tokens and the text in, 300 out, eight times.
+    # By hand: 2 x 1500 picture tokens and the text in, 300 out, eight times.
     least = 8 * (3000 * 2.5 + 300 * 10) / 1e6
     assert least < judge.estimate_usd(pairs) < 1.3 * least
     with pytest.raises(CostCeilingError, match=r"8 questions to eye-1 cost about \$0.09.*ceiling is \$0.05"):
@@ -275,6 +331,43 @@ def test_repeats_do_not_pass_the_ceiling(server, ask, pairs):
     with pytest.raises(CostCeilingError, match=r"of \$0.03 are spent"):
         judge.compare(pairs[:1])
     assert judge.spent_usd <= 0.03
+
+
+def test_dear_pictures_are_found_out_by_the_first_answer(server, ask, pairs, tmp_path):
+    server.prompt_tokens = 17_000  # 8,400 a picture, where 1,500 are assumed
+    judge = ask(max_usd=0.2)  # assumed to cost 0.09
+    real = (17_000 * 2.5 + 100 * 10) / 1e6
+    with pytest.raises(CostCeilingError, match=r"7 questions to eye-1 cost about \$0.32, \$0.04 is spent.* is \$0.20"):
+        judge.compare(pairs)
+    assert len(server.requests) == 1 and judge.spent_usd == pytest.approx(real)
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 1
+    resumed = ask(max_usd=0.2)  # by then it is known before any call
+    assert resumed.estimate_usd(pairs) == pytest.approx(7 * (17_000 * 2.5 + 300 * 10) / 1e6, rel=1e-3)
+    with pytest.raises(CostCeilingError, match="7 questions"):
+        resumed.compare(pairs)
+    assert len(server.requests) == 1
+    told = ask("other.jsonl", max_usd=0.2, image_tokens=8_400)
+    with pytest.raises(CostCeilingError, match=r"8 questions to eye-1 cost about \$0.36, \$0.00 is spent"):
+        told.compare(pairs)
+    assert ask(max_usd=0.5).compare(pairs)[0].winner == "tie" and len(server.requests) == 8
+
+
+def test_an_unusable_answer_tells_of_dear_pictures_too(server, ask, pairs):
+    server.prompt_tokens, server.script = 17_000, ["mumble"] * 3
+    with pytest.raises(CostCeilingError, match="8 questions"):
+        ask(max_usd=0.2).compare(pairs)
+    assert len(server.requests) == 1
+
+
+def test_the_estimate_is_of_what_answers_are_billed(server, ask, pairs):
+    judge = ask()
+    assumed = judge.estimate_usd(pairs[1:])
+    judge.compare(pairs[:1])
+    billed = 6 * (1000 * 2.5 + 300 * 10) / 1e6
+    assert judge.estimate_usd(pairs[1:]) == pytest.approx(billed, rel=1e-2) and billed < 0.6 * assumed
+    server.script = [{"usage": {"prompt_tokens": 1000, "completion_tokens": 900}}]  # who keeps to no limit
+    judge.compare(pairs[1:2])
+    assert judge.estimate_usd(pairs[2:]) == pytest.approx(4 * (1000 * 2.5 + 900 * 10) / 1e6, rel=1e-2)
 
 
 # --------------------------------------------------------------------------- the key
@@ -297,7 +390,7 @@ def test_the_key_is_in_no_file_log_message_or_repr(server, ask, pairs, tmp_path,
 
 
 def test_settings_come_from_the_environment(monkeypatch, tmp_path, pairs):
-    for name in ("MODEL", "USD_IN", "USD_OUT", "API_KEY", "BASE_URL", "MAX_USD"):
+    for name in ("MODEL", "USD_IN", "USD_OUT", "API_KEY", "BASE_URL", "MAX_USD", "IMAGE_TOKENS"):
         monkeypatch.delenv(f"ADDIFF_JUDGE_EYE_{name}", raising=False)
     monkeypatch.setenv("ADDIFF_JUDGE_EYE_MODEL", "m")
     with pytest.raises(ValueError, match="ADDIFF_JUDGE_EYE_USD_IN, ADDIFF_JUDGE_EYE_USD_OUT, ADDIFF_JUDGE_EYE_API_KEY"):
@@ -309,7 +402,9 @@ def test_settings_come_from_the_environment(monkeypatch, tmp_path, pairs):
     monkeypatch.setenv("ADDIFF_JUDGE_EYE_USD_OUT", "10")
     monkeypatch.setenv("ADDIFF_JUDGE_EYE_MAX_USD", "3")
     settings = JudgeSettings.from_environment("eye", retries=1)
-    assert settings.temperature == 0
+    assert (settings.temperature, settings.image_tokens) == (0, 1500)
+    monkeypatch.setenv("ADDIFF_JUDGE_EYE_IMAGE_TOKENS", "8500")
+    assert JudgeSettings.from_environment("eye").image_tokens == 8500
     monkeypatch.setenv("ADDIFF_JUDGE_EYE_TEMPERATURE", "none")
     assert JudgeSettings.from_environment("eye").temperature is None
     assert (settings.base_url, settings.max_usd, settings.retries) == ("http://x/v1", 3.0, 1)

@@ -45,7 +45,7 @@ def judges(server, monkeypatch):  # noqa: F811
         }
         for part, value in values.items():
             monkeypatch.setenv(f"ADDIFF_JUDGE_{name}_{part}", value)
-        for part in ("MAX_USD", "ANSWER_TOKENS"):
+        for part in ("MAX_USD", "ANSWER_TOKENS", "IMAGE_TOKENS"):
             monkeypatch.delenv(f"ADDIFF_JUDGE_{name}_{part}", raising=False)
     return server
 
@@ -91,7 +91,8 @@ def test_the_cost_is_said_and_refused_before_anything_is_asked(run, judges, caps
     captured = capsys.readouterr()
     assert captured.out.count("12 pairs cost about $0.2") == 2 and "exceed --max-usd 0.4" in captured.err
     judge(run, "eye", "--estimate")
-    assert "12 pairs cost about" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "12 pairs cost about" in said and "at most" not in said
     assert not judges.requests and not (run / "judge-answers.jsonl").exists()
 
 
@@ -101,7 +102,7 @@ def test_an_interrupted_run_goes_on_and_its_money_counts(run, judges, capsys):
         judge(run, "eye", "--methods", "agent", "ddim-5")
     assert "AuthenticationError" in capsys.readouterr().err and len(judges.requests) == 6
     with pytest.raises(SystemExit):
-        judge(run, "eye", "--methods", "agent", "ddim-5", "--max-usd", "0.045")  # three to come, five are paid for
+        judge(run, "eye", "--methods", "agent", "ddim-5", "--max-usd", "0.03")  # three to come, five are paid for
     assert "$0.02 spent" in capsys.readouterr().err
     judge(run, "eye", "--methods", "agent", "ddim-5", "--max-usd", "0.06")
     assert len(judges.requests) == 6 + 3
@@ -112,6 +113,7 @@ def test_an_interrupted_run_goes_on_and_its_money_counts(run, judges, capsys):
 
 def test_no_judge_spends_what_the_next_was_promised(run, judges, capsys):
     judges.script = ["mumble"] * 24  # the first judge's repeats
+    judges.prompt_tokens = 3000  # about as estimated
     with pytest.raises(SystemExit):
         judge(run, "eye", "ear", "--methods", "agent", "ddim-5", "--max-usd", "0.176")
     assert "are spent" in capsys.readouterr().err

@@ -1,11 +1,14 @@
 """Set metrics of an evaluation's pictures."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from addiff_env.evaluation import sets
 from addiff_env.evaluation.set_metrics import cmmd, frechet_distance, kernel_distance
@@ -41,6 +44,7 @@ def test_every_method_is_measured_against_the_references(
 ) -> None:
     pytest.importorskip("torch_fidelity")
     monkeypatch.setattr(sets, "inception_features", colours)
+    monkeypatch.setattr(sets, "inception_weights", lambda weights: weights)
     reference = pictures(tmp_path / "reference/inner", rng, 12)
     run = tmp_path / "run"
     near, far = pictures(run / "near", rng, 10), pictures(run / "far", rng, 10, shift=80)
@@ -79,6 +83,45 @@ def test_what_is_missing_is_said_early(tmp_path: Path, rng: np.random.Generator)
     options = SetOptions(["fid"], str(tmp_path / "reference"), inception="/nowhere/inception.pth")
     with pytest.raises(FileNotFoundError, match="get the network and pass set_metrics.inception=<its file>"):
         References(options, tmp_path, "cpu")
+
+
+def test_kept_features_are_of_the_network_that_is_asked_for_and_is_there(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch_fidelity")
+    monkeypatch.setattr(sets, "inception_features", colours)
+    reference, inception, clip = (tmp_path / name for name in ("reference", "inception.pth", "clip"))
+    pictures(reference, rng, 4)
+    torch.save({"weight": torch.zeros(2)}, inception)
+    shutil.copytree(CLIP, clip)
+    asked = [SetOptions([name], str(reference), inception=str(inception), clip=str(clip)) for name in ("fid", "cmmd")]
+    first = [References(options, tmp_path, "cpu").stamps for options in asked]
+    assert [References(options, tmp_path, "cpu").stamps for options in asked] == first  # kept
+    torch.save({"weight": torch.ones(2)}, inception)  # the same names, other networks
+    (weights,) = clip.glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: tensor + 0.01 if tensor.is_floating_point() else tensor for name, tensor in tensors.items()},
+              weights, {"format": "pt"})  # fmt: skip
+    for options in asked:
+        with pytest.raises(ValueError, match="features of another reference: extractor '.*, weights [0-9a-f]{12}'"):
+            References(options, tmp_path, "cpu")
+    inception.unlink()
+    shutil.rmtree(clip)
+    for options, setting in zip(asked, ("inception=<its file>", "clip=<its folder>"), strict=True):
+        with pytest.raises(FileNotFoundError, match=f"get the network and pass set_metrics.{setting}"):
+            References(options, tmp_path, "cpu")
+    # A network that is fetched has no hash in the stamp, and is missed as well though its features are kept.
+    fetched = SetOptions(["fid"], str(reference))
+    monkeypatch.setattr(sets, "inception_weights", lambda weights: weights)
+    assert "weights" not in References(fetched, tmp_path / "other", "cpu").stamps["inception"].extractor
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
+    with pytest.raises(FileNotFoundError, match="inception features for fid: OSError: offline"):
+        References(fetched, tmp_path / "other", "cpu")
+
+
+def offline(*_: Any, **__: Any) -> None:
+    raise OSError("offline")
 
 
 def test_pictures_have_to_be_there(tmp_path: Path) -> None:

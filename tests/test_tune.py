@@ -1,5 +1,6 @@
 """Baselines tuned to an agent: what is chosen, what it stands for, and that a run keeps it."""
 
+import ast
 import importlib.util
 import json
 from dataclasses import asdict
@@ -174,6 +175,27 @@ def test_the_embedded_world_is_tuned_on_dev_prompts_that_test_does_not_share(
     assert len(counts) == 7 and max(counts.values()) - min(counts.values()) <= 1  # categories still take turns
     cfg.benchmark.limit = 4
     evaluate.tuned_specs(cfg, AUTO, evaluation, agent, "success")  # another limit keeps the tuning
+
+
+def test_lists_of_any_length_are_evaluated_and_tuned_on_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("drawbench/drawbench.txt", "a cat\n"), ("coco/coco_8k_captions.txt", "a cat\na cow\n")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(text)
+    evaluate = script()
+    monkeypatch.setattr(evaluate, "resolve", lambda specs, path, stamp, make: stamp)
+    evaluation: Any = SimpleNamespace(folder=tmp_path, env=SimpleNamespace(config={}), metrics=[])
+    agent: Any = SimpleNamespace(fingerprint="a")
+    cfg = OmegaConf.load(ROOT / "configs" / "evaluate.yaml")
+    cfg.merge_with_dotlist([f"benchmark.root={tmp_path}", "benchmark.name=drawbench", "tune.benchmark=coco-8k"])
+    with pytest.raises(ValueError, match="has 1 prompts, .*of evaluate.py benchmark.any_length=true"):
+        evaluate.tuned_specs(cfg, AUTO, evaluation, agent, "success")
+    cfg.benchmark.any_length = True
+    assert evaluate.tuned_specs(cfg, AUTO, evaluation, agent, "success")["items"] == 1  # not the cat
+    calls = [node for node in ast.walk(ast.parse((ROOT / "evaluate.py").read_text())) if isinstance(node, ast.Call)]
+    loads = [call for call in calls if ast.unparse(call.func) == "load_benchmark"]
+    assert len(loads) > 1 and all("any_length" in {word.arg for word in call.keywords} for call in loads)
 
 
 def test_only_prompts_of_its_own_are_left_to_tune_on(tmp_path: Path) -> None:

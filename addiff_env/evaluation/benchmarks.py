@@ -87,7 +87,7 @@ def load_benchmark(
 
     Raises:
         ValueError: unknown name, a limit or number of images below 1, a list of another length than published,
-            a damaged line, the same (prompt, seed) twice.
+            a damaged line, a seed that is no whole number of at least 0, the same (prompt, seed) twice.
         FileNotFoundError: no such file, or the public list is not in the folder; says where it comes from.
     """
     for word, number in (("limit", limit), ("images_per_prompt", images_per_prompt)):
@@ -159,7 +159,7 @@ def _checked(entries: list[Entry], source: Source, path: Path, any_length: bool)
     if len(entries) != source.number and not any_length:
         raise ValueError(
             f"{path} has {len(entries)} prompts, the published list has {source.number}: a cut download or another "
-            f"version; from {source.home} (any_length=True accepts it)"
+            f"version; from {source.home} (any_length=True accepts it, of evaluate.py benchmark.any_length=true)"
         )
     return entries
 
@@ -336,13 +336,17 @@ def _entry(values: dict[str, Any], index: int, place: str, default_category: str
     prompt, seed = values.get("prompt"), values.get("seed")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"{place}: expected a prompt, got {prompt!r}")
-    try:
-        seed = None if seed in (None, "") else int(seed)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{place}: expected a whole number as seed, got {seed!r}") from error
+    seed = None if seed in (None, "") else _stated_seed(seed, place)
     category = values.get("category") or values.get("tag") or default_category
     rest = {key: value for key, value in values.items() if key not in ("prompt", "seed", "category")}
     return Entry(prompt.strip(), str(category), str(index), seed, metadata=rest)
+
+
+def _stated_seed(seed: Any, place: str) -> int:
+    """An integer or its digits: rounding anything else would give two entries the noise of one."""
+    if not str(seed).strip().isdecimal():
+        raise ValueError(f"{place}: expected a whole number as seed, got {seed!r}; it must be 0 or more")
+    return int(seed)
 
 
 def read_geneval(path: Path) -> list[Entry]:

@@ -3,12 +3,14 @@
     python -m addiff_env.evaluation.fetch geneval data
     ADDIFF_DATA=data python evaluate.py benchmark.name=geneval ...
 
-A list is put in place only when it is whole: as many prompts as were published, of every category.
+A list is put in place only when it is whole: as many prompts as were published, of every category, and every line of
+T2I-CompBench's lists of relations a prompt of its.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import os
 import shutil
 import tempfile
@@ -18,11 +20,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from addiff_env.evaluation.benchmarks import SOURCES, T2I_CATEGORIES, Source
+from addiff_env.evaluation.benchmarks import SOURCES, T2I_CATEGORIES, Source, read_text
 
 TIMEOUT = 30.0  # seconds without any answer
 _RAW = "https://raw.githubusercontent.com"
-_T2I = [f"{name}_val.txt" for name in T2I_CATEGORIES] + ["complex_val_spatial.txt", "complex_val_action.txt"]
+_RELATIONS = ("complex_val_spatial.txt", "complex_val_action.txt")  # prompts of complex_val.txt, by what they ask for
+_T2I = (*(f"{name}_val.txt" for name in T2I_CATEGORIES), *_RELATIONS)
 FILES: dict[str, dict[str, str]] = {  # where each file of a list lies below the data folder, and where it comes from
     "coco-30k": {"coco/captions_val2014.json": SOURCES["coco-30k"].home},  # an archive of 241 MB, of which one is kept
     "coco-8k": {"coco/coco_8k_captions.txt": f"{_RAW}/openai/dalle3-eval-samples/main/prompts/8k_coco.txt"},
@@ -66,12 +69,19 @@ def _download(url: str, path: Path, target: Path, timeout: float) -> None:
     archive = url.endswith(".zip")
     received = path.with_name("archive.zip") if archive else path
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as answer, received.open("wb") as file:  # noqa: S310 (ours)
-            shutil.copyfileobj(answer, file)
+        _receive(url, received, timeout)
         if archive:
             _unpack(received, path)
-    except (OSError, EOFError, zipfile.BadZipFile) as error:  # URLError and timeouts are OSErrors
+    # URLError and timeouts are OSErrors
+    except (OSError, EOFError, http.client.HTTPException, zipfile.BadZipFile) as error:
         raise FetchError(f"cannot fetch {url}: {error}; put it by hand to {target}") from error
+
+
+def _receive(url: str, path: Path, timeout: float) -> None:
+    with urllib.request.urlopen(url, timeout=timeout) as answer, path.open("wb") as file:  # noqa: S310 (ours)
+        shutil.copyfileobj(answer, file)
+        if answer.length:  # what is left of Content-Length, where it was given: copying just ends there
+            raise EOFError(f"the connection ended {answer.length} bytes too early")
 
 
 def _unpack(archive: Path, path: Path) -> None:
@@ -87,8 +97,9 @@ def _unpack(archive: Path, path: Path) -> None:
 
 def _check(source: Source, folder: Path) -> None:
     """Refuse a list of another length than published, or with categories of unequal length where all have the same."""
+    place = folder / source.paths[0]
     try:
-        entries = source.read(folder / source.paths[0])
+        entries = source.read(place)
     except (ValueError, KeyError) as error:
         raise FetchError(
             f"not the published list: {str(error).replace(str(folder), '')}; from {source.home}"
@@ -98,6 +109,17 @@ def _check(source: Source, folder: Path) -> None:
     if len(entries) != source.number or uneven:
         shown = f" ({dict(counts)})" if len(counts) <= len(T2I_CATEGORIES) else ""
         raise FetchError(f"{len(entries)} prompts{shown}, the published list has {source.number}; from {source.home}")
+    if source is SOURCES["t2i-compbench"]:
+        _check_relations({entry.prompt for entry in entries if entry.category == "complex"}, place)
+
+
+def _check_relations(prompts: set[str], folder: Path) -> None:
+    """Refuse a list of relations with a line that is no complex prompt: cut within a line, or another version's."""
+    for name in _RELATIONS:
+        strangers = [entry.prompt for entry in read_text(folder / name) if entry.prompt not in prompts]
+        if strangers:
+            home = SOURCES["t2i-compbench"].home
+            raise FetchError(f"{name} has {len(strangers)} lines of no prompt, e.g. {strangers[0]!r}; from {home}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

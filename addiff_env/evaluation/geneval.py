@@ -2,8 +2,9 @@
 
 The scoring rules are those of the benchmark's own script, as pure functions over detections. Detection and colour
 classification are passed in; adapters for models of the `transformers` library stand at the end and are loaded when
-first used. Results with another detector than the script's (Mask2Former, Swin-S, COCO instances) are not comparable
-with published ones: rows and tables should name it.
+first used. Results do not compare with published ones: the default detector is the script's architecture (Mask2Former,
+Swin-S, COCO instances) with other weights and another input size, others are further away. Rows and tables should name
+the detector.
 """
 
 from __future__ import annotations
@@ -258,8 +259,10 @@ class Detector(Protocol):
 class InstanceDetector:
     """A Mask2Former of the `transformers` library with COCO instance classes: boxes and masks.
 
-    The default is the script's detector in its transformers port. As in the script a box encloses its mask, with right
-    and bottom one pixel behind it.
+    The default has the architecture of the script's detector, but other weights than its checkpoint (of mmdet) and
+    another input size, so that its numbers do not compare with published ones. As in the script there are as many
+    detections as queries, masks are cut out at the picture's size, a score is that of the class times the mask's mean
+    probability, and a box encloses its mask, with right and bottom one pixel behind it.
 
     Args:
         model: hub id or folder.
@@ -292,16 +295,26 @@ class InstanceDetector:
         inputs = self.processor(images=picture.convert("RGB"), return_tensors="pt").to(self.device)
         with torch.inference_mode():
             outputs = self.model(**inputs)
-        size = (picture.height, picture.width)
-        (result,) = self.processor.post_process_instance_segmentation(
-            outputs, threshold=0.0, target_sizes=[size], return_binary_maps=True
-        )
-        if not result["segments_info"]:
-            return []
-        masks = np.asarray(result["segmentation"].cpu()).reshape(-1, *size) > 0.5  # (N, H, W)
-        segments = zip(result["segments_info"], masks, strict=True)
-        found = [_from_mask(self.labels.get(info["label_id"]), info["score"], mask) for info, mask in segments]
+            chances = outputs.class_queries_logits[0].softmax(-1)[:, :-1]  # (queries, classes); the last one is "none"
+            best = chances.flatten().topk(len(chances))
+            found = []
+            for chance, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                query, label = divmod(place, chances.shape[1])
+                logits = _enlarge(outputs.masks_queries_logits[0, query], (picture.height, picture.width))
+                mask = logits > 0
+                certainty = logits[mask].sigmoid().mean().item()
+                found.append(_from_mask(self.labels.get(label), chance * certainty, mask.cpu().numpy()))
         return sorted((f for f in found if f is not None), key=lambda f: -f.score)
+
+
+def _enlarge(logits: Any, size: tuple[int, int]) -> Any:
+    """A mask's logits (h, w) at a size (H, W).
+
+    The processor's own `post_process_instance_segmentation` cuts masks out at 384x384, whatever the picture's size.
+    """
+    import torch
+
+    return torch.nn.functional.interpolate(logits[None, None], size, mode="bilinear", align_corners=False)[0, 0]
 
 
 def _from_mask(label: str | None, score: float, mask: np.ndarray) -> Detection | None:
@@ -483,7 +496,7 @@ class GenEval:
 def open_geneval(rest: str, device: str) -> GenEval:
     """The metric with its models: ``[<detector>][,colors=<CLIP>]``, hub ids or folders.
 
-    A detector without masks (DETR) is told from one with masks (Mask2Former, the script's) by its configuration.
+    A detector without masks (DETR) is told from one with masks (Mask2Former, as the script's) by its configuration.
 
     Raises:
         FileNotFoundError: a model is not there. ValueError: an unknown option, or a detector without COCO's classes.

@@ -3,7 +3,8 @@
 Every pair is asked in both orders and a preference counts only where both orders agree, so a judge that prefers
 whatever comes first decides nothing (Zheng et al. 2023, section 3.4). Answers are kept on disk with what they cost, the
 unusable ones too, so that nothing is paid for twice and the ceiling holds over interrupted runs together. Before the
-first call the cost is estimated, and a run that would cost more than its ceiling is refused.
+first call the cost is estimated, and a run that would cost more than its ceiling is refused. What models bill for a
+picture differs several times over, so from the first answer on the estimate is of what answers really cost.
 
 `addiff_env.evaluation.judging` is the command that judges a finished run.
 
@@ -18,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +50,9 @@ _SCHEMA = {
     },
 }
 _KEPT = 2000  # characters of what a judge said
+_DEARER = 1.1  # times the estimate: more than what prompts differ by
+_SHOWN = 200  # characters of what is no completion
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds before asking again, doubling, as the client's own
 _PROTOCOL = hashlib.sha256(json.dumps([_QUESTION, _SCHEMA]).encode()).hexdigest()[:12]  # a new wording asks anew
 
 
@@ -69,20 +74,22 @@ class JudgeSettings:
     base_url: str | None = None  # None: the client's own default
     key_variable: str = "ADDIFF_JUDGE_API_KEY"  # environment variable that holds the key
     max_usd: float = 10.0  # ceiling of all calls that the cache knows of, those of earlier runs included
-    image_tokens: int = 1500  # assumed per picture when estimating
+    image_tokens: int = 1500  # assumed per picture until an answer tells what was billed
     answer_tokens: int = 300  # most tokens of an answer
     temperature: float | None = 0.0  # None: not sent, as models that think before they answer allow their own only
-    retries: int = 6  # after 408, 409, 429, 5xx, a lost connection or a timeout, with exponential back-off
+    # After 408, 409, 429, 5xx, a lost connection, a timeout or what is no completion, with exponential back-off.
+    retries: int = 6
     malformed_retries: int = 2  # after an answer that is not what was asked for
     timeout: float = 120.0  # seconds per call
 
     @classmethod
     def from_environment(cls, name: str = "", **overrides: Any) -> JudgeSettings:
-        """Read ``ADDIFF_JUDGE_{MODEL,USD_IN,USD_OUT,BASE_URL,MAX_USD,ANSWER_TOKENS,TEMPERATURE}``.
+        """Read ``ADDIFF_JUDGE_{MODEL,USD_IN,USD_OUT,BASE_URL,MAX_USD,ANSWER_TOKENS,IMAGE_TOKENS,TEMPERATURE}``.
 
         With a name they are ``ADDIFF_JUDGE_<NAME>_...``. ``USD_IN`` and ``USD_OUT`` are dollars per million tokens; a
         model that thinks before it answers needs more ``ANSWER_TOKENS`` than the default, and mostly ``TEMPERATURE``
-        none. The key stays in ``..._API_KEY``.
+        none. ``IMAGE_TOKENS`` are what the model bills for a picture, for the first estimate (gpt-4o-mini: 8500). The
+        key stays in ``..._API_KEY``.
 
         Raises:
             ValueError: a variable that is missing or no number, by name.
@@ -101,8 +108,9 @@ class JudgeSettings:
         }
         if os.environ.get(f"{prefix}MAX_USD"):
             values["max_usd"] = _number(f"{prefix}MAX_USD")
-        if os.environ.get(f"{prefix}ANSWER_TOKENS"):
-            values["answer_tokens"] = int(_number(f"{prefix}ANSWER_TOKENS"))
+        for part in ("ANSWER_TOKENS", "IMAGE_TOKENS"):
+            if os.environ.get(f"{prefix}{part}"):
+                values[part.lower()] = int(_number(f"{prefix}{part}"))
         if told := os.environ.get(f"{prefix}TEMPERATURE"):
             values["temperature"] = None if told.lower() == "none" else _number(f"{prefix}TEMPERATURE")
         return cls(**{**values, **overrides})
@@ -177,6 +185,10 @@ class Judge:
         self.answers: dict[str, str] = {row["key"]: row["winner"] for row in kept if row["winner"]}
         self.unusable = Counter() if again else Counter(row["key"] for row in kept if not row["winner"])
         self.spent_usd = sum(row.get("usd", 0.0) for row in kept if row.get("endpoint") == self.endpoint)
+        self._billed: tuple[int, int] | None = None  # tokens of a picture and of an answer, the most so far
+        for row in kept:
+            if row.get("endpoint") == self.endpoint:
+                self._learn(row)
         self._client: Any = None
 
     def __enter__(self) -> Judge:
@@ -192,7 +204,7 @@ class Judge:
             self._client = None
 
     def estimate_usd(self, pairs: Iterable[Pair]) -> float:
-        """What asking the pairs costs at most without repeats, cached answers being free."""
+        """About what asking the pairs costs without repeats, cached answers being free."""
         return sum(self._price_estimate(question) for question in self._pending(pairs))
 
     def compare(self, pairs: Sequence[Pair], watch: Callable[[list[Any]], Iterable[Any]] = iter) -> list[Preference]:
@@ -203,20 +215,25 @@ class Judge:
             watch: wraps the list of questions as they are asked, e.g. a progress bar.
 
         Raises:
-            CostCeilingError: the estimate exceeds the ceiling (before any call), or what was spent reaches it.
-            JudgeError: the endpoint refuses or stays unreachable, with its words but without the key.
+            CostCeilingError: the estimate exceeds the ceiling (before any call, and before the next one where an answer
+                cost more than estimated), or what was spent reaches it.
+            JudgeError: the endpoint refuses, stays unreachable or sends no completions, with its words but without the
+                key.
             FileNotFoundError: a picture that is not there.
         """
         pending = self._pending(pairs)
-        estimate = sum(self._price_estimate(question) for question in pending)
-        if pending and self.spent_usd + estimate > self.settings.max_usd:
+        self._refuse_dear(pending)
+        for number, question in enumerate(watch(pending)):
+            self._ask_and_keep(question, pending[number:])
+        return [self._preference(pair) for pair in pairs]
+
+    def _refuse_dear(self, questions: Sequence[_Question]) -> None:
+        estimate = sum(self._price_estimate(question) for question in questions)
+        if questions and self.spent_usd + estimate > self.settings.max_usd:
             raise CostCeilingError(
-                f"{len(pending)} questions to {self.settings.model} cost about ${estimate:.2f}, "
+                f"{len(questions)} questions to {self.settings.model} cost about ${estimate:.2f}, "
                 f"${self.spent_usd:.2f} is spent, the ceiling is ${self.settings.max_usd:.2f}"
             )
-        for question in watch(pending):
-            self._ask_and_keep(question)
-        return [self._preference(pair) for pair in pairs]
 
     def _pending(self, pairs: Iterable[Pair]) -> list[_Question]:
         asked = {q.key: q for pair in pairs for q in self._questions(pair)}
@@ -246,28 +263,52 @@ class Judge:
 
     # ----------------------------------------------------------------- one question
 
-    def _ask_and_keep(self, question: _Question) -> None:
-        """Ask until the answer is well-formed; one that never is stays unanswered, by a rerun as well."""
-        while self._is_open(question):
-            if self.spent_usd + self._price_estimate(question) > self.settings.max_usd:
-                raise CostCeilingError(f"${self.spent_usd:.2f} of ${self.settings.max_usd:.2f} are spent")
-            text, usd = self._call(question)
-            winner, reason = parse_answer(text) or (None, text or "")
-            record = {"key": question.key, "model": self.settings.model, "endpoint": self.endpoint, "usd": usd}
-            said = {"prompt": question.prompt, "winner": winner, "reason": self._without_key(reason)[:_KEPT]}
-            append_objects(self.cache, [{**record, **said}])
-            self.spent_usd += usd
-            if winner is None:
-                self.unusable[question.key] += 1
-            else:
-                self.answers[question.key] = winner
+    def _ask_and_keep(self, question: _Question, pending: Sequence[_Question]) -> None:
+        """Ask until the answer is well-formed; one that never is stays unanswered, by a rerun as well.
 
-    def _call(self, question: _Question) -> tuple[str | None, float]:
-        """What the judge says and what that cost."""
+        Where its answer tells that the ``pending`` questions, it among them, cost more than estimated, what is left of
+        them has to be within the ceiling still.
+        """
+        while self._is_open(question):
+            estimate = self._price_estimate(question)
+            if self.spent_usd + estimate > self.settings.max_usd:
+                raise CostCeilingError(f"${self.spent_usd:.2f} of ${self.settings.max_usd:.2f} are spent")
+            self._ask_once(question)
+            if self._price_estimate(question) > _DEARER * estimate:
+                self._refuse_dear([other for other in pending if self._is_open(other)])
+
+    def _ask_once(self, question: _Question) -> None:
+        completion = self._call(question)
+        text, tokens = _content(completion), _tokens(completion)
+        usd = self._dollars(*tokens) if tokens else self._price_estimate(question)
+        winner, reason = parse_answer(text) or (None, text or "")
+        record = {"key": question.key, "model": self.settings.model, "endpoint": self.endpoint, "usd": usd}
+        said = {"prompt": question.prompt, "winner": winner, "reason": self._without_key(reason)[:_KEPT]}
+        row = {**record, "tokens": tokens, **said}
+        append_objects(self.cache, [row])
+        self.spent_usd += usd
+        self._learn(row)
+        if winner is None:
+            self.unusable[question.key] += 1
+        else:
+            self.answers[question.key] = winner
+
+    def _call(self, question: _Question) -> dict[str, Any]:
+        """The endpoint's completion; whatever else it sends is waited out."""
+        for attempt in range(self.settings.retries + 1):
+            if attempt:
+                time.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT))
+            sent = self._post(question)
+            if completion := _completion(sent):
+                return completion
+        raise JudgeError(self._no_completion(sent))
+
+    def _post(self, question: _Question) -> str:
+        """The body of the endpoint's answer, unparsed: the client makes of it whatever was expected."""
         import openai
 
         try:
-            response = self._connected().chat.completions.create(
+            response = self._connected().chat.completions.with_raw_response.create(
                 model=self.settings.model,
                 messages=_messages(question),
                 response_format={"type": "json_schema", "json_schema": _SCHEMA},
@@ -277,8 +318,16 @@ class Judge:
         except openai.OpenAIError as error:
             # Not chained: the original holds the request and with it the key.
             raise JudgeError(self._without_key(f"{self.settings.model}: {type(error).__name__}: {error}")) from None
-        usd = self._price(response.usage, question)
-        return (response.choices[0].message.content if response.choices else None), usd
+        return str(response.http_response.text)
+
+    def _no_completion(self, sent: str) -> str:
+        """What to say of it: its error, or how it begins. The key goes before anything is cut, lest a part stays."""
+        body = _parsed(sent)
+        said = sent if body is None else str((isinstance(body, dict) and body.get("error")) or body)
+        shown = " ".join(self._without_key(said).split())[:_SHOWN]
+        hint = "" if isinstance(body, dict) else " (is that the base URL of its API, mostly one that ends in /v1?)"
+        place = self._without_key(self.settings.base_url or "the default base URL")
+        return f"{self.settings.model}: no completion from {place}{hint}: {shown}"
 
     def _connected(self) -> Any:
         if self._client is None:
@@ -292,21 +341,26 @@ class Judge:
     # ----------------------------------------------------------------- money
 
     def _price_estimate(self, question: _Question) -> float:
-        words = len(_QUESTION) + len(question.prompt) + len(json.dumps(_SCHEMA))
-        tokens = 2 * self.settings.image_tokens + math.ceil(
-            words / 3
-        )  # about four characters a token; three, to be safe
-        return self._dollars(tokens, self.settings.answer_tokens)
+        pictures, answer = self._billed or (self.settings.image_tokens, self.settings.answer_tokens)
+        return self._dollars(2 * pictures + _text_tokens(question.prompt), answer)
 
-    def _price(self, usage: Any, question: _Question) -> float:
-        """What a call cost; the estimate where the endpoint does not say."""
-        if usage is None:
-            return self._price_estimate(question)
-        return self._dollars(usage.prompt_tokens, usage.completion_tokens)
+    def _learn(self, row: Mapping[str, Any]) -> None:
+        """Estimate from now on with what this judge's kept answer was billed for."""
+        if not row.get("tokens"):
+            return
+        tokens_in, tokens_out = row["tokens"]
+        picture = math.ceil(max(tokens_in - _text_tokens(row["prompt"]), 0) / 2)
+        most = self._billed or (0, self.settings.answer_tokens)
+        self._billed = max(picture, most[0]), max(tokens_out, most[1])
 
     def _dollars(self, tokens_in: int, tokens_out: int) -> float:
         settings = self.settings
         return (tokens_in * settings.usd_per_million_input + tokens_out * settings.usd_per_million_output) / 1e6
+
+
+def _text_tokens(prompt: str) -> int:
+    characters = len(_QUESTION) + len(prompt) + len(json.dumps(_SCHEMA))
+    return math.ceil(characters / 3)  # about four characters a token; three, to be safe
 
 
 def _connect(settings: JudgeSettings) -> Any:
@@ -326,6 +380,38 @@ def _messages(question: _Question) -> list[dict[str, Any]]:
     for name, path in (("First picture:", question.first), ("Second picture:", question.second)):
         content += [{"type": "text", "text": name}, {"type": "image_url", "image_url": {"url": _data_url(path)}}]
     return [{"role": "user", "content": content}]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _completion(sent: str) -> dict[str, Any] | None:
+    """A completion from its JSON; None where it is none, e.g. a web page, or an error that came with status 200."""
+    body = _parsed(sent)
+    if not isinstance(body, dict) or body.get("error") or not isinstance(body.get("choices"), list):
+        return None
+    return body if body["choices"] else None
+
+
+def _content(completion: Mapping[str, Any]) -> str | None:
+    """What the judge says; None where a filter or the like left nothing."""
+    choice = completion["choices"][0]
+    message = choice.get("message") if isinstance(choice, dict) else None
+    content = message.get("content") if isinstance(message, dict) else None
+    return content if isinstance(content, str) else None
+
+
+def _tokens(completion: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Tokens in and out; None where they are not both told."""
+    usage = completion.get("usage")
+    told: dict[str, Any] = usage if isinstance(usage, dict) else {}
+    counts: list[Any] = [told.get("prompt_tokens"), told.get("completion_tokens")]
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+    return (counts[0], counts[1]) if whole else None
 
 
 def _data_url(path: Path) -> str:

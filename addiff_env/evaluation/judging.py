@@ -4,11 +4,12 @@
     python -m addiff_env.evaluation.judging runs/mine --judges gpt4o gemini --methods agent ddim-50 --max-usd 5
 
 A judge called ``gpt4o`` is set up by the environment variables ``ADDIFF_JUDGE_GPT4O_MODEL``, ``..._USD_IN`` and
-``..._USD_OUT`` (dollars per million tokens), ``..._API_KEY``, and if wanted ``..._BASE_URL``, ``..._MAX_USD`` and
-``..._ANSWER_TOKENS``. Every pair of methods is asked about on every picture, both ways round. What it costs at most is
-said first, and nothing is asked where that, with what earlier runs spent, exceeds the ceiling. Answers lie in
-``judge-answers.jsonl`` of the run folder, so that the same command goes on where it was stopped; the result is
-``judge.json``, which ``report.html`` shows.
+``..._USD_OUT`` (dollars per million tokens), ``..._API_KEY``, and if wanted ``..._BASE_URL``, ``..._MAX_USD``,
+``..._ANSWER_TOKENS``, ``..._IMAGE_TOKENS`` (what the model bills for a picture) and ``..._TEMPERATURE``. Every pair of
+methods is asked about on every picture, both ways round. What it costs, about, is said first, and nothing is asked
+where that, with what earlier runs spent, exceeds the ceiling; where the first answers turn out dearer, no further ones
+are asked for. Answers lie in ``judge-answers.jsonl`` of the run folder, so that the same command goes on where it was
+stopped; the result is ``judge.json``, which ``report.html`` shows.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def open_judges(names: Sequence[str], folder: Path, again: bool = False) -> dict
 
 
 def refuse_dear(judges: Mapping[str, Judge], pairs: Sequence[Pair], max_usd: float | None) -> float:
-    """What asking all judges costs at most without repeats; said before anything is asked.
+    """About what asking all judges costs without repeats; said before anything is asked.
 
     Raises:
         CostCeilingError: with what was spent before it exceeds ``max_usd``, or a judge's own ceiling.
@@ -114,7 +115,7 @@ def refuse_dear(judges: Mapping[str, Judge], pairs: Sequence[Pair], max_usd: flo
     for name, judge in judges.items():
         estimate = judge.estimate_usd(pairs)
         print(
-            f"{name} ({judge.settings.model}): {len(pairs)} pairs cost about ${estimate:.2f} at most, "
+            f"{name} ({judge.settings.model}): {len(pairs)} pairs cost about ${estimate:.2f}, "
             f"${judge.spent_usd:.2f} is spent"
         )
         total += estimate
@@ -263,7 +264,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser = argparse.ArgumentParser(
         description="Have vision-language models compare the pictures of a finished evaluation.",
         epilog="A judge NAME reads ADDIFF_JUDGE_NAME_{MODEL,USD_IN,USD_OUT,API_KEY} and, if set, _{BASE_URL,MAX_USD,"
-        "ANSWER_TOKENS} from the environment.",
+        "ANSWER_TOKENS,IMAGE_TOKENS,TEMPERATURE} from the environment.",
     )
     parser.add_argument("folder", type=Path, help="run folder of evaluate.py, e.g. runs/evaluate")
     parser.add_argument("--judges", nargs="+", required=True, metavar="NAME", help="names of judges, see below")
@@ -273,7 +274,7 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
         "--max-usd", type=float, metavar="USD", help="ceiling of all judges together, what earlier runs spent included"
     )
     parser.add_argument("--again", action="store_true", help="ask anew what never got a usable answer")
-    parser.add_argument("--estimate", action="store_true", help="say what it would cost at most, and ask nothing")
+    parser.add_argument("--estimate", action="store_true", help="say about what it would cost, and ask nothing")
     return parser, parser.parse_args(argv)
 
 

@@ -33,7 +33,7 @@ class Stamp:
     """Everything that the features of a set of pictures depend on."""
 
     id_list_sha256: str  # which pictures, see `benchmarks.id_list_hash` or `file_list_hash`
-    extractor: str  # network and layer, e.g. "inception-v3-compat/2048 of torch-fidelity 0.4.0"
+    extractor: str  # network, layer and local weights, e.g. "inception-v3-compat/2048 of torch-fidelity 0.4.0"
     size: int | None  # side in pixels after `prepare`; None: as the files are
     resizer: str  # of `prepare`, one of RESIZERS, or "none"; the network's own resizing belongs to the extractor
     codec: str  # of the files that were read, e.g. "png" or "jpeg"
@@ -152,9 +152,14 @@ def _refuse_empty(paths: Sequence[Path]) -> None:
 # --------------------------------------------------------------------------- FID and KID
 
 
-def inception_name() -> str:
-    """What a `Stamp` says of the features of `inception_features`."""
-    return f"{INCEPTION}/{INCEPTION_LAYER} of torch-fidelity {metadata.version('torch-fidelity')}"
+def inception_name(weights: Path | None = None) -> str:
+    """What a `Stamp` says of the features of `inception_features`, for a file of weights with its hash.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    name = f"{INCEPTION}/{INCEPTION_LAYER} of torch-fidelity {metadata.version('torch-fidelity')}"
+    return name if weights is None else f"{name}, weights {file_list_hash([weights])[:12]}"
 
 
 def inception_features(
@@ -183,13 +188,17 @@ def inception_features(
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     _refuse_empty(paths)
-    path = str(_checked_weights(weights))
+    path = str(inception_weights(weights))
     network = FeatureExtractorInceptionV3(INCEPTION, [INCEPTION_LAYER], feature_extractor_weights_path=path)
     return extract(network, paths, device, batch_size, size, resizer)
 
 
-def _checked_weights(weights: Path | None) -> Path:
-    """The network's file, fetched if None, once it is known to hold nothing but tensors: the library unpickles it."""
+def inception_weights(weights: Path | None) -> Path:
+    """The network's file, fetched if None, once it is known to hold nothing but tensors: the library unpickles it.
+
+    Raises:
+        OSError: there is none, or it cannot be fetched; pickle.UnpicklingError: it holds more than tensors.
+    """
     import torch
 
     if weights is not None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from addiff_env.baseline_cache import weights_fingerprint
+from addiff_env.encoders import load_clip
 from addiff_env.evaluation.set_metrics import (
     Stamp,
     clip_features,
@@ -19,6 +21,7 @@ from addiff_env.evaluation.set_metrics import (
     frechet_distance,
     inception_features,
     inception_name,
+    inception_weights,
     kernel_distance,
     reference_features,
 )
@@ -70,11 +73,12 @@ class References:
             return
         paths = pictures_in(Path(str(options.reference)))
         for kind in dict.fromkeys(_kind(name) for name in options.names):
-            stamp = self._stamp(kind, paths)
-            self.stamps[kind] = stamp
             path, extract = cache / f"references-{kind}.npz", self._extract(kind)
             try:
-                self.features[kind] = reference_features(path, stamp, partial(extract, paths))
+                network = self._network(kind)  # kept features do not need it, the methods' pictures will
+                self.stamps[kind] = self._stamp(kind, paths)
+                self.features[kind] = reference_features(path, self.stamps[kind], partial(extract, paths))
+                del network  # until here, so that it is loaded once
             except OSError as error:  # offline, not cached
                 raise FileNotFoundError(
                     f"{kind} features for {', '.join(options.names)}: {reason(error)}; get the network and pass "
@@ -84,14 +88,21 @@ class References:
     def _stamp(self, kind: str, paths: Sequence[Path]) -> Stamp:
         o, of_inception = self.options, kind == "inception"
         size = o.size if of_inception else None
-        extractor = inception_name() if of_inception else f"CLIP {o.clip}"
+        extractor = inception_name(self._inception) if of_inception else _clip_name(o.clip)
         return Stamp(file_list_hash(paths), extractor, size, o.resizer if size else "none", codec_of(paths))
 
+    @property
+    def _inception(self) -> Path | None:
+        return Path(self.options.inception) if self.options.inception else None
+
+    def _network(self, kind: str) -> Any:
+        """What features are made with, from its file or folder; raises OSError where it is missing."""
+        return load_clip(self.options.clip, self.device) if kind == "clip" else inception_weights(self._inception)
+
     def _extract(self, kind: str) -> Extract:
-        o = self.options
+        o, weights = self.options, self._inception
         if kind == "clip":
             return lambda paths: clip_features(paths, o.clip, self.device)
-        weights = Path(o.inception) if o.inception else None
         return lambda paths: inception_features(paths, weights, self.device, size=o.size, resizer=o.resizer)
 
     def measure(self, paths: Sequence[Path]) -> dict[str, float]:
@@ -109,6 +120,12 @@ class References:
 
 def _kind(name: str) -> str:
     return "clip" if name == "cmmd" else "inception"
+
+
+def _clip_name(model: str) -> str:
+    """What a `Stamp` says of the features of `clip_features`, for local weights with their fingerprint."""
+    weights = weights_fingerprint(model)
+    return f"CLIP {model}, weights {weights}" if weights else f"CLIP {model}"
 
 
 def pictures_in(folder: Path) -> list[Path]:

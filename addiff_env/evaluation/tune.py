@@ -163,7 +163,13 @@ def _refuse_unmeasured(items: Sequence[Item], metrics: Sequence[Metric], metric:
         raise ValueError(f"{metric!r} says nothing of {len(mute)} tuning prompts, e.g. {mute[0]!r}: name other ones")
 
 
-def tuning_items(name: str, limit: int | None, benchmark: Sequence[Item], root: str | Path | None = None) -> list[Item]:
+def tuning_items(
+    name: str,
+    limit: int | None,
+    benchmark: Sequence[Item],
+    root: str | Path | None = None,
+    any_length: bool = False,
+) -> list[Item]:
     """Items of the first ``limit`` entries of ``name`` that ``benchmark``, the evaluation's whole list, does not hold.
 
     Lists of short captions have some in common: those are left out before anything is counted, and the categories take
@@ -176,7 +182,7 @@ def tuning_items(name: str, limit: int | None, benchmark: Sequence[Item], root: 
         raise ValueError(f"tune.limit must be at least 1, got {limit}")
     taken = {item.prompt for item in benchmark}
     groups: dict[tuple[str, str], list[Item]] = {}  # the pictures of each entry of the list
-    for item in load_benchmark(name, root=root):
+    for item in load_benchmark(name, root=root, any_length=any_length):
         if item.prompt not in taken:
             groups.setdefault((item.id, item.prompt), []).append(item)
     if not groups:
