@@ -337,6 +337,17 @@ def test_h3_null_rows_are_supported_in_about_one_case_of_twenty(rng):
     assert UNDECIDED in outcomes
 
 
+def test_h3_a_partial_correlation_of_nothing_is_one():
+    """Balanced within every seed: it is 0, and asked about all the same."""
+    rows, complexity = [], {}
+    for k in range(80):
+        seed, level, nfe = k // 4 % 5, 1 + k % 2, 5 + k // 2 % 2
+        complexity[f"p{k}", seed] = float(level)
+        rows.append(ResultRow("agent", f"p{k}", seed, "c", "b", "s", "agent", "float32", "1", nfe=nfe))
+    *_, partial = h3_adaptivity(rows, ["agent"], complexity, QUICK).parts
+    assert partial.condition == "also among pictures of one seed" and partial.estimate == 0.0
+
+
 def test_h3_holds_the_seed_constant_where_seeds_repeat(rng):
     # Complexity follows the seed and so does NFE: nothing is left among pictures of one seed.
     rows, complexity = [], {}

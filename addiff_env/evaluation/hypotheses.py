@@ -471,7 +471,7 @@ def _partial_parts(rows: Sequence[ResultRow], complexity: Mapping[Place, float],
     seeds = np.array([seed for _, seed in places])
     prompts = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in places))}
     each = [partial_spearman(level, own, seeds) for own in nfe]
-    if len(np.unique(seeds)) > len(prompts) / 2 or not any(each):
+    if len(np.unique(seeds)) > len(prompts) / 2 or all(rho is None for rho in each):
         return [Part(NO_PARTIAL, NOT_APPLICABLE)]
     owner = np.array([prompts[prompt] for prompt, _ in places])
     rhos = np.array([rho or 0.0 for rho in each])  # a run that does the same for every picture adapts to none

@@ -88,8 +88,8 @@ class JudgeSettings:
 
         With a name they are ``ADDIFF_JUDGE_<NAME>_...``. ``USD_IN`` and ``USD_OUT`` are dollars per million tokens; a
         model that thinks before it answers needs more ``ANSWER_TOKENS`` than the default, and mostly ``TEMPERATURE``
-        none. ``IMAGE_TOKENS`` are what the model bills for a picture, for the first estimate (gpt-4o-mini: 8500). The
-        key stays in ``..._API_KEY``.
+        none. ``IMAGE_TOKENS`` are what the model bills for a picture, for the first estimate. The key stays in
+        ``..._API_KEY``.
 
         Raises:
             ValueError: a variable that is missing or no number, by name.
@@ -223,8 +223,8 @@ class Judge:
         """
         pending = self._pending(pairs)
         self._refuse_dear(pending)
-        for number, question in enumerate(watch(pending)):
-            self._ask_and_keep(question, pending[number:])
+        for question in watch(pending):
+            self._ask_and_keep(question, pending)
         return [self._preference(pair) for pair in pairs]
 
     def _refuse_dear(self, questions: Sequence[_Question]) -> None:
@@ -266,8 +266,8 @@ class Judge:
     def _ask_and_keep(self, question: _Question, pending: Sequence[_Question]) -> None:
         """Ask until the answer is well-formed; one that never is stays unanswered, by a rerun as well.
 
-        Where its answer tells that the ``pending`` questions, it among them, cost more than estimated, what is left of
-        them has to be within the ceiling still.
+        Where its answer tells that questions cost more than estimated, what is left of the ``pending`` ones, it among
+        them, has to be within the ceiling still.
         """
         while self._is_open(question):
             estimate = self._price_estimate(question)
