@@ -75,11 +75,12 @@ evaluate)
     number_of_tasks "${1:-}"
     export ADDIFF_SHARDS="$1"
     job="$(submit evaluate "${gpus[@]}" "--array=0-$(($1 - 1))" "--output=$ADDIFF_RUNS/logs/%x-%A_%a.out" -- "${@:2}")"
-    echo "$job"
-    if [[ "${ADDIFF_TEST_ONLY:-0}" != 1 ]]; then
-        # sbatch answers "<job>" or "<job>;<cluster>".
-        submit merge "${gpus[@]}" "--dependency=afterok:${job%%;*}" "--output=$ADDIFF_RUNS/logs/%x-%j.out" -- "${@:2}"
+    after=()
+    if [[ -n "$job" ]]; then # nothing to wait for when sbatch only checks
+        echo "$job"
+        after+=("--dependency=afterok:${job%%;*}") # sbatch answers "<job>" or "<job>;<cluster>"
     fi
+    submit merge "${gpus[@]}" "${after[@]}" "--output=$ADDIFF_RUNS/logs/%x-%j.out" -- "${@:2}"
     ;;
 ray)
     submit ray "${gpus[@]}" "--nodes=${ADDIFF_NODES:-1}" "--output=$ADDIFF_RUNS/logs/%x-%j.out" -- "$@"

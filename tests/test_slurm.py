@@ -195,6 +195,17 @@ def test_an_evaluation_is_sharded_and_merged(cluster, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(("kind", "templates"), [("train", 1), ("sweep", 1), ("evaluate", 2), ("ray", 1)])
+def test_jobs_can_be_checked_without_being_queued(cluster, kind, templates):
+    """Each template of them, the merge of an evaluation too, which then has no job to wait for."""
+    array = kind in ("sweep", "evaluate")
+    result, lines = cluster(kind, *["2"] * array, ADDIFF_TEST_ONLY="1")
+    submitted = calls(lines, "sbatch")
+    assert len(submitted) == templates and all("--test-only" in call.split() for call in submitted)
+    assert not any("--dependency" in call for call in submitted)
+    assert calls(lines, "python") == [] and result.stdout == ""
+
+
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_ray_is_brought_up_on_every_node_and_taken_down(cluster, tmp_path, nodes):
     _, lines = cluster("ray", "--num-env-runners", "4", ADDIFF_NODES=str(nodes), FAKE_NODES=str(nodes))
@@ -230,8 +241,3 @@ def test_wrong_commands_are_refused(cluster):
 def test_what_is_not_set_is_named(cluster, name):
     result, lines = cluster("train", check=False, **{name: None})
     assert result.returncode != 0 and f"set {name}" in result.stderr and lines == []
-
-
-def test_a_check_only_queues_nothing(cluster):
-    _, lines = cluster("evaluate", "2", ADDIFF_TEST_ONLY="1")
-    assert len(calls(lines, "sbatch")) == 1 and calls(lines, "python") == []

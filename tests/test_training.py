@@ -460,13 +460,29 @@ def test_numbers_are_checked_before_models_are_loaded(small_kwargs, tmp_path, ov
     assert not (tmp_path / "run").exists()
 
 
+def script_on(settings):
+    """The command that trains on the environment and prompts of ``settings``."""
+    command = [sys.executable, str(ROOT / "train_sb3.py"), *LITTLE, "threads=1"]
+    command += [f"+env.kwargs.{name}={value}" for name, value in settings.env.kwargs.items()]
+    return [*command, f"prompts.source={json.dumps(PROMPTS)}"]
+
+
+def test_a_sweep_trains_what_single_runs_would(small_kwargs, tmp_path):
+    """In a folder of its preset; nothing of a training is left for the next one in the same process."""
+    alike = ["algorithm.total_timesteps=30", "logging.formats=[csv]"]
+    command = [*script_on(configure(small_kwargs)), *alike, "seed=0,1", "hydra.sweep.subdir=${seed}", "-m"]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    for seed in (0, 1):
+        train(configure(small_kwargs, *alike, "threads=1", f"seed={seed}"), alone := tmp_path / f"alone-{seed}")
+        swept = tmp_path / "runs" / "sweep" / "tiny" / str(seed)
+        assert Agent.load(swept / "agent").fingerprint == Agent.load(alone / "agent").fingerprint
+
+
 @pytest.mark.slow
 def test_killed_with_signal_9_twenty_times(small_kwargs, tmp_path):
     """Real kills of the real script, at random moments of rollouts, updates and saves; the result is the same."""
     settings = configure(small_kwargs, *EVERYTHING)
-    command = [sys.executable, str(ROOT / "train_sb3.py"), *LITTLE, *EVERYTHING, "algorithm.total_timesteps=1500"]
-    command += [f"+env.kwargs.{name}={value}" for name, value in settings.env.kwargs.items()]
-    command += [f"prompts.source={json.dumps(PROMPTS)}", "threads=1"]
+    command = [*script_on(settings), *EVERYTHING, "algorithm.total_timesteps=1500"]
     options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.DEVNULL}
     whole, run = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([*command, f"hydra.run.dir={whole}"], check=True, **options)
