@@ -46,6 +46,11 @@ def test_a_survey_calibrates_and_describes(small_kwargs):
     assert seen.backbone == {"model": small_kwargs["model"], "revision": None, "dtype": "float32"}
     assert seen.reward["gamma"] == 1
     assert torch.equal(survey(context, steps=6, seed=0).norm.mean, seen.norm.mean)
+    weighed = survey(context, 6, 0, {"quality": 3.0}).norm.scale / seen.norm.scale
+    parts = dict(zip(seen.norm.parts, weighed.split(list(seen.norm.parts.values())), strict=True))
+    assert all(part.nanmean() == pytest.approx(3.0 if name == "quality" else 1.0) for name, part in parts.items())
+    with pytest.raises(ValueError, match="gains .* got {'colour': 2}"):
+        survey(context, steps=1, seed=0, gains={"colour": 2})
     with pytest.raises(ValueError, match="obs_mode 'flat'.*'dict'"):
         survey({**context, "kwargs": {**small_kwargs, "obs_mode": "dict"}}, steps=1, seed=0)
 
@@ -61,9 +66,11 @@ def test_batch_sizes():
 
 def test_every_setting_is_an_option():
     words = ["--learning-rate", "3e-4", "--hidden", "64", "--gpus-per-runner", "0.5", "--action-bias", "1", "-1", "0"]
+    words += ["--gains", '{"quality": 3}', "--gae-lambda", "0.9"]
     options = vars(build_parser().parse_args(["runs/x", *words, "--kwargs", '{"mask": "full"}']))
     settings = rllib.Settings(**{name: value for name, value in options.items() if hasattr(rllib.Settings(), name)})
     changed = {"learning_rate": 3e-4, "hidden": 64, "gpus_per_runner": 0.5, "action_bias": [1, -1, 0]}
+    changed |= {"gains": {"quality": 3}, "gae_lambda": 0.9}
     assert settings == replace(rllib.Settings(), env_kwargs={"mask": "full"}, **changed)
 
 
@@ -108,7 +115,10 @@ def test_a_folder_keeps_its_settings(tmp_path):
     claim(tmp_path, rllib.Settings())
     with pytest.raises(ValueError, match=r"\(env_kwargs: {} there, {'mask': 'full'} now; hidden: 128 there, 64 now\)"):
         claim(tmp_path, rllib.Settings(hidden=64, env_kwargs={"mask": "full"}))
-    assert json.loads((tmp_path / "settings.json").read_text())["hidden"] == 128
+    written = json.loads((tmp_path / "settings.json").read_text())
+    assert written.pop("hidden") == 128
+    (tmp_path / "settings.json").write_text(json.dumps(written))  # by a version without that setting
+    claim(tmp_path, rllib.Settings())
 
 
 # --------------------------------------------------------------------------- files

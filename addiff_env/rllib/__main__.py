@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     settings = 'environment settings as JSON, e.g. \'{"mask": "full"}\''
     parser.add_argument("--kwargs", dest="env_kwargs", type=json.loads, default={}, help=settings)
     for knob in fields(Settings)[2:]:
-        _add(parser, knob.name, knob.default, knob.metadata["help"])
+        _add(parser, knob.name, knob.default, knob.metadata["help"], knob.metadata["read"])
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--checkpoint-every", type=int, default=5, help="iterations")
     parser.add_argument("--address", default=None, help="a running Ray ('auto' or host:port); without one, a local Ray")
@@ -29,10 +29,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(parser: argparse.ArgumentParser, name: str, default: Any, text: str) -> None:
-    kind: dict[str, Any] = {"type": type(default)}
+def _add(
+    parser: argparse.ArgumentParser, name: str, default: Any, text: str, read: Callable[[str], Any] | None
+) -> None:
+    kind: dict[str, Any] = {"type": read or type(default)}
     if default is None:
-        kind = {"type": float}
+        kind = {"type": read or float}
     elif isinstance(default, tuple):
         kind = {"type": float, "nargs": len(default)}
     else:

@@ -55,11 +55,11 @@ class Survey:
     reward: dict[str, float]
 
 
-def survey(context: Mapping[str, Any], steps: int, seed: int) -> Survey:
+def survey(context: Mapping[str, Any], steps: int, seed: int, gains: Mapping[str, float] | None = None) -> Survey:
     """Play ``steps`` random steps on the lanes that ``context`` makes.
 
     Raises:
-        ValueError: observations other than flat NumPy arrays.
+        ValueError: observations other than flat NumPy arrays, or ``gains`` of parts that they do not have.
     """
     wrapped = make_lanes(context)
     lanes = wrapped.unwrapped
@@ -69,7 +69,12 @@ def survey(context: Mapping[str, Any], steps: int, seed: int) -> Survey:
         raise ValueError(f"RLlib needs obs_mode 'flat' and obs_backend 'numpy', got {layout}")
     norm = PartNorm(lanes.perception.parts)
     norm.calibrate(
-        lambda: wrapped.reset(seed=seed)[0], lambda actions: wrapped.step(actions)[0], steps, CALIBRATION_SHARES, seed
+        lambda: wrapped.reset(seed=seed)[0],
+        lambda actions: wrapped.step(actions)[0],
+        steps,
+        CALIBRATION_SHARES,
+        seed,
+        gains,
     )
     backbone = describe_backbone(lanes)
     wrapped.close()

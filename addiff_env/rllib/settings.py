@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from addiff_env.rllib import checkpoint
 FILE = "settings.json"
 
 
-def _knob(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _knob(default: Any, text: str, read: Callable[[str], Any] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "read": read})
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,14 @@ class Settings:
     minibatch_size: int = _knob(192, "decisions")
     num_epochs: int = _knob(8, "passes over an iteration's decisions")
     learning_rate: float = _knob(1e-3, "Adam's")
+    clip_param: float = _knob(0.2, "how far the new policy's ratio to the old may leave 1")
+    gae_lambda: float = _knob(0.95, "of the generalised advantage estimate")
     entropy_coeff: float = _knob(0.01, "weight of the entropy bonus")
     hidden: int = _knob(128, "width of both layers, of policy and value")
     action_bias: Sequence[float] = _knob((1.9, -0.3, -0.5), "initial logits of continue, stop, refine")
+    gains: Mapping[str, float] | None = _knob(
+        None, 'parts of the observation that weigh more or less, as JSON, e.g. {"clip_image": 0.1}', json.loads
+    )
     calibration_steps: int = _knob(24, "random steps per lane that fix the observation's normalisation")
     seed: int = _knob(0, "of weights, prompts, noise and exploration")
 
@@ -50,15 +55,19 @@ def claim(folder: Path, settings: Settings) -> None:
     Raises:
         ValueError: it has others; every differing value is named.
     """
-    path, ours = folder / FILE, json.loads(json.dumps(asdict(settings)))
+    path, ours = folder / FILE, _plain(settings)
     begun = path.is_file() and any(folder.glob(f"{checkpoint.NAME}*"))
-    theirs = json.loads(path.read_text()) if begun else ours
+    theirs = _plain(Settings()) | json.loads(path.read_text()) if begun else ours  # older runs lack newer settings
     names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if differing := [f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in names]:
         raise ValueError(f"{folder} holds a run with other settings ({'; '.join(differing)}); name another folder")
     partial = path.with_name(FILE + ".partial")
     partial.write_text(json.dumps(ours, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def _plain(settings: Settings) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))
 
 
 def share_gpus(settings: Settings, nodes: Sequence[Mapping[str, float]]) -> float:

@@ -68,12 +68,12 @@ def make_config(settings: Settings, gpus: float, seen: Survey) -> Any:
         .training(
             lr=settings.learning_rate,
             gamma=seen.reward["gamma"],
-            lambda_=0.95,
+            lambda_=settings.gae_lambda,
             train_batch_size_per_learner=settings.train_batch_size,
             minibatch_size=min(settings.minibatch_size, settings.train_batch_size),
             num_epochs=settings.num_epochs,
             entropy_coeff=settings.entropy_coeff,
-            clip_param=0.2,
+            clip_param=settings.clip_param,
             grad_clip=0.5,
         )
         .callbacks(on_episode_end=_log_nfe)
@@ -163,7 +163,7 @@ def train(settings: Settings, folder: Path, iterations: int, checkpoint_every: i
 def _look(settings: Settings, gpus: float) -> Survey:
     """`survey` where the runners will be: the main process may have no GPU, or should leave it to them."""
     context = {**_context(settings, gpus), "num_envs": settings.num_envs_per_runner}
-    arguments = (context, settings.calibration_steps, settings.seed)
+    arguments = (context, settings.calibration_steps, settings.seed, settings.gains)
     if not settings.num_env_runners:
         return survey(*arguments)
     ray = require_ray()
