@@ -24,9 +24,13 @@ Act = Callable[[Any, np.ndarray], np.ndarray]
 
 
 def record_trajectories(
-    env: DiffusionDenoiseVectorEnv, act: Act, prompts: Sequence[str], seeds: Sequence[int], shown: int | None = None
+    env: DiffusionDenoiseVectorEnv,
+    act: Act,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    shown: Sequence[int] | None = None,
 ) -> list[list[Frame]]:
-    """Run every lane once and keep a frame per decision, and the final picture, of the first ``shown`` (None: all).
+    """Run every lane once and keep a frame per decision, and the final picture, of those ``shown`` (None: all).
 
     A frame has ``picture`` uint8 (H, W, 3), ``action`` as carried out (None at the end), ``mask`` float (h, w) in
     [0, 1] or None, and ``nfe``, ``step`` and ``score`` (the reward model's) as they were when it was decided.
@@ -36,11 +40,11 @@ def record_trajectories(
         act: observation and action masks (B, 3) to actions (B,).
         prompts: one per lane.
         seeds: of the initial noise, one per lane.
-        shown: how many lanes to record.
+        shown: the lanes to record.
     """
     observation, info = env.reset(options={"prompt": list(prompts), "seed": list(seeds)})
-    lanes = range(min(env.num_envs if shown is None else shown, env.num_envs))
-    strips: list[list[Frame]] = [[] for _ in lanes]
+    lanes = range(env.num_envs) if shown is None else shown
+    strips: dict[int, list[Frame]] = {lane: [] for lane in lanes}
     running = ~env.done
     while running.any():
         watched = [lane for lane in lanes if running[lane]]

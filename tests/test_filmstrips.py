@@ -47,10 +47,13 @@ def test_trajectories_hold_what_was_seen_and_done(lanes, small_kwargs):
         assert np.abs(ours["picture"].astype(int) - theirs["picture"]).max() <= 1
 
 
-def test_only_the_first_lanes_are_recorded(lanes):
-    strips = record_trajectories(lanes, Scripted(LISTS), PROMPTS, [1, 2, 3], shown=1)
-    assert len(strips) == 1 and len(strips[0]) == 4 and lanes.done.all()
-    assert record_trajectories(lanes, Scripted(LISTS), PROMPTS, [1, 2, 3], shown=0) == []
+def test_only_the_lanes_that_are_shown_are_recorded(lanes):
+    whole = record_trajectories(lanes, Scripted(LISTS), PROMPTS, [1, 2, 3])
+    strips = record_trajectories(lanes, Scripted(LISTS), PROMPTS, [1, 2, 3], shown=[0, 2])
+    assert lanes.done.all() and [len(strip) for strip in strips] == [len(whole[0]), len(whole[2])]
+    for strip, lane in zip(strips, (0, 2), strict=True):
+        np.testing.assert_array_equal(strip[-1]["picture"], whole[lane][-1]["picture"])
+    assert record_trajectories(lanes, Scripted(LISTS), PROMPTS, [1, 2, 3], shown=[]) == []
 
 
 def frames_of(actions):

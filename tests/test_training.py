@@ -32,6 +32,7 @@ from addiff_env.baseline_cache import BaselineCache, compute_baselines
 from addiff_env.filmstrips import record_trajectories
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
 from addiff_env.prompts import load_prompts
+from addiff_env.sb3 import callbacks
 from addiff_env.sb3.callbacks import HELD_OUT_SEED
 from addiff_env.sb3.checkpoint import FILE, load_checkpoint, random_state, save_checkpoint, set_random_state
 from addiff_env.sb3.training import CONFIG_FILE, alone_in, train, weights_and_biases
@@ -221,6 +222,23 @@ def test_the_last_look_is_at_the_policy_that_is_saved(whole, small_kwargs):
     record_trajectories(lanes, agent.act, prompts, [HELD_OUT_SEED, HELD_OUT_SEED + 1])
     assert lanes.nfe.mean() == column(whole, "held_out/nfe_mean")[-1]
     assert lanes.reward_score.mean() == pytest.approx(column(whole, "held_out/reward_score")[-1], abs=1e-5)
+
+
+def test_the_filmstrips_are_of_prompts_from_all_over_the_list(small_kwargs, tmp_path, monkeypatch):
+    """The list begins with what needs one object only."""
+    seen, draw = [], callbacks.filmstrip_figure
+    monkeypatch.setattr(callbacks, "filmstrip_figure", lambda strips: (seen.append(strips), draw(strips))[1])
+    sizes = ["algorithm.total_timesteps=15", "prompts.held_out.number=5", "logging.filmstrips=2"]
+    cfg = configure(small_kwargs, *sizes)
+    train(cfg, tmp_path)
+    prompts = load_prompts(cfg.prompts.held_out.source)
+    ((first, _), (last, frames)) = seen[-1]
+    assert (first, last) == (prompts[0], prompts[-1])
+    lanes = make_lanes("AdDiffusion-Tiny-v0", 1, **small_kwargs)
+    agent = Agent.load(tmp_path / "agent")
+    (own,) = record_trajectories(lanes, agent.act, [last], [HELD_OUT_SEED + 4])  # the last of five lanes
+    assert [frame["action"] for frame in frames] == [frame["action"] for frame in own]
+    assert np.abs(frames[-1]["picture"].astype(int) - own[-1]["picture"]).max() <= 1
 
 
 def test_two_processes_do_not_train_in_one_folder(small_kwargs, tmp_path):

@@ -25,6 +25,7 @@ from addiff_env.filmstrips import filmstrip_figure, record_trajectories
 from addiff_env.reward import COMPONENTS, DualVariable, RunningScores, quality
 from addiff_env.sb3.episodes import COMPLEXITIES, complexity_group
 from addiff_env.sb3.vec_env import DenoiseVecEnv
+from addiff_env.stats import spread
 from addiff_env.types import ACTIONS
 
 HELD_OUT_SEED = 10_000  # initial noise of the first held-out episode; training draws its own
@@ -346,7 +347,7 @@ class HeldOut(Remembering):
         lanes: an environment of its own, one lane per prompt, that waits when a lane has ended.
         prompts: one per lane.
         every: rollouts between two looks.
-        filmstrips: trajectories shown as pictures in TensorBoard.
+        filmstrips: trajectories shown as pictures in TensorBoard, of prompts from all over the list.
         judge: pictures uint8 (B, H, W, 3) and prompts to further means, e.g. the share that a checker accepts.
     """
 
@@ -361,8 +362,8 @@ class HeldOut(Remembering):
         super().__init__()
         if len(prompts) != lanes.num_envs or every < 1:
             raise ValueError(f"{len(prompts)} held-out prompts for {lanes.num_envs} lanes, every {every} rollouts")
-        self.lanes, self.prompts, self.every, self.filmstrips = lanes, list(prompts), every, filmstrips
-        self.judge = judge
+        self.lanes, self.prompts, self.every, self.judge = lanes, list(prompts), every, judge
+        self.shown = spread(range(len(prompts)), filmstrips)
         self.summary: dict[str, float] = {}
         self._rollouts = 0
 
@@ -389,12 +390,13 @@ class HeldOut(Remembering):
         """Run every held-out prompt once and log what came out; returns the means."""
         agent = Agent(self.model.policy.export(), {"observation": {}})
         seeds = [HELD_OUT_SEED + k for k in range(self.lanes.num_envs)]
-        strips = record_trajectories(self.lanes, agent.act, self.prompts, seeds, self.filmstrips)
+        strips = record_trajectories(self.lanes, agent.act, self.prompts, seeds, self.shown)
         self.summary = self._means()
         for name, value in self.summary.items():
             self.logger.record(f"held_out/{name}", value)
         if strips:
-            figure = Figure(filmstrip_figure(list(zip(self.prompts, strips, strict=False))), close=True)
+            titles = [self.prompts[lane] for lane in self.shown]
+            figure = Figure(filmstrip_figure(list(zip(titles, strips, strict=True))), close=True)
             self.logger.record("held_out/filmstrips", figure, exclude=("stdout", "log", "json", "csv"))
         return self.summary
 
