@@ -10,7 +10,7 @@ demo: $(READY)  ## the shipped agent against fixed-step inference
 	$(BIN)/python evaluate.py
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 train: $(READY)  ## train an agent on the embedded world
 	$(BIN)/python train_sb3.py
