@@ -58,12 +58,13 @@ class Clock(Remembering):
 
     def __init__(self) -> None:
         super().__init__()
-        self._before, self._began = 0.0, time.monotonic()
+        self._before = 0.0
+        self._began: float | None = None  # it stands still before and after the training
 
     @property
     def seconds(self) -> float:
         """So far."""
-        return self._before + (time.monotonic() - self._began)
+        return self._before + (0.0 if self._began is None else time.monotonic() - self._began)
 
     def _on_training_start(self) -> None:
         self._began = time.monotonic()
@@ -72,7 +73,7 @@ class Clock(Remembering):
         return True
 
     def _on_training_end(self) -> None:
-        self._before, self._began = self.seconds, time.monotonic()
+        self._before, self._began = self.seconds, None
 
     def state_dict(self) -> dict[str, Any]:
         """The time so far."""
@@ -80,7 +81,7 @@ class Clock(Remembering):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        self._before, self._began = state["seconds"], time.monotonic()
+        self._before, self._began = state["seconds"], None
 
 
 class EpisodeLog(Remembering):
