@@ -76,7 +76,7 @@ evaluate)
     export ADDIFF_SHARDS="$1"
     job="$(submit evaluate "${gpus[@]}" "--array=0-$(($1 - 1))" "--output=$ADDIFF_RUNS/logs/%x-%A_%a.out" -- "${@:2}")"
     after=()
-    if [[ -n "$job" ]]; then # nothing to wait for when sbatch only checks
+    if [[ "${ADDIFF_TEST_ONLY:-0}" != 1 ]]; then # a check queues nothing to wait for
         echo "$job"
         after+=("--dependency=afterok:${job%%;*}") # sbatch answers "<job>" or "<job>;<cluster>"
     fi

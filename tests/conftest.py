@@ -15,7 +15,7 @@ settings.register_profile("addiff", deadline=None, derandomize=True, max_example
 settings.load_profile("addiff")
 
 
-# Files of few but long tests, begun first: otherwise one worker is left with them when the others have ended.
+# The files that take longest, begun first: otherwise one worker is left with them when the others have ended.
 FIRST = ("test_training.py", "test_scripts.py", "test_search.py")
 
 

@@ -32,12 +32,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _add(
     parser: argparse.ArgumentParser, name: str, default: Any, text: str, read: Callable[[str], Any] | None
 ) -> None:
-    kind: dict[str, Any] = {"type": read or type(default)}
-    if default is None:
-        kind = {"type": read or float}
-    elif isinstance(default, tuple):
+    kind: dict[str, Any] = {"type": read or (float if default is None else type(default))}
+    if isinstance(default, tuple):
         kind = {"type": float, "nargs": len(default)}
-    else:
+    elif default is not None:
         text += " (default: %(default)s)"
     parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
 
