@@ -13,12 +13,12 @@ Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
 
 
 def wilson_interval(successes: float, number: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927), 95% by default; counts may be effective ones.
+    """Wilson's score interval of a share (Wilson 1927), 95% by default; counts may be effective ones, also below 1.
 
     Raises:
         ValueError: no trials, or more successes than trials.
     """
-    if number < 1 or not 0 <= successes <= number:
+    if not number > 0 or not 0 <= successes <= number:
         raise ValueError(f"no share of {successes} in {number}")
     share, spread = successes / number, z * z / number
     centre = (share + spread / 2) / (1 + spread)
@@ -43,7 +43,8 @@ def effective_size(values: np.ndarray, owner: np.ndarray) -> float:
     Their number over the design effect (the clustered variance of the mean over p(1 - p)/n; Kish 1965), which is never
     taken to be below 1, and over the ratio of squared t quantiles that few clusters cost (Korn & Graubard 1998). Where
     every outcome is the same their variance says nothing of how alike a cluster's are, and where there is but one
-    cluster nothing does: they are taken to be copies then.
+    cluster nothing does: they are taken to be copies then. Of two or three clusters that disagree it may be less than
+    one outcome: they tell next to nothing.
 
     Args:
         values: outcomes (n,).
