@@ -1,4 +1,4 @@
-"""Files of prompts: every kind reads back what was written, alike for environment and benchmark, or says what is not."""
+"""Files of prompts: each kind reads back what was written, alike for environment and benchmark, or says why not."""
 
 import csv
 import io
@@ -102,10 +102,10 @@ def test_only_line_ends_end_lines(tmp_path):
 
 def test_a_tsv_may_quote_fields_as_a_whole(tmp_path):
     rows = (
-        'prompt\tn\n"G O" in chalk\t1\n"a ""big"" cat"\t2\n"two\nlines\tand a tab"\t3\n"A" and "B"\t4\n5" nails\t5\t\n'
+        'prompt\tn\n"GO" in chalk\t1\n"a ""big"" cat"\t2\n"two\nlines\tand a tab"\t3\n"A" and "B"\t4\n5" nails\t5\t\n'
     )
     path = write(tmp_path, "a.tsv", rows.replace("5\t\n", "5\n"))
-    assert both(path) == ['"G O" in chalk', 'a "big" cat', "two\nlines\tand a tab", '"A" and "B"', '5" nails']
+    assert both(path) == ['"GO" in chalk', 'a "big" cat', "two\nlines\tand a tab", '"A" and "B"', '5" nails']
     with pytest.raises(ValueError, match=r"a\.tsv:7: row 5 has not 2 columns"):
         load_prompts(write(tmp_path, "a.tsv", rows))
 
