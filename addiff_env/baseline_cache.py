@@ -180,13 +180,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a damaged line, with its number.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    lines = path.read_bytes().split(b"\n")[:-1]  # prompts may hold other separators, and the last one be cut anywhere
     return [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
 
 
-def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError as error:

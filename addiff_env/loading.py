@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -14,7 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import HFValidationError
 from transformers.utils import logging as transformers_logging
 
-PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package
+PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package, wherever one stands
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -71,33 +72,48 @@ def quiet_loading() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def resolve_model(model: str) -> str:
-    """Turn ``addiff_env:<path>`` into the folder inside the package; other ids and paths stay as they are.
+def resolve_model(model: str | os.PathLike[str]) -> str:
+    """Turn ``addiff_env:<path>`` into the path inside the package; other ids and paths stay as they are.
+
+    ``addiff_env:configs/...`` is the configuration, which lies beside the package in a checkout.
 
     Raises:
-        FileNotFoundError: the packaged folder does not exist.
+        FileNotFoundError: there is no such path in the package.
     """
-    if not model.startswith(PACKAGE_PREFIX):
-        return model
-    folder = Path(__file__).resolve().parent / model.removeprefix(PACKAGE_PREFIX)
-    if not folder.exists():
-        raise FileNotFoundError(f"packaged model {model!r} is missing ({folder}); retrain it with: make tiny")
-    return str(folder)
+    name = os.fspath(model)
+    if not name.startswith(PACKAGE_PREFIX):
+        return name
+    relative, package = Path(name.removeprefix(PACKAGE_PREFIX)), Path(__file__).resolve().parent
+    is_configuration = relative.parts[:1] == ("configs",) and not (package / "configs").exists()
+    found = (package.parent if is_configuration else package) / relative
+    if relative.is_absolute() or ".." in relative.parts or not found.exists():
+        hint = "; retrain it with: make tiny" if relative.parts[:2] == ("tiny", "weights") else ""
+        raise FileNotFoundError(f"packaged {name!r} is missing ({found}){hint}")
+    return str(found)
+
+
+def looked_at(path: str | os.PathLike[str]) -> str:
+    """A path or Hub id for a message, and where a relative path that leads nowhere would have led from here."""
+    name = os.fspath(path)
+    place = os.path.abspath(name)
+    found = name == place or name.startswith(PACKAGE_PREFIX) or os.path.exists(place)
+    return repr(name) if found else f"{name!r} (looked at {place})"
 
 
 @contextmanager
-def fetching(model: str, setting: str) -> Iterator[None]:
-    """Turn what a library says of a model that is not there into what to do about it.
+def fetching(model: str, setting: str) -> Iterator[str]:
+    """The folder of a model, or its Hub id; what a library says of one that is not there becomes what to do about it.
 
     Raises:
         FileNotFoundError: ``model`` is neither a local folder nor to be had from the Hub; names ``setting``.
         ValueError: it is a local folder, and damaged.
     """
+    folder = resolve_model(model)
     try:
-        yield
+        yield folder
     except (OSError, HFValidationError) as error:  # the latter: a path that is not there is no Hub id either
-        text = f"cannot load {model!r}: {reason(error)}"
-        if Path(model).is_dir():
+        text = f"cannot load {looked_at(model)}: {reason(error)}"
+        if Path(folder).is_dir():
             raise ValueError(text) from error
         raise FileNotFoundError(f"{text}; download it and pass {setting}") from error
 

@@ -28,6 +28,7 @@ from addiff_env.evaluation.geneval import BoxDetector, Detection
 from addiff_env.evaluation.metrics import as_tensor
 from addiff_env.evaluation.phrases import NounPhrase, counted_noun, is_quality, noun_phrases, without
 from addiff_env.loading import fetching, quiet_loading
+from addiff_env.prompts import load_prompts
 from addiff_env.scorers import Scorer, load_scorer
 
 T2I_METRICS = ("blip_vqa", "spatial", "spatial_3d", "numeracy", "non_spatial", "three_in_one", "t2i_compbench")
@@ -633,7 +634,7 @@ class _Unasked:
 
 def _read_lists(folder: Path) -> tuple[frozenset[str], frozenset[str]]:
     spatial, action = (
-        frozenset(line.split(".")[0].lower() for line in (folder / f"complex_val_{kind}.txt").read_text().splitlines())
+        frozenset(prompt.split(".")[0].lower() for prompt in load_prompts(folder / f"complex_val_{kind}.txt"))
         for kind in ("spatial", "action")
     )
     return spatial, action

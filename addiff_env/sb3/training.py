@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import uuid
 from collections.abc import Iterator, Sequence
@@ -260,7 +261,7 @@ def _mapping(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _prompts(source: Any) -> str | list[str]:
-    return source if isinstance(source, str) else list(source)
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else list(source)
 
 
 def build_env(cfg: DictConfig) -> DenoiseVecEnv:
