@@ -138,7 +138,7 @@ def _endings(env: DiffusionDenoiseVectorEnv, walk: Policy, look_at: int, items: 
         actions = walk.act(observation, info["action_mask"])
         seen = quality_slot(observation, "reward_score")
         looking = running & (steps_done(observation, env.config.num_inference_steps) >= look_at)
-        could_stop = info["action_mask"][:, Action.STOP] & (actions != Action.STOP)
+        could_stop = info["action_mask"][:, Action.STOP].astype(bool) & (actions != Action.STOP)
         _try_stops(env, walks, np.flatnonzero(looking & could_stop), seen)
         observation, reward, _, _, info = env.step(actions)
         for lane in np.flatnonzero(running).tolist():
@@ -169,7 +169,8 @@ class _Walk:
 
     def step(self, lane: int, reward: np.ndarray, info: dict[str, Any]) -> None:
         self.value += float(reward[lane])
-        self.actions.append(int(info["action_taken"][lane]))
+        if info["action_taken"][lane] >= 0:  # else it broke down in its warm-up
+            self.actions.append(int(info["action_taken"][lane]))
 
     def branch(self, lane: int, reward: np.ndarray, info: dict[str, Any]) -> _Walk:
         """This way with another last step; what is found there is kept here."""

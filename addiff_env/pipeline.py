@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from addiff_env.agent import Agent
+from addiff_env.agent import Agent, flat_observation
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.prompts import check_prompt
 from addiff_env.types import Generated
+from addiff_env.validation import as_list, check_seed
 
 
 def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDenoiseVectorEnv:
@@ -26,7 +28,8 @@ def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDe
     """
     name, kwargs = agent.environment
     modes: dict[str, Any] = {"num_envs": num_envs, "autoreset_mode": AutoresetMode.DISABLED}
-    envs = gym.make_vec(name, **modes, **kwargs | overrides).unwrapped
+    modes["max_episode_steps"] = None  # a limit of the training's: here every picture is finished
+    envs = gym.make_vec(name, **modes | kwargs | overrides).unwrapped
     assert isinstance(envs, DiffusionDenoiseVectorEnv)
     return envs
 
@@ -59,7 +62,8 @@ class AdaptivePipeline:
     model only, as a program of that rule alone would; its seconds are still those of looking at everything.
 
     Raises:
-        ValueError: lanes that restart by themselves, or an agent that sees other observations than ``env`` makes.
+        ValueError: lanes that restart by themselves or are cut short, or an agent that sees other observations than
+            ``env`` makes.
 
     >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env/tiny/weights/agent")  # doctest: +SKIP
     >>> pictures = pipeline(["a red circle", "two blue stars"], seeds=[0, 1])  # doctest: +SKIP
@@ -68,6 +72,8 @@ class AdaptivePipeline:
     def __init__(self, env: DiffusionDenoiseVectorEnv, agent: Any) -> None:
         if env.autoreset_mode != AutoresetMode.DISABLED:
             raise ValueError(f"the pipeline needs lanes that wait (autoreset DISABLED), got {env.autoreset_mode}")
+        if env.max_episode_steps is not None:
+            raise ValueError(f"the pipeline finishes every picture: no max_episode_steps, got {env.max_episode_steps}")
         if isinstance(agent, Agent):
             agent.require_layout(env.perception.parts)
         self.env, self.agent = env, agent
@@ -84,18 +90,26 @@ class AdaptivePipeline:
         agent = Agent.from_pretrained(folder)
         return cls(make_agent_env(agent, num_envs, **overrides), agent)
 
-    def __call__(self, prompts: str | Sequence[str], seeds: int | Sequence[int] | None = None) -> list[Generated]:
-        """Make one picture per prompt, in order; without ``seeds`` they are drawn at random.
+    def __call__(
+        self, prompts: str | Iterable[str], seeds: int | Iterable[int] | np.random.Generator | None = None
+    ) -> list[Generated]:
+        """Make one picture per prompt, in order.
+
+        Args:
+            prompts: one, or any number of them.
+            seeds: as many, each in [0, 2**63); None: drawn at random. A `numpy.random.Generator` draws them, too.
 
         Raises:
-            ValueError: different numbers of prompts and seeds; TypeError: a prompt that is no string.
+            ValueError: different numbers of prompts and seeds, or what is no seed; TypeError: a prompt that is no string.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [check_prompt(prompt) for prompt in _items(prompts)]
         if seeds is None:
-            seeds = [int(seed) for seed in np.random.default_rng().integers(2**31, size=len(texts))]
-        numbers = [seeds] if isinstance(seeds, int) else list(seeds)
+            seeds = np.random.default_rng()
+        if isinstance(seeds, np.random.Generator):
+            seeds = seeds.integers(2**31, size=len(texts))
+        numbers = [check_seed(seed) for seed in _items(seeds)]
         if len(texts) != len(numbers):
-            raise ValueError(f"{len(texts)} prompts but {len(numbers)} seeds")
+            raise ValueError(f"{len(texts)} prompts but {len(numbers)} seeds: each prompt needs its own")
         results = dict(pair for group in self.stream(texts, numbers) for pair in group)
         return [results[index] for index in range(len(texts))]
 
@@ -111,14 +125,14 @@ class AdaptivePipeline:
             began = time.perf_counter()
             active = sorted(running)
             actions = np.zeros(env.num_envs, np.int64)
-            actions[active] = self._decide(
-                observation[active], info["action_mask"][active], [running[lane] for lane in active]
-            )
+            seen = flat_observation(observation, env.perception.parts)[active]
+            actions[active] = self._decide(seen, info["action_mask"][active], [running[lane] for lane in active])
             observation, reward, terminated, _, info = env.step(actions)
             share = (time.perf_counter() - began) / len(active)
             for lane in active:
                 made = running[lane].made
-                made.actions.append(int(info["action_taken"][lane]))
+                if info["action_taken"][lane] >= 0:  # else there was nothing left to decide
+                    made.actions.append(int(info["action_taken"][lane]))
                 made.reward += float(reward[lane])
                 made.seconds += share
                 if not terminated[lane] and len(made.actions) % env.config.observe_every == 0:
@@ -151,12 +165,14 @@ class AdaptivePipeline:
         share = (time.perf_counter() - began) / len(lanes)
         for lane, (index, (prompt, seed)) in zip(lanes, taken, strict=True):
             made = Generated(prompt, seed, np.zeros(0, np.uint8), seconds=share)
-            running[lane] = _Episode(index, made, fresh=self.env.config.warmup_steps > 0 and not self.env.done[lane])
+            running[lane] = _Episode(index, made, fresh=self.env.config.warmup_steps > 0)
         return result
 
     def _finish(self, episode: _Episode, lane: int, info: dict[str, Any]) -> tuple[int, Generated]:
         made = episode.made
         made.picture = self.env.final_image(lane)
+        if info["fault"][lane]:
+            made.note = "the model's numbers stopped being finite: the picture is its last finite prediction"
         made.nfe, made.forward_passes = int(info["nfe"][lane]), int(info["forward_passes"][lane])
         made.net_flops = float(info["net_flops"][lane]) + len(made.actions) * self.agent.flops
         if self._selective:
@@ -181,3 +197,11 @@ class AdaptivePipeline:
         spared = self._spared
         text = spared["others' text" if episode.read else "text"]
         return (episode.unread + episode.fresh) * spared["look"] + episode.read * spared["rest"] + text
+
+
+def _items(values: Any) -> list[Any]:
+    """What an iterable or an array yields; a single thing stands for itself."""
+    found = as_list(values)
+    if found is None:
+        found = list(values) if isinstance(values, Iterator) else [values]
+    return found

@@ -213,7 +213,7 @@ class Replay(Batched):
         options = {"prompt": [item.prompt for item in items], "seed": [item.seed for item in items]}
         env.reset(options=options | {"reset_mask": mask})
         env.done[~mask] = True  # lanes without an item wait
-        for t in range(max(map(len, scripts))):
+        for t in range(max(1, *map(len, scripts))):  # one step even of lanes that broke down in their warm-up
             running = ~env.done
             if not running.any():
                 break

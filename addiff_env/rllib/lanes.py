@@ -29,7 +29,7 @@ class LeanInfo(VectorWrapper):
 
 
 def _lean(info: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in info.items() if not isinstance(value, dict) and name != "_reward"}
+    return {name: value for name, value in info.items() if not isinstance(value, dict) and name != "_reward_components"}
 
 
 def make_lanes(context: Mapping[str, Any]) -> gym.vector.VectorEnv:
