@@ -61,7 +61,7 @@ class AdaptivePipeline:
     Raises:
         ValueError: lanes that restart by themselves, or an agent that sees other observations than ``env`` makes.
 
-    >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env/tiny/weights/agent")  # doctest: +SKIP
+    >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env:tiny/weights/agent")  # doctest: +SKIP
     >>> pictures = pipeline(["a red circle", "two blue stars"], seeds=[0, 1])  # doctest: +SKIP
     """
 
