@@ -21,6 +21,7 @@ from torch import nn
 
 import addiff_env
 from addiff_env.config import EnvConfig
+from addiff_env.loading import looked_at, resolve_model
 from addiff_env.types import Action
 from addiff_env.validation import plain
 
@@ -237,17 +238,17 @@ class Agent:
 
     @classmethod
     def load(cls, folder: str | Path) -> Agent:
-        """Read a bundle.
+        """Read a bundle; ``folder`` may start with ``addiff_env:``, a folder of the package.
 
         Raises:
             FileNotFoundError: a file is missing; ValueError: unknown format version, damaged weights,
             weights that do not fit the description or are not those it was saved with, or a file beside them that
             could run code.
         """
-        folder = Path(folder)
+        named, folder = looked_at(folder), Path(resolve_model(folder))
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"no {name} in {str(folder)!r}; train an agent with: make train")
+                raise FileNotFoundError(f"no {name} in {named}; train an agent with: make train")
         _refuse_pickles(folder)
         config = _read_config(folder / CONFIG)
         described = config.pop("fingerprint", None)
@@ -280,7 +281,7 @@ class Agent:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None, token: str | None = None) -> Agent:
-        """Load a bundle from a folder or, by ``owner/name``, from the Hugging Face Hub.
+        """Load a bundle from a folder (as `load`) or, by ``owner/name``, from the Hugging Face Hub.
 
         Nothing but weights, description and card is downloaded, and nothing is unpickled.
 
@@ -297,7 +298,7 @@ class Agent:
             folder = snapshot_download(str(name), revision=revision, token=token, allow_patterns=files)
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
-                f"no agent {str(name)!r}, neither as a folder (train one with: make train) nor on the Hub: {error}"
+                f"no agent {looked_at(name)}, neither as a folder (train one with: make train) nor on the Hub: {error}"
             ) from error
         return cls.load(folder)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from addiff_env.backbones import denoise, initial_noise
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.loading import resolve_model
+from addiff_env.loading import looked_at, resolve_model
 from addiff_env.reward import RewardConfig, quality
 
 FORMAT_VERSION = 2
@@ -131,10 +131,10 @@ class BaselineCache:
             FileNotFoundError: no such file, with the command that makes it; ValueError: it is damaged, or stale: it was
             made for another configuration, and every differing value is named; or the solver is stochastic.
         """
-        path = Path(path)
+        path = Path(resolve_model(path))
         if not path.is_file():
             raise FileNotFoundError(
-                f"no baselines {str(path)!r}; make them with: python -m addiff_env.baseline_cache {path}"
+                f"no baselines {looked_at(path)}; make them with: python -m addiff_env.baseline_cache {path}"
             )
         lines = _read_lines(path)
         steps = _header(path, lines).get("steps")

@@ -93,11 +93,11 @@ def resolve_model(model: str | os.PathLike[str]) -> str:
 
 
 def looked_at(path: str | os.PathLike[str]) -> str:
-    """A path or Hub id for a message, and where a relative path that leads nowhere would have led from here."""
+    """A path or Hub id for a message; of a relative path, also where it leads from here."""
     name = os.fspath(path)
-    place = os.path.abspath(name)
-    found = name == place or name.startswith(PACKAGE_PREFIX) or os.path.exists(place)
-    return repr(name) if found else f"{name!r} (looked at {place})"
+    return (
+        repr(name) if os.path.isabs(name) or name.startswith(PACKAGE_PREFIX) else f"{name!r} ({os.path.abspath(name)})"
+    )
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Recorded trajectories as Minari datasets, for offline reinforcement learning (``pip install 'addiff-env[offline]'``).
 
     python -m addiff_env.offline addiff/tiny-random-v0 --episodes 200
-    python -m addiff_env.offline addiff/tiny-agent-v0 --episodes 200 --agent addiff_env/tiny/weights/agent
+    python -m addiff_env.offline addiff/tiny-agent-v0 --episodes 200 --agent addiff_env:tiny/weights/agent
 
 An episode holds observations (T + 1, width), actions (T,) as carried out, rewards (T,), and per step its prompt, seed,
 NFE and action mask in ``infos``. Read one back with ``minari.load_dataset`` or `read_episodes`; its

@@ -65,7 +65,7 @@ class AdaptivePipeline:
         ValueError: lanes that restart by themselves or are cut short, or an agent that sees other observations than
             ``env`` makes.
 
-    >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env/tiny/weights/agent")  # doctest: +SKIP
+    >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env:tiny/weights/agent")  # doctest: +SKIP
     >>> pictures = pipeline(["a red circle", "two blue stars"], seeds=[0, 1])  # doctest: +SKIP
     """
 

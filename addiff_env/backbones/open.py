@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from addiff_env.loading import quiet_loading, resolve_model
+from addiff_env.loading import looked_at, quiet_loading, resolve_model
 
 
 def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: str | None = None) -> Any:
@@ -27,9 +27,10 @@ def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: st
         with quiet_loading():
             pipeline = DiffusionPipeline.from_pretrained(folder, revision=revision, dtype=dtype, **options)
     except Exception as error:
-        where = f"folder {folder}" if Path(folder).exists() else f"model {model!r} (not a local folder, nor loadable)"
+        there = Path(folder).exists()
+        where = f"folder {folder}" if there else f"model {looked_at(model)}, neither a local folder nor loadable"
         hint = "retrain it with: make tiny" if folder != model else "download it, or pass model=<pipeline folder>"
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) or not Path(folder).exists() else ValueError
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) or not there else ValueError
         raise kind(f"cannot load a diffusers pipeline from {where}: {error}; {hint}") from error
     if lora is not None:
         _fuse_lora(pipeline, lora)
@@ -42,11 +43,12 @@ def _fuse_lora(pipeline: Any, lora: str) -> None:
         import peft  # noqa: F401
     except ImportError as error:
         raise ImportError(f"lora={lora!r} needs peft: pip install 'addiff-env[lora]'") from error
+    place = resolve_model(lora)
     try:
         with quiet_loading():
-            pipeline.load_lora_weights(lora, use_safetensors=True)
+            pipeline.load_lora_weights(place, use_safetensors=True)
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
     except Exception as error:
-        kind = ValueError if Path(lora).exists() else FileNotFoundError
-        raise kind(f"cannot load the LoRA {lora!r}: {error}; pass a Hub id or a .safetensors file") from error
+        kind = ValueError if Path(place).exists() else FileNotFoundError
+        raise kind(f"cannot load the LoRA {looked_at(lora)}: {error}; pass a Hub id or a .safetensors file") from error

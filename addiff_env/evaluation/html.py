@@ -71,6 +71,7 @@ from addiff_env.evaluation.summary import (
 )
 from addiff_env.evaluation.whole import SPREAD, Whole, read_whole
 from addiff_env.filmstrips import INK, overlay
+from addiff_env.loading import looked_at
 from addiff_env.types import ACTIONS, ResultRow
 
 SUBJECT = "agent"  # whose comparisons are shown, all its training runs together; decisions and failures: the first's
@@ -586,7 +587,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder
     if not (folder / "rows.jsonl").exists():
-        parser.error(f"no rows.jsonl in {folder}")
+        parser.error(f"no rows.jsonl in {looked_at(folder)}")
     verdicts = decide_again(folder) if options.decide else read_verdicts(folder)
     if options.decide:
         print("\n".join(map(describe, verdicts)))

@@ -25,7 +25,7 @@ from addiff_env.evaluation.set_metrics import (
     kernel_distance,
     reference_features,
 )
-from addiff_env.loading import reason
+from addiff_env.loading import looked_at, reason, resolve_model
 from addiff_env.types import ResultRow
 
 SET_METRICS = ("fid", "kid", "cmmd")
@@ -71,7 +71,7 @@ class References:
         self.stamps: dict[str, Stamp] = {}
         if not options.names:
             return
-        paths = pictures_in(Path(str(options.reference)))
+        paths = pictures_in(Path(resolve_model(str(options.reference))))
         for kind in dict.fromkeys(_kind(name) for name in options.names):
             path, extract = cache / f"references-{kind}.npz", self._extract(kind)
             try:
@@ -93,11 +93,15 @@ class References:
 
     @property
     def _inception(self) -> Path | None:
-        return Path(self.options.inception) if self.options.inception else None
+        return Path(resolve_model(self.options.inception)) if self.options.inception else None
 
     def _network(self, kind: str) -> Any:
         """What features are made with, from its file or folder; raises OSError where it is missing."""
-        return load_clip(self.options.clip, self.device) if kind == "clip" else inception_weights(self._inception)
+        return (
+            load_clip(resolve_model(self.options.clip), self.device)
+            if kind == "clip"
+            else inception_weights(self._inception)
+        )
 
     def _extract(self, kind: str) -> Extract:
         o, weights = self.options, self._inception
@@ -136,7 +140,7 @@ def pictures_in(folder: Path) -> list[Path]:
     """
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not found:
-        raise FileNotFoundError(f"no pictures ({', '.join(PICTURES)}) in the reference folder {str(folder)!r}")
+        raise FileNotFoundError(f"no pictures ({', '.join(PICTURES)}) in the reference folder {looked_at(folder)}")
     return found
 
 

@@ -303,9 +303,9 @@ class BlipVqa:
         from transformers import BlipForQuestionAnswering, BlipProcessor
 
         self.name, self.device = model, device
-        with fetching(model, "blip_vqa:<folder>"), quiet_loading():
-            self.processor = BlipProcessor.from_pretrained(model)
-            self.model = BlipForQuestionAnswering.from_pretrained(model).eval().to(device)
+        with fetching(model, "blip_vqa:<folder>") as folder, quiet_loading():
+            self.processor = BlipProcessor.from_pretrained(folder)
+            self.model = BlipForQuestionAnswering.from_pretrained(folder).eval().to(device)
         tokenizer = self.processor.tokenizer
         self.answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
         if tokenizer.unk_token_id in self.answers:
@@ -363,9 +363,9 @@ class WordDetector:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
         self.name, self.device = model, device
-        with fetching(model, "spatial:<folder>"), quiet_loading():
-            self.processor = AutoProcessor.from_pretrained(model)
-            self.model = AutoModelForZeroShotObjectDetection.from_pretrained(model).eval().to(device)
+        with fetching(model, "spatial:<folder>") as folder, quiet_loading():
+            self.processor = AutoProcessor.from_pretrained(folder)
+            self.model = AutoModelForZeroShotObjectDetection.from_pretrained(folder).eval().to(device)
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image, words: Sequence[str]) -> list[Detection]:
@@ -399,13 +399,13 @@ class DepthEstimator:
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation
 
         self.name, self.device = model, device
-        with fetching(model, "spatial_3d:depth=<folder>"), quiet_loading():
-            config = AutoConfig.from_pretrained(model)
+        with fetching(model, "spatial_3d:depth=<folder>") as folder, quiet_loading():
+            config = AutoConfig.from_pretrained(folder)
             is_metric = getattr(config, "depth_estimation_type", "relative") != "relative"
             if config.model_type not in ("dpt", "depth_anything") or is_metric:
                 raise ValueError(f"{model!r} ({config.model_type}) is no DPT or Depth Anything of relative depth")
-            self.processor = AutoImageProcessor.from_pretrained(model)
-            self.model = AutoModelForDepthEstimation.from_pretrained(model).eval().to(device)
+            self.processor = AutoImageProcessor.from_pretrained(folder)
+            self.model = AutoModelForDepthEstimation.from_pretrained(folder).eval().to(device)
 
     @torch.no_grad()
     def __call__(self, picture: Image.Image) -> np.ndarray:
@@ -615,8 +615,8 @@ def _open_detector(options: Mapping[str, str], device: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     model = options.get("detector", DETECTOR)
-    with fetching(model, "spatial:<folder>"):
-        asked = AutoConfig.from_pretrained(model).model_type in ("owlvit", "owlv2")
+    with fetching(model, "spatial:<folder>") as folder:
+        asked = AutoConfig.from_pretrained(folder).model_type in ("owlvit", "owlv2")
     detector: Finder = WordDetector(model, device) if asked else _Unasked(BoxDetector(model, device, coco=False))
     threshold = float(options.get("threshold", 0.2 if asked else 0.5))
     return {"detector": detector, "threshold": threshold}

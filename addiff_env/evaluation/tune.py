@@ -48,7 +48,7 @@ MATCHED = 1.02  # net FLOPs of the agent that a rule may spend
 LOOKS = (0.5, 0.75, 1.0)  # shares of the schedule after which rules look
 NUMBERS = (2, 3, 4)  # of pictures that best-of-N takes the best of
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the agent's final reward scores, at which rules' thresholds lie
-PACKAGED = str(Path(__file__).resolve().parents[1] / "tiny" / "weights" / "agent")
+PACKAGED = "addiff_env:tiny/weights/agent"
 
 
 @dataclass(frozen=True)
