@@ -287,7 +287,7 @@ def _whole_tables(whole: Whole) -> dict[str, Any] | None:
             for name, values in whole.sets.items()
         ]
         tables.append({"title": "set metrics", "names": ["pictures", *names], "lines": lines})
-    return {"tables": tables, "references": list(whole.references.items())}
+    return {"tables": tables, "references": list(whole.references.items()), "notes": whole.notes}
 
 
 def _set_value(values: Mapping[str, float], name: str) -> str:
@@ -296,7 +296,7 @@ def _set_value(values: Mapping[str, float], name: str) -> str:
 
 
 def _digits(value: float | None) -> str:
-    return "–" if value is None else _fixed(value, 4)
+    return NOT_AVAILABLE if value is None else _fixed(value, 4)
 
 
 def _category_tables(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
