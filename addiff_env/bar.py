@@ -515,7 +515,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m addiff_env.bar", description="Decide the learning bar.")
     parser.add_argument("agents", nargs="+", type=Path, metavar="AGENT", help="folder of an agent bundle")
-    parser.add_argument("--limit", type=at_least_one, default=None, help="pictures, categories in turn (default: all 1,024)")
+    parser.add_argument(
+        "--limit", type=at_least_one, default=None, help="pictures, categories in turn (default: all 1,024)"
+    )
     parser.add_argument("--tuning", type=at_least_one, default=256, help="training prompts that the rule is chosen on")
     parser.add_argument("--num-envs", type=at_least_one, default=64, help="lanes denoised in one batch")
     parser.add_argument("--seed", type=int, default=0, help="of the training prompts and of the random policy")

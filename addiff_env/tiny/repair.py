@@ -51,7 +51,9 @@ def measure(rows: Sequence[dict[str, Any]], num_envs: int, **settings: Any) -> d
     A rate of no picture (none failed, or none was good) is NaN.
     """
     settings |= {"observe_every": 1000, "max_nfe": 1000}  # nobody looks, nothing is short
-    envs = gym.make_vec("AdDiffusion-Tiny-v0", min(num_envs, len(rows)), autoreset_mode=AutoresetMode.DISABLED, **settings).unwrapped
+    envs = gym.make_vec(
+        "AdDiffusion-Tiny-v0", min(num_envs, len(rows)), autoreset_mode=AutoresetMode.DISABLED, **settings
+    ).unwrapped
     assert isinstance(envs, DiffusionDenoiseVectorEnv)
     before, after = outcomes(envs, rows, refine=False), outcomes(envs, rows, refine=True)
     return {
