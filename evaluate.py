@@ -411,8 +411,8 @@ def what_decides(cfg: DictConfig, verdicts: Sequence[Verdict]) -> list[str]:
     program = [os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"]
     words = [*program, sys.argv[0], *kept, f"methods={ALL}", "benchmark.limit=null", "hydra.run.dir=runs/reproduce"]
     return [
-        "A run of some prompts or methods is too small to decide what is undecided above. All of them decide; that takes "
-        f"hours on a few cores, and goes on where it was stopped:\n  {shlex.join(words)}"
+        "A run of some prompts or methods is too small to decide what is undecided above. All of them tell most; that "
+        f"takes hours on a few cores, and goes on where it was stopped:\n  {shlex.join(words)}"
     ]
 
 
