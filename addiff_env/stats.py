@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -72,3 +73,14 @@ def spread(items: Sequence[Any], number: int) -> list[Any]:
     """``number`` of ``items`` (or all, if fewer), evenly spaced."""
     at = np.linspace(0, len(items) - 1, min(number, len(items))).round().astype(int)
     return [items[index] for index in at]
+
+
+def at_least_one(text: str) -> int:
+    """A number of things, from a command line; raises argparse.ArgumentTypeError where it is none."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

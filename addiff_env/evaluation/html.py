@@ -238,6 +238,8 @@ def _cell(found: Estimate | None, is_share: bool, number: int) -> Cell:
 def _fixed(value: float, digits: int) -> str:
     if math.isnan(value):
         return "–"
+    if math.isinf(value):  # an effect size where every prompt differs by the same
+        return "∞" if value > 0 else "−∞"
     return (f"{value:,.{digits}f}" if abs(value) < 1e9 else number_text(value, digits)).replace("-", "−")
 
 
@@ -287,7 +289,7 @@ def _whole_tables(whole: Whole) -> dict[str, Any] | None:
             for name, values in whole.sets.items()
         ]
         tables.append({"title": "set metrics", "names": ["pictures", *names], "lines": lines})
-    return {"tables": tables, "references": list(whole.references.items())}
+    return {"tables": tables, "references": list(whole.references.items()), "notes": whole.notes}
 
 
 def _set_value(values: Mapping[str, float], name: str) -> str:
@@ -296,7 +298,7 @@ def _set_value(values: Mapping[str, float], name: str) -> str:
 
 
 def _digits(value: float | None) -> str:
-    return "–" if value is None else _fixed(value, 4)
+    return NOT_AVAILABLE if value is None else _fixed(value, 4)
 
 
 def _category_tables(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
@@ -508,7 +510,9 @@ class Cards:
         """What the agent failed, categories in turn, and who passed where it failed; None for graded scores."""
         if not self.is_share:
             return None
-        own = {(row.prompt, row.seed): row for row in self.groups[self.subject] if _outcome(row, self.metric) is not None}
+        own = {
+            (row.prompt, row.seed): row for row in self.groups[self.subject] if _outcome(row, self.metric) is not None
+        }
         failed = [row for row in own.values() if not _outcome(row, self.metric)]
         others = {name: group for name, group in self.groups.items() if name != self.subject}
         shown = [row for (row,) in categories_in_turn([[row] for row in failed])][:MAX_FAILURES]

@@ -649,7 +649,12 @@ Decide = Callable[[Sequence[ResultRow], list[str], list[str]], Verdict]  # rows,
 
 
 def _on_common(
-    decided: Decide, hypothesis: str, rows: Sequence[ResultRow], agent: Sequence[str], others: Sequence[str], rules: Rules
+    decided: Decide,
+    hypothesis: str,
+    rows: Sequence[ResultRow],
+    agent: Sequence[str],
+    others: Sequence[str],
+    rules: Rules,
 ) -> Verdict:
     """What ``decided`` makes of the pictures that the agent and ``others`` have in common, with the rules' metric."""
     names = list(dict.fromkeys([*agent, *others]))
@@ -711,7 +716,7 @@ def decide(
     rules: Rules = Rules(),  # noqa: B008 (frozen)
     agents: Sequence[str] = ("agent",),
 ) -> list[Verdict]:
-    """Verdicts on H1-H4 from any rows; ``agents`` are training runs of one group. Without rows of theirs there are none.
+    """Verdicts on H1-H4 from any rows; none without rows of ``agents``, which are training runs of one group.
 
     Of several the first alone has H4's controls, so that H4 is about that one.
     """
@@ -750,7 +755,8 @@ def describe(verdict: Verdict) -> str:
     """A verdict as text: one line, and one for each condition with its numbers."""
     needed = f"; about {verdict.required:,} prompts would decide" if verdict.required else ""
     needed += f"; at least {verdict.runs:,} training runs are needed" if verdict.runs else ""
-    lines = [f"{verdict.hypothesis}: {verdict.outcome} ({verdict.prompts:,} prompts; {verdict.reason}{needed})"]
+    prompts = f"{verdict.prompts:,} prompt{'s' * (verdict.prompts != 1)}"
+    lines = [f"{verdict.hypothesis}: {verdict.outcome} ({prompts}; {verdict.reason}{needed})"]
     for part in verdict.parts:
         numbers = "" if part.estimate is None else f": {part.estimate:.4g}"
         numbers += "" if part.low is None else f" [{part.low:.4g}, {part.high:.4g}]"

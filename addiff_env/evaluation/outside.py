@@ -94,6 +94,7 @@ class DiffusersSolver(Batched):
         if steps < 1:
             raise ValueError(f"{self.name} has no step")
         self.steps, self.backbone = steps, backbone or env.backbone
+        self.expected_nfe = float(steps)
         self.size = size or (env.config.height, env.config.width)
         self.shape = self.backbone.latent_shape(*self.size)
         self.guidance_scale = env.config.guidance_scale if guidance_scale is None else guidance_scale
@@ -193,7 +194,7 @@ class SelfAttentionGuidance(DiffusersSolver):
 
     def __init__(self, env: DiffusionDenoiseVectorEnv, steps: int, scale: float = 0.75) -> None:
         super().__init__(env, "sag", steps, DDIMScheduler, StableDiffusionSAGPipeline)
-        self.scale = scale
+        self.scale, self.expected_nfe = scale, 2.0 * steps
 
     def _arguments(self, items: list[Item]) -> dict[str, Any]:
         return {"sag_scale": self.scale}
@@ -243,6 +244,7 @@ class AttendAndExcite(DiffusersSolver):
 
     def __init__(self, env: DiffusionDenoiseVectorEnv, steps: int) -> None:
         super().__init__(env, "attend-and-excite", steps, DDIMScheduler, _AttendAndExcite, batch_size=1)
+        self.expected_nfe = 3.0 * steps  # gradients' evaluations included
 
     def _arguments(self, items: list[Item]) -> dict[str, Any]:
         self.pipeline.gradients = 0

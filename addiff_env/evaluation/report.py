@@ -174,7 +174,9 @@ def quality_figure(rows: Sequence[ResultRow], costs: Sequence[str], size: tuple[
     with _figure(*size, len(costs)) as (figure, axes):
         for axis, name in zip(axes, costs, strict=True):
             cost = next(cost for cost in COSTS if cost.name == name)
-            drawn = {m: summary for m, summary in summaries.items() if metric in summary.scores and name in summary.costs}
+            drawn = {
+                m: summary for m, summary in summaries.items() if metric in summary.scores and name in summary.costs
+            }
             _draw_front(axis, drawn, metric, name, cost.unit, scale)
             for label, members, color, marker in _series(list(summaries)):
                 points = [drawn[member] for member in members if member in drawn]

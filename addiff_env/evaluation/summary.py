@@ -1,8 +1,9 @@
 """What the rows say, in numbers: means with intervals, decisions, categories. Tables, plots and exports draw on these.
 
-Any rows will do: what they do not tell is absent here, and shown as `NOT_AVAILABLE`. Averages are over pictures. Intervals are at 95%, and the pictures of one prompt belong together in them: Wilson's with
-the effective number of pictures for metrics that are 0 or 1 (`stats.effective_size`), and for others that of the normal
-distribution with a clustered standard error (Liang & Zeger 1986).
+Any rows will do: what they do not tell is absent here, and shown as `NOT_AVAILABLE`. Averages are over pictures.
+Intervals are at 95%, and the pictures of one prompt belong together in them: Wilson's with the effective number of
+pictures for metrics that are 0 or 1 (`stats.effective_size`), and for others that of the normal distribution with a
+clustered standard error (Liang & Zeger 1986).
 """
 
 from __future__ import annotations
