@@ -23,12 +23,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def resolve_dtype(dtype: str, device: str) -> str:
     """The name of the dtype to use; ``auto`` is bfloat16 where the hardware multiplies it fast, else float32.
 
+    Of CUDA devices those before Ampere (compute capability below 8) only emulate bfloat16: there it is float16.
+
     Raises:
         ValueError: unknown name.
     """
     if dtype == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else _cpu_multiplies_bfloat16()
-        return "bfloat16" if fast else "float32"
+        if device.startswith("cuda"):
+            return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+        return "bfloat16" if _cpu_multiplies_bfloat16() else "float32"
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
     return dtype
