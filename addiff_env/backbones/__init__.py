@@ -62,9 +62,7 @@ def load_backbone(
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)  # "auto" and what it stands for are the same model
     check_offload(offload, device, compile)
-    return _load(
-        model, revision, device, dtype, attention_stride, lora, compile, channels_last, decode_memory, offload
-    )
+    return _load(model, revision, device, dtype, attention_stride, lora, compile, channels_last, decode_memory, offload)
 
 
 @shared
