@@ -65,8 +65,8 @@ class AdaptivePipeline:
     the environment's setting says.
 
     Raises:
-        ValueError: lanes that restart by themselves or are cut short, an agent that sees other observations than ``env``
-            makes, or a negative prompt for a model without guidance.
+        ValueError: lanes that restart by themselves or are cut short, an agent that sees other observations than
+            ``env`` makes, or a negative prompt for a model without guidance.
 
     >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env:tiny/weights/agent")  # doctest: +SKIP
     >>> pictures = pipeline(["a red circle", "two blue stars"], seeds=[0, 1])  # doctest: +SKIP

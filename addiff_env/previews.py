@@ -11,7 +11,7 @@ from diffusers import AutoencoderTiny
 
 from addiff_env.backbones import Backbone, count_flops
 from addiff_env.backbones.memory import in_slices
-from addiff_env.loading import DTYPES, looked_at, quiet_loading, resolve_model, shared
+from addiff_env.loading import DTYPES, gated_advice, looked_at, quiet_loading, resolve_model, shared
 
 PREVIEWS = ("vae", "taesd", "latent_rgb")
 FIT_PICTURES, FIT_CELLS = 16, 16  # pictures that `fit_latent_rgb` looks at, and their side in latent cells
@@ -87,8 +87,9 @@ def load_tiny_decoder(model: str, device: str, dtype: str) -> Any:
             vae = AutoencoderTiny.from_pretrained(model, dtype=DTYPES[dtype], use_safetensors=True)
     except Exception as error:
         kind = ValueError if Path(model).exists() else FileNotFoundError
+        advice = gated_advice(error)
         raise kind(
-            f"cannot load a preview decoder from {looked_at(model)}: {error}; download it or pass a folder"
+            f"cannot load a preview decoder from {looked_at(model)}: {error}; download it or pass a folder{advice}"
         ) from error
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""What fits a model into memory: sliced decodes, the cache of encoded prompts, offloaded networks, dtypes, compiling."""
+"""What fits a model into a device: sliced decodes, cached prompts, offloaded networks, dtypes, compiled blocks."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -18,7 +18,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 
 import addiff_env
 from addiff_env.backbones import FluxBackbone, StableDiffusionBackbone, load_backbone
@@ -28,6 +27,7 @@ from addiff_env.backbones.prompt_cache import PromptCache
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import make_method
 from addiff_env.evaluation.benchmarks import Item
+from addiff_env.footprint import LAYOUTS, footprint, made_in, memory_table, peak_allocation
 from addiff_env.loading import resolve_dtype
 from addiff_env.previews import make_previewer
 
@@ -134,16 +134,38 @@ def test_the_accounting_is_what_a_real_autoencoder_allocates(dtype: torch.dtype)
     with FakeTensorMode(), torch.no_grad():
         layout = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4}
         for build in (lambda: AutoencoderKL(**blocks, **layout), AutoencoderTiny):
-            torch.set_default_dtype(dtype)
-            try:
-                vae = build().eval()
-            finally:
-                torch.set_default_dtype(torch.float32)
+            with made_in(dtype):
+                vae: Any = build().eval()
             latents = torch.zeros(2, 4, 64, 64, dtype=dtype)
-            with MemTracker() as tracker:
-                vae.decode(latents, return_dict=False)
-            peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-            assert 0.9 < bytes_per_pixel(vae) * 2 * 512**2 / peak < 1.1
+            peak = peak_allocation(lambda vae=vae, latents=latents: vae.decode(latents, return_dict=False))
+            assert 0.98 < bytes_per_pixel(vae) * 2 * 512**2 / peak < 1.02
+
+
+def test_allocations_are_counted_while_they_last() -> None:
+    weight = torch.zeros(1000)
+
+    def call() -> torch.Tensor:
+        first = weight.view(10, 100) + 1  # 4,000 bytes
+        second = first * 2  # and as many
+        del first
+        return torch.cat([second, second])  # 12,000 with it
+
+    assert peak_allocation(call) == 12_000
+
+
+@pytest.mark.slow
+def test_the_table_of_expected_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SD 1.5 has 860 million weights in its U-Net, 123 in its text encoder and 84 in its autoencoder."""
+    monkeypatch.setattr("addiff_env.footprint._LOOKERS", ())
+    one, four = (footprint("AdDiffusion-SD15-v0", "float16", lanes) for lanes in (1, 4))
+    assert one.networks == pytest.approx(2 * (859.5e6 + 123.1e6 + 83.7e6), rel=2e-3) and one.networks == four.networks
+    assert one.denoiser < four.denoiser < 4 * one.denoiser + 1e6 and one.peak < four.peak
+    assert one.decode * 2 == footprint("AdDiffusion-SD15-v0", "float32", 1).decode == 3 * 256 * 4 * 512**2
+    monkeypatch.setattr("addiff_env.footprint.LAYOUTS", {one.env_id: LAYOUTS[one.env_id]})
+    lines = memory_table([1, 4], ["float16"]).splitlines()
+    assert len(lines) == 4 and all(line.count("|") == 9 for line in lines)
+    with pytest.raises(ValueError, match="'AdDiffusion-Tiny-v0'"):
+        footprint("AdDiffusion-Tiny-v0", "float16", 1)
 
 
 @pytest.fixture
@@ -158,6 +180,7 @@ def vector(kwargs: Kwargs, num_envs: int = 3, **more: Any) -> DiffusionDenoiseVe
     return DiffusionDenoiseVectorEnv(num_envs, AutoresetMode.DISABLED, **{**kwargs, **more})
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' own, under NumPy 2
 @pytest.mark.parametrize("method", ["ddim-2", "best-of-3:ddim-2", "oracle-stop:ddim-2", "unipc-2", "stop-2"])
 def test_the_ceiling_holds_for_every_method(kwargs: Kwargs, method: str) -> None:
     """The denoiser keeps to ``batch_size``, of however many tries a picture is the best, and the decoder to its own."""
@@ -376,7 +399,7 @@ def test_one_network_at_a_time_is_on_the_device(folders: dict[str, Path]) -> Non
     [
         ({"offload": "model"}, "'model' needs an accelerator.*'cpu'"),
         ({"offload": "sequential"}, "'sequential' needs an accelerator"),
-        ({"offload": "disk"}, "'disk'; known: none, model, sequential"),
+        ({"offload": "disk"}, "offload must be one of none, model, sequential, got 'disk'"),
         ({"decode_memory": -1.0}, "decode_memory.*-1"),
         ({"decode_memory": float("nan")}, "decode_memory.*nan"),
     ],

@@ -152,7 +152,8 @@ def merge_rows(
 
     Raises:
         ValueError: mixed configurations (several code versions, or several backbones, solvers, policies, dtypes or
-            negative prompts of one method), duplicates, gaps, or rows that belong to no item; with the offending values.
+            negative prompts of one method), duplicates, gaps, or rows that belong to no item; with the offending
+            values.
     """
     rows = [row for part in parts for row in part if methods is None or row.method in methods]
     names = list(dict.fromkeys(row.method for row in rows)) if methods is None else list(methods)
