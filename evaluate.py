@@ -127,6 +127,7 @@ class Evaluation:
             policy=method.policy,
             dtype=backbone.dtype_name,
             code_version=self.version,
+            negative_prompt=self.env.config.negative_prompt,
         )
 
     def require_scores(self, method: Method, items: Sequence[Item]) -> None:

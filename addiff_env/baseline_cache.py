@@ -45,6 +45,8 @@ def baseline_configuration(env: DiffusionDenoiseVectorEnv, steps: int | None) ->
             f"baselines are of deterministic fixed steps, got eta {env.config.eta!r}: set it to 0, or use no baselines"
         )
     settings = {name: getattr(env.config, name) for name in DECISIVE}
+    if env.config.negative_prompt is not None:  # files of earlier releases have none
+        settings["negative_prompt"] = env.config.negative_prompt
     weights = {f"{name}_weights": weights_fingerprint(settings[name]) for name in WEIGHTS}
     return {"format_version": FORMAT_VERSION, "steps": steps, "dtype": env.backbone.dtype_name, **settings, **weights}
 
@@ -209,7 +211,14 @@ def score_fixed_steps(
     for start in range(0, len(pairs), env.config.batch_size):
         prompts, seeds = (list(column) for column in zip(*pairs[start : start + env.config.batch_size], strict=True))
         noise = initial_noise(env.backbone, env.latent_shape, seeds)
-        latents = denoise(env.backbone, schedule, prompts, noise, env.config.guidance_scale)
+        latents = denoise(
+            env.backbone,
+            schedule,
+            prompts,
+            noise,
+            env.config.guidance_scale,
+            negative_prompt=env.config.negative_prompt,
+        )
         pictures = env.backbone.decode(latents)
         _check_finite(pictures, prompts, seeds, f"the pictures of {steps} steps in {env.backbone.dtype_name}")
         look = env.perception.look(pictures, prompts)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from addiff_env.attention import MASKS
+from addiff_env.backbones.offload import OFFLOADS
 from addiff_env.loading import DTYPES
 from addiff_env.previews import PREVIEWS
 from addiff_env.samplers import SOLVERS
@@ -14,6 +15,11 @@ from addiff_env.validation import above, at_least, below, check_fields, multiple
 
 # Of a picture's height or width, pixels: what every diffusers pipeline asks for. Many models need more.
 Side = Annotated[int, at_least(8), multiple_of(8)]
+# What `addiff_env.backbones.load_backbone` takes of the settings.
+_BACKBONE = (
+    *("model", "revision", "device", "dtype", "attention_stride", "lora"),
+    *("compile", "channels_last", "decode_memory", "offload"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ class EnvConfig:
     reward: Mapping[str, Any] | None = None
     render_mode: Annotated[str, one_of("rgb_array")] | None = None
     batch_size: Annotated[int, at_least(1)] = 64
+    decode_memory: Annotated[float, at_least(0)] | None = None
+    offload: Annotated[str, one_of(*OFFLOADS)] = "none"
+    negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -77,6 +86,11 @@ class EnvConfig:
         if self.blur_sigma > (side := max(self.height, self.width)):
             raise ValueError(f"blur_sigma must be at most {side}, the picture's longer side, got {self.blur_sigma!r}")
         renoise_timestep(self.renoise, 500, 1000)
+
+    @property
+    def backbone_settings(self) -> dict[str, Any]:
+        """Those that say which model is loaded and how: arguments of `addiff_env.backbones.load_backbone`."""
+        return {name: getattr(self, name) for name in _BACKBONE}
 
     @property
     def nfe_budget(self) -> int:

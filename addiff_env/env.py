@@ -89,7 +89,8 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
 
     ## Start, end
     ``reset(options={"prompt": [...], "seed": [...], "latents": ...})`` names the lanes' prompts (B strings), seeds
-    (B ints) or initial latents (B, C, h, w), as diffusers' pipelines take them; what is left out is drawn. With
+    (B ints) or initial latents (B, C, h, w), as diffusers' pipelines take them; what is left out is drawn.
+    ``"negative_prompt"`` (B strings; None: the setting's) is what guidance leads away from. With
     ``"reset_mask"`` (B,) bool they are those of the lanes that start. An episode is ``terminated`` by *stop*, by
     the last solver step, or when the budget is spent; it is ``truncated`` after ``max_episode_steps`` decisions, if
     these are limited. With ``AutoresetMode.DISABLED`` an ended lane waits, at no cost, until
@@ -109,6 +110,13 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
     ``num_envs``; ``autoreset_mode`` is one of `gymnasium.vector.AutoresetMode`, or its name or value;
     ``max_episode_steps`` limits a lane's decisions (None or -1: no limit), which `gymnasium.make_vec` passes on where
     the id has such a limit.
+
+    Those that fit a model into memory:
+    ``batch_size``, lanes of one denoiser call; ``decode_memory``, GiB that a decode's activations may take, by which it
+    is sliced (None: half of a GPU's free memory, elsewhere 4; at least one picture is decoded at a time); ``offload``,
+    networks that wait on the host: ``none``, ``model`` (all but the one at work), ``sequential`` (all but the layer at
+    work; slowest). ``negative_prompt`` is what guidance leads away from, in lanes that are not given their own (None:
+    as diffusers' pipeline without one); it needs ``guidance_scale`` above 1, and a model other than Flux.
 
     >>> import gymnasium as gym
     >>> envs = gym.make_vec("AdDiffusion-Tiny-v0", num_envs=4)  # doctest: +SKIP
@@ -295,7 +303,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             prompts.append(given["prompt"][row] if "prompt" in given else drawn[0])
             seeds.append(given["seed"][row] if "seed" in given else drawn[1])
             self.pictures[lane] = None
-        self._start_lanes(lanes, prompts, seeds, given.get("latents"))
+        self._start_lanes(lanes, prompts, seeds, given.get("latents"), given.get("negative_prompt"))
         index = self._index(lanes)
         self.clip_text[index] = self.perception.clip.text_features(prompts)
         self.refine_masks[index] = 0
@@ -309,9 +317,10 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             self._look_at_nothing(lanes)
 
     def _read_options(self, options: dict[str, Any], number: int) -> dict[str, Any]:
-        unknown = set(options) - {"prompt", "seed", "latents"}
+        unknown = set(options) - {"prompt", "negative_prompt", "seed", "latents"}
         if unknown:
-            raise ValueError(f"unknown reset options {sorted(unknown)}; known: prompt, seed, latents, reset_mask")
+            known = "prompt, negative_prompt, seed, latents, reset_mask"
+            raise ValueError(f"unknown reset options {sorted(unknown)}; known: {known}")
         given: dict[str, Any] = {}
         for name, value in options.items():
             rows = value if name == "latents" and _depth(value) > 1 else as_list(value)
@@ -320,12 +329,22 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             if len(rows) != number:
                 raise ValueError(f"{len(rows)} {name} values for {number} lanes: {str(value)[:200]}")
             given[name] = rows
-        for name, check in (("prompt", check_prompt), ("seed", check_seed)):
+        for name, check in (
+            ("prompt", check_prompt),
+            ("negative_prompt", self._check_negative_prompt),
+            ("seed", check_seed),
+        ):
             if name in given:
                 given[name] = [check(value) for value in given[name]]
         if "latents" in given:
             given["latents"] = self._read_latents(given["latents"])
         return given
+
+    def _check_negative_prompt(self, value: Any) -> str | None:
+        if value is None:
+            return None
+        self.backbone.check_negative_prompt(check_prompt(value), self.config.guidance_scale)
+        return value
 
     def _read_latents(self, values: Any) -> torch.Tensor:
         """Initial latents (B, C, h, w) on the device, of a tensor, an array or a sequence of lanes."""
@@ -608,7 +627,7 @@ class DiffusionDenoiseEnv(_JsonableSpec, gym.Env):
     """One lane of `DiffusionDenoiseVectorEnv`, whose docstring is the specification.
 
     Arguments are the same but for ``num_envs`` and ``autoreset_mode``; ``reset(options={"prompt": str, "seed": int,
-    "latents": (C, h, w) or (1, C, h, w)})``.
+    "negative_prompt": str, "latents": (C, h, w) or (1, C, h, w)})``.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}

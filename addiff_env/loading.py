@@ -12,10 +12,11 @@ from weakref import WeakValueDictionary
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import GatedRepoError, HFValidationError
 from transformers.utils import logging as transformers_logging
 
 PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package, wherever one stands
+_GATED = ("black-forest-labs/",)  # whose models need an accepted licence
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -23,12 +24,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def resolve_dtype(dtype: str, device: str) -> str:
     """The name of the dtype to use; ``auto`` is bfloat16 where the hardware multiplies it fast, else float32.
 
+    Of CUDA devices those before Ampere (compute capability below 8) only emulate bfloat16: there it is float16.
+
     Raises:
         ValueError: unknown name.
     """
     if dtype == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else _cpu_multiplies_bfloat16()
-        return "bfloat16" if fast else "float32"
+        if device.startswith("cuda"):
+            return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+        return "bfloat16" if _cpu_multiplies_bfloat16() else "float32"
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
     return dtype
@@ -121,7 +125,25 @@ def fetching(model: str, setting: str) -> Iterator[str]:
 def reason(error: Exception, limit: int = 600) -> str:
     """What an error says, shortened, and without torch's advice to unpickle what is not trusted."""
     text = str(error).split("weights_only")[0].strip()
-    return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + ' ...'}"
+    shortened = text if len(text) <= limit else text[:limit] + " ..."
+    return f"{type(error).__name__}: {shortened}{gated_advice(error)}"
+
+
+def gated_advice(error: BaseException, model: str = "") -> str:
+    """What to do where the Hub refuses a model because its licence has to be accepted first; "" where it is not that.
+
+    Libraries wrap the Hub's refusal in errors of their own. Without a connection nothing says that a model is gated:
+    those that are known to be are told by their names.
+    """
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if not any(isinstance(cause, GatedRepoError) for cause in causes) and not model.startswith(_GATED):
+        return ""
+    page = f"https://huggingface.co/{model}" if model else "its page on the Hub"
+    return f"; it is gated: accept its licence at {page} and run `hf auth login`, or pass a local folder"
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], place: str | Path) -> None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 
 from addiff_env.backbones import Backbone, count_flops
-from addiff_env.loading import DTYPES, looked_at, quiet_loading, resolve_model, shared
+from addiff_env.backbones.memory import in_slices
+from addiff_env.loading import DTYPES, gated_advice, looked_at, quiet_loading, resolve_model, shared
 
 PREVIEWS = ("vae", "taesd", "latent_rgb")
 FIT_PICTURES, FIT_CELLS = 16, 16  # pictures that `fit_latent_rgb` looks at, and their side in latent cells
@@ -56,11 +57,16 @@ class TinyDecoder:
                 f"preview_model {model!r} decodes latents of {channels} channels, {backbone.name!r} has "
                 f"{backbone.latent_channels}"
             )
+        self.backbone = backbone
         self._flops: dict[tuple[int, ...], float] = {}
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1]."""
+        """Latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1], sliced as `Backbone.decode`."""
+        pixels = latents.shape[2:].numel() * self.backbone.spatial_factor**2
+        return in_slices(self._decode, latents, self.backbone.pictures_at_once(self.vae, pixels))
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         scaled = (latents / self.vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
         return (self.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
@@ -81,8 +87,9 @@ def load_tiny_decoder(model: str, device: str, dtype: str) -> Any:
             vae = AutoencoderTiny.from_pretrained(model, dtype=DTYPES[dtype], use_safetensors=True)
     except Exception as error:
         kind = ValueError if Path(model).exists() else FileNotFoundError
+        advice = gated_advice(error)
         raise kind(
-            f"cannot load a preview decoder from {looked_at(model)}: {error}; download it or pass a folder"
+            f"cannot load a preview decoder from {looked_at(model)}: {error}; download it or pass a folder{advice}"
         ) from error
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from addiff_env.loading import looked_at, quiet_loading, resolve_model
+from addiff_env.loading import gated_advice, looked_at, quiet_loading, resolve_model
 
 
 def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: str | None = None) -> Any:
@@ -31,7 +31,8 @@ def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: st
         where = f"folder {folder}" if there else f"model {looked_at(model)}, neither a local folder nor loadable"
         hint = "retrain it with: make tiny" if folder != model else "download it, or pass model=<pipeline folder>"
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) or not there else ValueError
-        raise kind(f"cannot load a diffusers pipeline from {where}: {error}; {hint}") from error
+        advice = "" if there else gated_advice(error, model)
+        raise kind(f"cannot load a diffusers pipeline from {where}: {error}; {hint}{advice}") from error
     if lora is not None:
         _fuse_lora(pipeline, lora)
     return pipeline
@@ -51,4 +52,6 @@ def _fuse_lora(pipeline: Any, lora: str) -> None:
             pipeline.unload_lora_weights()
     except Exception as error:
         kind = ValueError if Path(place).exists() else FileNotFoundError
-        raise kind(f"cannot load the LoRA {looked_at(lora)}: {error}; pass a Hub id or a .safetensors file") from error
+        advice = gated_advice(error, "" if Path(lora).exists() else lora)
+        hint = f"pass a Hub id or a .safetensors file{advice}"
+        raise kind(f"cannot load the LoRA {looked_at(lora)}: {error}; {hint}") from error

@@ -39,7 +39,8 @@ class FixedSteps(Batched):
     def latents(self, prompts: list[str], seeds: Sequence[int], watch: Any = None) -> torch.Tensor:
         """Final latents (B, C, h, w)."""
         noise, scale = self._noise(seeds), self.env.config.guidance_scale
-        return denoise(self.env.backbone, self.schedule, prompts, noise, scale, watch)
+        negative = self.env.config.negative_prompt
+        return denoise(self.env.backbone, self.schedule, prompts, noise, scale, watch, negative_prompt=negative)
 
     def _batch(self, items: list[Item]) -> list[Generated]:
         latents = self.latents([item.prompt for item in items], [item.seed for item in items])
@@ -98,7 +99,10 @@ class BestOf(Batched):
     def _batch(self, items: list[Item]) -> list[Generated]:
         prompts = [item.prompt for item in items for _ in range(self.number)]
         seeds = [item.seed + SEED_STRIDE * k for item in items for k in range(self.number)]
-        pictures = self.env.backbone.decode(self.inner.latents(prompts, seeds))
+        size = self.inner.batch_size  # of one picture's tries there may be more
+        starts = range(0, len(prompts), size)
+        latents = [self.inner.latents(prompts[at : at + size], seeds[at : at + size]) for at in starts]
+        pictures = self.env.backbone.decode(torch.cat(latents))
         scores = reward_score(self.env.perception)(pictures, prompts).view(len(items), self.number)
         best = scores.argmax(1).tolist()
         images = to_uint8(pictures)
@@ -160,7 +164,7 @@ class OracleStop(Batched):
         env, schedule, steps = self.env, self.inner.schedule, self.env.config.finish_steps
         at = torch.full((len(latents),), index, device=latents.device)
         timesteps, here = schedule.timesteps[at], schedule.here.at(at)
-        told, conditioning = timesteps, env.backbone.encode_prompts(prompts)
+        told, conditioning = timesteps, env.backbone.encode_prompts(prompts, env.config.negative_prompt)
         for j in range(steps):
             now = env.backbone.predict(latents, told, here, conditioning, env.config.guidance_scale, False)
             there, told = env._towards_zero(timesteps, (steps - j - 1) / steps)
