@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
@@ -15,7 +14,10 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import GatedRepoError, HFValidationError
 from transformers.utils import logging as transformers_logging
 
-PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package, wherever one stands
+from addiff_env.paths import PACKAGE_PREFIX as PACKAGE_PREFIX
+from addiff_env.paths import looked_at as looked_at
+from addiff_env.paths import resolve_model as resolve_model
+
 _GATED = ("black-forest-labs/",)  # whose models need an accepted licence
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -74,34 +76,6 @@ def quiet_loading() -> Iterator[None]:
             library.set_verbosity(level)
             if bar:
                 library.enable_progress_bar()
-
-
-def resolve_model(model: str | os.PathLike[str]) -> str:
-    """Turn ``addiff_env:<path>`` into the path inside the package; other ids and paths stay as they are.
-
-    ``addiff_env:configs/...`` is the configuration, which lies beside the package in a checkout.
-
-    Raises:
-        FileNotFoundError: there is no such path in the package.
-    """
-    name = os.fspath(model)
-    if not name.startswith(PACKAGE_PREFIX):
-        return name
-    relative, package = Path(name.removeprefix(PACKAGE_PREFIX)), Path(__file__).resolve().parent
-    is_configuration = relative.parts[:1] == ("configs",) and not (package / "configs").exists()
-    found = (package.parent if is_configuration else package) / relative
-    if relative.is_absolute() or ".." in relative.parts or not found.exists():
-        hint = "; retrain it with: make tiny" if relative.parts[:2] == ("tiny", "weights") else ""
-        raise FileNotFoundError(f"packaged {name!r} is missing ({found}){hint}")
-    return str(found)
-
-
-def looked_at(path: str | os.PathLike[str]) -> str:
-    """A path or Hub id for a message; of a relative path, also where it leads from here."""
-    name = os.fspath(path)
-    return (
-        repr(name) if os.path.isabs(name) or name.startswith(PACKAGE_PREFIX) else f"{name!r} ({os.path.abspath(name)})"
-    )
 
 
 @contextmanager
