@@ -31,6 +31,5 @@ def resolve_model(model: str | os.PathLike[str]) -> str:
 def looked_at(path: str | os.PathLike[str]) -> str:
     """A path or Hub id for a message; of a relative path, also where it leads from here."""
     name = os.fspath(path)
-    return (
-        repr(name) if os.path.isabs(name) or name.startswith(PACKAGE_PREFIX) else f"{name!r} ({os.path.abspath(name)})"
-    )
+    is_whole = os.path.isabs(name) or name.startswith(PACKAGE_PREFIX)
+    return repr(name) if is_whole else f"{name!r} ({os.path.abspath(name)})"
