@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from addiff_env.agent import Agent
+from addiff_env.commands import interruptible
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import MatchedSteps, Method, PolicyMethod, Replay, make_method
 from addiff_env.evaluation.benchmarks import Item, benchmark_record, load_benchmark
@@ -75,6 +76,7 @@ from addiff_env.evaluation.progress import RunProgress
 from addiff_env.evaluation.report import plot_quality_against_compute, summary_table
 from addiff_env.evaluation.rows import (
     append_rows,
+    count_rows,
     launched_shard,
     merge_if_whole,
     merge_shards,
@@ -101,6 +103,7 @@ from addiff_env.evaluation.version import code_version, model_revision
 from addiff_env.evaluation.whole import PROTOCOLS, SET_METRICS, pictures_of
 from addiff_env.filmstrips import filmstrip_figure, record_trajectories
 from addiff_env.pipeline import make_agent_env
+from addiff_env.storage import claim, file_name
 from addiff_env.types import Action, Generated, ResultRow
 
 
@@ -200,7 +203,7 @@ class Evaluation:
     def _save_image(self, row: ResultRow, made: Generated) -> str:
         # By the row's whole key: a folder may hold the same picture in two dtypes, or of two code versions.
         digest = hashlib.sha256(json.dumps(row.key).encode()).hexdigest()[:12]
-        relative = Path("images") / row.method.replace(":", "_") / f"{row.seed}-{digest}.png"
+        relative = Path("images") / file_name(row.method) / f"{row.seed}-{digest}.png"
         (self.folder / relative).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(made.picture).save(self.folder / relative)
         return str(relative)
@@ -506,7 +509,7 @@ def stamp_run(
     b = cfg.benchmark
     whole = load_benchmark(b.name, root=b.root, images_per_prompt=b.images_per_prompt, any_length=b.any_length)
     options = MethodOptions.read(plain(cfg.method_options))
-    return run_stamp(agents, overrides, metric_settings(cfg, items), whole, options)
+    return run_stamp(agents, overrides, metric_settings(cfg, items), whole, options, b.name)
 
 
 def whole_run(
@@ -529,15 +532,28 @@ def whole_run(
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    """Make this shard's rows, or merge those of all; report once they are whole."""
+    """Make this shard's rows, or merge those of all; report once they are whole.
+
+    Shards of one split work side by side in a folder, anything else there is refused.
+    """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     told = (cfg.shard.index, cfg.shard.count)
     place = told if cfg.shard.merge else launched_shard(*told)
-    launched = place != told
+    path = shard_path(folder := Path(HydraConfig.get().runtime.output_dir), *place)
+    is_part = place[1] > 1 and not cfg.shard.merge
+    membership = (f"shards of {place[1]}", str(place[0])) if is_part else ()
+    with (
+        interruptible(lambda: f"{count_rows(path)} rows are kept in {path}"),
+        claim(folder, "evaluate.py", *membership, instead="take another folder: hydra.run.dir=..."),
+    ):
+        run(cfg, folder, place, place != told)
+
+
+def run(cfg: DictConfig, folder: Path, place: tuple[int, int], launched: bool) -> None:
+    """What `main` does, in a folder that is this process's own."""
     if launched and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place[0])))  # each process has its own GPU
-    folder = Path(HydraConfig.get().runtime.output_dir)
     items = load_items(cfg)
     agents = named_agents(cfg.agent, listed(cfg.agents))
     overrides = plain(cfg.env)

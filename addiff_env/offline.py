@@ -22,7 +22,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.agent import Agent
+from addiff_env.commands import interruptible
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.storage import claim_file
 
 RANDOM_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine of the random policy
 Act = Callable[[Any, np.ndarray], np.ndarray]  # observations (B, width), masks (B, 3) -> actions (B,)
@@ -208,6 +210,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of prompts, initial noises and random actions")
     options = parser.parse_args(arguments)
     check_free(options.name)
+    with (
+        interruptible(lambda: "a dataset is written whole, nothing is kept"),
+        claim_file(_minari().storage.get_dataset_path(options.name), "offline", "choose another name or version"),
+    ):
+        check_free(options.name)  # another recording may have ended just now
+        _record(options)
+
+
+def _record(options: argparse.Namespace) -> None:
     rng = np.random.default_rng(options.seed)
     agent = Agent.from_pretrained(options.agent) if options.agent else None
     name, kwargs = agent.environment if agent else (options.env, {})

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item, categories_in_turn
 from addiff_env.evaluation.exports import latex_table, write_csv, write_whole_csv
+from addiff_env.evaluation.files import read_picture
 from addiff_env.evaluation.hypotheses import LEAST_PROMPTS, Rules, Verdict, agent_runs, decide, describe
 from addiff_env.evaluation.judge import JUDGEMENT, OUTCOMES
 from addiff_env.evaluation.report import (
@@ -72,6 +72,7 @@ from addiff_env.evaluation.summary import (
 from addiff_env.evaluation.whole import SPREAD, Whole, read_whole
 from addiff_env.filmstrips import INK, overlay
 from addiff_env.paths import looked_at
+from addiff_env.storage import FolderBusyError, claim, read_json
 from addiff_env.types import ACTIONS, ResultRow
 
 SUBJECT = "agent"  # whose comparisons are shown, all its training runs together; decisions and failures: the first's
@@ -384,7 +385,14 @@ def _judged(folder: Path) -> dict[str, Any] | None:
     path = folder / JUDGEMENT
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
+    found = read_json(path)
+    try:
+        return _judged_tables(found)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no judgement: {type(error).__name__}: {error}") from error
+
+
+def _judged_tables(found: Mapping[str, Any]) -> dict[str, Any]:
     judges = {f"{name} ({one['model']})": one for name, one in found["judges"].items()}
     columns = judges if len(judges) == 1 else {**judges, "all judges": found["together"]}
     return {
@@ -439,7 +447,7 @@ class Pictures:
         path = (self.folder / row.image).resolve()
         if not path.is_relative_to(self.folder):
             raise ValueError(f"{row.image!r} lies outside the run folder {self.folder}")
-        return png_uri(np.asarray(Image.open(path).convert("RGB"))) if path.exists() else None
+        return png_uri(read_picture(path)) if path.exists() else None
 
 
 def png_uri(picture: np.ndarray) -> str:
@@ -592,8 +600,16 @@ def main() -> None:
     folder = options.folder
     if not (folder / "rows.jsonl").exists():
         parser.error(f"no rows.jsonl in {looked_at(folder)}")
-    verdicts = decide_again(folder) if options.decide else read_verdicts(folder)
-    if options.decide:
+    try:
+        with claim(folder, "the report"):
+            _remake(folder, options.decide)
+    except (OSError, ValueError, FolderBusyError) as error:
+        parser.exit(1, f"{error}\n")
+
+
+def _remake(folder: Path, decide: bool) -> None:
+    verdicts = decide_again(folder) if decide else read_verdicts(folder)
+    if decide:
         print("\n".join(map(describe, verdicts)))
     for path in write_report(folder, reported_rows(folder), read_items(folder), verdicts):
         print(path)

@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from addiff_env.commands import LAUNCHED
 from addiff_env.evaluation.files import partial_of
 from addiff_env.evaluation.jsonl import append_objects, read_objects
 from addiff_env.types import ResultRow
@@ -20,7 +21,6 @@ from addiff_env.types import ResultRow
 T = TypeVar("T")
 Place = tuple[str, int]  # (prompt, seed): one picture of a benchmark, whoever makes it
 CONFIGURATION = ("backbone", "solver", "policy", "dtype")  # one value each per method
-_LAUNCHED = ("RANK", "WORLD_SIZE")  # set by accelerate and torchrun, one process each
 _SHOWN = 5  # offending values that a message lists
 
 
@@ -31,6 +31,11 @@ def read_rows(path: Path) -> list[ResultRow]:
         ValueError: a damaged line, unknown or missing fields; with its number.
     """
     return [_parse(values, f"{path}:{number}") for number, values in enumerate(read_objects(path), 1)]
+
+
+def count_rows(path: Path) -> int:
+    """How many whole rows a file has, whatever they hold."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _parse(values: dict[str, Any], place: str) -> ResultRow:
@@ -79,7 +84,7 @@ def launched_shard(index: int, shards: int, environment: Mapping[str, str] = os.
     Raises:
         ValueError: both, or ranks that make no sense.
     """
-    rank, world = (environment.get(name) for name in _LAUNCHED)
+    rank, world = (environment.get(name) for name in LAUNCHED)
     if rank is None or world is None or world == "1":
         return index, shards
     if shards != 1:

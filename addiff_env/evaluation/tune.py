@@ -40,8 +40,10 @@ from addiff_env.evaluation.metrics import (
     reward_score,
     score_pictures,
 )
+from addiff_env.inputs import FILE_SETTINGS, fingerprints
 from addiff_env.pipeline import make_agent_env
 from addiff_env.stats import at_least_one
+from addiff_env.storage import read_json
 from addiff_env.types import Action
 
 AUTO = ("threshold:auto", "random:auto", "words-auto", "best-of-auto")
@@ -206,7 +208,8 @@ def stamp_of(agent: Agent, env: DiffusionDenoiseVectorEnv, items: Sequence[Item]
     """What a tuning depends on."""
     settings = hashlib.sha256(repr(env.config).encode()).hexdigest()[:12]
     prompts = {"prompts": id_list_hash(items), "items": len(items)}
-    return {"agent": agent.fingerprint, "settings": settings, **prompts, "metric": metric}
+    files = fingerprints({name: getattr(env.config, name) for name in FILE_SETTINGS if name != "prompts"})
+    return {"agent": agent.fingerprint, "settings": settings, **prompts, "metric": metric, "contents": files}
 
 
 def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Callable[[], Tuning]) -> list[str]:
@@ -223,10 +226,10 @@ def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Calla
     if not path.exists():
         keep_first(path, json.dumps(asdict(make()), indent=2) + "\n")
     try:
-        tuning = Tuning(**json.loads(path.read_text()))
+        tuning = Tuning(**read_json(path))
     except TypeError as error:
         raise ValueError(f"{path} was tuned by another release ({error}): delete it to tune again") from error
-    if tuning.stamp != stamp:
+    if tuning.stamp != {name: value for name, value in stamp.items() if name != "contents" or name in tuning.stamp}:
         raise ValueError(f"{path} was tuned with {tuning.stamp}, not with {stamp}: delete it to tune again")
     return [tuning.spec(spec) if spec in AUTO else spec for spec in specs]
 

@@ -17,6 +17,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
 from addiff_env.agent import Agent
+from addiff_env.loading import reason
 from addiff_env.paths import looked_at
 from addiff_env.sb3.policies import ALGORITHMS, DenoisePolicy
 from addiff_env.sb3.vec_env import make_vec_env
@@ -56,7 +57,10 @@ def import_zip(path: str | Path, config: dict[str, Any], trust_pickle: bool = Fa
     if algorithm not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
     learner, policy = ALGORITHMS[algorithm]
-    model = learner.load(path, device="cpu")
+    try:
+        model = learner.load(path, device="cpu")
+    except Exception as error:  # the library unpickles it, so that damage raises whatever its bytes lead to
+        raise ValueError(f"{str(path)!r} is no readable SB3 zip of {algorithm!r}: {reason(error)}") from error
     if not isinstance(model.policy, policy):
         raise ValueError(
             f"{str(path)!r} holds a {type(model.policy).__name__}, an agent is made of a {policy.__name__}"
