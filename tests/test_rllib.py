@@ -113,7 +113,7 @@ def test_a_folder_keeps_its_settings(tmp_path):
     claim(tmp_path, rllib.Settings())  # nothing was trained yet
     (tmp_path / "checkpoint").mkdir()
     claim(tmp_path, rllib.Settings())
-    with pytest.raises(ValueError, match=r"\(env_kwargs: {} there, {'mask': 'full'} now; hidden: 128 there, 64 now\)"):
+    with pytest.raises(ValueError, match=r"\(hidden: 128 there, 64 now; env_kwargs.mask: nothing there, full now\)"):
         claim(tmp_path, rllib.Settings(hidden=64, env_kwargs={"mask": "full"}))
     written = json.loads((tmp_path / "settings.json").read_text())
     assert written.pop("hidden") == 128
