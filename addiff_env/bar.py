@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
@@ -49,6 +48,7 @@ from addiff_env.evaluation.policies import (
 from addiff_env.evaluation.significance import Interval, interval, resampled_means
 from addiff_env.pipeline import make_agent_env
 from addiff_env.stats import at_least_one
+from addiff_env.storage import write_whole
 from addiff_env.tiny.checker import judge
 from addiff_env.types import ACTIONS, Action
 
@@ -453,9 +453,7 @@ def write_opponents(path: Path, stamp: dict[str, Any], found: Opponents) -> None
     """Keep what the opponents made, as JSON."""
     plays = [{"name": p.name, "episodes": [astuple(e) for e in p.episodes]} for p in (found.rule, *found.constant)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"stamp": stamp, "choice": asdict(found.choice), "plays": plays}))
-    os.replace(partial, path)
+    write_whole(path, json.dumps({"stamp": stamp, "choice": asdict(found.choice), "plays": plays}))
 
 
 def read_opponents(path: Path, stamp: dict[str, Any]) -> Opponents:

@@ -21,6 +21,7 @@ from addiff_env.evaluation.metrics import missing
 from addiff_env.evaluation.outside import MethodOptions
 from addiff_env.evaluation.tune import AUTO
 from addiff_env.paths import PACKAGE_PREFIX, resolve_model
+from addiff_env.storage import read_json
 
 ALL = "all"
 FILE = "methods.json"
@@ -188,7 +189,7 @@ def left_out(folder: Path) -> list[str]:
 def read_plan(folder: Path) -> dict[str, Any]:
     """What `keep_plan` kept; nothing where no process began to make rows."""
     path = folder / FILE
-    return json.loads(path.read_text()) if path.exists() else {"made": {}, "left_out": {}, ALL: []}
+    return read_json(path) if path.exists() else {"made": {}, "left_out": {}, ALL: []}
 
 
 def expected_methods(folder: Path, wanted: str | Sequence[str], controls: Sequence[str]) -> list[str]:

@@ -153,7 +153,7 @@ def pictures_in(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
     if not found:
         raise FileNotFoundError(f"no pictures ({', '.join(PICTURES)}) in the reference folder {looked_at(folder)}")
     return found

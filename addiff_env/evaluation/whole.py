@@ -15,6 +15,7 @@ from typing import Any
 
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.rows import CONFIGURATION
+from addiff_env.storage import read_json
 from addiff_env.types import ResultRow
 
 PROTOCOLS, SET_METRICS = "protocols.json", "set_metrics.json"
@@ -81,4 +82,4 @@ def read_whole(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item]) -
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
