@@ -59,6 +59,7 @@ from addiff_env.evaluation.summary import (
     by_facts,
     by_method,
     categories_of,
+    counted,
     decision_counts,
     estimate,
     headline_metric,
@@ -127,7 +128,7 @@ def write_report(
 
 def _caption(rows: Sequence[ResultRow], provenance: Mapping[str, Any]) -> str:
     number, name = len(next(iter(by_method(rows).values()))), provenance.get("benchmark", "benchmark")
-    return f"{name}, {number:,} pictures, {_one(rows, 'backbone')}, {_one(rows, 'dtype')}"
+    return f"{name}, {counted(number, 'picture')}, {_one(rows, 'backbone')}, {_one(rows, 'dtype')}"
 
 
 def _one(rows: Sequence[ResultRow], name: str) -> str:
@@ -189,6 +190,7 @@ def _template() -> Template:
     )
     environment.filters["signed"] = lambda value: f"{value:+.1f}"
     environment.filters["fixed"] = lambda value: _fixed(value, 3)
+    environment.filters["counted"] = counted
     environment.filters["short"] = lambda value: f"{value:.4g}"
     environment.filters["p_value"] = lambda value: (
         "–" if math.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
