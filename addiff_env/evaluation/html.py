@@ -375,7 +375,9 @@ def _complexity(own: Sequence[ResultRow], facts: Mapping[Place, int]) -> dict[st
 
 def _estimate_of(metric: str, group: Sequence[ResultRow], is_share: bool) -> Estimate | None:
     measured = [(value, row.prompt) for row in group if (value := score_value(row, metric)) is not None]
-    return estimate(*zip(*measured, strict=True), is_share) if measured else None  # type: ignore[misc]
+    return (
+        estimate([value for value, _ in measured], [prompt for _, prompt in measured], is_share) if measured else None
+    )
 
 
 # --------------------------------------------------------------------------- judges
