@@ -97,7 +97,7 @@ from addiff_env.evaluation.runs import (
 )
 from addiff_env.evaluation.sets import References, SetOptions, describe_sets, set_scores
 from addiff_env.evaluation.stamp import CONTROL, keep_stamp, require_same, run_stamp
-from addiff_env.evaluation.summary import lead_with, score_value
+from addiff_env.evaluation.summary import counted, lead_with, score_value
 from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune, tuning_items
 from addiff_env.evaluation.version import code_version, model_revision
 from addiff_env.evaluation.whole import PROTOCOLS, SET_METRICS, pictures_of
@@ -378,8 +378,8 @@ def report(
     (folder / "table.txt").write_text(table + "\n")
     written = [folder / "table.txt", folder / "rows.jsonl", folder / "quality_vs_compute.png"]
     plot_quality_against_compute(rows, written[-1])
-    numbers = f"{len(items)} picture{'s' * (len(items) != 1)} a method"
-    print(f"\n{cfg.benchmark.name}, {numbers}, {rows[0].dtype}; {metric}, shares in percent")
+    head = f"{cfg.benchmark.name}, {counted(len(items), 'picture')} a method, {rows[0].dtype}"
+    print(f"\n{head}; {metric}, shares in percent")
     print(f"{table}\n")
     name, agent = next(iter(agents.items()))
     own = [row for row in rows if row.method == name]

@@ -397,7 +397,8 @@ def test_a_picture_without_a_finite_score_is_no_row_of_other_metrics(script, tmp
     """A resumed run takes it as it is."""
     backbone = SimpleNamespace(name="b", revision=None, dtype_name="float32")
     method = SimpleNamespace(name="ddim-2", solver="ddim-2", policy="ddim-2", backbone=backbone)
-    evaluation = script.Evaluation(tmp_path / "rows.jsonl", SimpleNamespace(), [Broken()], False)
+    env = SimpleNamespace(config=SimpleNamespace(negative_prompt=None))
+    evaluation = script.Evaluation(tmp_path / "rows.jsonl", env, [Broken()], False)
     items = [Item("p", seed, "c") for seed in range(3)]
     scored = score_pictures([Broken()], np.zeros((3, 8, 8, 3), np.uint8), items)
     for item, (scores, words) in zip(items, scored, strict=True):

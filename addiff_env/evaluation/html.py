@@ -59,6 +59,7 @@ from addiff_env.evaluation.summary import (
     by_facts,
     by_method,
     categories_of,
+    counted,
     decision_counts,
     estimate,
     headline_metric,
@@ -128,7 +129,7 @@ def write_report(
 
 def _caption(rows: Sequence[ResultRow], provenance: Mapping[str, Any]) -> str:
     number, name = len(next(iter(by_method(rows).values()))), provenance.get("benchmark", "benchmark")
-    return f"{name}, {number:,} pictures, {_one(rows, 'backbone')}, {_one(rows, 'dtype')}"
+    return f"{name}, {counted(number, 'picture')}, {_one(rows, 'backbone')}, {_one(rows, 'dtype')}"
 
 
 def _one(rows: Sequence[ResultRow], name: str) -> str:
@@ -190,6 +191,7 @@ def _template() -> Template:
     )
     environment.filters["signed"] = lambda value: f"{value:+.1f}"
     environment.filters["fixed"] = lambda value: _fixed(value, 3)
+    environment.filters["counted"] = counted
     environment.filters["short"] = lambda value: f"{value:.4g}"
     environment.filters["p_value"] = lambda value: (
         "–" if math.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
@@ -374,7 +376,9 @@ def _complexity(own: Sequence[ResultRow], facts: Mapping[Place, int]) -> dict[st
 
 def _estimate_of(metric: str, group: Sequence[ResultRow], is_share: bool) -> Estimate | None:
     measured = [(value, row.prompt) for row in group if (value := score_value(row, metric)) is not None]
-    return estimate(*zip(*measured, strict=True), is_share) if measured else None  # type: ignore[misc]
+    return (
+        estimate([value for value, _ in measured], [prompt for _, prompt in measured], is_share) if measured else None
+    )
 
 
 # --------------------------------------------------------------------------- judges

@@ -52,7 +52,7 @@ from addiff_env.evaluation.significance import (
     score_of,
     spearman_test,
 )
-from addiff_env.evaluation.summary import score_value, share_metrics
+from addiff_env.evaluation.summary import counted, score_value, share_metrics
 from addiff_env.types import Action, ResultRow
 
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
@@ -755,7 +755,7 @@ def describe(verdict: Verdict) -> str:
     """A verdict as text: one line, and one for each condition with its numbers."""
     needed = f"; about {verdict.required:,} prompts would decide" if verdict.required else ""
     needed += f"; at least {verdict.runs:,} training runs are needed" if verdict.runs else ""
-    prompts = f"{verdict.prompts:,} prompt{'s' * (verdict.prompts != 1)}"
+    prompts = counted(verdict.prompts, "prompt")
     lines = [f"{verdict.hypothesis}: {verdict.outcome} ({prompts}; {verdict.reason}{needed})"]
     for part in verdict.parts:
         numbers = "" if part.estimate is None else f": {part.estimate:.4g}"

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
+from addiff_env.evaluation.summary import counted
 from addiff_env.types import ResultRow
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} left"
@@ -41,7 +42,8 @@ class RunProgress:
         """Say how much there is to do, and begin to measure how fast it goes."""
         self._kept, self._began = self.done, self._clock()
         if left := sum(self.pictures - len(spent) for spent in self._spent.values()):
-            work = f"{left:,} pictures by {len(self.expected)} methods, about {self.total - self.done:,.0f} evaluations"
+            work = f"{counted(left, 'picture')} by {counted(len(self.expected), 'method')}"
+            work += f", about {self.total - self.done:,.0f} evaluations"
             print(f"{work} of the denoiser in all; how long that takes is said after the first batch")
             self._bar = tqdm(total=self.total, initial=self.done, bar_format=_FORMAT, smoothing=0)
 
@@ -85,5 +87,5 @@ class RunProgress:
         took = self._clock() - self._began
         speed = 1000 * took / (self.done - self._kept)
         whole = timedelta(seconds=round(took + self.seconds_left))
-        pictures = f"{number} picture" + "s" * (number != 1)
-        return f"about {whole} (h:mm:ss) for all pictures, by the first {pictures}: {speed:.0f} ms an evaluation"
+        first = counted(number, "picture")
+        return f"about {whole} (h:mm:ss) for all pictures, by the first {first}: {speed:.0f} ms an evaluation"

@@ -27,6 +27,7 @@ from addiff_env.evaluation.summary import (
     by_facts,
     by_method,
     categories_of,
+    counted,
     decision_counts,
     estimate,
     headline_metric,
@@ -158,8 +159,7 @@ def plot_quality_against_compute(rows: Sequence[ResultRow], path: Path) -> None:
     """Quality with 95% intervals against mean net FLOPs and mean NFE; solvers form lines."""
     figure = quality_figure(rows, ("net_flops", "nfe"), (10.5, 4.8))
     number = len({(row.prompt, row.seed) for row in rows})
-    pictures = f"{number} held-out picture" + "s" * (number != 1)
-    figure.suptitle(f"Quality against compute, {pictures}, 95% intervals", color=INK)
+    figure.suptitle(f"Quality against compute, {counted(number, 'held-out picture')}, 95% intervals", color=INK)
     figure.savefig(path, dpi=130)
 
 

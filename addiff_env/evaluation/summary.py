@@ -139,6 +139,11 @@ def cost_value(row: ResultRow, name: str) -> float | None:
     return None if value is None or not _is_number(value) or (name == "peak_memory" and not value) else float(value)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: ``1 prompt``, ``1,024 prompts``."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def number_text(value: float, digits: int) -> str:
     """A number with so many digits behind the point; a huge one with four in all."""
     return f"{value:.{digits}f}" if abs(value) < 1e9 else f"{value:.4g}"
