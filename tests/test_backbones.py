@@ -50,11 +50,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def kwargs(request: pytest.FixtureRequest, tiny_kwargs: Kwargs, folders: dict[str, Path]) -> Kwargs:
-    """The embedded world around another backbone: few steps, small budget."""
+def kwargs(
+    request: pytest.FixtureRequest, tiny_kwargs: Kwargs, small_looks: dict[str, str], folders: dict[str, Path]
+) -> Kwargs:
+    """Another backbone, seen by `small_looks`: few steps, small budget."""
     kind = getattr(request, "param", "sd")
     common = {"dtype": "float32", "num_inference_steps": 6, "warmup_steps": 2, "max_nfe": 14, "attention_stride": 2}
-    return {**tiny_kwargs, **common, "model": str(folders[kind]), **SETTINGS[kind]}
+    return {**tiny_kwargs, **small_looks, **common, "model": str(folders[kind]), **SETTINGS[kind]}
 
 
 every_backbone = pytest.mark.parametrize("kwargs", sorted(SETTINGS), indirect=True)

@@ -50,6 +50,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.fixture(scope="session")
+def tiny_kwargs(tiny_kwargs: Kwargs, small_looks: dict[str, str]) -> Kwargs:
+    """Looks have no part in what is compared here."""
+    return {**tiny_kwargs, **small_looks}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def looking(tiny_kwargs: Kwargs) -> tuple[Any, ...]:
     """The encoders and the scorer, held so that they are loaded once for the whole page."""
