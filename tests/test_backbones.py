@@ -118,7 +118,7 @@ plans = st.lists(st.lists(st.sampled_from([0, 0, 0, 1, 2, 2]), min_size=10, max_
 
 
 @given(plans, st.sampled_from(list(AutoresetMode)))
-@hypothesis_settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_sixteen_lanes_equal_sixteen_runs(kwargs: Kwargs, plans: list[list[int]], mode: AutoresetMode) -> None:
     """First episodes of sixteen lanes, whatever the autoreset mode does with lanes that end earlier."""
     kwargs = {**kwargs, "mask": "random"}
