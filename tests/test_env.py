@@ -73,8 +73,8 @@ def close(a: torch.Tensor, b: torch.Tensor, atol: float = 1e-4) -> None:
 # ------------------------------------------------------------------ conformance
 
 
-def test_gymnasium_check(tiny_kwargs: Kwargs) -> None:
-    check_env(gym.make(ID, render_mode="rgb_array", num_inference_steps=5, **tiny_kwargs).unwrapped)
+def test_gymnasium_check(small_kwargs: Kwargs) -> None:
+    check_env(gym.make(ID, render_mode="rgb_array", **small_kwargs).unwrapped)
 
 
 @pytest.mark.parametrize("obs_mode", ["flat", "dict"])
@@ -196,7 +196,7 @@ def assert_parity(envs: DiffusionDenoiseVectorEnv, prompt: str, seed: int, atol:
     assert envs.nfe.tolist() == [c.num_inference_steps]
 
 
-@pytest.mark.parametrize("number", [1, 4, 10, 50])
+@pytest.mark.parametrize("number", [1, 4, 10, pytest.param(50, marks=pytest.mark.slow)])
 def test_continuing_is_diffusers_pipeline(tiny_kwargs: Kwargs, number: int) -> None:
     more = {"num_inference_steps": number, "warmup_steps": min(3, number - 1), "max_nfe": 2 * number}
     envs = vector({**tiny_kwargs, "dtype": "float32"}, 1, observe_every=100, **more)
@@ -458,10 +458,19 @@ def test_capped_refinement_is_carried_out_as_continue(small_kwargs: Kwargs) -> N
     assert torch.equal(env.latents, plain.latents)
 
 
+@pytest.fixture(scope="module")
+def budgeted(small_kwargs: Kwargs) -> dict[tuple[int, int], DiffusionDenoiseEnv]:
+    """Environments by their finishing steps and budget."""
+    cases = [(finish, budget) for finish in (0, 2) for budget in (7, 8, 12)]
+    return {(f, b): single(small_kwargs, max_nfe=b, finish_steps=f, observe_every=3) for f, b in cases}
+
+
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=15), st.sampled_from([0, 2]), st.sampled_from([7, 8, 12]))
 @hypothesis_settings(max_examples=25)
-def test_budget_is_never_exceeded(small_kwargs: Kwargs, actions: list[int], finish: int, budget: int) -> None:
-    env = single(small_kwargs, max_nfe=budget, finish_steps=finish, observe_every=3)
+def test_budget_is_never_exceeded(
+    budgeted: dict[tuple[int, int], DiffusionDenoiseEnv], actions: list[int], finish: int, budget: int
+) -> None:
+    env = budgeted[finish, budget]
     _, info = env.reset(options={"prompt": PROMPTS[0], "seed": 0})
     for action in actions:
         allowed, before = info["action_mask"], info

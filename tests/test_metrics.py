@@ -110,8 +110,10 @@ def test_missing_weights_are_refused_or_left_out(perception: Perception) -> None
         open_metrics(["imagereward:x.pt,colour=red"], perception, TINY, allow_missing=True)
 
 
-def test_a_scorer_by_its_setting_scores_pictures(perception: Perception, rng: np.random.Generator) -> None:
-    metric = open_metric("clipscore:addiff_env:tiny/weights/clip", perception, DRAWN)
+def test_a_scorer_by_its_setting_scores_pictures(
+    perception: Perception, small_looks: dict[str, str], rng: np.random.Generator
+) -> None:
+    metric = open_metric(f"clipscore:{small_looks['clip']}", perception, DRAWN)
     pictures = rng.integers(0, 255, (1, 96, 64, 3), np.uint8)
     ((scores, words),) = score_pictures([metric], pictures, TINY[:1])
     own = open_metric("clip_score", perception, DRAWN)

@@ -50,6 +50,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+@pytest.fixture(scope="session")
+def tiny_kwargs(tiny_kwargs: Kwargs, small_looks: dict[str, str]) -> Kwargs:
+    """Looks have no part in what is compared here."""
+    return {**tiny_kwargs, **small_looks}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def looking(tiny_kwargs: Kwargs) -> tuple[Any, ...]:
     """The encoders and the scorer, held so that they are loaded once for the whole page."""
@@ -204,7 +210,14 @@ def test_diffusers_differs_from_itself_by_less_than_the_bar(
     alone = [reference(envs, folder, lanes=slice(lane, lane + 1), **call) for lane in range(2)]
     assert_same_but_for_rounding(torch.cat(alone), expected)
     assert_same_but_for_rounding(reference(envs, folder, layout=torch.contiguous_format, **call), expected)
-    threads = torch.get_num_threads()
+
+
+@pytest.mark.parametrize("solver_run", ["ddim", "euler"], indirect=True)
+def test_diffusers_on_more_threads_differs_from_itself_by_less_than_the_bar(
+    solver_run: tuple[DiffusionDenoiseVectorEnv, Path, Kwargs],
+) -> None:
+    envs, folder, call = solver_run
+    expected, threads = reference(envs, folder, **call), torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 2)
         assert_same_but_for_rounding(reference(envs, folder, **call), expected)
