@@ -28,6 +28,7 @@ HARMLESS = (
     *("prompts", "reward", "render_mode", "device", "dtype", "compile", "channels_last", "batch_size"),
     *("decode_memory", "offload"),
 )
+_LATER = {"negative_prompt": None, "look_precision": "auto"}  # stated where they are set: earlier folders have none
 WEIGHTS = ("model", "lora", "clip", "dino", "scorer", "preview_model")
 ADDED = ("metrics", "agents")  # named one by one: who goes on need not have all of them
 _NOTHING = "nothing"
@@ -80,9 +81,8 @@ def environment_of(agent: Agent, overrides: Mapping[str, Any]) -> dict[str, Any]
     """What decides how an agent's pictures come out: id and settings, the harmless ones left out."""
     name, kwargs = agent.environment
     config = asdict(EnvConfig(**{**gym.spec(name).kwargs, **kwargs, **overrides}))
-    if config["negative_prompt"] is None:
-        del config["negative_prompt"]  # folders of earlier releases know of none
-    return {"id": name, **{key: value for key, value in config.items() if key not in HARMLESS}}
+    left_out = {*HARMLESS, *(key for key, value in _LATER.items() if config[key] == value)}
+    return {"id": name, **{key: value for key, value in config.items() if key not in left_out}}
 
 
 def _with_weights(setting: str) -> str:
