@@ -21,6 +21,7 @@ from torch import nn
 
 import addiff_env
 from addiff_env.config import EnvConfig
+from addiff_env.loading import gated_advice
 from addiff_env.paths import looked_at, resolve_model
 from addiff_env.types import Action
 from addiff_env.validation import plain
@@ -299,6 +300,7 @@ class Agent:
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
                 f"no agent {looked_at(name)}, neither as a folder (train one with: make train) nor on the Hub: {error}"
+                + gated_advice(error, str(name))
             ) from error
         return cls.load(folder)
 

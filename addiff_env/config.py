@@ -72,6 +72,7 @@ class EnvConfig:
     decode_memory: Annotated[float, at_least(0)] | None = None
     offload: Annotated[str, one_of(*OFFLOADS)] = "none"
     negative_prompt: str | None = None
+    look_precision: Annotated[str, one_of("auto", "float32")] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -18,7 +18,7 @@ from gymnasium.vector.utils import batch_space
 from addiff_env.attention import attention_entropy
 from addiff_env.backbones import to_uint8
 from addiff_env.config import EnvConfig
-from addiff_env.perception import QUALITY, TIMESTEP_WIDTH, Look, Perception, timestep_embedding
+from addiff_env.perception import QUALITY, TIMESTEP_WIDTH, Look, Perception, look_precision, timestep_embedding
 from addiff_env.previews import FullDecoder, make_previewer
 from addiff_env.prompts import check_prompt, load_prompts
 from addiff_env.refine import RefinableLanes
@@ -117,6 +117,8 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
     networks that wait on the host: ``none``, ``model`` (all but the one at work), ``sequential`` (all but the layer at
     work; slowest). ``negative_prompt`` is what guidance leads away from, in lanes that are not given their own (None:
     as diffusers' pipeline without one); it needs ``guidance_scale`` above 1, and a model other than Flux.
+    ``look_precision`` is what encoders and scorer look in: ``auto``, on GPUs the model's half precision, or
+    ``float32``, which on tensor cores may take as long as a step.
 
     >>> import gymnasium as gym
     >>> envs = gym.make_vec("AdDiffusion-Tiny-v0", num_envs=4)  # doctest: +SKIP
@@ -164,7 +166,8 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         self.reward_config = RewardConfig.from_dict(c.reward)
         self._set_up()
         self.previewer = make_previewer(c.preview, self.backbone, c.preview_model)
-        self.perception = Perception(c.clip, c.dino, c.scorer, self.backbone.device)
+        precision = look_precision(c.look_precision, self.backbone.device, self.backbone.dtype)
+        self.perception = Perception(c.clip, c.dino, c.scorer, self.backbone.device, precision)
         self.reward_config = self.reward_config.for_scorer(self.perception.scorer.mean, self.perception.scorer.std)
         look = self.perception.flops(c.height, c.width)
         self.price["preview"] = self.previewer.flops(self.latent_shape)

@@ -210,9 +210,9 @@ def _call(env_id: str, network: Any, rows: int, dtype: torch.dtype) -> dict[str,
             "txt_ids": zeros(tokens, 3),
             "img_ids": zeros(patches, 3),
         }
-    context = {"encoder_hidden_states": zeros(rows, tokens, network.config.cross_attention_dim)}
+    context: dict[str, Any] = {"encoder_hidden_states": zeros(rows, tokens, network.config.cross_attention_dim)}
     if network.config.addition_embed_type == "text_time":
-        context["added_cond_kwargs"] = {"text_embeds": zeros(rows, 1280), "time_ids": zeros(rows, 6)}  # type: ignore[assignment]
+        context["added_cond_kwargs"] = {"text_embeds": zeros(rows, 1280), "time_ids": zeros(rows, 6)}
     return {"sample": zeros(rows, 4, height, width), "timestep": torch.zeros(rows), **context}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +58,12 @@ class Look:
             getattr(self, name)[lanes] = value
 
 
+def look_precision(setting: str, device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """What looks are computed in: by ``auto`` a GPU's model's own half precision, else (None) strict float32."""
+    half = setting == "auto" and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return dtype if half else None
+
+
 class Perception:
     """The frozen encoders and the reward model of one environment.
 
@@ -65,6 +71,8 @@ class Perception:
         clip, dino: model folders (or ``addiff_env:<path>``), Hub ids, or what `addiff_env.encoders` lists.
         scorer: a setting of `addiff_env.scorers.load_scorer`.
         device: where they live.
+        precision: ``float16`` or ``bfloat16``: looks are computed in it (autocast, as the scorers' official code does
+            on GPUs), texts and results stay float32. None: strict float32.
 
     Attributes:
         score_limit: reward scores lie in [-score_limit, score_limit], so that the observation space is bounded.
@@ -73,8 +81,10 @@ class Perception:
         FileNotFoundError, ValueError: a model is missing or damaged; the message names it.
     """
 
-    def __init__(self, clip: str, dino: str, scorer: str, device: torch.device) -> None:
-        self.device = device
+    def __init__(
+        self, clip: str, dino: str, scorer: str, device: torch.device, precision: torch.dtype | None = None
+    ) -> None:
+        self.device, self.precision = device, precision
         self.clip = load_clip(resolve_model(clip), str(device))
         self.dino = load_dino(resolve_model(dino), str(device))
         self.scorer = load_scorer(scorer, str(device))
@@ -92,14 +102,18 @@ class Perception:
 
         ``vouched`` says that the values are known to be finite and in range, which spares asking the device for them.
         """
-        with vouched_pictures() if vouched else nullcontext():
-            features = self.clip.image_features(pictures)
-            return Look(
-                features,
-                self.dino.image_features(pictures),
-                (features * self.clip.text_features(prompts)).sum(1),
-                self.scorer.score(pictures, prompts).to(self.device).clamp(-self.score_limit, self.score_limit),
-            )
+        texts = self.clip.text_features(prompts)
+        if reader := getattr(self.scorer, "text_encoder", None):
+            reader.text_features(prompts)  # kept by the encoder, which others share: never in half precision
+        with vouched_pictures() if vouched else nullcontext(), self._half_precision():
+            features = self.clip.image_features(pictures).float()
+            dino = self.dino.image_features(pictures).float()
+            scores = self.scorer.score(pictures, prompts).float()
+        scores = scores.to(self.device).clamp(-self.score_limit, self.score_limit)
+        return Look(features, dino, (features * texts).sum(1), scores)
+
+    def _half_precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
 
     def flops(self, height: int, width: int) -> float:
         """FLOPs of one look at one picture, preview decode not included; measured once per size."""

@@ -30,6 +30,7 @@ LAYERS = (  # low to high; a module imports from strictly lower layers, or from 
     "refine",
     "prompts",
     "perception",
+    "footprint",
     "costs",
     "env",
     "filmstrips",

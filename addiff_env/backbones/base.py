@@ -166,7 +166,8 @@ class Backbone(ABC):
         Raises:
             ValueError: the model takes no negative prompt, or there is not one per lane.
         """
-        negatives = [negative_prompt] * len(prompts) if _is_one(negative_prompt) else list(negative_prompt or [])
+        one = negative_prompt is None or isinstance(negative_prompt, str)
+        negatives: list[Any] = [negative_prompt] * len(prompts) if one else list(negative_prompt or [])
         if len(negatives) != len(prompts):
             raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
         rows = []
@@ -336,10 +337,6 @@ def to_uint8(pictures: torch.Tensor) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------- for the subclasses
-
-
-def _is_one(negative_prompt: str | Sequence[str | None] | None) -> bool:
-    return negative_prompt is None or isinstance(negative_prompt, str)
 
 
 def with_negative(prompt: Conditioning, negative: Conditioning) -> Conditioning:

@@ -30,6 +30,7 @@ HARMLESS = (
     *("prompts", "reward", "render_mode", "device", "dtype", "compile", "channels_last", "batch_size"),
     *("decode_memory", "offload"),
 )
+_LATER = {"negative_prompt": None, "look_precision": "auto"}  # stated where they are set: earlier folders have none
 WEIGHTS = tuple(name for name in FILE_SETTINGS if name not in HARMLESS)
 CONTENTS, WEIGHTS_BEFORE = "contents", "weights"  # of the files that settings name; what earlier releases kept of them
 BENCHMARK, MODEL = "benchmark.name", "environment.model"
@@ -93,9 +94,8 @@ def environment_of(agent: Agent, overrides: Mapping[str, Any]) -> dict[str, Any]
     """What decides how an agent's pictures come out: id and settings, the harmless ones left out."""
     name, kwargs = agent.environment
     config = asdict(EnvConfig(**{**gym.spec(name).kwargs, **kwargs, **overrides}))
-    if config["negative_prompt"] is None:
-        del config["negative_prompt"]  # folders of earlier releases know of none
-    return {"id": name, **{key: value for key, value in config.items() if key not in HARMLESS}}
+    left_out = {*HARMLESS, *(key for key, value in _LATER.items() if config[key] == value)}
+    return {"id": name, **{key: value for key, value in config.items() if key not in left_out}}
 
 
 def _items_hash(items: Sequence[Item]) -> str:
