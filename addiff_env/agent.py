@@ -21,6 +21,7 @@ from torch import nn
 
 import addiff_env
 from addiff_env.config import EnvConfig
+from addiff_env.isolation import exclusive, isolated
 from addiff_env.types import Action
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ class Agent:
             digest.update(value.cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    @torch.no_grad()
+    @isolated()
     def act(
         self,
         obs: np.ndarray | torch.Tensor,
@@ -190,7 +191,7 @@ class Agent:
             raise ValueError("sampling actions needs rng=numpy.random.default_rng(seed)")
         return (logits + rng.gumbel(size=logits.shape)).argmax(1)
 
-    @torch.no_grad()
+    @isolated()
     def logits(self, obs: np.ndarray | torch.Tensor) -> np.ndarray:
         """Unnormalised log-probabilities (B, 3) of the actions."""
         observations = torch.as_tensor(obs, dtype=torch.float32)
@@ -229,9 +230,10 @@ class Agent:
         _refuse_pickles(folder)
         config = _read_config(folder / CONFIG)
         described = config.pop("fingerprint", None)
-        policy = PolicyNet(config["observation"], config["hidden"])
         try:
-            policy.load_state_dict(load_file(folder / WEIGHTS))
+            with exclusive():
+                policy = PolicyNet(config["observation"], config["hidden"])
+                policy.load_state_dict(load_file(folder / WEIGHTS))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder / WEIGHTS} is damaged or does not fit its agent.json: {error}") from error
         agent = cls(policy, config)

@@ -17,6 +17,7 @@ from gymnasium.vector.utils import batch_space
 from addiff_env.attention import attention_entropy
 from addiff_env.backbones import to_uint8
 from addiff_env.config import EnvConfig
+from addiff_env.isolation import isolated
 from addiff_env.perception import QUALITY, TIMESTEP_WIDTH, Look, Perception, timestep_embedding
 from addiff_env.previews import FullDecoder, make_previewer
 from addiff_env.prompts import check_prompt, load_prompts
@@ -96,6 +97,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     _tensors = (*RefinableLanes._tensors, "clip_text")
     _arrays = (*RefinableLanes._arrays, "clip_score", "reward_score", "similarity", "fault", "decisions")
 
+    @isolated()
     def __init__(
         self, num_envs: int = 1, autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP, **settings: Any
     ) -> None:
@@ -176,6 +178,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         self.fault, self.decisions = np.zeros(n, bool), np.zeros(n, np.int64)
         self._started = False
 
+    @isolated()
     def state_dict(self) -> dict[str, Any]:
         """All lanes, what was seen of them, and the stream that new episodes are drawn from; see `Lanes.state_dict`."""
         looks = {
@@ -186,6 +189,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         stream = self.np_random.bit_generator.state
         return super().state_dict() | looks | {"pictures": pictures, "stream": stream, "started": self._started}
 
+    @isolated()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`; raises as `Lanes.load_state_dict`."""
         super().load_state_dict(state)
@@ -205,6 +209,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
 
     # ----------------------------------------------------------------- reset
 
+    @isolated()
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
@@ -304,6 +309,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
 
     # ----------------------------------------------------------------- step
 
+    @isolated()
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Carry out one action (B,) per lane.
 
@@ -519,6 +525,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         final = {"final_obs": final_obs, "_final_obs": ended, "final_info": last, "_final_info": ended}
         return self._observation(), fresh | final
 
+    @isolated()
     def preview_images(self) -> np.ndarray:
         """Decoded latest clean predictions of all lanes: uint8 (B, H, W, 3)."""
         chunks = [to_uint8(_finite(self.previewer.decode(self.x0[rows]))) for rows in self._chunks(self.num_envs)]
@@ -540,6 +547,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         """Mask of each lane's latest refinement, float32 (B, h, w) in [0, 1]; zeros if there was none."""
         return self.refine_masks[:, 0].float().cpu().numpy().copy()
 
+    @isolated()
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Each lane's final picture, or its preview before the end: uint8 (H, W, 3) each."""
         if self.render_mode is None:

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "addiff_env"
 LAYERS = (  # low to high; a module imports from strictly lower layers, or from its own package
     "types",
+    "isolation",
     "stats",
     "samplers",
     "attention",

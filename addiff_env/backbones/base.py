@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from addiff_env.isolation import exclusive, frozen_call, isolated
 from addiff_env.loading import DTYPES
 from addiff_env.samplers import Level, Schedule, make_schedule, solver_step
 
@@ -62,7 +63,8 @@ class Prediction:
 class Backbone(ABC):
     """A frozen model; its conventions (prediction type, scaling, packing, guidance) end here.
 
-    Subclasses set the attributes below and write the methods marked abstract.
+    Environments share it, also between threads: subclasses set the attributes below and write the methods marked
+    abstract, those that run a network as a `frozen_call`.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Backbone(ABC):
 
     # ----------------------------------------------------------------- text
 
+    @frozen_call
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Encode texts as the model's pipeline does; what is too long is truncated, with one warning."""
         rows = []
@@ -127,8 +130,7 @@ class Backbone(ABC):
             if prompt not in self._prompts:
                 if len(self._prompts) >= _CACHED_PROMPTS:
                     self._prompts.clear()
-                with torch.no_grad():
-                    self._prompts[prompt] = self._encode(prompt)
+                self._prompts[prompt] = self._encode(prompt)
             rows.append(self._prompts[prompt])
         return Conditioning.stack(rows)
 
@@ -183,6 +185,7 @@ class Backbone(ABC):
 # --------------------------------------------------------------------------- noise, plain denoising
 
 
+@isolated()
 def draw_noise(backbone: Backbone, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Noise (B, C, h, w) of ``shape`` (C, h, w), each lane's drawn by its own generator.
 
@@ -197,6 +200,7 @@ def initial_noise(backbone: Backbone, shape: tuple[int, ...], seeds: Sequence[in
     return draw_noise(backbone, shape, [torch.Generator().manual_seed(int(seed)) for seed in seeds])
 
 
+@isolated()
 def denoise(
     backbone: Backbone,
     schedule: Schedule,
@@ -239,12 +243,12 @@ def to_uint8(pictures: torch.Tensor) -> np.ndarray:
 # --------------------------------------------------------------------------- for the subclasses
 
 
-@torch.no_grad()
 def count_flops(call: Callable[[], Any], device: torch.device | str) -> float:
     """FLOPs of one call on ``device``, by `torch.utils.flop_counter` (matrix products, convolutions, attention)."""
     # The counter knows CUDA's fused attention, but not the CPU's: there attention is written out while it counts.
     written_out = sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
-    with _plain_multihead_attention(), written_out, FlopCounterMode(display=False) as counter:
+    # Which kernels attention uses is a setting of the process, and the counter watches all of its modules.
+    with exclusive(), _plain_multihead_attention(), written_out, FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
 

@@ -16,6 +16,7 @@ from addiff_env.backbones.base import (
     scheduler_settings,
     truncated_words,
 )
+from addiff_env.isolation import frozen_call
 from addiff_env.samplers import Level, to_x0
 
 _LAYERS = 4  # double-stream blocks whose attention is read, from the middle of the network on
@@ -109,7 +110,7 @@ class FluxBackbone(Backbone):
 
     # ----------------------------------------------------------------- denoiser
 
-    @torch.no_grad()
+    @frozen_call
     def predict(
         self,
         latents: torch.Tensor,
@@ -158,14 +159,14 @@ class FluxBackbone(Backbone):
 
     # ----------------------------------------------------------------- pictures
 
-    @torch.no_grad()
+    @frozen_call
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1]."""
         config = self.vae.config
         shifted = (latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).to(self.vae.dtype)
         return (self.vae.decode(shifted, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
-    @torch.no_grad()
+    @frozen_call
     def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], by the autoencoder's mean."""
         config = self.vae.config

@@ -19,6 +19,7 @@ from addiff_env.backbones.base import (
     spelled_out_words,
     truncated_words,
 )
+from addiff_env.isolation import frozen_call
 from addiff_env.samplers import Level, to_x0
 
 _LAYERS = 6  # most attention layers looked at, evenly chosen: SDXL has fifty at one resolution
@@ -145,7 +146,7 @@ class StableDiffusionBackbone(Backbone):
 
     # ----------------------------------------------------------------- denoiser
 
-    @torch.no_grad()
+    @frozen_call
     def predict(
         self,
         latents: torch.Tensor,
@@ -205,7 +206,7 @@ class StableDiffusionBackbone(Backbone):
 
     # ----------------------------------------------------------------- pictures
 
-    @torch.no_grad()
+    @frozen_call
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1]."""
         mean, std = self._statistics()
@@ -213,7 +214,7 @@ class StableDiffusionBackbone(Backbone):
         pictures = self.vae.decode(scaled.contiguous(memory_format=self._format), return_dict=False)[0]
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
-    @torch.no_grad()
+    @frozen_call
     def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], by the autoencoder's mean."""
         out = self.vae.encode((pictures * 2 - 1).to(self.device, self.vae.dtype))
