@@ -61,6 +61,7 @@ def resolve_device(device: str) -> str:
 # What the libraries say while a model loads and what is of no use to anybody, as `load_network` reads their reports.
 _NOISE = re.compile(
     r"^Expected types for \w+:"  # the embedded world's autoencoder is a small one
+    r"|^The config attributes {'block_out_channels'"  # which diffusers itself writes into such an autoencoder's
     r"|^You have disabled the safety checker"
     r"|^No LoRA keys associated to"  # of one of the networks; a LoRA of which anything is left over is refused
     r"|^Some weights of .* were not (used when initializing|initialized from)"
@@ -109,13 +110,14 @@ def load_network(loader: Any, model: str | Path, *, may_lack: str | None = None,
     """
     network, report = loader.from_pretrained(model, output_loading_info=True, **options)
     problems = {
-        f"lacks {{}} tensors of a {type(network).__name__}": _relevant(report["missing_keys"], may_lack),
-        f"holds {{}} tensors that a {type(network).__name__} does not have": _relevant(report["unexpected_keys"]),
-        "holds {} tensors of another shape": [str(key) for key in report["mismatched_keys"]],
+        "lack {} keys": _relevant(report["missing_keys"], may_lack),
+        "hold {} keys that it does not have": _relevant(report["unexpected_keys"]),
+        "hold {} keys of another shape": [str(key) for key in report["mismatched_keys"]],
     }
     found = [f"{what.format(len(names))}: {some(names)}" for what, names in problems.items() if names]
     if found:
-        raise ValueError(f"{str(model)!r} {' and '.join(found)}")
+        kind = type(network).__name__
+        raise ValueError(f"{str(model)!r} is not the {kind} that it says: its weights {'; they '.join(found)}")
     return network
 
 
