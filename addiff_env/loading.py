@@ -108,17 +108,24 @@ def load_network(loader: Any, model: str | Path, *, may_lack: str | None = None,
         ValueError: tensors are missing, not known or of another shape; the message names them. Whatever the library
             raises for files that are not there or damaged.
     """
+    if loader.__module__.startswith("transformers."):
+        options["ignore_mismatched_sizes"] = True  # else it raises without a name
     network, report = loader.from_pretrained(model, output_loading_info=True, **options)
     problems = {
         "lack {} keys": _relevant(report["missing_keys"], may_lack),
         "hold {} keys that it does not have": _relevant(report["unexpected_keys"]),
-        "hold {} keys of another shape": [str(key) for key in report["mismatched_keys"]],
+        "hold {} keys of another shape": _relevant(map(_with_shapes, report["mismatched_keys"])),
     }
     found = [f"{what.format(len(names))}: {some(names)}" for what, names in problems.items() if names]
     if found:
         kind = type(network).__name__
         raise ValueError(f"{str(model)!r} is not the {kind} that it says: its weights {'; they '.join(found)}")
     return network
+
+
+def _with_shapes(mismatch: tuple[str, Any, Any]) -> str:
+    name, there, here = mismatch
+    return f"{name} {tuple(there)} instead of {tuple(here)}"
 
 
 def _relevant(names: Iterable[str], may_lack: str | None = None) -> list[str]:

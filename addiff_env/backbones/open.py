@@ -98,9 +98,9 @@ def _check_lora(pipeline: Any, state: dict[str, torch.Tensor]) -> None:
     adapters = dict(_adapters(pipeline))
     dtypes = {value.dtype for value in adapters.values()}
     read = {_content(value.to(dtype)) for value in state.values() for dtype in dtypes}
-    held = {_content(value) for value in adapters.values()}
+    held = {_content(value) for value in adapters.values() if not value.is_meta}
     unused = [name for name, value in state.items() if not any(_content(value.to(d)) in held for d in dtypes)]
-    drawn = [name for name, value in adapters.items() if _content(value) not in read]
+    drawn = [name for name, value in adapters.items() if value.is_meta or _content(value) not in read]
     if unused:
         raise ValueError(f"{len(unused)} of its {len(state)} tensors fit nowhere in this model: {some(unused)}")
     if drawn:
