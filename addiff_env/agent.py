@@ -199,7 +199,7 @@ class Agent:
         if observations.ndim != 2 or observations.shape[1] != width:
             layout = self.config["observation"]
             raise ValueError(f"this agent sees {width} numbers ({layout}), got {tuple(observations.shape)}")
-        return self.policy(observations.to(self.policy.head.weight.device)).cpu().numpy()
+        return self.policy(observations.to(self.policy.head.weight)).cpu().numpy()
 
     def save(self, folder: str | Path) -> None:
         """Write the bundle; one that an interruption left half new is refused by `load`."""

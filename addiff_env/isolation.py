@@ -99,7 +99,7 @@ class _Gate:
 
 
 _place, _gate = _Place(), _Gate()
-_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()  # type: ignore[valid-type]
+_locks: WeakKeyDictionary[Any, threading.RLock] = WeakKeyDictionary()
 
 
 def _after_fork() -> None:

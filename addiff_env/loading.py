@@ -63,7 +63,8 @@ _NOISE = re.compile(
     r"^Expected types for \w+:"  # the embedded world's autoencoder is a small one
     r"|^The config attributes {'block_out_channels'"  # which diffusers itself writes into such an autoencoder's
     r"|^You have disabled the safety checker"
-    r"|^No LoRA keys associated to"  # of one of the networks; a LoRA of which anything is left over is refused
+    r"|^Could(n't| not) (reach|connect to) the Hub"  # what is not in the cache either cannot be loaded, and is an error
+    r"|^No LoRA keys associated to|^Loading adapter weights from state_dict led to"  # what is left over is refused
     r"|^Some weights of .* were not (used when initializing|initialized from)"
     r"|LOAD REPORT"
 )

@@ -239,6 +239,24 @@ def test_no_load_draws_random_numbers(small_kwargs: Kwargs, tmp_path: Path) -> N
     assert random_states() == before
 
 
+@pytest.mark.gpu
+def test_loads_and_threads_on_a_gpu(small_kwargs: Kwargs) -> None:
+    torch.cuda.init()
+    before = torch.cuda.get_rng_state_all()
+    envs = together([partial(make, small_kwargs, device="cuda", obs_backend="torch") for _ in range(2)])
+    assert all(map(torch.equal, torch.cuda.get_rng_state_all(), before))
+
+    def latents(env: DiffusionDenoiseVectorEnv, seed: int) -> torch.Tensor:
+        env.reset(options={"prompt": ["a red circle", "a star"], "seed": [seed, 1]})
+        for actions in ACTIONS:
+            env.step(np.array(actions))
+        return env.latents.cpu()
+
+    calls = [partial(latents, env, seed) for seed, env in enumerate(envs)]
+    alone = [call() for call in calls]
+    assert all(torch.equal(*pair) for pair in zip(together(calls), alone, strict=True))
+
+
 def head(file: Path) -> Path:
     """A head of the aesthetic predictor's for the packaged CLIP."""
     from safetensors.torch import save_file
@@ -390,7 +408,7 @@ def test_loading_from_within_a_models_call_is_refused_and_not_waited_for() -> No
         pass  # whoever has everything already goes on
 
 
-def test_exclusive_is_alone(small_kwargs: Kwargs) -> None:
+def test_exclusive_is_alone() -> None:
     inside: list[int] = []
     most: list[int] = []
 
