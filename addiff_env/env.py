@@ -86,11 +86,11 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     >>> obs, info = envs.reset(options={"prompt": ["a red circle"] * 4, "seed": [0, 1, 2, 3]})  # doctest: +SKIP
 
     ## Threads, torch's global modes
-    Environments of one process share their frozen models. Each may be stepped in a thread of its own, and gives what it
-    gives alone, bit for bit; one environment belongs to one thread at a time. A shared model serves one thread after the
-    other, so threads save nothing of the denoiser's own time: lanes of one vector environment do. A model is loaded
-    while no environment steps. Default dtype and device, autocast, inference mode and gradient mode of the caller
-    change no result (`addiff_env.isolation`); the number of threads of an operation and TF32, which do, are left to him.
+    Environments of one process share their frozen models. Each may be stepped in a thread of its own and gives what
+    it gives alone, bit for bit; one environment belongs to one thread at a time. A shared model serves one thread after
+    the other, so threads save nothing of the denoiser's own time: lanes of one vector environment do. While a model is
+    loaded, no environment steps. The caller's default dtype and device, autocast, inference mode and gradient mode
+    change no result (`addiff_env.isolation`); what changes arithmetic itself (TF32, threads of an operation) is his.
 
     ## Version history
     v0: first version.

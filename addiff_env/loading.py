@@ -62,7 +62,7 @@ def resolve_device(device: str) -> str:
 _NOISE = re.compile(
     r"^Expected types for \w+:"  # the embedded world's autoencoder is a small one
     r"|^The config attributes {'block_out_channels'"  # which diffusers itself writes into such an autoencoder's
-    r"|^You have disabled the safety checker"
+    r"|^You have disabled the safety checker|^Keyword arguments {'safety_checker'"  # which not every pipeline has
     r"|^Could(n't| not) (reach|connect to) the Hub"  # what is not in the cache either cannot be loaded, and is an error
     r"|^No LoRA keys associated to|^Loading adapter weights from state_dict led to"  # what is left over is refused
     r"|^Some weights of .* were not (used when initializing|initialized from)"

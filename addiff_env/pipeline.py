@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ class AdaptivePipeline:
         if isinstance(agent, Agent):
             agent.require_layout(env.perception.parts)
         self.env, self.agent = env, agent
+        self._turn = threading.Lock()  # the lanes are one call's at a time
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, num_envs: int = 16, **overrides: Any) -> AdaptivePipeline:
@@ -87,6 +89,8 @@ class AdaptivePipeline:
     def __call__(self, prompts: str | Sequence[str], seeds: int | Sequence[int] | None = None) -> list[Generated]:
         """Make one picture per prompt, in order; without ``seeds`` they are drawn at random.
 
+        Several threads may call: each waits for its turn.
+
         Raises:
             ValueError: different numbers of prompts and seeds; TypeError: a prompt that is no string.
         """
@@ -96,7 +100,8 @@ class AdaptivePipeline:
         numbers = [seeds] if isinstance(seeds, int) else list(seeds)
         if len(texts) != len(numbers):
             raise ValueError(f"{len(texts)} prompts but {len(numbers)} seeds")
-        results = dict(pair for group in self.stream(texts, numbers) for pair in group)
+        with self._turn:
+            results = dict(pair for group in self.stream(texts, numbers) for pair in group)
         return [results[index] for index in range(len(texts))]
 
     def stream(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[list[tuple[int, Generated]]]:

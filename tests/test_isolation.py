@@ -189,6 +189,7 @@ def test_pipelines_in_threads(small_kwargs: Kwargs) -> None:
         return [made.picture for made in pipeline(["a star", "a red ring"] * 2, [seed, 1, 2, 3])]
 
     calls = [partial(pictures, pipeline, 7 + i) for i, pipeline in enumerate(pipelines)]
+    calls.append(partial(pictures, pipelines[0], 20))  # whose lanes another thread needs, too
     alone = [call() for call in calls]
     assert all(map(same, together(calls), alone))
 
@@ -367,6 +368,22 @@ def test_models_called_by_themselves_are_the_same_under_any_mode(tmp_path: Path,
     with MODES[mode]():
         seen = look()  # loads them anew: nobody has held them
     assert same(seen, expected) and same(look(), expected)
+
+
+@pytest.mark.parametrize("mode", ["float64", "meta", "everything"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' own, under NumPy 2
+def test_other_methods_are_the_same_under_any_mode(small_kwargs: Kwargs, mode: str) -> None:
+    env = make(small_kwargs)
+    names = ("ddim-2", "best-of-2:ddim-2", "oracle-stop:ddim-2", "unipc-2", "sag-2", "attend-and-excite-2")
+
+    def pictures() -> list[np.ndarray]:
+        methods = [make_method(name, env) for name in names]
+        items = [Item("a red circle", 3, "colors")]
+        return [made.picture for method in methods for group in method.make(items) for _, made in group]
+
+    expected = pictures()
+    with MODES[mode]():
+        assert same(pictures(), expected)
 
 
 def test_latents_that_ask_for_gradients_do_not_make_the_environment_ask(small_kwargs: Kwargs) -> None:
