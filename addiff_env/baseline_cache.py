@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from addiff_env.backbones import denoise, initial_noise
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.loading import resolve_model
+from addiff_env.loading import looked_at, resolve_model
 from addiff_env.reward import RewardConfig, quality
 
 FORMAT_VERSION = 2
@@ -45,6 +45,8 @@ def baseline_configuration(env: DiffusionDenoiseVectorEnv, steps: int | None) ->
             f"baselines are of deterministic fixed steps, got eta {env.config.eta!r}: set it to 0, or use no baselines"
         )
     settings = {name: getattr(env.config, name) for name in DECISIVE}
+    if env.config.negative_prompt is not None:  # files of earlier releases have none
+        settings["negative_prompt"] = env.config.negative_prompt
     weights = {f"{name}_weights": weights_fingerprint(settings[name]) for name in WEIGHTS}
     return {"format_version": FORMAT_VERSION, "steps": steps, "dtype": env.backbone.dtype_name, **settings, **weights}
 
@@ -131,10 +133,10 @@ class BaselineCache:
             FileNotFoundError: no such file, with the command that makes it; ValueError: it is damaged, or stale: it was
             made for another configuration, and every differing value is named; or the solver is stochastic.
         """
-        path = Path(path)
+        path = Path(resolve_model(path))
         if not path.is_file():
             raise FileNotFoundError(
-                f"no baselines {str(path)!r}; make them with: python -m addiff_env.baseline_cache {path}"
+                f"no baselines {looked_at(path)}; make them with: python -m addiff_env.baseline_cache {path}"
             )
         lines = _read_lines(path)
         steps = _header(path, lines).get("steps")
@@ -180,13 +182,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a damaged line, with its number.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    lines = path.read_bytes().split(b"\n")[:-1]  # prompts may hold other separators, and the last one be cut anywhere
     return [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
 
 
-def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -211,7 +211,14 @@ def score_fixed_steps(
     for start in range(0, len(pairs), env.config.batch_size):
         prompts, seeds = (list(column) for column in zip(*pairs[start : start + env.config.batch_size], strict=True))
         noise = initial_noise(env.backbone, env.latent_shape, seeds)
-        latents = denoise(env.backbone, schedule, prompts, noise, env.config.guidance_scale)
+        latents = denoise(
+            env.backbone,
+            schedule,
+            prompts,
+            noise,
+            env.config.guidance_scale,
+            negative_prompt=env.config.negative_prompt,
+        )
         pictures = env.backbone.decode(latents)
         _check_finite(pictures, prompts, seeds, f"the pictures of {steps} steps in {env.backbone.dtype_name}")
         look = env.perception.look(pictures, prompts)

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from addiff_env.isolation import frozen_call
-from addiff_env.loading import check_finite, load_network, quiet_loading, reason, shared
+from addiff_env.loading import check_finite, load_network, looked_at, quiet_loading, reason, resolve_model, shared
 from addiff_env.preprocessing import IMAGENET, Preprocess, check_pairs, check_pictures, check_texts
 
 OPEN_CLIP = "open_clip:"
@@ -33,14 +33,15 @@ _CACHED_TEXTS = 4096  # features kept; prompts repeat within an evaluation, not 
 
 
 def _load(load: Any, model: str, what: str, **options: Any) -> Any:
+    folder = resolve_model(model)
     try:
         with quiet_loading():
-            return load(model, **options)
+            return load(folder, **options)
     except Exception as error:
-        missing = not Path(model).exists()
+        missing = not Path(folder).exists()
         kind = FileNotFoundError if missing else ValueError
         hint = "download it or pass a local folder" if missing else "a file there is damaged, incomplete or another's"
-        raise kind(f"cannot load {what} from {model!r}: {reason(error)}; {hint}") from error
+        raise kind(f"cannot load {what} from {looked_at(model)}: {reason(error)}; {hint}") from error
 
 
 def _load_model(loader: Any, model: str, what: str, **options: Any) -> Any:
@@ -217,7 +218,10 @@ def _split(name: str) -> tuple[str, str | None]:
     import open_clip
 
     if name.startswith(_SCHEMAS):
-        return name, None
+        scheme, _, place = name.partition(":")
+        if scheme == "local-dir" and not Path(resolve_model(place)).is_dir():
+            raise FileNotFoundError(f"there is no folder {looked_at(place)}, of {OPEN_CLIP + name!r}")
+        return f"{scheme}:{resolve_model(place)}", None
     at_file = "@" in name
     architecture, _, weights = name.partition("@" if at_file else "/")
     if not architecture or not weights:
@@ -235,9 +239,12 @@ def _split(name: str) -> tuple[str, str | None]:
             f"open_clip has no weights {weights!r} for {architecture}; known: {tags or 'none'} "
             f"(a file is given as open_clip:{architecture}@<file>)"
         )
-    if at_file and not Path(weights).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {weights!r} for open_clip's {architecture}")
-    return architecture, weights
+    if not at_file:
+        return architecture, weights
+    place = resolve_model(weights)
+    if not Path(place).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {looked_at(weights)} for open_clip's {architecture}")
+    return architecture, place
 
 
 def _uses_quick_gelu(architecture: str, weights: str | None) -> bool:
@@ -330,7 +337,8 @@ def _dino_preprocess(model: str, image_size: int) -> Preprocess:
     from transformers import AutoImageProcessor
 
     names = ("preprocessor_config.json", "processor_config.json")
-    if Path(model).is_dir() and not any(Path(model, name).is_file() for name in names):
+    folder = resolve_model(model)
+    if Path(folder).is_dir() and not any(Path(folder, name).is_file() for name in names):
         return Preprocess(image_size, *IMAGENET)
     return Preprocess.of_processor(_load(AutoImageProcessor.from_pretrained, model, "DINO's image processor"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,13 +14,14 @@ from weakref import WeakValueDictionary
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import GatedRepoError, HFValidationError
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from addiff_env.isolation import exclusive
 
-PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package
+PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package, wherever one stands
+_GATED = ("black-forest-labs/",)  # whose models need an accepted licence
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -27,12 +29,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def resolve_dtype(dtype: str, device: str) -> str:
     """The name of the dtype to use; ``auto`` is bfloat16 where the hardware multiplies it fast, else float32.
 
+    Of CUDA devices those before Ampere (compute capability below 8) only emulate bfloat16: there it is float16.
+
     Raises:
         ValueError: unknown name.
     """
     if dtype == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.startswith("cuda") else _cpu_multiplies_bfloat16()
-        return "bfloat16" if fast else "float32"
+        if device.startswith("cuda"):
+            return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
+        return "bfloat16" if _cpu_multiplies_bfloat16() else "float32"
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: auto, {', '.join(DTYPES)}")
     return dtype
@@ -134,33 +139,49 @@ def _relevant(names: Iterable[str], may_lack: str | None = None) -> list[str]:
     return sorted(name for name in kept if may_lack is None or not re.search(may_lack, name))
 
 
-def resolve_model(model: str) -> str:
-    """Turn ``addiff_env:<path>`` into the folder inside the package; other ids and paths stay as they are.
+def resolve_model(model: str | os.PathLike[str]) -> str:
+    """Turn ``addiff_env:<path>`` into the path inside the package; other ids and paths stay as they are.
+
+    ``addiff_env:configs/...`` is the configuration, which lies beside the package in a checkout.
 
     Raises:
-        FileNotFoundError: the packaged folder does not exist.
+        FileNotFoundError: there is no such path in the package.
     """
-    if not model.startswith(PACKAGE_PREFIX):
-        return model
-    folder = Path(__file__).resolve().parent / model.removeprefix(PACKAGE_PREFIX)
-    if not folder.exists():
-        raise FileNotFoundError(f"packaged model {model!r} is missing ({folder}); retrain it with: make tiny")
-    return str(folder)
+    name = os.fspath(model)
+    if not name.startswith(PACKAGE_PREFIX):
+        return name
+    relative, package = Path(name.removeprefix(PACKAGE_PREFIX)), Path(__file__).resolve().parent
+    is_configuration = relative.parts[:1] == ("configs",) and not (package / "configs").exists()
+    found = (package.parent if is_configuration else package) / relative
+    if relative.is_absolute() or ".." in relative.parts or not found.exists():
+        hint = "; retrain it with: make tiny" if relative.parts[:2] == ("tiny", "weights") else ""
+        raise FileNotFoundError(f"packaged {name!r} is missing ({found}){hint}")
+    return str(found)
+
+
+def looked_at(path: str | os.PathLike[str]) -> str:
+    """A path or Hub id for a message; of a relative path, also where it leads from here."""
+    name = os.fspath(path)
+    return (
+        repr(name) if os.path.isabs(name) or name.startswith(PACKAGE_PREFIX) else f"{name!r} ({os.path.abspath(name)})"
+    )
 
 
 @contextmanager
-def fetching(model: str, setting: str) -> Iterator[None]:
-    """Turn what a library says of a model that is not there into what to do about it.
+def fetching(model: str, setting: str) -> Iterator[str]:
+    """The folder of a model, or its Hub id; what a library says of one that is not there becomes what to do about it.
 
     Raises:
         FileNotFoundError: ``model`` is neither a local folder nor to be had from the Hub; names ``setting``.
         ValueError: it is a local folder, and damaged.
     """
+    folder = resolve_model(model)
     try:
-        yield
+        yield folder
     except (OSError, HFValidationError, SafetensorError, RuntimeError) as error:
-        text = f"cannot load {model!r}: {reason(error)}"  # HFValidationError: a path that is not there is no Hub id
-        if Path(model).is_dir():
+        # HFValidationError: a path that is not there is no Hub id either
+        text = f"cannot load {looked_at(model)}: {reason(error)}"
+        if Path(folder).is_dir():
             raise ValueError(text) from error
         raise FileNotFoundError(f"{text}; download it and pass {setting}") from error
 
@@ -168,7 +189,25 @@ def fetching(model: str, setting: str) -> Iterator[None]:
 def reason(error: Exception, limit: int = 600) -> str:
     """What an error says, shortened, and without torch's advice to unpickle what is not trusted."""
     text = str(error).split("weights_only")[0].strip()
-    return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + ' ...'}"
+    shortened = text if len(text) <= limit else text[:limit] + " ..."
+    return f"{type(error).__name__}: {shortened}{gated_advice(error)}"
+
+
+def gated_advice(error: BaseException, model: str = "") -> str:
+    """What to do where the Hub refuses a model because its licence has to be accepted first; "" where it is not that.
+
+    Libraries wrap the Hub's refusal in errors of their own. Without a connection nothing says that a model is gated:
+    those that are known to be are told by their names.
+    """
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if not any(isinstance(cause, GatedRepoError) for cause in causes) and not model.startswith(_GATED):
+        return ""
+    page = f"https://huggingface.co/{model}" if model else "its page on the Hub"
+    return f"; it is gated: accept its licence at {page} and run `hf auth login`, or pass a local folder"
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], place: str | Path) -> None:

@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from addiff_env.agent import Agent
 from addiff_env.evaluation.hypotheses import agent_runs
 from addiff_env.evaluation.rows import read_rows
+from addiff_env.loading import looked_at, resolve_model
 from addiff_env.stats import clustered_wilson
 from addiff_env.types import ResultRow
 
@@ -35,7 +36,9 @@ def measured(agent: Agent, folder: Path) -> tuple[str, dict[str, float]]:
     """
     for name in ("rows.jsonl", "config.yaml", "items.jsonl"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {str(folder)!r}: --evaluation wants a finished run of evaluate.py")
+            raise FileNotFoundError(
+                f"no {name} in {looked_at(folder)}: --evaluation wants a finished run of evaluate.py"
+            )
     rows = [row for row in read_rows(folder / "rows.jsonl") if row.policy == agent.fingerprint]
     rows = [row for row in rows if agent_runs([row.method])]  # one of several is named after its training seed
     if not rows:
@@ -71,6 +74,7 @@ def record(folder: Path, evaluations: Sequence[Path]) -> Agent:
     Raises:
         FileNotFoundError, ValueError: as `Agent.load` and `measured`; nothing is written then.
     """
+    folder = Path(resolve_model(folder))
     agent = Agent.load(folder)
     found = dict(measured(agent, evaluation) for evaluation in evaluations)
     if found:

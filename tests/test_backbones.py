@@ -215,7 +215,7 @@ def test_a_lane_that_breaks_down_ends_alone(kwargs: Kwargs, monkeypatch: pytest.
     monkeypatch.setattr(envs.backbone, "predict", predict)
     _, expected, *_ = clean.step(np.full(3, CONTINUE))
     assert terminated.tolist() == [False, True, False] and info["fault"].tolist() == [False, True, False]
-    assert info["reward"]["fault"].tolist() == [0, -1, 0] and info["reward"]["terminal"][1] == 0
+    assert info["reward_components"]["fault"].tolist() == [0, -1, 0] and info["reward_components"]["terminal"][1] == 0
     assert reward[1] < -1 and np.isfinite(reward).all()
     assert envs.observation_space.contains(observation)
     torch.testing.assert_close(envs.latents[1], last)

@@ -486,7 +486,7 @@ def test_reward_components_add_up(small_kwargs: Kwargs) -> None:
     for action, paid in ((CONTINUE, 1), (REFINE, 2), (STOP, 0)):
         before = phi(info)
         _, reward, terminated, _, info = env.step(action)
-        parts = info["reward"]
+        parts = info["reward_components"]
         assert reward == parts["total"] == pytest.approx(sum(parts[name] for name in COMPONENTS))
         assert parts["efficiency"] == -0.5 * paid and parts["instability"] <= 0
         assert parts["shaping"] == pytest.approx(0.7 * ((0 if terminated else phi(info)) - before), abs=1e-6)
@@ -496,7 +496,7 @@ def test_reward_components_add_up(small_kwargs: Kwargs) -> None:
 def test_steps_without_a_look_cost_no_instability(small_kwargs: Kwargs) -> None:
     env = single(small_kwargs, observe_every=2, reward={"instability": 100.0})
     env.reset(options={"prompt": PROMPTS[0], "seed": 0})
-    parts = [env.step(CONTINUE)[4]["reward"] for _ in range(3)]
+    parts = [env.step(CONTINUE)[4]["reward_components"] for _ in range(3)]
     assert parts[0]["instability"] == parts[2]["instability"] == 0 > parts[1]["instability"]
     assert parts[0]["shaping"] == parts[2]["shaping"] == 0
 

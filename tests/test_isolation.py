@@ -29,7 +29,7 @@ from addiff_env.evaluation.benchmarks import Item
 from addiff_env.isolation import exclusive, frozen, isolated
 from addiff_env.loading import resolve_model
 from addiff_env.pipeline import AdaptivePipeline
-from addiff_env.scorers import load_scorer
+from addiff_env.scorers import PixelTextReward, load_scorer
 from addiff_env.types import Action
 
 ID = "AdDiffusion-Tiny-v0"
@@ -237,6 +237,9 @@ def test_no_load_draws_random_numbers(small_kwargs: Kwargs, tmp_path: Path) -> N
         load_backbone(str(folder), attention_stride=2)
     load_scorer("aesthetic:" + str(head(tmp_path / "head.safetensors")) + ",clip=" + addiff_env.TINY["clip"])
     Agent.load(tmp_path / "agent")
+    with MODES["everything"]():
+        reward = PixelTextReward.from_pretrained(resolve_model(addiff_env.TINY["scorer"]))
+    assert reward.place.dtype == torch.float32 and not reward.place.is_inference()
     assert random_states() == before
 
 

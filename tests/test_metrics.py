@@ -1,5 +1,6 @@
 """Metrics by name: which apply, which is the headline, and what is said of those that cannot be had."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from addiff_env.evaluation.metrics import (
     open_metrics,
     primary_score,
     protocol_scores,
+    reported_score,
     score_pictures,
     scores_of_all_methods,
 )
@@ -126,6 +128,11 @@ def test_scores_of_rows_made_before_do_not_lead_where_a_method_lacks_them() -> N
     assert primary_score(scores_of_all_methods(old)) == "hpsv21"
     with pytest.raises(ValueError, match=r"no score in common \(ddim-50: clip_score, hpsv21; agent: aesthetic\)"):
         scores_of_all_methods([*old, row("agent", aesthetic=5.0)])
+    assert reported_score([*old, row("agent", clip_score=0.1)]) == "clip_score"
+    assert reported_score([*old, row("agent", clip_score=0.1)], "hpsv21") == "hpsv21"
+    assert reported_score(old) == "hpsv21"
+    assert reported_score([*old, row("agent", aesthetic=5.0)]) == "hpsv21"  # of most pictures
+    assert reported_score([row("agent"), row("ddim-50", success=math.nan)]) == "no score"
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ ROOT = Path(__file__).parent.parent
 LITTLE = ["num_envs=4", "algorithm.n_steps=4", "algorithm.batch_size=8", "algorithm.total_timesteps=32"]
 
 
-def run(script, *overrides, **environment):
+def run(script, *overrides, cwd=ROOT, **environment):
     command = [sys.executable, str(ROOT / script), *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ | environment)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900, env=os.environ | environment)
 
 
 def added(settings):
@@ -35,9 +35,11 @@ def added(settings):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, small_kwargs):
+    elsewhere = tmp_path_factory.mktemp("else where")
+    (elsewhere / "mine.csv").write_text("seed,prompt\n1,a red circle\n2,two blue squares\n")
     folder = tmp_path_factory.mktemp("train")
     options = [*LITTLE, *added(small_kwargs), "calibration_steps=3", "progress_bar=false", f"hydra.run.dir={folder}"]
-    result = run("train_sb3.py", *options)
+    result = run("train_sb3.py", *options, "prompts.source=mine.csv", cwd=elsewhere)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -191,6 +193,17 @@ def test_what_is_missing_stops_an_evaluation_before_any_picture(trained, tmp_pat
                 "metrics=[clip_score,'clipscore:addiff_env:tiny/weights/clip']")  # fmt: skip
     assert other.returncode != 0 and "metrics.clipscore: nothing there, clipscore:addiff_env:tiny" in other.stderr
     assert "hydra.run.dir" in other.stderr
+
+
+@pytest.mark.slow
+def test_the_shipped_agent_is_evaluated_from_any_folder(tmp_path):
+    (tmp_path / "else where").mkdir()
+    (tmp_path / "else where" / "mine.txt").write_text("a red circle\n")
+    options = ["benchmark.name=mine.txt", "methods=[agent]", "controls=false", "filmstrips=0"]
+    result = run("evaluate.py", *options, cwd=tmp_path / "else where")
+    assert result.returncode == 0, result.stderr
+    (row,) = read_rows(tmp_path / "else where" / "runs" / "evaluate" / "rows.jsonl")
+    assert row.prompt == "a red circle"
 
 
 @pytest.mark.slow

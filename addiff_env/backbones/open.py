@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from addiff_env.loading import check_finite, load_network, quiet_loading, resolve_model, some
+from addiff_env.loading import check_finite, gated_advice, load_network, looked_at, quiet_loading, resolve_model, some
 
 _OPTIONS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
 
@@ -31,10 +31,12 @@ def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: st
         with quiet_loading():
             pipeline = _load_pipeline(folder, revision, dtype)
     except Exception as error:
-        where = f"folder {folder}" if Path(folder).exists() else f"model {model!r} (not a local folder, nor loadable)"
+        there = Path(folder).exists()
+        where = f"folder {folder}" if there else f"model {looked_at(model)}, neither a local folder nor loadable"
         hint = "retrain it with: make tiny" if folder != model else "download it, or pass model=<pipeline folder>"
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) or not Path(folder).exists() else ValueError
-        raise kind(f"cannot load a diffusers pipeline from {where}: {error}; {hint}") from error
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) or not there else ValueError
+        advice = "" if there else gated_advice(error, model)
+        raise kind(f"cannot load a diffusers pipeline from {where}: {error}; {hint}{advice}") from error
     if lora is not None:
         _fuse_lora(pipeline, lora)
     return pipeline
@@ -66,17 +68,20 @@ def _fuse_lora(pipeline: Any, lora: str) -> None:
         import peft  # noqa: F401
     except ImportError as error:
         raise ImportError(f"lora={lora!r} needs peft: pip install 'addiff-env[lora]'") from error
+    place = resolve_model(lora)
     try:
         with quiet_loading():
-            state = _lora_state(pipeline, lora)
-            check_finite(state, lora)
-            pipeline.load_lora_weights(lora, use_safetensors=True)
+            state = _lora_state(pipeline, place)
+            check_finite(state, place)
+            pipeline.load_lora_weights(place, use_safetensors=True)
             _check_lora(pipeline, state)
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
     except Exception as error:
-        kind = ValueError if Path(lora).exists() else FileNotFoundError
-        raise kind(f"cannot load the LoRA {lora!r}: {error}; pass a Hub id or a .safetensors file") from error
+        kind = ValueError if Path(place).exists() else FileNotFoundError
+        advice = gated_advice(error, "" if Path(lora).exists() else lora)
+        hint = f"pass a Hub id or a .safetensors file{advice}"
+        raise kind(f"cannot load the LoRA {looked_at(lora)}: {error}; {hint}") from error
 
 
 def _lora_state(pipeline: Any, lora: str) -> dict[str, torch.Tensor]:

@@ -44,6 +44,7 @@ from addiff_env.evaluation.judge import (
 )
 from addiff_env.evaluation.runs import read_items, read_verdicts, reported_rows
 from addiff_env.evaluation.summary import by_method
+from addiff_env.loading import looked_at
 from addiff_env.stats import wilson_interval
 from addiff_env.types import ResultRow
 
@@ -282,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Judge a run, write ``judge.json`` and make the report again."""
     parser, told = _arguments(argv)
     if not (told.folder / "rows.jsonl").exists():
-        parser.error(f"no rows.jsonl in {told.folder}")
+        parser.error(f"no rows.jsonl in {looked_at(told.folder)}")
     try:
         _judge(told)
     except (JudgeError, ValueError) as error:

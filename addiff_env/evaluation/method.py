@@ -24,6 +24,7 @@ class Method(Protocol):
     solver: str
     policy: str
     backbone: Backbone  # whose pictures they are
+    expected_nfe: float  # denoiser evaluations of a picture; a guess where they are not known beforehand
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Make one picture per item."""
@@ -36,6 +37,7 @@ class Batched:
         self.env, self.batch_size = env, env.config.batch_size if batch_size is None else batch_size
         self.name = self.solver = self.policy = name
         self.backbone = env.backbone
+        self.expected_nfe = float(env.config.num_inference_steps)
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Make one picture per item."""

@@ -20,7 +20,7 @@ from addiff_env.evaluation.method import Method
 from addiff_env.evaluation.metrics import missing
 from addiff_env.evaluation.outside import MethodOptions
 from addiff_env.evaluation.tune import AUTO
-from addiff_env.loading import PACKAGE_PREFIX
+from addiff_env.loading import PACKAGE_PREFIX, resolve_model
 
 ALL = "all"
 FILE = "methods.json"
@@ -104,7 +104,7 @@ def all_methods(env: DiffusionDenoiseVectorEnv, options: MethodOptions, tunable:
 
 def _distilled(model: str, options: MethodOptions) -> list[str]:
     published = not model.startswith(PACKAGE_PREFIX) and not Path(model).exists()
-    named = {"lcm-4": options.lcm_lora is not None, "sdxl-turbo-1": Path(options.sdxl_turbo).exists()}
+    named = {"lcm-4": options.lcm_lora is not None, "sdxl-turbo-1": Path(resolve_model(options.sdxl_turbo)).exists()}
     return [name for name in DISTILLED if published or named[name]]
 
 

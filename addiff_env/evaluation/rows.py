@@ -56,7 +56,14 @@ def append_rows(path: Path, rows: Iterable[ResultRow]) -> None:
     Raises:
         ValueError: a score or cost that is NaN or infinite; nothing is written then.
     """
-    append_objects(path, (asdict(row) for row in rows))
+    append_objects(path, map(_as_object, rows))
+
+
+def _as_object(row: ResultRow) -> dict[str, Any]:
+    values = asdict(row)
+    if row.negative_prompt is None:
+        del values["negative_prompt"]
+    return values
 
 
 # --------------------------------------------------------------------------- shards
@@ -144,8 +151,9 @@ def merge_rows(
             whatever appears, in that order: a method of which every shard lacks all rows is then not missed.
 
     Raises:
-        ValueError: mixed configurations (several code versions, or several backbones, solvers, policies or dtypes of
-            one method), duplicates, gaps, or rows that belong to no item; with the offending values.
+        ValueError: mixed configurations (several code versions, or several backbones, solvers, policies, dtypes or
+            negative prompts of one method), duplicates, gaps, or rows that belong to no item; with the offending
+            values.
     """
     rows = [row for part in parts for row in part if methods is None or row.method in methods]
     names = list(dict.fromkeys(row.method for row in rows)) if methods is None else list(methods)
@@ -163,7 +171,7 @@ def _refuse_mixed(rows: Sequence[ResultRow]) -> None:
     if len(versions) > 1:
         raise ValueError(f"rows of {len(versions)} code versions: {_counts(versions)}")
     for name in dict.fromkeys(row.method for row in rows):
-        for part in CONFIGURATION:
+        for part in (*CONFIGURATION, "negative_prompt"):
             values = Counter(getattr(row, part) for row in rows if row.method == name)
             if len(values) > 1:
                 raise ValueError(f"method {name!r} was run with {len(values)} values of {part}: {_counts(values)}")

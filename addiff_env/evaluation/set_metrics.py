@@ -125,9 +125,10 @@ def clip_features(
     import torch
 
     from addiff_env.encoders import load_clip
+    from addiff_env.loading import resolve_model
 
     _refuse_empty(paths)
-    encoder = load_clip(model, device)
+    encoder = load_clip(resolve_model(model), device)
     features = []
     for start in range(0, len(paths), batch_size):
         loaded = [encoder.image_features(_tensor(path).to(device)) for path in paths[start : start + batch_size]]

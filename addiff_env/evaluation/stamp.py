@@ -24,7 +24,10 @@ from addiff_env.evaluation.outside import MethodOptions
 
 CONTROL = {"mask": "full"}  # how the environment of H4's control differs from the agent's
 # Settings that change no picture, or that each row states itself.
-HARMLESS = ("prompts", "reward", "render_mode", "device", "dtype", "compile", "channels_last", "batch_size")
+HARMLESS = (
+    *("prompts", "reward", "render_mode", "device", "dtype", "compile", "channels_last", "batch_size"),
+    *("decode_memory", "offload"),
+)
 WEIGHTS = ("model", "lora", "clip", "dino", "scorer", "preview_model")
 ADDED = ("metrics", "agents")  # named one by one: who goes on need not have all of them
 _NOTHING = "nothing"
@@ -77,6 +80,8 @@ def environment_of(agent: Agent, overrides: Mapping[str, Any]) -> dict[str, Any]
     """What decides how an agent's pictures come out: id and settings, the harmless ones left out."""
     name, kwargs = agent.environment
     config = asdict(EnvConfig(**{**gym.spec(name).kwargs, **kwargs, **overrides}))
+    if config["negative_prompt"] is None:
+        del config["negative_prompt"]  # folders of earlier releases know of none
     return {"id": name, **{key: value for key, value in config.items() if key not in HARMLESS}}
 
 

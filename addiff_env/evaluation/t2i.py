@@ -29,6 +29,7 @@ from addiff_env.evaluation.metrics import as_tensor
 from addiff_env.evaluation.phrases import NounPhrase, counted_noun, is_quality, noun_phrases, without
 from addiff_env.isolation import frozen_call
 from addiff_env.loading import fetching, load_network, quiet_loading
+from addiff_env.prompts import load_prompts
 from addiff_env.scorers import Scorer, load_scorer
 
 T2I_METRICS = ("blip_vqa", "spatial", "spatial_3d", "numeracy", "non_spatial", "three_in_one", "t2i_compbench")
@@ -305,9 +306,9 @@ class BlipVqa:
         from transformers import BlipForQuestionAnswering, BlipProcessor
 
         self.name, self.device = model, device
-        with fetching(model, "blip_vqa:<folder>"), quiet_loading():
-            self.processor = BlipProcessor.from_pretrained(model)
-            self.model = load_network(BlipForQuestionAnswering, model).eval().to(device)
+        with fetching(model, "blip_vqa:<folder>") as folder, quiet_loading():
+            self.processor = BlipProcessor.from_pretrained(folder)
+            self.model = load_network(BlipForQuestionAnswering, folder).eval().to(device)
         tokenizer = self.processor.tokenizer
         self.answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
         if tokenizer.unk_token_id in self.answers:
@@ -365,9 +366,9 @@ class WordDetector:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
         self.name, self.device = model, device
-        with fetching(model, "spatial:<folder>"), quiet_loading():
-            self.processor = AutoProcessor.from_pretrained(model)
-            self.model = load_network(AutoModelForZeroShotObjectDetection, model).eval().to(device)
+        with fetching(model, "spatial:<folder>") as folder, quiet_loading():
+            self.processor = AutoProcessor.from_pretrained(folder)
+            self.model = load_network(AutoModelForZeroShotObjectDetection, folder).eval().to(device)
 
     @frozen_call
     def __call__(self, picture: Image.Image, words: Sequence[str]) -> list[Detection]:
@@ -401,13 +402,13 @@ class DepthEstimator:
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation
 
         self.name, self.device = model, device
-        with fetching(model, "spatial_3d:depth=<folder>"), quiet_loading():
-            config = AutoConfig.from_pretrained(model)
+        with fetching(model, "spatial_3d:depth=<folder>") as folder, quiet_loading():
+            config = AutoConfig.from_pretrained(folder)
             is_metric = getattr(config, "depth_estimation_type", "relative") != "relative"
             if config.model_type not in ("dpt", "depth_anything") or is_metric:
                 raise ValueError(f"{model!r} ({config.model_type}) is no DPT or Depth Anything of relative depth")
-            self.processor = AutoImageProcessor.from_pretrained(model)
-            loaded = load_network(AutoModelForDepthEstimation, model, may_lack=_DPT_UNUSED)
+            self.processor = AutoImageProcessor.from_pretrained(folder)
+            loaded = load_network(AutoModelForDepthEstimation, folder, may_lack=_DPT_UNUSED)
         self.model = loaded.eval().to(device)
 
     @frozen_call
@@ -618,8 +619,8 @@ def _open_detector(options: Mapping[str, str], device: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     model = options.get("detector", DETECTOR)
-    with fetching(model, "spatial:<folder>"):
-        asked = AutoConfig.from_pretrained(model).model_type in ("owlvit", "owlv2")
+    with fetching(model, "spatial:<folder>") as folder:
+        asked = AutoConfig.from_pretrained(folder).model_type in ("owlvit", "owlv2")
     detector: Finder = WordDetector(model, device) if asked else _Unasked(BoxDetector(model, device, coco=False))
     threshold = float(options.get("threshold", 0.2 if asked else 0.5))
     return {"detector": detector, "threshold": threshold}
@@ -637,7 +638,7 @@ class _Unasked:
 
 def _read_lists(folder: Path) -> tuple[frozenset[str], frozenset[str]]:
     spatial, action = (
-        frozenset(line.split(".")[0].lower() for line in (folder / f"complex_val_{kind}.txt").read_text().splitlines())
+        frozenset(prompt.split(".")[0].lower() for prompt in load_prompts(folder / f"complex_val_{kind}.txt"))
         for kind in ("spatial", "action")
     )
     return spatial, action

@@ -30,6 +30,7 @@ class Whole:
     protocols: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # metric, method, category -> mean
     sets: dict[str, dict[str, float]] = field(default_factory=dict)  # method, metric -> value; ``pictures`` beside them
     references: dict[str, dict[str, Any]] = field(default_factory=dict)  # network -> what it was measured against
+    notes: list[str] = field(default_factory=list)  # which set metrics are not available, and why
 
     def __bool__(self) -> bool:
         return bool(self.protocols or self.sets)
@@ -75,6 +76,7 @@ def read_whole(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item]) -
         {metric: found for metric, found in of.items() if found},
         {name: measured[name] for name in same},
         sets.get("references", {}) if same else {},
+        sets.get("notes", []) if same else [],
     )
 
 

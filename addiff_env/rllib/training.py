@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -82,9 +83,12 @@ def make_config(settings: Settings, gpus: float, seen: Survey) -> Any:
 
 
 def _context(settings: Settings, gpus: float) -> dict[str, Any]:
-    """What `make_lanes` takes; a runner that has a GPU, the only one that Ray lets it see, uses it."""
+    """What `make_lanes` takes; a runner that has a GPU, the only one that Ray lets it see, uses it.
+
+    Runners work in a folder of Ray's choosing; the settings' relative paths are relative to ours.
+    """
     device = {"device": "auto"} if gpus else {}
-    return {"id": settings.env_id, "kwargs": {**device, **settings.env_kwargs}}
+    return {"id": settings.env_id, "kwargs": {**device, **settings.env_kwargs}, "folder": os.getcwd()}
 
 
 def _log_nfe(*, episode: Any, metrics_logger: Any, **_: Any) -> None:

@@ -29,6 +29,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
+from addiff_env.loading import looked_at, resolve_model
 from addiff_env.sb3.callbacks import HeldOut
 from addiff_env.sb3.checkpoint import FILE
 from addiff_env.sb3.training import Result, train
@@ -223,13 +224,26 @@ def run_trial(
     return objective_value(result.held_out, price)
 
 
-def read_space(path: Path) -> dict[str, Any]:
-    """The search space of a YAML file.
+def _find_configs(folder: str) -> str:
+    """The absolute path of the folder that holds train.yaml."""
+    place = Path(resolve_model(folder)).absolute()
+    if not (place / "train.yaml").is_file():
+        raise FileNotFoundError(
+            f"no train.yaml in {looked_at(folder)}; --configs names the folder of the configuration"
+        )
+    return str(place)
+
+
+def read_space(path: str | Path) -> dict[str, Any]:
+    """The search space of a YAML file, which may be named as ``addiff_env:configs/...``.
 
     Raises:
-        ValueError: it is no mapping.
+        FileNotFoundError: there is none; ValueError: it is no mapping.
     """
-    space = OmegaConf.load(path)
+    place = Path(resolve_model(path))
+    if not place.is_file():
+        raise FileNotFoundError(f"no search space {looked_at(path)}; --space names a file of what may vary")
+    space = OmegaConf.load(place)
     if isinstance(space, ListConfig) or not space:
         raise ValueError(f"{path} must map names of the configuration to what they may be")
     return {str(name): value for name, value in OmegaConf.to_container(space).items()}  # type: ignore[union-attr]
@@ -240,15 +254,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="One worker of a hyperparameter search.")
     parser.add_argument("folder", type=Path, help="the study's folder; workers that name the same one share the study")
     parser.add_argument("--trials", type=int, default=20, help="trainings that this worker runs")
-    parser.add_argument("--space", type=Path, default=Path("configs/search/ppo.yaml"), help="what may vary")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the Hydra configuration")
+    parser.add_argument("--space", default="addiff_env:configs/search/ppo.yaml", help="file of what may vary")
+    parser.add_argument("--configs", default="addiff_env:configs", help="folder of the Hydra configuration")
     parser.add_argument("--price", type=float, default=0.002, help="quality that one evaluation has to be worth")
     parser.add_argument("--seed", type=int, default=None, help="of this worker's draws, and its name: all differ")
     parser.add_argument("overrides", nargs="*", help="as for train_sb3.py, for every trial")
     options = parser.parse_intermixed_args(arguments)
+    configs = _find_configs(options.configs)
 
     def configure(drawn: list[str]) -> DictConfig:
-        with initialize_config_dir(str(options.configs.resolve()), version_base="1.3"):
+        with initialize_config_dir(configs, version_base="1.3"):
             return compose("train", [f"prompts.held_out.number={HELD_OUT}", *options.overrides, *drawn])
 
     space = read_space(options.space)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ import addiff_env
 from addiff_env.agent import CALIBRATION_SHARES, Agent, describe_backbone, shareable
 from addiff_env.baseline_cache import BaselineCache
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.loading import looked_at, resolve_model
 from addiff_env.prompts import load_prompts
 from addiff_env.reward import check_undiscounted
 from addiff_env.sb3.callbacks import (
@@ -260,7 +262,7 @@ def _mapping(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _prompts(source: Any) -> str | list[str]:
-    return source if isinstance(source, str) else list(source)
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else list(source)
 
 
 def build_env(cfg: DictConfig) -> DenoiseVecEnv:
@@ -284,9 +286,9 @@ def load_baselines(cfg: DictConfig, lanes: DiffusionDenoiseVectorEnv) -> Baselin
             says how many. Where something is missing, it has the command that scores it.
     """
     check_undiscounted(lanes.reward_config)
-    path = Path(cfg.reward.baselines)
+    path = Path(resolve_model(cfg.reward.baselines))
     if not path.is_file():
-        raise FileNotFoundError(f"no baselines {str(path)!r}; make them with: {_scoring_command(cfg)}")
+        raise FileNotFoundError(f"no baselines {looked_at(path)}; make them with: {_scoring_command(cfg)}")
     cache = BaselineCache.load(path, lanes)
     missing = cache.missing(lanes.prompts)
     if missing:

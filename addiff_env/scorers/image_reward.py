@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from addiff_env.isolation import frozen_call
-from addiff_env.loading import quiet_loading, resolve_model
+from addiff_env.loading import looked_at, quiet_loading, resolve_model
 from addiff_env.preprocessing import OPENAI_CLIP, Preprocess, check_pairs
 from addiff_env.scorers.base import LOGIT_LIMIT, Source, find_checkpoint, linear_head, load_exactly, read_checkpoint
 
@@ -109,7 +109,7 @@ class ImageReward(nn.Module):
         """
         found = find_checkpoint(path, SOURCE, "imagereward")
         state = rename_official(read_checkpoint(found))
-        words = bert_tokenizer(resolve_model(tokenizer))
+        words = bert_tokenizer(tokenizer)
         return load_exactly(lambda: cls(words), state, found, UNUSED).to(device)
 
 
@@ -121,14 +121,15 @@ def bert_tokenizer(model: str = TOKENIZER) -> Any:
     """
     from transformers import BertTokenizer
 
+    folder = resolve_model(model)
     try:
         with quiet_loading():
-            tokenizer = BertTokenizer.from_pretrained(model)
+            tokenizer = BertTokenizer.from_pretrained(folder)
     except Exception as error:
-        kind = ValueError if Path(model).is_dir() else FileNotFoundError
+        kind = ValueError if Path(folder).is_dir() else FileNotFoundError
         raise kind(
-            f"cannot load BERT's tokenizer from {model!r}: {error}; download vocab.txt and tokenizer.json from the Hub "
-            f"repository {TOKENIZER} and pass imagereward:<path to {SOURCE.file}>,tokenizer=<their folder>"
+            f"cannot load BERT's tokenizer from {looked_at(model)}: {error}; download vocab.txt and tokenizer.json "
+            f"from the Hub repository {TOKENIZER} and pass imagereward:<path to {SOURCE.file}>,tokenizer=<their folder>"
         ) from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     ids = tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from addiff_env.isolation import frozen_call
-from addiff_env.loading import reason, shared
+from addiff_env.loading import reason, resolve_model, shared
 from addiff_env.preprocessing import check_pairs
 from addiff_env.scorers.base import LOGIT_LIMIT, load_exactly, read_checkpoint
 
@@ -186,12 +186,13 @@ class PixelTextReward(nn.Module):
             FileNotFoundError: one of its files is missing.
             ValueError: one is damaged, or the weights are not those of this configuration; the message names it.
         """
-        folder = Path(folder)
+        folder = Path(resolve_model(folder))
         for name in (CONFIG, WEIGHTS, TOKENIZER):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"{folder / name} is missing: a reward folder holds {CONFIG}, {WEIGHTS} and {TOKENIZER}. The "
-                    "embedded world's comes with the package, or is made by: python -m addiff_env.tiny.recipes.reward"
+                    f"{(folder / name).absolute()} is missing: a reward folder holds {CONFIG}, {WEIGHTS} and "
+                    f"{TOKENIZER}. The embedded world's comes with the package, or is made by: "
+                    "python -m addiff_env.tiny.recipes.reward"
                 )
         with _explained(folder / CONFIG):
             make = partial(cls, **_read_config(folder / CONFIG))
