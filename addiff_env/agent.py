@@ -21,6 +21,7 @@ from torch import nn
 
 import addiff_env
 from addiff_env.config import EnvConfig
+from addiff_env.isolation import exclusive, isolated
 from addiff_env.loading import gated_advice
 from addiff_env.paths import looked_at, resolve_model
 from addiff_env.types import Action
@@ -187,7 +188,7 @@ class Agent:
             digest.update(value.cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    @torch.no_grad()
+    @isolated()
     def act(
         self,
         obs: Any,
@@ -214,7 +215,7 @@ class Agent:
             raise ValueError("sampling actions needs rng=numpy.random.default_rng(seed)")
         return (logits + rng.gumbel(size=logits.shape)).argmax(1)
 
-    @torch.no_grad()
+    @isolated()
     def logits(self, obs: Any) -> np.ndarray:
         """Unnormalised log-probabilities (B, 3) of the actions, for observations as `act` takes them."""
         observations = torch.as_tensor(flat_observation(obs, self.policy.norm.parts), dtype=torch.float32)
@@ -222,7 +223,7 @@ class Agent:
         if observations.ndim != 2 or observations.shape[1] != width:
             layout = self.config["observation"]
             raise ValueError(f"this agent sees {width} numbers ({layout}), got {tuple(observations.shape)}")
-        return self.policy(observations.to(self.policy.head.weight.device)).cpu().numpy()
+        return self.policy(observations.to(self.policy.head.weight)).cpu().numpy()
 
     def save(self, folder: str | Path) -> None:
         """Write the bundle; one that an interruption left half new is refused by `load`."""
@@ -253,9 +254,10 @@ class Agent:
         _refuse_pickles(folder)
         config = _read_config(folder / CONFIG)
         described = config.pop("fingerprint", None)
-        policy = PolicyNet(config["observation"], config["hidden"])
         try:
-            policy.load_state_dict(load_file(folder / WEIGHTS))
+            with exclusive():
+                policy = PolicyNet(config["observation"], config["hidden"])
+                policy.load_state_dict(load_file(folder / WEIGHTS))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder / WEIGHTS} is damaged or does not fit its agent.json: {error}") from error
         agent = cls(policy, config)

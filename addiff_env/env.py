@@ -18,6 +18,7 @@ from gymnasium.vector.utils import batch_space
 from addiff_env.attention import attention_entropy
 from addiff_env.backbones import to_uint8
 from addiff_env.config import EnvConfig
+from addiff_env.isolation import isolated
 from addiff_env.perception import QUALITY, TIMESTEP_WIDTH, Look, Perception, look_precision, timestep_embedding
 from addiff_env.previews import FullDecoder, make_previewer
 from addiff_env.prompts import check_prompt, load_prompts
@@ -124,6 +125,13 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
     >>> envs = gym.make_vec("AdDiffusion-Tiny-v0", num_envs=4)  # doctest: +SKIP
     >>> obs, info = envs.reset(options={"prompt": ["a red circle"] * 4, "seed": [0, 1, 2, 3]})  # doctest: +SKIP
 
+    ## Threads, torch's global modes
+    Environments of one process share their frozen models. Each may be stepped in a thread of its own and gives what
+    it gives alone, bit for bit; one environment belongs to one thread at a time. A shared model serves one thread after
+    the other, so threads save nothing of the denoiser's own time: lanes of one vector environment do. While a model is
+    loaded, no environment steps. The caller's default dtype and device, autocast, inference mode and gradient mode
+    change no result (`addiff_env.isolation`); what changes arithmetic itself (TF32, threads of an operation) is his.
+
     ## Version history
     v0: first version.
     """
@@ -136,6 +144,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
     _tensors = (*RefinableLanes._tensors, "clip_text")
     _arrays = (*RefinableLanes._arrays, "clip_score", "reward_score", "similarity", "fault", "decisions")
 
+    @isolated()
     def __init__(
         self,
         num_envs: int = 1,
@@ -220,6 +229,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         self.fault, self.decisions = np.zeros(n, bool), np.zeros(n, np.int64)
         self._started = False
 
+    @isolated()
     def state_dict(self) -> dict[str, Any]:
         """All lanes, what was seen of them, and the stream that new episodes are drawn from; see `Lanes.state_dict`."""
         looks = {
@@ -230,6 +240,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         stream = self.np_random.bit_generator.state
         return super().state_dict() | looks | {"pictures": pictures, "stream": stream, "started": self._started}
 
+    @isolated()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`; raises as `Lanes.load_state_dict`."""
         super().load_state_dict(state)
@@ -249,6 +260,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
 
     # ----------------------------------------------------------------- reset
 
+    @isolated()
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
@@ -367,6 +379,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
 
     # ----------------------------------------------------------------- step
 
+    @isolated()
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Carry out one action (B,) per lane.
 
@@ -594,6 +607,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         final = {"final_obs": final_obs, "_final_obs": ended, "final_info": last, "_final_info": ended}
         return self._observation(), fresh | final
 
+    @isolated()
     def preview_images(self) -> np.ndarray:
         """Decoded latest clean predictions of all lanes: uint8 (B, H, W, 3)."""
         chunks = [to_uint8(_finite(self.previewer.decode(self.x0[rows]))) for rows in self._chunks(self.num_envs)]
@@ -615,6 +629,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         """Mask of each lane's latest refinement, float32 (B, h, w) in [0, 1]; zeros if there was none."""
         return self.refine_masks[:, 0].float().cpu().numpy().copy()
 
+    @isolated()
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Each lane's final picture, or its preview before the end: uint8 (H, W, 3) each."""
         if self.render_mode is None:

@@ -30,6 +30,7 @@ from transformers import (
 
 import addiff_env
 from addiff_env.backbones.memory import GIB, bytes_per_pixel
+from addiff_env.isolation import exclusive
 from addiff_env.loading import DTYPES
 from addiff_env.scorers.image_reward import ImageReward
 
@@ -81,18 +82,19 @@ def peak_allocation(call: Callable[[], Any]) -> int:
 
 @contextmanager
 def made_in(dtype: torch.dtype) -> Iterator[None]:
-    """While the context lasts, new weights are of ``dtype``."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    """While the context lasts, new weights are of ``dtype``, in the whole process: nobody else computes meanwhile."""
+    with exclusive():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def parameter_bytes(build: Callable[[], Any], dtype: torch.dtype) -> int:
     """Bytes of a network's weights and buffers."""
-    with torch.device("meta"), made_in(dtype):
+    with made_in(dtype), torch.device("meta"):
         network = build()
     return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
 
@@ -219,7 +221,7 @@ def _call(env_id: str, network: Any, rows: int, dtype: torch.dtype) -> dict[str,
 @cache
 def _denoiser_bytes(env_id: str, dtype: torch.dtype) -> tuple[float, float]:
     """Activations of a denoiser call: what it takes anyway, and per row."""
-    with FakeTensorMode(), made_in(dtype):
+    with made_in(dtype), FakeTensorMode():
         network = LAYOUTS[env_id].denoiser().eval()
         one, two = (
             peak_allocation(lambda rows=rows: network(**_call(env_id, network, rows, dtype))) for rows in (2, 4)
@@ -262,7 +264,7 @@ def footprint(env_id: str, dtype: str, lanes: int) -> Footprint:
     networks = sum(parameter_bytes(build, kind) for build in (layout.denoiser, *layout.texts))
     networks += parameter_bytes(layout.vae, decoder_kind)
     lookers = sum(parameter_bytes(build, torch.float32) for build in _LOOKERS) + parameter_bytes(AutoencoderTiny, kind)
-    with torch.device("meta"), made_in(decoder_kind):
+    with made_in(decoder_kind), torch.device("meta"):
         decode = bytes_per_pixel(layout.vae()) * preset["height"] * preset["width"]
     fixed, per_row = _denoiser_bytes(env_id, kind)
     return Footprint(env_id, dtype, lanes, networks, lookers, fixed + per_row * layout.passes * lanes, decode)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +14,10 @@ from weakref import WeakValueDictionary
 import torch
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import GatedRepoError, HFValidationError
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from addiff_env.isolation import exclusive
 from addiff_env.paths import PACKAGE_PREFIX as PACKAGE_PREFIX
 from addiff_env.paths import looked_at as looked_at
 from addiff_env.paths import resolve_model as resolve_model
@@ -60,22 +64,80 @@ def resolve_device(device: str) -> str:
     return device
 
 
+# What the libraries say while a model loads and what is of no use to anybody, as `load_network` reads their reports.
+_NOISE = re.compile(
+    r"^Expected types for \w+:"  # the embedded world's autoencoder is a small one
+    r"|^The config attributes {'block_out_channels'"  # which diffusers itself writes into such an autoencoder's
+    r"|^You have disabled the safety checker|^Keyword arguments {'safety_checker'"  # which not every pipeline has
+    r"|^Could(n't| not) (reach|connect to) the Hub"  # what is not in the cache either cannot be loaded, and is an error
+    r"|^No LoRA keys associated to|^Loading adapter weights from state_dict led to"  # what is left over is refused
+    r"|^Some weights of .* were not (used when initializing|initialized from)"
+    r"|LOAD REPORT"
+)
+
+
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep diffusers' and transformers' progress bars and notices off the screen while a model loads."""
+    """Load a model: one at a time in the process (`exclusive`), without progress bars and what is known to be noise."""
     libraries = (diffusers_logging, transformers_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    bars = [library.is_progress_bar_enabled() for library in libraries]
-    try:
+    with exclusive(), ExitStack() as undo:
         for library in libraries:
-            library.set_verbosity_error()
-            library.disable_progress_bar()
+            if library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                undo.callback(library.enable_progress_bar)
+        for handler in {h for name in ("diffusers", "transformers", "") for h in logging.getLogger(name).handlers}:
+            handler.addFilter(_is_no_noise)
+            undo.callback(handler.removeFilter, _is_no_noise)
         yield
-    finally:
-        for library, level, bar in zip(libraries, levels, bars, strict=True):
-            library.set_verbosity(level)
-            if bar:
-                library.enable_progress_bar()
+
+
+def _is_no_noise(record: logging.LogRecord) -> bool:
+    return not (record.name.startswith(("diffusers.", "transformers.")) and _NOISE.search(record.getMessage()))
+
+
+# Tensors that a checkpoint may lack, or hold beside what its network needs, without anything being wrong with it:
+# counters, and tables that the network computes. Older versions of the libraries saved them.
+_COMPUTED = re.compile(r"(^|\.)(position_ids|num_batches_tracked|relative_position_index|inv_freq)$")
+
+
+def load_network(loader: Any, model: str | Path, *, may_lack: str | None = None, **options: Any) -> Any:
+    """``loader.from_pretrained`` of diffusers or transformers, and the certainty that all weights are the file's.
+
+    Both libraries give random numbers to what they miss, and leave out what they do not know, with a warning.
+
+    Args:
+        loader: a class of networks.
+        model: folder or Hub id.
+        may_lack: pattern of the tensors that published checkpoints of this kind lack and that are not used.
+        options: of ``from_pretrained``.
+
+    Raises:
+        ValueError: tensors are missing, not known or of another shape; the message names them. Whatever the library
+            raises for files that are not there or damaged.
+    """
+    if loader.__module__.startswith("transformers."):
+        options["ignore_mismatched_sizes"] = True  # else it raises without a name
+    network, report = loader.from_pretrained(model, output_loading_info=True, **options)
+    problems = {
+        "lack {} keys": _relevant(report["missing_keys"], may_lack),
+        "hold {} keys that it does not have": _relevant(report["unexpected_keys"]),
+        "hold {} keys of another shape": _relevant(map(_with_shapes, report["mismatched_keys"])),
+    }
+    found = [f"{what.format(len(names))}: {some(names)}" for what, names in problems.items() if names]
+    if found:
+        kind = type(network).__name__
+        raise ValueError(f"{str(model)!r} is not the {kind} that it says: its weights {'; they '.join(found)}")
+    return network
+
+
+def _with_shapes(mismatch: tuple[str, Any, Any]) -> str:
+    name, there, here = mismatch
+    return f"{name} {tuple(there)} instead of {tuple(here)}"
+
+
+def _relevant(names: Iterable[str], may_lack: str | None = None) -> list[str]:
+    kept = (name for name in names if not _COMPUTED.search(name))
+    return sorted(name for name in kept if may_lack is None or not re.search(may_lack, name))
 
 
 @contextmanager
@@ -89,7 +151,8 @@ def fetching(model: str, setting: str) -> Iterator[str]:
     folder = resolve_model(model)
     try:
         yield folder
-    except (OSError, HFValidationError) as error:  # the latter: a path that is not there is no Hub id either
+    except (OSError, HFValidationError, SafetensorError, RuntimeError) as error:
+        # HFValidationError: a path that is not there is no Hub id either
         text = f"cannot load {looked_at(model)}: {reason(error)}"
         if Path(folder).is_dir():
             raise ValueError(text) from error
@@ -139,16 +202,18 @@ def some(names: Sequence[str], number: int = 4) -> str:
 def shared(load: Callable[..., T]) -> Callable[..., T]:
     """Make a loader hand out one object per set of (hashable) arguments for as long as somebody holds it.
 
-    When the last holder lets go, the object is freed, as Python frees everything else.
+    When the last holder lets go, the object is freed, as Python frees everything else. Loads go one at a time, so
+    that threads that ask for the same object get the same one.
     """
     alive: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
 
     @wraps(load)
     def wrapper(*args: Any, **kwargs: Any) -> T:
         key = (args, tuple(sorted(kwargs.items())))
-        value = alive.get(key)
-        if value is None:
-            value = alive[key] = load(*args, **kwargs)
+        if (value := alive.get(key)) is None:
+            with exclusive():
+                if (value := alive.get(key)) is None:
+                    value = alive[key] = load(*args, **kwargs)
         return value
 
     return wrapper

@@ -12,6 +12,7 @@ import torch
 
 from addiff_env.backbones import count_flops
 from addiff_env.encoders import load_clip, load_dino
+from addiff_env.isolation import isolated
 from addiff_env.paths import resolve_model
 from addiff_env.preprocessing import vouched_pictures
 from addiff_env.scorers import load_scorer
@@ -97,6 +98,7 @@ class Perception:
         clip = self.clip.width
         return {"clip_image": clip, "clip_text": clip, "timestep": TIMESTEP_WIDTH, "quality": len(QUALITY)}
 
+    @isolated()
     def look(self, pictures: torch.Tensor, prompts: list[str], vouched: bool = False) -> Look:
         """Encode and score pictures (B, 3, H, W) in [0, 1] of ``prompts`` (B).
 
@@ -115,6 +117,7 @@ class Perception:
     def _half_precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
 
+    @isolated()
     def flops(self, height: int, width: int) -> float:
         """FLOPs of one look at one picture, preview decode not included; measured once per size."""
         if (height, width) not in self._flops:
@@ -123,6 +126,7 @@ class Perception:
             self._flops[height, width] = count_flops(lambda: self.look(picture, [""]), self.device)
         return self._flops[height, width]
 
+    @isolated()
     def verdict_flops(self, height: int, width: int) -> float:
         """FLOPs of the reward model's part of one look, preview decode not included; measured once per size."""
         key = ("verdict", height, width)

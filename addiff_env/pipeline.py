@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class AdaptivePipeline:
         if negative_prompt is not None:
             env.backbone.check_negative_prompt(check_prompt(negative_prompt), env.config.guidance_scale)
         self.env, self.agent, self.negative_prompt = env, agent, negative_prompt
+        self._turn = threading.Lock()  # the lanes are one call's at a time
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, num_envs: int = 16, **overrides: Any) -> AdaptivePipeline:
@@ -108,6 +110,8 @@ class AdaptivePipeline:
             seeds: as many, each in [0, 2**63); None: drawn at random. A `numpy.random.Generator` draws them, too.
             negative_prompt: one for all pictures, or one per prompt; None: the pipeline's own.
 
+        Several threads may call: each waits for its turn.
+
         Raises:
             ValueError: different numbers of prompts, seeds and negative prompts, what is no seed, or a negative prompt
                 for a model without guidance; TypeError: a prompt that is no string.
@@ -120,7 +124,8 @@ class AdaptivePipeline:
         numbers = [check_seed(seed) for seed in _items(seeds)]
         if len(texts) != len(numbers):
             raise ValueError(f"{len(texts)} prompts but {len(numbers)} seeds: each prompt needs its own")
-        results = dict(pair for group in self.stream(texts, numbers, negative_prompt) for pair in group)
+        with self._turn:
+            results = dict(pair for group in self.stream(texts, numbers, negative_prompt) for pair in group)
         return [results[index] for index in range(len(texts))]
 
     def stream(

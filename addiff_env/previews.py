@@ -11,7 +11,16 @@ from diffusers import AutoencoderTiny
 
 from addiff_env.backbones import Backbone, count_flops
 from addiff_env.backbones.memory import in_slices
-from addiff_env.loading import DTYPES, gated_advice, looked_at, quiet_loading, resolve_model, shared
+from addiff_env.isolation import frozen, isolated
+from addiff_env.loading import (
+    DTYPES,
+    gated_advice,
+    load_network,
+    looked_at,
+    quiet_loading,
+    resolve_model,
+    shared,
+)
 
 PREVIEWS = ("vae", "taesd", "latent_rgb")
 FIT_PICTURES, FIT_CELLS = 16, 16  # pictures that `fit_latent_rgb` looks at, and their side in latent cells
@@ -60,11 +69,11 @@ class TinyDecoder:
         self.backbone = backbone
         self._flops: dict[tuple[int, ...], float] = {}
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1], sliced as `Backbone.decode`."""
         pixels = latents.shape[2:].numel() * self.backbone.spatial_factor**2
-        return in_slices(self._decode, latents, self.backbone.pictures_at_once(self.vae, pixels))
+        with frozen(self.vae):
+            return in_slices(self._decode, latents, self.backbone.pictures_at_once(self.vae, pixels))
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         scaled = (latents / self.vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
@@ -84,7 +93,7 @@ def load_tiny_decoder(model: str, device: str, dtype: str) -> Any:
     """An `AutoencoderTiny`, frozen; FileNotFoundError or ValueError as `TinyDecoder`."""
     try:
         with quiet_loading():
-            vae = AutoencoderTiny.from_pretrained(model, dtype=DTYPES[dtype], use_safetensors=True)
+            vae = load_network(AutoencoderTiny, model, dtype=DTYPES[dtype], use_safetensors=True)
     except Exception as error:
         kind = ValueError if Path(model).exists() else FileNotFoundError
         advice = gated_advice(error)
@@ -101,7 +110,7 @@ class LinearDecoder:
         self.scale = backbone.spatial_factor
         self.weight, self.bias = fit_latent_rgb(backbone)  # (3, C), (3,)
 
-    @torch.no_grad()
+    @isolated()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1], bilinearly enlarged."""
         small = torch.einsum("rc,bchw->brhw", self.weight, latents.float()) + self.bias[:, None, None]
@@ -112,7 +121,7 @@ class LinearDecoder:
         return 2.0 * 3 * shape[0] * shape[1] * shape[2]
 
 
-@torch.no_grad()
+@isolated()
 def fit_latent_rgb(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
     """Least-squares map from latent channels to mean colour: weight (3, C), bias (3,), float32 on the device.
 

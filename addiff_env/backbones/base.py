@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from addiff_env.backbones.memory import activation_ceiling, bytes_per_pixel, in_slices
 from addiff_env.backbones.offload import attach_offload, load_now
 from addiff_env.backbones.prompt_cache import PromptCache
+from addiff_env.isolation import exclusive, frozen_call, isolated
 from addiff_env.loading import DTYPES
 from addiff_env.samplers import Level, Schedule, make_schedule, solver_step
 
@@ -77,7 +78,8 @@ class Prediction:
 class Backbone(ABC):
     """A frozen model; its conventions (prediction type, scaling, packing, guidance) end here.
 
-    Subclasses set the attributes below and write the methods marked abstract.
+    Environments share it, also between threads: subclasses set the attributes below and write the methods marked
+    abstract, `predict` as a `frozen_call`.
     """
 
     name: str
@@ -153,6 +155,7 @@ class Backbone(ABC):
 
     # ----------------------------------------------------------------- text
 
+    @frozen_call
     def encode_prompts(
         self, prompts: Sequence[str], negative_prompt: str | Sequence[str | None] | None = None
     ) -> Conditioning:
@@ -234,7 +237,7 @@ class Backbone(ABC):
         Without ``capture`` no attention is recorded and the maps have no tokens.
         """
 
-    @torch.no_grad()
+    @frozen_call
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Full decode of latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1].
 
@@ -242,7 +245,7 @@ class Backbone(ABC):
         """
         return in_slices(self._decode, latents, self._at_once(latents.shape[2:].numel() * self.spatial_factor**2))
 
-    @torch.no_grad()
+    @frozen_call
     def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], by the autoencoder's mean; sliced as `decode`."""
         return in_slices(self._encode_pictures, pictures, self._at_once(pictures.shape[2:].numel()))
@@ -282,6 +285,7 @@ class Backbone(ABC):
 # --------------------------------------------------------------------------- noise, plain denoising
 
 
+@isolated()
 def draw_noise(backbone: Backbone, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Noise (B, C, h, w) of ``shape`` (C, h, w), each lane's drawn by its own generator.
 
@@ -296,6 +300,7 @@ def initial_noise(backbone: Backbone, shape: tuple[int, ...], seeds: Sequence[in
     return draw_noise(backbone, shape, [torch.Generator().manual_seed(int(seed)) for seed in seeds])
 
 
+@isolated()
 def denoise(
     backbone: Backbone,
     schedule: Schedule,
@@ -357,12 +362,12 @@ def compile_block(module: Any) -> None:
     module.compile(dynamic=True)
 
 
-@torch.no_grad()
 def count_flops(call: Callable[[], Any], device: torch.device | str) -> float:
     """FLOPs of one call on ``device``, by `torch.utils.flop_counter` (matrix products, convolutions, attention)."""
     # The counter knows CUDA's fused attention, but not the CPU's: there attention is written out while it counts.
     written_out = sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
-    with _plain_multihead_attention(), written_out, FlopCounterMode(display=False) as counter:
+    # Which kernels attention uses is a setting of the process, and the counter watches all of its modules.
+    with exclusive(), _plain_multihead_attention(), written_out, FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
 

@@ -17,6 +17,7 @@ from addiff_env.backbones.base import (
     scheduler_settings,
     truncated_words,
 )
+from addiff_env.isolation import frozen_call
 from addiff_env.samplers import Level, to_x0
 
 _LAYERS = 4  # double-stream blocks whose attention is read, from the middle of the network on
@@ -113,7 +114,7 @@ class FluxBackbone(Backbone):
 
     # ----------------------------------------------------------------- denoiser
 
-    @torch.no_grad()
+    @frozen_call
     def predict(
         self,
         latents: torch.Tensor,

@@ -20,6 +20,7 @@ from addiff_env.backbones.base import (
     spelled_out_words,
     truncated_words,
 )
+from addiff_env.isolation import frozen_call
 from addiff_env.samplers import Level, to_x0
 
 _LAYERS = 6  # most attention layers looked at, evenly chosen: SDXL has fifty at one resolution
@@ -155,7 +156,7 @@ class StableDiffusionBackbone(Backbone):
 
     # ----------------------------------------------------------------- denoiser
 
-    @torch.no_grad()
+    @frozen_call
     def predict(
         self,
         latents: torch.Tensor,

@@ -13,6 +13,7 @@ import torch
 from addiff_env.backbones import Backbone, initial_noise
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
+from addiff_env.isolation import isolated
 from addiff_env.types import Generated
 
 
@@ -43,7 +44,8 @@ class Batched:
         for start in range(0, len(items), self.batch_size):
             part = items[start : start + self.batch_size]
             began = time.perf_counter()
-            made = self._batch(part)
+            with isolated():
+                made = self._batch(part)
             for result in made:
                 result.seconds = (time.perf_counter() - began) / len(part)
             yield list(zip(part, made, strict=True))

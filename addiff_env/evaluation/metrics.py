@@ -28,6 +28,7 @@ from addiff_env.evaluation.rules import MARGINS as MARGINS
 from addiff_env.evaluation.rules import SHARE as SHARE
 from addiff_env.evaluation.rules import margins_of as margins_of
 from addiff_env.evaluation.summary import NO_SCORE, score_value, scores_of
+from addiff_env.isolation import isolated
 from addiff_env.perception import Perception
 from addiff_env.scorers import Scorer, load_scorer
 from addiff_env.tiny.checker import judge
@@ -112,7 +113,7 @@ class ModelScore:
         """Its name."""
         return (self.name,)
 
-    @torch.no_grad()
+    @isolated()
     def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
         """Scores without words."""
         values = self._score(as_tensor(pictures, self.device), [item.prompt for item in items])

@@ -34,6 +34,7 @@ from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.method import Batched
 from addiff_env.evaluation.phrases import NounPhrase, noun_phrases
+from addiff_env.isolation import frozen, isolated
 from addiff_env.types import Generated
 
 SOLVERS = {"euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler, "pndm": PNDMScheduler}
@@ -110,7 +111,7 @@ class DiffusersSolver(Batched):
         generators = [torch.Generator().manual_seed(int(item.seed)) for item in items]
         noise = draw_noise(self.backbone, self.shape, generators)
         network = self.pipeline.unet
-        with _counted(network) as rows, _processors_kept(network):
+        with frozen(self.backbone), _counted(network) as rows, _processors_kept(network):
             latents = self.pipeline(
                 [item.prompt for item in items],
                 num_inference_steps=self.steps,
@@ -139,6 +140,7 @@ class DiffusersSolver(Batched):
         return 0.0
 
 
+@isolated()
 def make_pipeline(backbone: Backbone, scheduler: Any, pipeline: Any, name: str) -> Any:
     """A pipeline of diffusers on a backbone's networks.
 

@@ -191,9 +191,12 @@ def inception_features(
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    from addiff_env.isolation import exclusive
+
     _refuse_empty(paths)
     path = str(inception_weights(weights))
-    network = FeatureExtractorInceptionV3(INCEPTION, [INCEPTION_LAYER], feature_extractor_weights_path=path)
+    with exclusive():
+        network = FeatureExtractorInceptionV3(INCEPTION, [INCEPTION_LAYER], feature_extractor_weights_path=path)
     return extract(network, paths, device, batch_size, size, resizer)
 
 
@@ -236,6 +239,8 @@ def extract(
     """
     import torch
 
+    from addiff_env.isolation import isolated
+
     _refuse_empty(paths)
     if size is None:
         _refuse_sizes(paths)
@@ -243,9 +248,9 @@ def extract(
     found = []
     for start in range(0, len(paths), batch_size):
         batch = [_bytes(path, size, resizer) for path in paths[start : start + batch_size]]
-        with torch.inference_mode():
+        with isolated():
             (features,) = network(torch.from_numpy(np.stack(batch)).to(device))
-        found.append(features.float().cpu().numpy())
+            found.append(features.float().cpu().numpy())
     return np.concatenate(found)
 
 

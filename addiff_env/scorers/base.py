@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from addiff_env.isolation import exclusive
 from addiff_env.loading import check_finite, looked_at, reason, resolve_model, some
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -109,11 +110,12 @@ def load_exactly(
     Raises:
         ValueError: missing or foreign keys, other shapes, or numbers that are not finite; the message names them.
     """
-    with torch.device("meta"):  # shapes without memory: what does not fit is refused before the weights are made
-        skeleton = make()
-    _check_state(skeleton, state, path, unused)
-    module = make()
-    module.load_state_dict({name: state[name] for name in skeleton.state_dict()})
+    with exclusive():
+        with torch.device("meta"):  # shapes without memory: what does not fit is refused before the weights are made
+            skeleton = make()
+        _check_state(skeleton, state, path, unused)
+        module = make()
+        module.load_state_dict({name: state[name] for name in skeleton.state_dict()})
     return module.eval().requires_grad_(False)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from addiff_env.isolation import frozen_call
 from addiff_env.loading import looked_at, quiet_loading, resolve_model
 from addiff_env.preprocessing import OPENAI_CLIP, Preprocess, check_pairs
 from addiff_env.scorers.base import LOGIT_LIMIT, Source, find_checkpoint, linear_head, load_exactly, read_checkpoint
@@ -85,7 +86,7 @@ class ImageReward(nn.Module):
         self.preprocess = Preprocess(seen.image_size, *OPENAI_CLIP)
         self.eval().requires_grad_(False)
 
-    @torch.no_grad()
+    @frozen_call
     def score(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Scores (B,) float32 of pictures (B, 3, H, W) in [0, 1]; raises as `Scorer.score`."""
         texts = check_pairs(pictures, prompts)

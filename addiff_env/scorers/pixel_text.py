@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
+from addiff_env.isolation import frozen_call
 from addiff_env.loading import reason, resolve_model, shared
 from addiff_env.preprocessing import check_pairs
 from addiff_env.scorers.base import LOGIT_LIMIT, load_exactly, read_checkpoint
@@ -152,7 +153,7 @@ class PixelTextReward(nn.Module):
         ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         return ids, torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
 
-    @torch.no_grad()
+    @frozen_call
     def score(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Logits (B,) float32 of pictures (B, 3, H, W) in [0, 1] under their prompts.
 
