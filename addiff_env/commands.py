@@ -19,7 +19,7 @@ LAUNCHED = ("RANK", "WORLD_SIZE")  # set by accelerate and torchrun, one process
 
 def command_line(*words: str | os.PathLike[str]) -> str:
     """The words as one line that a POSIX shell splits into just these."""
-    return shlex.join(map(os.fspath, words))
+    return shlex.join(os.fspath(word) for word in words)
 
 
 def override(name: str, value: Any) -> str:
