@@ -1,6 +1,6 @@
 """All-continue episodes against diffusers' own pipelines, over solvers and options; float32 throughout.
 
-Latents are of ordinary size (`models.denoiser_like`) and may differ by ``TOLERANCE`` of their size. diffusers' own
+Latents are of ordinary size (`models.denoiser_like`) and may differ by 1e-5 of their size (`rounding`). diffusers' own
 pipelines, at 1 to 50 steps, differ from themselves by up to 6e-6 of it with one prompt a batch instead of two. In
 another memory layout it is up to 4e-6 with AVX-512 and 1.6e-5 with AVX2, so that the reference is laid out as ours.
 """
@@ -21,6 +21,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from gymnasium.vector import AutoresetMode
+from rounding import assert_same_but_for_rounding
 
 import addiff_env
 from addiff_env.encoders import load_clip, load_dino
@@ -32,7 +33,6 @@ from addiff_env.scorers import load_scorer
 PROMPTS, SEEDS = ["a red circle", "two blue squares and a star"], [3, 4]
 STEPS = [1, 4, 10, 50]
 SPACINGS = ["leading", "linspace", "trailing"]
-TOLERANCE = 1e-5
 Kwargs = dict[str, Any]
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' own, under NumPy 2
@@ -127,11 +127,6 @@ def reference(
     if "Flux" in type(pipeline).__name__:
         latents = pipeline._unpack_latents(latents, c.height, c.width, pipeline.vae_scale_factor)
     return latents
-
-
-def assert_same_but_for_rounding(latents: torch.Tensor, expected: torch.Tensor) -> None:
-    size = max(1.0, float(expected.abs().max()))  # an element is a sum of others: it rounds on the scale of the largest
-    torch.testing.assert_close(latents, expected, rtol=0, atol=TOLERANCE * size)
 
 
 def is_same_but_for_rounding(latents: torch.Tensor, expected: torch.Tensor) -> bool:

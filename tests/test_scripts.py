@@ -35,7 +35,11 @@ def run_here(capsys, monkeypatch):
     """As `run`, in this process: half a dozen seconds of imports less. Nothing of one command is left for the next."""
 
     def run_here(script, *overrides, **environment):
-        logging = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]  # which would last longer than the run
+        logging = [
+            "hydra/job_logging=disabled",
+            "~hydra.job_logging.handlers",
+            "hydra/hydra_logging=disabled",
+        ]  # which stays
         status = 0
         with monkeypatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a command's own run, where they are no errors
