@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +24,9 @@ from tqdm import tqdm
 from addiff_env.backbones import denoise, initial_noise
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.paths import looked_at, resolve_model
+from addiff_env.prompts import check_prompt
 from addiff_env.reward import RewardConfig, quality
+from addiff_env.validation import at_least, check_seed, checked
 
 FORMAT_VERSION = 2
 # The settings of an environment that decide what fixed-step inference scores, and those of them that name weights.
@@ -93,6 +95,7 @@ class BaselineCache:
 
     def put(self, prompt: str, seed: int, clip_score: float, reward_score: float) -> None:
         """Remember one picture's scores."""
+        seed = check_seed(seed)
         if (prompt, seed) not in self.scores:
             self._seeds.setdefault(prompt, []).append(seed)
         self.scores[prompt, seed] = clip_score, reward_score
@@ -242,9 +245,12 @@ def compute_baselines(
     """Score every prompt with every seed and keep the scores in ``path``; what is there already is not repeated.
 
     Raises:
-        ValueError: ``path`` holds the baselines of another configuration; or as `baseline_configuration` and
-            `score_fixed_steps`.
+        ValueError: ``path`` holds the baselines of another configuration; steps or seeds that are none; or as
+            `baseline_configuration` and `score_fixed_steps`. TypeError: a prompt that is no string.
     """
+    steps = checked("steps", steps, Annotated[int, at_least(1)])
+    prompts = [check_prompt(prompt) for prompt in prompts]
+    seeds = [check_seed(seed) for seed in seeds]
     path, configuration = Path(path), baseline_configuration(env, steps)
     lines = _read_lines(path) if path.is_file() else []
     header = {"key": configuration_hash(configuration), "configuration": configuration}
