@@ -28,7 +28,7 @@ from addiff_env.validation import as_list, at_least, check_seed, checked, plain,
 
 
 class _JsonableSpec:
-    """Gymnasium remembers the settings in the environment's spec as they were given; this puts them as JSON has them."""
+    """Gymnasium remembers the settings in the environment's spec as they were given; here JSON takes them."""
 
     _spec: EnvSpec | None = None
 

@@ -93,7 +93,7 @@ class RewardConfig:
 
 
 class RewardComponents(np.ndarray):
-    """Rewards (..., 6) float64, whose columns are `COLUMNS` and answer to their names: ``components["terminal"]`` (...).
+    """Rewards (..., 6) float64, whose columns are `COLUMNS` and have names: ``components["terminal"]`` (...).
 
     An array and not a dictionary, because Gymnasium's wrappers and TorchRL take arrays only in ``info``.
     """

@@ -35,9 +35,13 @@ class Settings:
 
     env_id: str = "AdDiffusion-Tiny-v0"
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    num_env_runners: Annotated[int, at_least(0)] = _knob(2, "processes that play, each with its own model; 0: in the main process")
+    num_env_runners: Annotated[int, at_least(0)] = _knob(
+        2, "processes that play, each with its own model; 0: in the main process"
+    )
     num_envs_per_runner: Number = _knob(16, "lanes denoised in one batch")
-    gpus_per_runner: Annotated[float, at_least(0)] | None = _knob(None, "default: the cluster's GPUs, shared out evenly, at most one each")
+    gpus_per_runner: Annotated[float, at_least(0)] | None = _knob(
+        None, "default: the cluster's GPUs, shared out evenly, at most one each"
+    )
     steps_per_lane: Number = _knob(24, "decisions of every lane per iteration")
     minibatch_size: Number = _knob(192, "decisions")
     num_epochs: Number = _knob(8, "passes over an iteration's decisions")
