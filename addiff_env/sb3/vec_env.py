@@ -99,7 +99,7 @@ class DenoiseVecEnv(VecEnv):
         for left in reversed(range(_TRIES)):
             started = self._draw(lanes, options)
             broken = self.env.done[lanes] | self.env.fault[lanes]
-            again = [row for row in np.flatnonzero(broken) if "seed" not in options[row]]
+            again = [row for row in np.flatnonzero(broken).tolist() if "seed" not in options[row]]
             lanes, options = lanes[again], [options[row] for row in again]
             if len(lanes) == 0:
                 return started
