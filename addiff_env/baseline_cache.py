@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 import numpy as np
@@ -26,8 +26,10 @@ from addiff_env.commands import command_line, interruptible, json_argument
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.inputs import fingerprint
 from addiff_env.paths import looked_at, resolve_model
+from addiff_env.prompts import check_prompt
 from addiff_env.reward import RewardConfig, quality
 from addiff_env.storage import claim_file, write_whole
+from addiff_env.validation import at_least, check_seed, checked
 
 FORMAT_VERSION = 3
 ENDS_ONLY = 2  # the version that knew weights by both ends of their files; still read, and completed
@@ -100,6 +102,7 @@ class BaselineCache:
 
     def put(self, prompt: str, seed: int, clip_score: float, reward_score: float) -> None:
         """Remember one picture's scores."""
+        seed = check_seed(seed)
         if (prompt, seed) not in self.scores:
             self._seeds.setdefault(prompt, []).append(seed)
         self.scores[prompt, seed] = clip_score, reward_score
@@ -267,10 +270,13 @@ def compute_baselines(
     """Score every prompt with every seed and keep the scores in ``path``; what is there already is not repeated.
 
     Raises:
-        ValueError: ``path`` holds the baselines of another configuration; or as `baseline_configuration` and
-            `score_fixed_steps`.
+        ValueError: ``path`` holds the baselines of another configuration; steps or seeds that are none; or as
+            `baseline_configuration` and `score_fixed_steps`. TypeError: a prompt that is no string.
         FolderBusyError: another process writes to it.
     """
+    steps = checked("steps", steps, Annotated[int, at_least(1)])
+    prompts = [check_prompt(prompt) for prompt in prompts]
+    seeds = [check_seed(seed) for seed in seeds]
     with claim_file(Path(path), "baseline_cache"):
         return _complete(Path(path), env, steps, prompts, seeds)
 

@@ -66,6 +66,7 @@ class EnvConfig:
     observe_every: Annotated[int, at_least(1)] = 1
     obs_mode: Annotated[str, one_of("flat", "dict")] = "flat"
     obs_backend: Annotated[str, one_of("numpy", "torch")] = "numpy"
+    text_info: bool = True
     reward: Mapping[str, Any] | None = None
     render_mode: Annotated[str, one_of("rgb_array")] | None = None
     batch_size: Annotated[int, at_least(1)] = 64

@@ -23,13 +23,13 @@ from addiff_env.perception import QUALITY, TIMESTEP_WIDTH, Look, Perception, loo
 from addiff_env.previews import FullDecoder, make_previewer
 from addiff_env.prompts import check_prompt, load_prompts
 from addiff_env.refine import RefinableLanes
-from addiff_env.reward import COMPONENTS, RewardConfig, quality, step_reward
+from addiff_env.reward import COLUMNS, RewardComponents, RewardConfig, quality, step_reward
 from addiff_env.types import Action
 from addiff_env.validation import as_list, at_least, check_seed, checked, plain, shown
 
 
 class _JsonableSpec:
-    """Gymnasium remembers the settings in the environment's spec as they were given; this puts them as JSON has them."""
+    """Gymnasium remembers the settings in the environment's spec as they were given; here JSON takes them."""
 
     _spec: EnvSpec | None = None
 
@@ -99,12 +99,14 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
 
     ## Info
     ``prompt, seed, step_index, nfe, forward_passes, net_flops, action_mask, action_taken, clip_score,
-    reward_score, fault, reward_components``; one array over lanes each, the last a dictionary of them.
+    reward_score, fault, reward_components``; one array over lanes each. ``reward_components`` (B, 6) is a
+    `addiff_env.reward.RewardComponents`: ``info["reward_components"]["terminal"]`` (B,).
     ``action_mask`` (B, 3) int8 is 1 where an action is admissible: ``action_space.sample(tuple(info["action_mask"]))``
     draws such actions, and `action_masks` has the same as bool. ``action_taken`` is -1 where nothing was carried out.
     ``fault`` says that the lane's numbers stopped being finite: it is terminated with its last finite prediction and
     pays the reward's ``fault`` penalty. Where that happens in the warm-up, ``reset`` says so in ``fault``, and the
-    lane's first step ends it so, whatever the action.
+    lane's first step ends it so, whatever the action. Everything is a number but for ``prompt``, which
+    ``text_info=False`` leaves out for those who turn all of ``info`` into tensors (TorchRL, `NumpyToTorch`).
 
     ## Arguments
     The fields of `EnvConfig` (``model, revision, device, dtype, solver, num_inference_steps, ...``), and
@@ -574,11 +576,10 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         return torch.stack(slots, dim=1)
 
     def _zero_reward(self) -> dict[str, np.ndarray]:
-        return {name: np.zeros(self.num_envs) for name in (*COMPONENTS, "total")}
+        return {name: np.zeros(self.num_envs) for name in COLUMNS}
 
     def _info(self, taken: np.ndarray, reward: dict[str, np.ndarray]) -> dict[str, Any]:
         values: dict[str, Any] = {
-            "prompt": np.array(self.prompt, dtype=object),
             "seed": self.seed.copy(),
             "step_index": self.step_index.copy(),
             "nfe": self.nfe.copy(),
@@ -589,8 +590,10 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             "clip_score": self.clip_score.copy(),
             "reward_score": self.reward_score.copy(),
             "fault": self.fault.copy(),
-            "reward_components": reward,
+            "reward_components": RewardComponents.stack(reward),
         }
+        if self.config.text_info:
+            values["prompt"] = np.array(self.prompt, dtype=object)
         present = {f"_{name}": np.ones(self.num_envs, bool) for name in values}
         return values | present
 
@@ -602,7 +605,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         for lane in lanes:
             final_obs[lane] = _row(observation, lane)
         self._reset_lanes(lanes, {})
-        fresh = self._info(info["action_taken"].copy(), {k: v.copy() for k, v in info["reward_components"].items()})
+        fresh = self._info(info["action_taken"].copy(), {name: info["reward_components"][name] for name in COLUMNS})
         last = info | {name: ended for name in info if name.startswith("_")}
         final = {"final_obs": final_obs, "_final_obs": ended, "final_info": last, "_final_info": ended}
         return self._observation(), fresh | final
@@ -765,8 +768,5 @@ def _single_info(info: dict[str, Any]) -> dict[str, Any]:
     for name, value in info.items():
         if name.startswith("_"):
             continue
-        if isinstance(value, dict):
-            single[name] = {key: float(item[0]) for key, item in value.items()}
-        else:
-            single[name] = value[0].item() if isinstance(value[0], np.generic) else value[0]
+        single[name] = value[0].item() if isinstance(value[0], np.generic) else value[0]
     return single

@@ -107,14 +107,15 @@ class AdaptivePipeline:
 
         Args:
             prompts: one, or any number of them.
-            seeds: as many, each in [0, 2**63); None: drawn at random. A `numpy.random.Generator` draws them, too.
+            seeds: as many, each in [0, 2**63); None: drawn at random, as a `numpy.random.Generator` draws them, too.
             negative_prompt: one for all pictures, or one per prompt; None: the pipeline's own.
 
         Several threads may call: each waits for its turn.
 
         Raises:
             ValueError: different numbers of prompts, seeds and negative prompts, what is no seed, or a negative prompt
-                for a model without guidance; TypeError: a prompt that is no string.
+                for a model without guidance.
+            TypeError: a prompt that is no string.
         """
         texts = [check_prompt(prompt) for prompt in _items(prompts)]
         if seeds is None:

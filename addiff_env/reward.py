@@ -19,6 +19,7 @@ import numpy as np
 from addiff_env.validation import above, at_least, at_most, check_fields, one_of, shown
 
 COMPONENTS = ("shaping", "instability", "efficiency", "terminal", "fault")
+COLUMNS = (*COMPONENTS, "total")  # of `RewardComponents`
 EFFICIENCY_UNITS = ("nfe", "step_flops")
 Weight = Annotated[float, at_least(0)]  # a negative one would reward what it is meant to cost
 Spread = Annotated[float, above(0)]
@@ -89,6 +90,24 @@ class RewardConfig:
         if self.reward_mean is None or self.reward_std is None:
             raise ValueError("reward_mean and reward_std are the scorer's own: call for_scorer first")
         return self.reward_mean, self.reward_std
+
+
+class RewardComponents(np.ndarray):
+    """Rewards (..., 6) float64, whose columns are `COLUMNS` and have names: ``components["terminal"]`` (...).
+
+    An array and not a dictionary, because Gymnasium's wrappers and TorchRL take arrays only in ``info``.
+    """
+
+    @classmethod
+    def stack(cls, parts: Mapping[str, np.ndarray]) -> RewardComponents:
+        """The components (B,) each of `step_reward` in one array (B, 6)."""
+        return np.stack([parts[name] for name in COLUMNS], axis=-1).view(cls)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A column by its name, or whatever an array's index gives."""
+        if isinstance(key, str):
+            return np.asarray(self)[..., COLUMNS.index(key)]
+        return super().__getitem__(key)
 
 
 def quality(clip_score: np.ndarray, reward_score: np.ndarray, config: RewardConfig) -> np.ndarray:

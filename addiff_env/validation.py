@@ -1,6 +1,6 @@
 """Settings as users pass them: turned into what JSON holds, and checked against the annotations of their dataclass.
 
-A field's annotation says what it takes (``int``, ``float``, ``bool``, ``str``, a mapping, a sequence, None, or a union),
+A field's annotation says what it takes (``int``, ``float``, ``bool``, ``str``, a mapping, a sequence, None, a union),
 and ``Annotated`` what holds of it: ``Annotated[int, at_least(1)] | None``. Nothing is guessed: ``"64"`` is no integer,
 ``64.0`` neither, and True is no number.
 """
@@ -161,7 +161,7 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
 
 
 @cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
