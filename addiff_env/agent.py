@@ -22,7 +22,7 @@ from torch import nn
 import addiff_env
 from addiff_env.config import EnvConfig
 from addiff_env.isolation import exclusive, isolated
-from addiff_env.loading import looked_at, resolve_model
+from addiff_env.paths import looked_at, resolve_model
 from addiff_env.types import Action
 from addiff_env.validation import plain
 

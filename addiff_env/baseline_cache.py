@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from addiff_env.backbones import denoise, initial_noise
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.loading import looked_at, resolve_model
+from addiff_env.paths import looked_at, resolve_model
 from addiff_env.reward import RewardConfig, quality
 
 FORMAT_VERSION = 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,8 +18,10 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from addiff_env.isolation import exclusive
+from addiff_env.paths import PACKAGE_PREFIX as PACKAGE_PREFIX
+from addiff_env.paths import looked_at as looked_at
+from addiff_env.paths import resolve_model as resolve_model
 
-PACKAGE_PREFIX = "addiff_env:"  # "addiff_env:tiny/weights/clip" is a folder inside the package, wherever one stands
 _GATED = ("black-forest-labs/",)  # whose models need an accepted licence
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -137,34 +138,6 @@ def _with_shapes(mismatch: tuple[str, Any, Any]) -> str:
 def _relevant(names: Iterable[str], may_lack: str | None = None) -> list[str]:
     kept = (name for name in names if not _COMPUTED.search(name))
     return sorted(name for name in kept if may_lack is None or not re.search(may_lack, name))
-
-
-def resolve_model(model: str | os.PathLike[str]) -> str:
-    """Turn ``addiff_env:<path>`` into the path inside the package; other ids and paths stay as they are.
-
-    ``addiff_env:configs/...`` is the configuration, which lies beside the package in a checkout.
-
-    Raises:
-        FileNotFoundError: there is no such path in the package.
-    """
-    name = os.fspath(model)
-    if not name.startswith(PACKAGE_PREFIX):
-        return name
-    relative, package = Path(name.removeprefix(PACKAGE_PREFIX)), Path(__file__).resolve().parent
-    is_configuration = relative.parts[:1] == ("configs",) and not (package / "configs").exists()
-    found = (package.parent if is_configuration else package) / relative
-    if relative.is_absolute() or ".." in relative.parts or not found.exists():
-        hint = "; retrain it with: make tiny" if relative.parts[:2] == ("tiny", "weights") else ""
-        raise FileNotFoundError(f"packaged {name!r} is missing ({found}){hint}")
-    return str(found)
-
-
-def looked_at(path: str | os.PathLike[str]) -> str:
-    """A path or Hub id for a message; of a relative path, also where it leads from here."""
-    name = os.fspath(path)
-    return (
-        repr(name) if os.path.isabs(name) or name.startswith(PACKAGE_PREFIX) else f"{name!r} ({os.path.abspath(name)})"
-    )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from addiff_env.backbones import count_flops
 from addiff_env.encoders import load_clip, load_dino
 from addiff_env.isolation import isolated
-from addiff_env.loading import resolve_model
+from addiff_env.paths import resolve_model
 from addiff_env.preprocessing import vouched_pictures
 from addiff_env.scorers import load_scorer
 

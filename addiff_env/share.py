@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from addiff_env.agent import Agent
 from addiff_env.evaluation.hypotheses import agent_runs
 from addiff_env.evaluation.rows import read_rows
-from addiff_env.loading import looked_at, resolve_model
+from addiff_env.paths import looked_at, resolve_model
 from addiff_env.stats import clustered_wilson
 from addiff_env.types import ResultRow
 

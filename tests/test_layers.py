@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "addiff_env"
 LAYERS = (  # low to high; a module imports from strictly lower layers, or from its own package
     "types",
     "isolation",
+    "paths",
     "validation",
     "stats",
     "samplers",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from addiff_env.loading import resolve_model
+from addiff_env.paths import resolve_model
 from addiff_env.prompts import (
     READERS,
     PromptRow,

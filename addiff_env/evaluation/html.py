@@ -71,7 +71,7 @@ from addiff_env.evaluation.summary import (
 )
 from addiff_env.evaluation.whole import SPREAD, Whole, read_whole
 from addiff_env.filmstrips import INK, overlay
-from addiff_env.loading import looked_at
+from addiff_env.paths import looked_at
 from addiff_env.types import ACTIONS, ResultRow
 
 SUBJECT = "agent"  # whose comparisons are shown, all its training runs together; decisions and failures: the first's

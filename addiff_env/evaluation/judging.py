@@ -44,7 +44,7 @@ from addiff_env.evaluation.judge import (
 )
 from addiff_env.evaluation.runs import read_items, read_verdicts, reported_rows
 from addiff_env.evaluation.summary import by_method
-from addiff_env.loading import looked_at
+from addiff_env.paths import looked_at
 from addiff_env.stats import wilson_interval
 from addiff_env.types import ResultRow
 

@@ -20,7 +20,7 @@ from addiff_env.evaluation.method import Method
 from addiff_env.evaluation.metrics import missing
 from addiff_env.evaluation.outside import MethodOptions
 from addiff_env.evaluation.tune import AUTO
-from addiff_env.loading import PACKAGE_PREFIX, resolve_model
+from addiff_env.paths import PACKAGE_PREFIX, resolve_model
 
 ALL = "all"
 FILE = "methods.json"

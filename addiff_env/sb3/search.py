@@ -29,7 +29,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
-from addiff_env.loading import looked_at, resolve_model
+from addiff_env.paths import looked_at, resolve_model
 from addiff_env.sb3.callbacks import HeldOut
 from addiff_env.sb3.checkpoint import FILE
 from addiff_env.sb3.training import Result, train

@@ -24,7 +24,7 @@ import addiff_env
 from addiff_env.agent import CALIBRATION_SHARES, Agent, describe_backbone, shareable
 from addiff_env.baseline_cache import BaselineCache
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.loading import looked_at, resolve_model
+from addiff_env.paths import looked_at, resolve_model
 from addiff_env.prompts import load_prompts
 from addiff_env.reward import check_undiscounted
 from addiff_env.sb3.callbacks import (

@@ -17,7 +17,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
 from addiff_env.agent import Agent
-from addiff_env.loading import looked_at
+from addiff_env.paths import looked_at
 from addiff_env.sb3.policies import ALGORITHMS, DenoisePolicy
 from addiff_env.sb3.vec_env import make_vec_env
 

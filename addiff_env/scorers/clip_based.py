@@ -9,7 +9,7 @@ from torch import nn
 
 from addiff_env.encoders import CLIPEncoder, ContrastiveEncoder, OpenCLIPEncoder, load_clip, quiet_open_clip
 from addiff_env.isolation import frozen_call
-from addiff_env.loading import resolve_model
+from addiff_env.paths import resolve_model
 from addiff_env.preprocessing import OPENAI_CLIP, Preprocess, check_pairs
 from addiff_env.scorers.base import LOGIT_LIMIT, Source, find_checkpoint, linear_head, load_exactly, read_checkpoint
 
