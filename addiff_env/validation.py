@@ -120,7 +120,8 @@ def check_fields(settings: Any, label: str = "{}") -> None:
     Raises:
         ValueError: as `checked`.
     """
-    hints = _hints(type(settings))
+    kind: Any = type(settings)  # which mypy does not take for hashable
+    hints = _hints(kind)
     for field in fields(settings):
         value = checked(label.format(field.name), getattr(settings, field.name), hints[field.name])
         object.__setattr__(settings, field.name, value)  # frozen ones, too: they are still being made
