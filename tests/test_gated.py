@@ -40,7 +40,7 @@ def fetched() -> None:
 
 
 CALLS: list[tuple[Callable[[], Any], Any]] = [
-    (lambda: open_pipeline("owner/model", None, torch.float32), (DiffusionPipeline, "from_pretrained")),
+    (lambda: open_pipeline("owner/model", None, torch.float32), (DiffusionPipeline, "download")),
     (lambda: load_tiny_decoder("owner/model", "cpu", "float32"), (AutoencoderTiny, "from_pretrained")),
     (lambda: load_clip("owner/model", "cpu"), ("transformers.CLIPModel.from_pretrained", None)),
     (lambda: load_scorer("imagereward", "cpu"), ("huggingface_hub.hf_hub_download", None)),
@@ -58,7 +58,7 @@ def test_every_loader_says_what_to_do(call: Callable[[], Any], place: Any, monke
 
 
 def test_the_page_is_named_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
     with pytest.raises(FileNotFoundError, match="licence at https://huggingface.co/owner/model and run"):
         open_pipeline("owner/model", None, torch.float32)
 
