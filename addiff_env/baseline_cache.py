@@ -1,6 +1,6 @@
 """What plain fixed-step inference scores on each prompt and seed: the terminal reward can be counted from there.
 
-    python -m addiff_env.baseline_cache runs/baselines/tiny.jsonl --env AdDiffusion-Tiny-v0 --steps 10 --seeds 2
+    addiff baselines runs/baselines/tiny.jsonl --env AdDiffusion-Tiny-v0 --steps 10 --seeds 2
 
 The file is JSON lines: a header with the configuration, then a line per (prompt, seed) with the raw scores, so that
 the reward's weights and scales may change without computing anything again. The same command goes on where it stopped.
@@ -114,7 +114,7 @@ class BaselineCache:
             ValueError: none; the message names the prompt.
         """
         if prompt not in self._seeds:
-            raise ValueError(f"no baseline for the prompt {prompt!r}; add it with: python -m addiff_env.baseline_cache")
+            raise ValueError(f"no baseline for the prompt {prompt!r}; add it with: addiff baselines")
         return self._seeds[prompt]
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
@@ -145,10 +145,8 @@ class BaselineCache:
         """
         path = Path(resolve_model(path))
         if not path.is_file():
-            raise FileNotFoundError(
-                f"no baselines {looked_at(path)}; make them with: "
-                + command_line("python", "-m", "addiff_env.baseline_cache", path)
-            )
+            make = command_line("addiff", "baselines", path)
+            raise FileNotFoundError(f"no baselines {looked_at(path)}; make them with: {make}")
         lines = _read_lines(path)
         return cls.parse(path, lines, _expected(path, lines, env))
 
@@ -307,9 +305,10 @@ def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Score fixed-step inference once, for rewards relative to it.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score and keep; returns the exit status."""
+    text = "Score fixed-step inference once, for rewards relative to it."
+    parser = argparse.ArgumentParser(prog="addiff baselines", description=text)
     parser.add_argument("path", help="the JSON lines file to write or to complete")
     parser.add_argument("--env", default="AdDiffusion-Tiny-v0", help="environment id")
     parser.add_argument(
@@ -318,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=None, help="fixed steps (default: the environment's schedule)")
     parser.add_argument("--seeds", type=int, default=2, help="initial noises per prompt: seeds 0, 1, ...")
     parser.add_argument("--limit", type=int, default=None, help="only the first prompts")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     env = gym.make_vec(options.env, num_envs=1, **options.kwargs).unwrapped
@@ -327,7 +326,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with interruptible(lambda: f"what was scored is kept in {options.path}"):
         cache = compute_baselines(options.path, env, steps, env.prompts[: options.limit], range(options.seeds))
     print(f"{len(cache.scores)} baselines of {steps} steps -> {options.path}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

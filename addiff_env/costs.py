@@ -1,11 +1,11 @@
 """What looking costs: FLOPs and milliseconds of every encoder, scorer and preview decoder, next to a denoiser step.
 
-``python -m addiff_env.costs`` lists the embedded world's models. ``--id`` names another environment, ``--set`` changes
+``addiff profile`` lists the embedded world's models. ``--id`` names another environment, ``--set`` changes
 its settings, and ``--clip``, ``--dino``, ``--scorer`` (each any number of times) add further models::
 
-    python -m addiff_env.costs --set guidance_scale=1 --lanes 4
-    python -m addiff_env.costs --scorer imagereward --scorer hps --clip open_clip:ViT-L-14/openai --json costs.json
-    python -m addiff_env.costs --memory
+    addiff profile --set guidance_scale=1 --lanes 4
+    addiff profile --scorer imagereward --scorer hps --clip open_clip:ViT-L-14/openai --json costs.json
+    addiff profile --memory
 """
 
 from __future__ import annotations
@@ -189,9 +189,9 @@ def table(rows: Sequence[Cost]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m addiff_env.costs", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="addiff profile", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--id", default="AdDiffusion-Tiny-v0", help="environment whose models are measured")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of it, as JSON")
     for name in ("clip", "dino", "scorer"):
@@ -202,28 +202,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--memory", action="store_true", help="instead of measuring: expected peak memory of the ids of the Hub"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     if options.memory:
         from addiff_env.footprint import memory_table
 
         print(memory_table())
         return 0
-    try:
-        settings = dict(gym.spec(options.id).kwargs) | dict(map(_read_setting, options.set))
-        config = _resolved(EnvConfig(**settings))
-        lanes = min(16, config.batch_size) if options.lanes is None else options.lanes
-        report = {
-            "id": options.id,
-            "size": [config.height, config.width],
-            "device": _device_name(config.device),
-            "dtype": config.dtype,
-            "lanes": lanes,
-        }
-        if options.json not in (None, "-"):
-            Path(options.json).touch()  # a place that cannot be written to is refused before anything is measured
-        rows = measure(config, options.clip, options.dino, options.scorer, lanes, options.repeats)
-    except (ValueError, TypeError, ImportError, OSError, gym.error.Error) as error:
-        parser.error(str(error))
+    settings = dict(gym.spec(options.id).kwargs) | dict(map(_read_setting, options.set))
+    config = _resolved(EnvConfig(**settings))
+    lanes = min(16, config.batch_size) if options.lanes is None else options.lanes
+    report = {
+        "id": options.id,
+        "size": [config.height, config.width],
+        "device": _device_name(config.device),
+        "dtype": config.dtype,
+        "lanes": lanes,
+    }
+    if options.json not in (None, "-"):
+        Path(options.json).touch()  # a place that cannot be written to is refused before anything is measured
+    rows = measure(config, options.clip, options.dino, options.scorer, lanes, options.repeats)
     report["costs"] = [asdict(row) for row in rows]
     if options.json != "-":
         place = f"{report['device']}, {config.dtype}"
@@ -255,7 +252,3 @@ def _device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device}, {torch.get_num_threads()} threads"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """Memory that a model of the Hub needs, by accounting: its published layout is run without weights and without numbers.
 
-``python -m addiff_env.costs --memory`` prints the table. What a convolution's algorithm or an allocator takes besides
+``addiff profile --memory`` prints the table. What a convolution's algorithm or an allocator takes besides
 is not in it: leave a fifth free.
 """
 

@@ -1,7 +1,7 @@
 """Recorded trajectories as Minari datasets, for offline reinforcement learning (``pip install 'addiff-env[offline]'``).
 
-    python -m addiff_env.offline addiff/tiny-random-v0 --episodes 200
-    python -m addiff_env.offline addiff/tiny-agent-v0 --episodes 200 --agent addiff_env:tiny/weights/agent
+    addiff record addiff/tiny-random-v0 --episodes 200
+    addiff record addiff/tiny-agent-v0 --episodes 200 --agent addiff_env:tiny/weights/agent
 
 An episode holds observations (T + 1, width), actions (T,) as carried out, rewards (T,), and per step its prompt, seed,
 NFE and action mask in ``infos``. Read one back with ``minari.load_dataset`` or `read_episodes`; its
@@ -199,16 +199,16 @@ def _minari() -> Any:
     return minari
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Record trajectories into a Minari dataset.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Record; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="addiff record", description="Record trajectories into a Minari dataset.")
     parser.add_argument("name", help="<namespace>/<dataset>-v<N>")
     parser.add_argument("--env", default="AdDiffusion-Tiny-v0", help="environment id, where no agent is given")
     parser.add_argument("--agent", default=None, help="folder of an agent bundle; without one actions are random")
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--num-envs", type=int, default=16, help="lanes denoised in one batch")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, initial noises and random actions")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     check_free(options.name)
     with (
         interruptible(lambda: "a dataset is written whole, nothing is kept"),
@@ -231,7 +231,4 @@ def _record(options: argparse.Namespace) -> None:
     episodes = list(collect(env, agent.act if agent else random_policy(rng), pairs))
     write_dataset(options.name, env, episodes, agent.fingerprint if agent else "random")
     print(f"{len(episodes)} episodes, {sum(len(e.actions) for e in episodes)} decisions -> {options.name}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -28,6 +28,15 @@ def resolve_model(model: str | os.PathLike[str]) -> str:
     return str(found)
 
 
+def configs_folder() -> Path:
+    """The folder of the Hydra configuration: in a checkout beside the package, else inside it.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    return Path(resolve_model(PACKAGE_PREFIX + "configs"))
+
+
 def looked_at(path: str | os.PathLike[str]) -> str:
     """A path or Hub id for a message; of a relative path, also where it leads from here."""
     name = os.fspath(path)

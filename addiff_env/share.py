@@ -1,7 +1,7 @@
 """Write what was measured into an agent's bundle, and put it on the Hugging Face Hub.
 
-    python -m addiff_env.share runs/train/tiny-seed0/agent --evaluation runs/mine --card
-    python -m addiff_env.share runs/train/tiny-seed0/agent --evaluation runs/mine --push someone/my-agent
+    addiff share runs/train/tiny-seed0/agent --evaluation runs/mine --card
+    addiff share runs/train/tiny-seed0/agent --evaluation runs/mine --push someone/my-agent
 
 ``--evaluation`` names run folders of `evaluate.py`: the agent's own rows in them become ``results`` in its
 ``agent.json`` and the table of its model card. Pushing needs ``hf auth login`` once.
@@ -10,12 +10,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from omegaconf import OmegaConf
 
 from addiff_env.agent import Agent
@@ -24,7 +22,7 @@ from addiff_env.evaluation.jsonl import read_objects
 from addiff_env.evaluation.rows import read_rows
 from addiff_env.paths import looked_at, resolve_model
 from addiff_env.stats import clustered_wilson
-from addiff_env.storage import FolderBusyError, claim, read_yaml
+from addiff_env.storage import claim, read_yaml
 from addiff_env.types import ResultRow
 
 
@@ -88,26 +86,18 @@ def record(folder: Path, evaluations: Sequence[Path]) -> Agent:
     return agent
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m addiff_env.share", description="Record results, share an agent.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Record and push; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="addiff share", description="Record results, share an agent.")
     parser.add_argument("agent", type=Path, help="folder of an agent bundle")
     parser.add_argument("--evaluation", type=Path, nargs="+", default=[], help="run folders of evaluate.py")
     parser.add_argument("--card", action="store_true", help="print the model card")
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository on the Hub, made if there is none")
     parser.add_argument("--private", action="store_true", help="a new repository is private")
-    options = parser.parse_args(arguments)
-    try:
-        agent = record(options.agent, options.evaluation)
-        if options.card:
-            print(agent.model_card(options.push or "owner/name"))
-        if options.push:
-            print(agent.push_to_hub(options.push, private=options.private or None))
-    except (OSError, ValueError, FolderBusyError, HfHubHTTPError, HFValidationError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
+    agent = record(options.agent, options.evaluation)
+    if options.card:
+        print(agent.model_card(options.push or "owner/name"))
+    if options.push:
+        print(agent.push_to_hub(options.push, private=options.private or None))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -175,7 +175,7 @@ def test_missing_prompts(path: Path, env: Any) -> None:
 
 
 def test_a_missing_cache_names_the_command(tmp_path: Path, env: Any) -> None:
-    with pytest.raises(FileNotFoundError, match="python -m addiff_env.baseline_cache .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="addiff baselines .*nowhere"):
         BaselineCache.load(tmp_path / "nowhere.jsonl", env)
 
 

@@ -45,6 +45,7 @@ LAYERS = (  # low to high; a module imports from strictly lower layers, or from 
     "evaluation",
     "bar",
     "share",
+    "cli",
 )
 SB3 = {"stable_baselines3", "sb3_contrib"}
 LIGHT = {*sys.stdlib_module_names, "gymnasium", "numpy", "addiff_env"}  # what a package's __init__ may import

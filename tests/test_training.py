@@ -417,7 +417,7 @@ def test_baselines_must_cover_every_prompt_before_the_run_begins(small_kwargs, t
     with pytest.raises(ValueError, match=f"3 of 4 prompts have no baseline in {path}, e.g. 'a star'") as error:
         train(configure(small_kwargs, *options), tmp_path / "run")
     command = shlex.split(str(error.value).split("add them with: ")[1])
-    assert command[:3] == ["python", "-m", "addiff_env.baseline_cache"]
+    assert command[:3] == ["addiff", "baselines"]
     baseline_cache.main(command[3:])  # what it says does help
     train(configure(small_kwargs, *options), tmp_path / "run")
     discounted = ["algorithm.gamma=0.9", "+reward.weights.gamma=0.9"]

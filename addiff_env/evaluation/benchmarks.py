@@ -147,10 +147,7 @@ def _entries(name: str, root: str | Path | None, any_length: bool) -> list[Entry
 
 def _find(name: str, source: Source, root: str | Path | None) -> Path:
     folder = root or os.environ.get("ADDIFF_DATA")
-    wanted = (
-        f"{name} needs {' or '.join(source.paths)} from {source.home} "
-        f"(python -m addiff_env.evaluation.fetch {name} <folder>)"
-    )
+    wanted = f"{name} needs {' or '.join(source.paths)} from {source.home} (addiff download {name} <folder>)"
     if not folder:
         raise FileNotFoundError(f"{wanted}, below a folder named by `root` or the environment variable ADDIFF_DATA")
     for relative in source.paths:

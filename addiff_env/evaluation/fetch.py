@@ -1,6 +1,6 @@
 """Fetch a public benchmark's prompts from their home, laid out as `benchmarks.SOURCES` reads them.
 
-    python -m addiff_env.evaluation.fetch geneval data
+    addiff download geneval data
     ADDIFF_DATA=data python evaluate.py benchmark.name=geneval ...
 
 A list is put in place only when it is whole: as many prompts as were published, of every category, and every line of
@@ -125,9 +125,10 @@ def _check_relations(prompts: set[str], folder: Path) -> None:
             raise FetchError(f"{name} has {len(strangers)} lines of no prompt, e.g. {strangers[0]!r}; from {home}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Fetch the lists that are named."""
-    parser = argparse.ArgumentParser(description="Fetch a public benchmark's prompts into a data folder.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fetch the lists that are named; returns the exit status."""
+    text = "Fetch a public benchmark's prompts into a data folder."
+    parser = argparse.ArgumentParser(prog="addiff download", description=text)
     parser.add_argument("name", choices=FILES, help="of the benchmark")
     parser.add_argument("folder", type=Path, help="data folder: ADDIFF_DATA, or benchmark.root of evaluate.py")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="S", help="seconds without any answer")
@@ -136,8 +137,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in fetch(told.name, told.folder, told.timeout):
             print(path)
     except FetchError as error:
-        parser.exit(1, f"{told.name}: {error}\n")
-
-
-if __name__ == "__main__":
-    main()
+        raise OSError(f"{told.name}: {error}") from error
+    return 0

@@ -1,6 +1,6 @@
 """``report.html``: one self-contained page from a run folder's files; no model is needed.
 
-``python -m addiff_env.evaluation.html runs/evaluate`` writes it, ``table.tex`` and ``table.csv`` again.
+``addiff report runs/evaluate`` writes it, ``table.tex`` and ``table.csv`` again.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ from addiff_env.evaluation.summary import (
 from addiff_env.evaluation.whole import SPREAD, Whole, read_whole
 from addiff_env.filmstrips import INK, overlay
 from addiff_env.paths import looked_at
-from addiff_env.storage import FolderBusyError, claim, read_json
+from addiff_env.storage import claim, read_json
 from addiff_env.types import ACTIONS, ResultRow
 
 SUBJECT = "agent"  # whose comparisons are shown, all its training runs together; decisions and failures: the first's
@@ -595,20 +595,19 @@ def decide_again(folder: Path) -> list[Verdict]:
     return verdicts
 
 
-def main() -> None:
-    """Make a finished run's report again."""
-    parser = argparse.ArgumentParser(description="Make the report of a finished evaluation again, without any model.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make a finished run's report again; returns the exit status."""
+    text = "Make the report of a finished evaluation again, without any model."
+    parser = argparse.ArgumentParser(prog="addiff report", description=text)
     parser.add_argument("folder", type=Path, help="run folder of evaluate.py, e.g. runs/evaluate")
     parser.add_argument("--decide", action="store_true", help="decide H1-H4 anew, by the rules in its config.yaml")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     folder = options.folder
     if not (folder / "rows.jsonl").exists():
-        parser.error(f"no rows.jsonl in {looked_at(folder)}")
-    try:
-        with claim(folder, "the report"):
-            _remake(folder, options.decide)
-    except (OSError, ValueError, FolderBusyError) as error:
-        parser.exit(1, f"{error}\n")
+        raise FileNotFoundError(f"no rows.jsonl in {looked_at(folder)}")
+    with claim(folder, "the report"):
+        _remake(folder, options.decide)
+    return 0
 
 
 def _remake(folder: Path, decide: bool) -> None:
@@ -617,7 +616,4 @@ def _remake(folder: Path, decide: bool) -> None:
         print("\n".join(map(describe, verdicts)))
     for path in write_report(folder, reported_rows(folder), read_items(folder), verdicts):
         print(path)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,7 +1,7 @@
 """Have vision-language models judge a finished run: whose picture of the same prompt and noise do they prefer?
 
-    python -m addiff_env.evaluation.judging runs/mine --judges gpt4o gemini --estimate
-    python -m addiff_env.evaluation.judging runs/mine --judges gpt4o gemini --methods agent ddim-50 --max-usd 5
+    addiff judge runs/mine --judges gpt4o gemini --estimate
+    addiff judge runs/mine --judges gpt4o gemini --methods agent ddim-50 --max-usd 5
 
 A judge called ``gpt4o`` is set up by the environment variables ``ADDIFF_JUDGE_GPT4O_MODEL``, ``..._USD_IN`` and
 ``..._USD_OUT`` (dollars per million tokens), ``..._API_KEY``, and if wanted ``..._BASE_URL``, ``..._MAX_USD``,
@@ -46,7 +46,7 @@ from addiff_env.evaluation.runs import read_items, read_verdicts, reported_rows
 from addiff_env.evaluation.summary import by_method
 from addiff_env.paths import looked_at
 from addiff_env.stats import wilson_interval
-from addiff_env.storage import FolderBusyError, claim, write_whole
+from addiff_env.storage import claim, write_whole
 from addiff_env.types import ResultRow
 
 # --------------------------------------------------------------------------- what is judged
@@ -260,8 +260,9 @@ def _number(value: float | None) -> str:
 # --------------------------------------------------------------------------- the command
 
 
-def _arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
+        prog="addiff judge",
         description="Have vision-language models compare the pictures of a finished evaluation.",
         epilog="A judge NAME reads ADDIFF_JUDGE_NAME_{MODEL,USD_IN,USD_OUT,API_KEY} and, if set, _{BASE_URL,MAX_USD,"
         "ANSWER_TOKENS,IMAGE_TOKENS,TEMPERATURE} from the environment.",
@@ -275,23 +276,23 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     )
     parser.add_argument("--again", action="store_true", help="ask anew what never got a usable answer")
     parser.add_argument("--estimate", action="store_true", help="say about what it would cost, and ask nothing")
-    return parser, parser.parse_args(argv)
+    return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Judge a run, write ``judge.json`` and make the report again."""
-    parser, told = _arguments(argv)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Judge a run, write ``judge.json`` and make the report again; returns the exit status."""
+    told = _arguments(argv)
     if not (told.folder / "rows.jsonl").exists():
-        parser.error(f"no rows.jsonl in {looked_at(told.folder)}")
+        raise FileNotFoundError(f"no rows.jsonl in {looked_at(told.folder)}")
     held = nullcontext() if told.estimate else claim(told.folder, "judging")
     try:
         with interruptible(lambda: f"the answers so far are kept in {told.folder / ANSWERS}"), held:
-            _judge(told)
-    except (JudgeError, OSError, ValueError, FolderBusyError) as error:
-        parser.exit(1, f"{error}\n")
+            return _judge(told)
+    except JudgeError as error:
+        raise OSError(str(error)) from error
 
 
-def _judge(told: argparse.Namespace) -> None:
+def _judge(told: argparse.Namespace) -> int:
     rows = reported_rows(told.folder)
     pairs = run_pairs(told.folder, rows, told.methods, told.limit)
     with ExitStack() as stack:
@@ -300,13 +301,10 @@ def _judge(told: argparse.Namespace) -> None:
             stack.enter_context(judge)
         refuse_dear(judges, pairs, told.max_usd)
         if told.estimate:
-            return
+            return 0
         found = judgement(judges, ask_all(judges, pairs, told.max_usd))
     print(describe(found))
     print(write_judgement(told.folder, found))
     for path in write_report(told.folder, rows, read_items(told.folder), read_verdicts(told.folder)):
         print(path)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,7 +1,7 @@
 """Baselines tuned to an agent on other prompts: rules and best-of-N at its compute, its action shares, its mean NFE.
 
-    python -m addiff_env.evaluation.tune                            the shipped agent, 64 dev prompts
-    python -m addiff_env.evaluation.tune --agent runs/train/tiny-seed0/agent --limit 128 --metric checker
+    addiff tune                            the shipped agent, 64 dev prompts
+    addiff tune --agent runs/train/tiny-seed0/agent --limit 128 --metric checker
 
 A rule `threshold:n:tau` runs n steps, looks, refines while the reward model's score is under tau, else stops. Of a grid
 of such rules the one with the highest mean score is taken among those that spend no more net FLOPs than the agent does,
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -234,22 +233,19 @@ def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Calla
     return [tuning.spec(spec) if spec in AUTO else spec for spec in specs]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m addiff_env.evaluation.tune", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="addiff tune", description=__doc__.split("\n")[0])
     parser.add_argument("--agent", default=PACKAGED, help="folder of an agent bundle")
     parser.add_argument("--benchmark", default="tiny-dev", help="prompts to tune on; never those of the evaluation")
     parser.add_argument("--limit", type=at_least_one, default=64, help="prompts, categories in turn")
     parser.add_argument("--metric", help="metric to maximise (default: the checker, or hpsv2.1)")
     parser.add_argument("--num-envs", type=at_least_one, default=32, help="lanes denoised in one batch")
-    options = parser.parse_args(arguments)
-    try:
-        agent, items = Agent.from_pretrained(options.agent), load_benchmark(options.benchmark, options.limit)
-        env = make_agent_env(agent, options.num_envs)
-        metrics, _ = open_metrics([options.metric or default_metrics(items)[0]], env.perception, items)
-        metric = primary_score([columns_of(metrics, item) for item in items])
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        parser.error(str(error))
+    options = parser.parse_args(argv)
+    agent, items = Agent.from_pretrained(options.agent), load_benchmark(options.benchmark, options.limit)
+    env = make_agent_env(agent, options.num_envs)
+    metrics, _ = open_metrics([options.metric or default_metrics(items)[0]], env.perception, items)
+    metric = primary_score([columns_of(metrics, item) for item in items])
     print(describe(tune(env, agent, items, metrics, metric)))
     return 0
 
@@ -262,7 +258,3 @@ def describe(tuning: Tuning) -> str:
         mark = "*" if one["spec"] in (tuning.threshold, tuning.best_of) else " "
         lines.append(f"{mark} {one['spec']:<20} {one['quality']:8.4f} {one['nfe']:7.2f} {one['net_flops'] / 1e9:9.2f}")
     return "\n".join([*lines, f"methods=[{tuning.threshold},{tuning.random},{tuning.words},{tuning.best_of}]"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -328,7 +328,7 @@ def _scoring_command(cfg: DictConfig, *options: str) -> str:
     """What scores every prompt of this configuration, in its own environment."""
     kwargs = {name: value for name, value in env_settings(cfg).items() if name != "reward"}
     environment = ["--env", cfg.env.id, "--kwargs", json.dumps(kwargs)]
-    return command_line("python", "-m", "addiff_env.baseline_cache", cfg.reward.baselines, *environment, *options)
+    return command_line("addiff", "baselines", cfg.reward.baselines, *environment, *options)
 
 
 def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:

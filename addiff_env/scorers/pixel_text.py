@@ -192,7 +192,7 @@ class PixelTextReward(nn.Module):
                 raise FileNotFoundError(
                     f"{(folder / name).absolute()} is missing: a reward folder holds {CONFIG}, {WEIGHTS} and "
                     f"{TOKENIZER}. The embedded world's comes with the package, or is made by: "
-                    "python -m addiff_env.tiny.recipes.reward"
+                    "addiff world train reward"
                 )
         with _explained(folder / CONFIG):
             make = partial(cls, **_read_config(folder / CONFIG))

@@ -1,6 +1,6 @@
 """Make what CLIP and the reward model learn from: the diffusion model's previews and generated pictures.
 
-``python -m addiff_env.tiny.recipes.generate --guidance 4`` writes ``<work>/previews.npz`` and
+``addiff world train generate --guidance 4`` writes ``<work>/previews.npz`` and
 ``<work>/samples/chunk_*.npz``; a killed run continues at the first missing chunk.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,16 +151,13 @@ def _save(path: Path, arrays: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def main() -> None:
-    """Command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make them; returns the exit status."""
     args = common.arguments(
-        __doc__ or "", guidance=4.0, number=5_000, previews=10_000, steps=10, batch=64, dtype="auto"
+        "generate", __doc__ or "", argv, guidance=4.0, number=5_000, previews=10_000, steps=10, batch=64, dtype="auto"
     )
     pairs.needs(args, "pipeline/vae", "pipeline/unet")
     model = load_backbone(str(args.out / "pipeline"), device=args.device, dtype=args.dtype, attention_stride=2)
     previews(args, model)
     samples(args, model)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -286,4 +286,4 @@ def needs(args: argparse.Namespace, *parts: str) -> None:
 
 
 def _generating(work: Path) -> str:
-    return command_line("python", "-m", "addiff_env.tiny.recipes.generate", "--work", work)
+    return command_line("addiff", "world", "train", "generate", "--work", work)
