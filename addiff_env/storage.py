@@ -29,7 +29,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_.+-]+")
 _HASHED = re.compile(r"(^|\.)[0-9a-f]{10}$")  # how the names end that `file_name` makes
 
 
-class FolderBusyError(RuntimeError):
+class FolderBusyError(OSError):
     """Another program is at work in a folder, or on a file."""
 
 

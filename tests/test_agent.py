@@ -227,7 +227,7 @@ def test_a_bundle_does_not_choose_what_is_imported(
         with pytest.raises(ValueError, match="acts on") as error:
             use(Agent.load(bundle), 1)
         assert repr(name) in str(error.value)
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="acts on"):
         zips.main(["export", str(bundle), str(tmp_path / "a.zip")])
     with pytest.raises(ValueError, match="acts on"):
         offline.main(["addiff/test-v0", "--agent", str(bundle), "--episodes", "1"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from addiff_env import bar
+from addiff_env import bar, cli
 from addiff_env.agent import Agent, PolicyNet
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.policies import RefineAlways, StopAt, ThresholdRule
@@ -155,7 +155,7 @@ def test_pictures_of_one_prompt_are_no_independent_evidence():
 
 
 def run(capsys, *arguments):
-    status = bar.main([*map(str, arguments), "--limit", "3", "--tuning", "2", "--num-envs", "3"])
+    status = cli.main(["acceptance", *map(str, arguments), "--limit", "3", "--tuning", "2", "--num-envs", "3"])
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from addiff_env.cli import main
 from addiff_env.evaluation import benchmarks
 from addiff_env.evaluation.benchmarks import SOURCES, T2I_CATEGORIES, load_benchmark
-from addiff_env.evaluation.fetch import FILES, FetchError, fetch, main
+from addiff_env.evaluation.fetch import FILES, FetchError, fetch
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def lines(number, word="mug"):
 
 def test_a_list_is_fetched_and_loads(home, tmp_path, capsys):
     home["/drawbench.txt"] = lines(200)
-    main(["drawbench", str(tmp_path)])
+    main(["download", "drawbench", str(tmp_path)])
     assert capsys.readouterr().out == f"{tmp_path}/drawbench/drawbench.txt\n"
     assert len(load_benchmark("drawbench", root=tmp_path)) == 200
     assert [path.name for path in tmp_path.iterdir()] == ["drawbench"]  # nothing else is left there
@@ -114,9 +115,7 @@ def test_a_cut_list_replaces_nothing(home, tmp_path, capsys):
     home["/drawbench.txt"] = lines(200)
     fetch("drawbench", tmp_path)
     home["/drawbench.txt"] = lines(150, "jug")
-    with pytest.raises(SystemExit) as left:
-        main(["drawbench", str(tmp_path)])
-    assert left.value.code == 1
+    assert main(["download", "drawbench", str(tmp_path)]) == 1
     assert "drawbench: 150 prompts" in capsys.readouterr().err
     assert (tmp_path / "drawbench/drawbench.txt").read_bytes() == lines(200)
 
@@ -144,8 +143,7 @@ def test_no_answer_is_said_with_where_the_file_belongs(home, tmp_path, monkeypat
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
     monkeypatch.setitem(FILES, "drawbench", {"drawbench/drawbench.txt": f"http://127.0.0.1:{port}/drawbench.txt"})
-    with pytest.raises(SystemExit):
-        main(["drawbench", str(tmp_path)])
+    assert main(["download", "drawbench", str(tmp_path)]) == 1
     assert "Connection refused" in capsys.readouterr().err
     with socket.socket() as silent:  # takes the connection and never answers
         silent.bind(("127.0.0.1", 0))

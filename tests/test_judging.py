@@ -8,7 +8,8 @@ from PIL import Image
 from test_judge import KEY, brighter, server  # noqa: F401 (the fixture)
 from test_report import ITEMS, VERDICTS, Page, rows_of
 
-from addiff_env.evaluation import html, judging
+from addiff_env import cli
+from addiff_env.evaluation import html
 from addiff_env.evaluation.hypotheses import Rules
 from addiff_env.evaluation.judge import Preference
 from addiff_env.evaluation.judging import agreement, describe_judge, describe_pair, run_pairs
@@ -51,7 +52,7 @@ def judges(server, monkeypatch):  # noqa: F811
 
 
 def judge(run, *arguments):
-    judging.main([str(run), "--judges", *arguments])
+    return cli.main(["judge", str(run), "--judges", *arguments])
 
 
 def page_of(run):
@@ -85,9 +86,8 @@ def test_a_run_is_judged_from_end_to_end(run, judges, capsys):
 
 
 def test_the_cost_is_said_and_refused_before_anything_is_asked(run, judges, capsys):
-    with pytest.raises(SystemExit) as left:
-        judge(run, "eye", "ear", "--max-usd", "0.4")
-    assert left.value.code == 1 and not judges.requests and not (run / "judge.json").exists()
+    assert judge(run, "eye", "ear", "--max-usd", "0.4") == 1
+    assert not judges.requests and not (run / "judge.json").exists()
     captured = capsys.readouterr()
     assert captured.out.count("12 pairs cost about $0.2") == 2 and "exceed --max-usd 0.4" in captured.err
     judge(run, "eye", "--estimate")
@@ -98,13 +98,12 @@ def test_the_cost_is_said_and_refused_before_anything_is_asked(run, judges, caps
 
 def test_an_interrupted_run_goes_on_and_its_money_counts(run, judges, capsys):
     judges.script = [None] * 5 + [401]
-    with pytest.raises(SystemExit):
-        judge(run, "eye", "--methods", "agent", "ddim-5")
+    assert judge(run, "eye", "--methods", "agent", "ddim-5") == 1
     assert "AuthenticationError" in capsys.readouterr().err and len(judges.requests) == 6
-    with pytest.raises(SystemExit):
-        judge(run, "eye", "--methods", "agent", "ddim-5", "--max-usd", "0.03")  # three to come, five are paid for
+    three_more = ["eye", "--methods", "agent", "ddim-5", "--max-usd"]  # five are paid for
+    assert judge(run, *three_more, "0.03") == 1
     assert "$0.02 spent" in capsys.readouterr().err
-    judge(run, "eye", "--methods", "agent", "ddim-5", "--max-usd", "0.06")
+    judge(run, *three_more, "0.06")
     assert len(judges.requests) == 6 + 3
     assert json.loads((run / "judge.json").read_text())["spent_usd"] == pytest.approx(8 * 0.0035)
     judge(run, "eye", "--methods", "agent", "ddim-5")
@@ -114,8 +113,7 @@ def test_an_interrupted_run_goes_on_and_its_money_counts(run, judges, capsys):
 def test_no_judge_spends_what_the_next_was_promised(run, judges, capsys):
     judges.script = ["mumble"] * 24  # the first judge's repeats
     judges.prompt_tokens = 3000  # about as estimated
-    with pytest.raises(SystemExit):
-        judge(run, "eye", "ear", "--methods", "agent", "ddim-5", "--max-usd", "0.176")
+    assert judge(run, "eye", "ear", "--methods", "agent", "ddim-5", "--max-usd", "0.176") == 1
     assert "are spent" in capsys.readouterr().err
     assert all(body["model"] == "eye-1" for body in judges.requests)
 
@@ -139,23 +137,20 @@ def test_a_limit_takes_whole_prompts(run):
     ],
 )
 def test_what_cannot_be_judged_is_said(run, judges, capsys, arguments, words):
-    with pytest.raises(SystemExit):
-        judge(run, *arguments)
+    assert judge(run, *arguments) == 1
     assert not judges.requests
     assert re.search(words, capsys.readouterr().err)
 
 
 def test_a_missing_key_is_named_by_its_variable(run, judges, monkeypatch, capsys):
     monkeypatch.delenv("ADDIFF_JUDGE_EYE_API_KEY")
-    with pytest.raises(SystemExit):
-        judge(run, "eye")
-    assert capsys.readouterr().err == "a judge needs the environment variables ADDIFF_JUDGE_EYE_API_KEY\n"
+    assert judge(run, "eye") == 1
+    assert capsys.readouterr().err == "addiff judge: a judge needs the environment variables ADDIFF_JUDGE_EYE_API_KEY\n"
 
 
 def test_lost_pictures_and_strange_paths_are_said(run, judges, capsys):
     (run / rows_of()[0].image).unlink()
-    with pytest.raises(SystemExit):
-        judge(run, "eye")
+    assert judge(run, "eye") == 1
     assert "'ddim-5' has no picture of 1 places" in capsys.readouterr().err
     rows = read_rows(run / "rows.jsonl")
     rows[0].image = "../secret.png"

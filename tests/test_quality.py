@@ -122,7 +122,7 @@ def test_a_bad_option_is_named(options: list[str], capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("section", ["autoencoder", "generation"])
 def test_missing_weights_are_named(section: str, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="pipeline"):
+    with pytest.raises(FileNotFoundError, match="pipeline"):
         quality.main(["--only", section, "--per-category", "1", "--weights", str(tmp_path)])
 
 

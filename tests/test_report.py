@@ -315,7 +315,7 @@ def test_training_runs_of_an_agent_are_shown_as_one_agent(tmp_path):
     assert "ddim-5" in compared and not any("agent" in name for name in compared)
 
 
-def test_the_verdicts_are_decided_anew_by_the_configured_rules(tmp_path, capsys, monkeypatch):
+def test_the_verdicts_are_decided_anew_by_the_configured_rules(tmp_path, capsys):
     rng, methods = np.random.default_rng(0), {"agent": 6, "ddim-5": 5, "ddim-50": 50, "euler-5": 5}
     items = [Item(f"prompt {k // 2}", k, "full", facts=k % 3) for k in range(60)]
     rows = [
@@ -327,8 +327,8 @@ def test_the_verdicts_are_decided_anew_by_the_configured_rules(tmp_path, capsys,
     write_items(tmp_path, items)
     write_provenance(tmp_path, rows, metric="success")
     (tmp_path / "config.yaml").write_text("rules: {max_nfe: 6, draws: 200}\n")
-    monkeypatch.setattr("sys.argv", ["html", str(tmp_path), "--decide"])
-    main()
+    again = [str(tmp_path), "--decide"]
+    assert main(again) == 0
     assert "H1: not supported (30 prompts; fails: mean NFE at most 6" in capsys.readouterr().out
     (first, *_) = read_verdicts(tmp_path)
     assert first.parts[0].estimate == pytest.approx(np.mean([row.nfe for row in rows if row.method == "agent"]))
@@ -336,10 +336,10 @@ def test_the_verdicts_are_decided_anew_by_the_configured_rules(tmp_path, capsys,
     assert read_rules(tmp_path, "success").max_nfe == 6 and "at most 6" in text and "no more than 6 NFE" in text
     (tmp_path / "config.yaml").write_text("rules: {max_nef: 6}\n")
     with pytest.raises(ValueError, match=r"unknown rules \['max_nef'\]; known: metric, margin"):
-        main()
+        main(again)
     (tmp_path / "config.yaml").write_text("rules: {}\n")
     write_provenance(tmp_path, [row for row in rows if row.method != "agent"], metric="success")
-    main()  # without an agent there is nothing to decide
+    main(again)  # without an agent there is nothing to decide
     assert read_verdicts(tmp_path) == []
 
 
@@ -422,7 +422,7 @@ def test_a_finished_run_is_reported_again_without_a_model(run):
     before = (run / "report.html").read_text(encoding="utf-8")
     (run / "report.html").unlink()
     code = (
-        "import sys; from addiff_env.evaluation import html; sys.argv[1:] = [sys.argv[1]]; html.main(); "
+        "import sys; from addiff_env.evaluation import html; html.main(sys.argv[1:]); "
         "print('torch' in sys.modules or 'diffusers' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)

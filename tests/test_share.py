@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
-from addiff_env import share
+from addiff_env import cli, share
 from addiff_env.agent import Agent, PolicyNet
 from addiff_env.evaluation.rows import append_rows
 from addiff_env.types import ResultRow
@@ -86,6 +86,6 @@ def test_rows_of_others_and_mixtures_are_refused(agent, rows, tmp_path, capsys):
     (altered / "config.yaml").write_text("benchmark: {name: tiny-test, limit: 4}\nenv: {guidance_scale: 7}\n")
     refused = {partly: "3 of 4 pictures", altered: "'guidance_scale': 7", alien: agent.fingerprint, mixed: "v2"}
     for folder, words in {**refused, tmp_path / "none": "none"}.items():
-        assert share.main([str(tmp_path / "agent"), "--evaluation", str(folder)]) == 2
+        assert cli.main(["share", str(tmp_path / "agent"), "--evaluation", str(folder)]) == 1
         assert words in capsys.readouterr().err
     assert "results" not in Agent.load(tmp_path / "agent").config

@@ -5,7 +5,6 @@ import io
 import json
 import math
 import re
-import sys
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -341,12 +340,11 @@ COMMANDS = ("addiff_env.bar", "addiff_env.evaluation.tune", "addiff_env.tiny.rep
 
 @pytest.mark.parametrize("module", COMMANDS)
 @pytest.mark.parametrize("text", ["0", "-3", "abc", "1.5"])
-def test_a_number_of_nothing_is_refused_by_name(monkeypatch, capsys, module, text):
+def test_a_number_of_nothing_is_refused_by_name(capsys, module, text):
     flag = "--limit" if module.endswith(("bar", "tune")) else "--number"
     agent = ["agent"] if module.endswith("bar") else []
-    monkeypatch.setattr(sys, "argv", ["command", *agent, flag, text])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(module).main()
+        importlib.import_module(module).main([*agent, flag, text])
     words = capsys.readouterr().err
     assert ended.value.code == 2 and flag in words and "at least 1" in words and text in words
 

@@ -1,6 +1,5 @@
 """Whole runs from a configuration: what they leave behind, and that a killed one goes on as if nothing had happened."""
 
-import importlib
 import json
 import os
 import pickle
@@ -29,6 +28,7 @@ import addiff_env
 from addiff_env import baseline_cache
 from addiff_env.agent import Agent
 from addiff_env.baseline_cache import BaselineCache, compute_baselines
+from addiff_env.cli import train as train_command
 from addiff_env.filmstrips import record_trajectories
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
 from addiff_env.prompts import load_prompts
@@ -410,15 +410,15 @@ def test_baselines_must_cover_every_prompt_before_the_run_begins(small_kwargs, t
         patch.setattr(
             baseline_cache, "compute_baselines", lambda path, env, *_: scored.update(env=env) or BaselineCache({})
         )
-        baseline_cache.main(shlex.split(str(error.value).split("make them with: ")[1])[3:])
+        baseline_cache.main(shlex.split(str(error.value).split("make them with: ")[1])[2:])
     assert scored["env"].config.model == small_kwargs["model"] and scored["env"].prompts == PROMPTS
     lanes = make_lanes("AdDiffusion-Tiny-v0", 1, **small_kwargs | {"prompts": PROMPTS})
     compute_baselines(path, lanes, 3, PROMPTS[:1], [0])
     with pytest.raises(ValueError, match=f"3 of 4 prompts have no baseline in {path}, e.g. 'a star'") as error:
         train(configure(small_kwargs, *options), tmp_path / "run")
     command = shlex.split(str(error.value).split("add them with: ")[1])
-    assert command[:3] == ["addiff", "baselines"]
-    baseline_cache.main(command[3:])  # what it says does help
+    assert command[:2] == ["addiff", "baselines"]
+    baseline_cache.main(command[2:])  # what it says does help
     train(configure(small_kwargs, *options), tmp_path / "run")
     discounted = ["algorithm.gamma=0.9", "+reward.weights.gamma=0.9"]
     with pytest.raises(ValueError, match="baselines need gamma 1, got 0.9"):
@@ -453,16 +453,14 @@ def test_mistakes_are_named(small_kwargs, tmp_path, overrides, complaint):
         ([], None),
     ],
 )
-def test_what_the_checker_cannot_judge_is_said_before_training(monkeypatch, overrides, complaint):
-    monkeypatch.syspath_prepend(str(ROOT))
-    script = importlib.import_module("train_sb3")
+def test_what_the_checker_cannot_judge_is_said_before_training(overrides, complaint):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", overrides)
     with pytest.warns(UserWarning, match=complaint) if complaint else nullcontext():
-        judge = script.find_judge(cfg)
-    assert judge is (None if complaint else script.success_share)
+        judge = train_command.find_judge(cfg)
+    assert judge is (None if complaint else train_command.success_share)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        assert script.find_judge(compose("train", ["env=sd15"])) is None
+        assert train_command.find_judge(compose("train", ["env=sd15"])) is None
 
 
 @pytest.mark.parametrize(

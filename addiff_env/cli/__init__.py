@@ -70,13 +70,11 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
 
 def _unknown(verb: str, rest: Sequence[str], group: Sequence[str]) -> str:
     """Of a group of verbs, such as ``world``, the second word is the wrong one."""
-    asked, known = (f"{verb} {rest[0]}", group) if group else (verb, _first_words(VERBS))
-    close = difflib.get_close_matches(asked, known)
-    return f"addiff: no verb {asked!r}; " + (f"did you mean {' or '.join(close)}?" if close else "see: addiff --help")
-
-
-def _first_words(verbs: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(verb.split()[0] for verb in verbs))
+    before, asked = (f"{verb} ", rest[0]) if group else ("", verb)
+    known = {name.removeprefix(before).split()[0]: None for name in group or VERBS}
+    close = [before + name for name in difflib.get_close_matches(asked, known)]
+    hint = f"did you mean {' or '.join(close)}?" if close else "see: addiff --help"
+    return f"addiff: no verb {before + asked!r}; {hint}"
 
 
 def usage(verbs: Iterable[str]) -> str:

@@ -26,5 +26,6 @@ def run_hydra(task: Callable[[DictConfig], None], name: str, argv: Sequence[str]
     try:
         hydra.main(version_base="1.3", config_path=str(configs_folder()), config_name=name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(str(error)) from error
+        override = getattr(error, "override", None)  # of one that cannot be read, whose message may not quote it
+        raise ValueError(f"{override}: {error}" if override else str(error)) from error
     return 0

@@ -94,7 +94,7 @@ def export(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and export; returns the exit status."""
-    args = common.arguments("clip", __doc__ or "", argv, steps=600, batch=128, lr=1e-3, warm_start=0)
+    args = common.arguments("world train clip", __doc__ or "", argv, steps=600, batch=128, lr=1e-3, warm_start=0)
     scenes = pairs.load_scenes(args.work, args.seed)
     previews = pairs.load_previews(args.work, scenes)
     tokenizer = build_tokenizer()

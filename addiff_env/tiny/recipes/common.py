@@ -20,10 +20,10 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 CHECKPOINT_SECONDS = 120
 
 
-def arguments(recipe: str, description: str, argv: Sequence[str] | None, **defaults: Any) -> argparse.Namespace:
+def arguments(verb: str, description: str, argv: Sequence[str] | None, **defaults: Any) -> argparse.Namespace:
     """Parse a recipe's command line: what all of them take, and one flag per default."""
     parser = argparse.ArgumentParser(
-        prog=f"addiff world train {recipe}",
+        prog=f"addiff {verb}",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -68,6 +68,6 @@ def load(work: Path) -> tuple[torch.Tensor, list[str]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make them; returns the exit status."""
-    args: argparse.Namespace = common.arguments("data", __doc__ or "", argv, number=80_000)
+    args: argparse.Namespace = common.arguments("world data", __doc__ or "", argv, number=80_000)
     prepare(args.work, args.number, args.seed)
     return 0

@@ -228,7 +228,7 @@ class TrainingSet:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     return common.arguments(
-        "diffusion",
+        "world train diffusion",
         __doc__ or "",
         argv,
         steps=4200,

@@ -105,7 +105,7 @@ def retrieval(backbone: ViTModel, pictures: torch.Tensor, generator: torch.Gener
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and export; returns the exit status."""
-    args = common.arguments("dino", __doc__ or "", argv, steps=250, batch=96, lr=1e-3, warm_start=0)
+    args = common.arguments("world train dino", __doc__ or "", argv, steps=250, batch=96, lr=1e-3, warm_start=0)
     pictures, _ = data.load(args.work)
     torch.manual_seed(args.seed)
     student = Student().to(args.device)

@@ -154,7 +154,15 @@ def _save(path: Path, arrays: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Make them; returns the exit status."""
     args = common.arguments(
-        "generate", __doc__ or "", argv, guidance=4.0, number=5_000, previews=10_000, steps=10, batch=64, dtype="auto"
+        "world train generate",
+        __doc__ or "",
+        argv,
+        guidance=4.0,
+        number=5_000,
+        previews=10_000,
+        steps=10,
+        batch=64,
+        dtype="auto",
     )
     pairs.needs(args, "pipeline/vae", "pipeline/unet")
     model = load_backbone(str(args.out / "pipeline"), device=args.device, dtype=args.dtype, attention_stride=2)

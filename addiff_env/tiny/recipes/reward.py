@@ -155,7 +155,7 @@ def train(args: argparse.Namespace, scenes: Pairs, previews: Pairs, samples: Sam
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and export; returns the exit status."""
     args = common.arguments(
-        "reward",
+        "world train reward",
         __doc__ or "",
         argv,
         steps=1300,
