@@ -10,6 +10,8 @@ from addiff_env.attention import MASKS
 from addiff_env.previews import PREVIEWS
 from addiff_env.samplers import SOLVERS
 
+LOOK_PARTS = ("clip_image", "clip_text", "dino", "reward")  # of a look, what ``reads`` may name
+
 _CHOICES = {
     "solver": SOLVERS,
     "refine_mode": ("rewind", "in_place"),
@@ -68,6 +70,7 @@ class EnvConfig:
     preview: str = "vae"
     preview_model: str | None = None
     observe_every: int = 1
+    reads: Sequence[str] = LOOK_PARTS
     obs_mode: str = "flat"
     obs_backend: str = "numpy"
     reward: dict[str, Any] | None = None
@@ -98,6 +101,9 @@ class EnvConfig:
             raise ValueError(f"max_nfe {self.max_nfe} leaves no decision after {self.warmup_steps} warm-up steps")
         if self.preview == "taesd" and not self.preview_model:
             raise ValueError("preview 'taesd' needs preview_model, e.g. 'madebyollin/taesd'")
+        if isinstance(self.reads, str) or not set(self.reads) <= set(LOOK_PARTS):
+            raise ValueError(f"reads must be a list of {', '.join(LOOK_PARTS)}, got {self.reads!r}")
+        object.__setattr__(self, "reads", tuple(self.reads))  # as JSON gives it back, a list, it is the same setting
         if self.render_mode not in (None, "rgb_array"):
             raise ValueError(f"unknown render_mode {self.render_mode!r}; known: rgb_array")
         renoise_timestep(self.renoise, 500, 1000)

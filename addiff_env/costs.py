@@ -28,7 +28,7 @@ from addiff_env.config import EnvConfig
 from addiff_env.encoders import load_clip, load_dino
 from addiff_env.loading import resolve_model
 from addiff_env.previews import PREVIEWS, make_previewer
-from addiff_env.scorers import load_scorer
+from addiff_env.scorers import load_scorer, reads_latents
 
 PROMPT = "a red circle left of a blue square"
 STEP = "denoiser step"
@@ -164,7 +164,18 @@ def _dino_cost(meter: Meter, setting: str, pictures: torch.Tensor) -> Cost:
 
 
 def _scorer_costs(meter: Meter, setting: str, pictures: torch.Tensor) -> list[Cost]:
-    scorer = load_scorer(setting, str(meter.device))
+    scorer: Any = load_scorer(setting, str(meter.device))
+    if reads_latents(scorer):
+        latents = torch.zeros(meter.lanes, *scorer.latent_shape, device=meter.device)
+        asked = torch.ones(meter.lanes, 2, dtype=torch.long, device=meter.device)
+        return [
+            meter.cost(
+                "scorer, latents",
+                setting,
+                "look",
+                lambda n: scorer.score_latents(latents[:n], [PROMPT] * n, asked[:n, 0], asked[:n]),
+            )
+        ]
     rows = [meter.cost("scorer", setting, "look", lambda n: scorer.score(pictures[:n], [PROMPT] * n))]
     reader = getattr(scorer, "text_encoder", None)
     if reader is not None:

@@ -10,6 +10,8 @@ from addiff_env.loading import resolve_model, shared
 from addiff_env.scorers.base import Scorer
 from addiff_env.scorers.clip_based import CLIP_BASED, clip_score
 from addiff_env.scorers.image_reward import ImageReward
+from addiff_env.scorers.joint import stored_model_type
+from addiff_env.scorers.latent_text import LatentTextReward, load_latent_text_reward
 from addiff_env.scorers.pixel_text import load_pixel_text_reward
 
 LOADERS: dict[str, Any] = {"imagereward": ImageReward.from_checkpoint, **CLIP_BASED}
@@ -32,7 +34,11 @@ def load_scorer(setting: str, device: str = "cpu") -> Scorer:
         folder = resolve_model(setting)
         if not Path(folder).is_dir():
             known = ", ".join([*LOADERS, "clipscore:<CLIP setting>"])
-            raise FileNotFoundError(f"no scorer {setting!r}: expected {known} or the folder of a PixelTextReward")
+            raise FileNotFoundError(
+                f"no scorer {setting!r}: expected {known} or the folder of a PixelTextReward or LatentTextReward"
+            )
+        if stored_model_type(folder) == LatentTextReward.model_type:
+            return load_latent_text_reward(folder, device)
         return load_pixel_text_reward(folder, device)
     path, options = _read_options(setting, rest)
     return LOADERS[name](path, device=device, **options)

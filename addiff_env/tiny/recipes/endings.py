@@ -124,6 +124,7 @@ class Recorder:
         rng: what is stopped, refined and how.
         stops: how many states of a trajectory are stopped at; 0 means all that a policy may stop at.
         finishes: shares of stops that are finished by 1, 2, ... steps.
+        refined: of the trajectories that end satisfied and of those that fail, the shares that are refined.
     """
 
     def __init__(
@@ -134,8 +135,10 @@ class Recorder:
         rng: np.random.Generator,
         stops: int,
         finishes: Sequence[float],
+        refined: tuple[float, float] = REFINE_SHARES,
     ) -> None:
         self.lanes, self.captions, self.rng, self.stops, self.finishes = lanes, captions, rng, stops, finishes
+        self.refined = refined
         self.record = Record()
         self.length, first = lanes.config.num_inference_steps, lanes.config.warmup_steps
         self.timesteps = np.append(lanes.schedule.timesteps.cpu().numpy(), 0)
@@ -150,7 +153,7 @@ class Recorder:
         ends = self._to_the_end(running)
         for _ in range(MAX_REFINES):
             satisfied = np.array([self.record.endings[ending]["satisfied"] for ending in ends])
-            running = running[self.rng.random(len(running)) < np.where(satisfied, *REFINE_SHARES)]
+            running = running[self.rng.random(len(running)) < np.where(satisfied, *self.refined)]
             if len(running) == 0:
                 break
             self._refine(running)
@@ -160,10 +163,12 @@ class Recorder:
     def _to_the_end(self, running: np.ndarray) -> np.ndarray:
         """Step ``running`` lanes to the end of the schedule; returns which ending each reached."""
         self.kept: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
-        self.leave_at = self.rng.choice(self.decisions, len(self.captions))  # where a lane will be refined, if it is
+        reached = self.lanes.step_index[running[0]]
+        decisions = self.decisions[self.decisions >= reached]
+        self.leave_at = self.rng.choice(decisions, len(self.captions))  # where a lane will be refined, if it is
         stop_at = self._draw_stops()
         number, first_state = self.trajectories, len(self.record.states)
-        if self.lanes.step_index[running[0]]:  # what a refinement left is a state, too
+        if reached:  # what a refinement left is a state, too
             self._observe(running, stop_at, number)
         while not self.lanes.done[running].all():
             self.lanes.step(running)
