@@ -7,7 +7,6 @@ prediction that a lane stops at; *paid* what it says of the picture that comes o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from addiff_env.tiny.scenes import CATEGORIES
 
 STOPS = (3, 4, 5, 7, 9, 10)  # steps after which pictures are stopped at, of the shipped grid of ten
 TOLERANCE = 0.03  # between mean probability and success
-REFINED = (0.5, 1.0)  # of the recorded trajectories that end satisfied and of those that fail, how many are refined
+REFINED = (0.4, 1.0)  # of the recorded trajectories that end satisfied and of those that fail, how many are refined
 BATCH = 64
 
 
@@ -35,13 +34,14 @@ class Group:
     name: str
     n: int
     satisfied: float
-    foretold: float  # NaN where nothing was foretold: the picture ran to the end
+    foretold: float | None  # None where nothing was foretold: the pictures ran to the end
     paid: float
 
     @property
     def passed(self) -> bool:
         """Whether both probabilities lie within `TOLERANCE` of the share."""
-        return all(math.isnan(p) or abs(p - self.satisfied) <= TOLERANCE for p in (self.foretold, self.paid))
+        told = (p for p in (self.foretold, self.paid) if p is not None)
+        return all(abs(p - self.satisfied) <= TOLERANCE for p in told)
 
 
 def record(config: EnvConfig, rows: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, np.ndarray]:
@@ -149,16 +149,16 @@ def groups(scorer: LatentScorer, table: dict[str, np.ndarray], categories: Seque
     chosen |= {f"after {r} refinement{'s' * (r > 1)}": refines == r for r in (1, 2, 3)}
     chosen |= {category: kind == category for category in CATEGORIES}
     return [
-        Group(name, int(rows.sum()), satisfied[rows].mean(), _mean(foretold[rows]), paid[rows].mean())
+        Group(name, int(rows.sum()), float(satisfied[rows].mean()), _mean(foretold[rows]), float(paid[rows].mean()))
         for name, rows in chosen.items()
         if rows.any()
     ]
 
 
-def _mean(values: np.ndarray) -> float:
-    """The mean of what is not NaN; NaN if there is nothing."""
+def _mean(values: np.ndarray) -> float | None:
+    """The mean of what is not NaN; None if there is nothing."""
     told = values[~np.isnan(values)]
-    return float(told.mean()) if len(told) else math.nan
+    return float(told.mean()) if len(told) else None
 
 
 def reliability(probabilities: np.ndarray, satisfied: np.ndarray, bins: int = 10) -> list[tuple[float, float, int]]:
@@ -175,7 +175,7 @@ def calibration_table(rows: Sequence[Group]) -> str:
     """The groups in words."""
     lines = [f"{'pictures':<22}{'n':>7}{'satisfied':>11}{'foretold':>10}{'paid':>8}"]
     for row in rows:
-        foretold = "" if math.isnan(row.foretold) else f"{row.foretold:.3f}"
+        foretold = "" if row.foretold is None else f"{row.foretold:.3f}"
         verdict = "pass" if row.passed else "FAIL"
         lines.append(f"{row.name:<22}{row.n:>7}{row.satisfied:>11.3f}{foretold:>10}{row.paid:>8.3f}  {verdict}")
     return "\n".join(lines)

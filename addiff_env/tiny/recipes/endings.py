@@ -194,7 +194,7 @@ class Recorder:
     def _observe(self, running: np.ndarray, stop_at: np.ndarray, trajectory: int) -> None:
         """Write down where ``running`` lanes (all at one step) stand, and what stopping some of them gives."""
         at, first = int(self.lanes.step_index[running[0]]), len(self.record.states)
-        x0, latents = (getattr(self.lanes, name).float().cpu().numpy() for name in ("x0", "latents"))
+        x0, latents = (getattr(self.lanes, name).float().cpu().numpy().copy() for name in ("x0", "latents"))
         for lane in running:
             self.record.states.append(
                 {

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
 
 from addiff_env.backbones import load_backbone
 from addiff_env.scorers import PixelTextReward
@@ -131,8 +132,9 @@ def split(questions: Questions) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def draw(questions: Questions, rows: torch.Tensor, number: int, generator: torch.Generator) -> Questions:
-    """``number`` random rows of ``rows``."""
-    return questions.take(rows[common.batch_indices(generator, len(rows), number)])
+    """``number`` random rows of ``rows``, in single precision."""
+    drawn = questions.take(rows[common.batch_indices(generator, len(rows), number)])
+    return replace(drawn, latents=drawn.latents.float())
 
 
 def mislabel(batch: Questions, generator: torch.Generator) -> Questions:
@@ -215,7 +217,7 @@ def train(args: argparse.Namespace, states: Questions, endings: Questions) -> co
 
 
 def _to_input(latents: torch.Tensor, device: str) -> torch.Tensor:
-    return latents.to(device).float().contiguous(memory_format=torch.channels_last)
+    return latents.to(device).contiguous(memory_format=torch.channels_last)
 
 
 # --------------------------------------------------------------------------- calibration and report
@@ -234,26 +236,24 @@ def logits_of(model: LatentTextReward, questions: Questions, batch: int = 256) -
 
 def calibrate(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     """Scale and bias of a logit that make it most likely (Platt 1999)."""
-    scale, bias = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale, bias], max_iter=50, line_search_fn="strong_wolfe")
+    x, y = logits.double().numpy(), labels.double().numpy()
 
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(scale * logits + bias, labels)
-        loss.backward()
-        return loss
+    def loss(parameters: np.ndarray) -> float:
+        z = parameters[0] * x + parameters[1]
+        return float((np.logaddexp(0, z) - y * z).mean())
 
-    optimizer.step(closure)
-    return float(scale), float(bias)
+    found = minimize(loss, (1.0, 0.0), method="BFGS").x
+    return float(found[0]), float(found[1])
 
 
 def report(logits: torch.Tensor, questions: Questions) -> dict[str, float]:
     """AUC and calibration of held-out questions by what was asked."""
-    result = {}
+    first = questions.labels[:, 0]
+    result = {"held_out": float(len(first)), "satisfied": float(first.mean())}
     for column, name in ((0, "go_on"), (1, "stop")):
         for timestep in sorted(set(questions.timesteps.tolist())):
             rows = (questions.timesteps == timestep) & (questions.labels[:, column] != UNASKED)
-            if rows.sum() < 50:
+            if rows.sum() < 20:
                 continue
             scores, labels = logits[rows, column].numpy(), questions.labels[rows, column].numpy()
             key = f"{name}_{timestep}"
