@@ -21,7 +21,7 @@ from addiff_env.tiny.recipes.endings import FreeLanes, Recorder
 from addiff_env.tiny.recipes.generate import save_arrays
 from addiff_env.tiny.scenes import CATEGORIES
 
-STOPS = (3, 4, 5, 7, 9, 10)  # steps after which pictures are stopped at, of the shipped grid of ten
+STOPS = (3, 4, 5, 7, 9)  # steps after which pictures are stopped at
 TOLERANCE = 0.03  # between mean probability and success
 REFINED = (0.4, 1.0)  # of the recorded trajectories that end satisfied and of those that fail, how many are refined
 BATCH = 64
@@ -145,7 +145,9 @@ def groups(scorer: LatentScorer, table: dict[str, np.ndarray], categories: Seque
     asked[state[state >= 0]] = table["ending_evaluations"][state >= 0]
     foretold[state >= 0] = probability(foretold_of_states(scorer, table, asked))[state[state >= 0]]
     satisfied, kind = table["ending_satisfied"], np.asarray(categories)[table["ending_row"]]
-    chosen = {f"stopped after {k}" if k < length else "ran to the end": (step == k) & (refines == 0) for k in STOPS}
+    plain = refines == 0
+    chosen = {f"stopped after {k}": plain & (step == k) for k in STOPS if k < length}
+    chosen |= {"ran to the end": plain & (step == length)}
     chosen |= {f"after {r} refinement{'s' * (r > 1)}": refines == r for r in (1, 2, 3)}
     chosen |= {category: kind == category for category in CATEGORIES}
     return [

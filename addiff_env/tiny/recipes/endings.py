@@ -96,10 +96,11 @@ class Record:
     """What happened to a chunk of prompts, as two tables.
 
     A row of ``states`` is a lane after a step: ``row`` of its prompt, ``trajectory`` in the chunk, ``step_index``, the
-    ``timestep`` it stands at (0: the end), ``refines`` so far, the ``mask`` (an index into `MASKS`, -1) of the latest,
-    ``nfe``, ``x0`` and ``latents`` (C, h, w), and the ending that going on leads to (``goes_on``). A row of ``endings``
-    is a picture: ``row``, the ``state`` it was stopped in (-1: it ran to the end), the ``evaluations`` that followed,
-    its ``final`` latents (C, h, w), the checker's ``satisfied`` and ``score``, and the ``objects`` (6, 5).
+    ``timestep`` it stands at (0: the end), ``refines`` so far, the ``mask`` (an index into `MASKS`, -1) of the latest
+    and the step of the trajectory before at which that one was left (``left_at``, -1), ``nfe``, ``x0`` and ``latents``
+    (C, h, w), and the ending that going on leads to (``goes_on``). A row of ``endings`` is a picture: ``row``, the
+    ``state`` it was stopped in (-1: it ran to the end), the ``evaluations`` that followed, its ``final`` latents
+    (C, h, w), the checker's ``satisfied`` and ``score``, and the ``objects`` (6, 5).
     """
 
     states: list[dict[str, Any]] = field(default_factory=list)
@@ -144,7 +145,7 @@ class Recorder:
         self.timesteps = np.append(lanes.schedule.timesteps.cpu().numpy(), 0)
         self.decisions = np.arange(first, self.length)  # steps after which a policy decides
         self.trajectories = 0
-        self.mask = np.full(len(captions), -1)
+        self.mask, self.left_at = np.full(len(captions), -1), np.full(len(captions), -1)
         lanes.start(captions, seeds)
 
     def run(self) -> Record:
@@ -204,6 +205,7 @@ class Recorder:
                     "timestep": self.timesteps[at],
                     "refines": self.lanes.refines[lane],
                     "mask": self.mask[lane],
+                    "left_at": self.left_at[lane],
                     "nfe": self.lanes.nfe[lane],
                     "x0": x0[lane],
                     "latents": latents[lane],
@@ -244,7 +246,8 @@ class Recorder:
         self.lanes.mask_kinds = [MASKS[kind] for kind in self.mask]
         kept = [self.kept[lane] for lane in running]
         state = {name: torch.stack([held[name] for _, held in kept]) for name in STATE}
-        self.lanes.refine(running, np.array([at for at, _ in kept]), state)
+        self.left_at[running] = [at for at, _ in kept]
+        self.lanes.refine(running, self.left_at[running], state)
 
 
 def chunk_grid(chunk: int) -> int:
