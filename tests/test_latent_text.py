@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import addiff_env
-from addiff_env.config import LOOK_PARTS
+from addiff_env import costs
+from addiff_env.config import LOOK_PARTS, EnvConfig
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.scorers import LatentTextReward, load_scorer, reads_latents
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
@@ -80,6 +81,16 @@ def test_answers_depend_on_picture_prompt_level_and_question_alone(verifier: Lat
         assert (verifier.score_latents(*other) - together).abs().max() > 1e-3
     beyond = verifier.config["max_evaluations"] + torch.tensor([[0, 7]] * 3)
     torch.testing.assert_close(*verifier.score_latents(latents, PROMPTS, timesteps, beyond).unbind(1))
+
+
+def test_latents_are_read_in_their_own_precision(verifier: LatentTextReward) -> None:
+    latents, timesteps, evaluations = questions()
+    exact = verifier.score_latents(latents, PROMPTS, timesteps, evaluations)
+    rounded = verifier.score_latents(latents.bfloat16(), PROMPTS, timesteps, evaluations)
+    assert rounded.dtype == torch.float32 and 0 < (rounded - exact).abs().max() < 0.2
+    again = verifier.score_latents(latents.double(), PROMPTS, timesteps, evaluations)
+    torch.testing.assert_close(again, exact, atol=1e-4, rtol=1e-4)
+    assert verifier.readout.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -156,6 +167,7 @@ def test_a_cheap_look_decodes_nothing_and_asks_both_questions(
     np.testing.assert_allclose(env.reward_score, expected[:, 0], atol=1e-5)
     np.testing.assert_allclose(observation[:, -9], expected[:, 1], atol=1e-5)  # the part before the quality slots
     assert env.single_observation_space.contains(observation[0])
+    assert sum(env.perception.parts.values()) == observation.shape[1]
     monkeypatch.setattr(env.backbone, "decode", decode)
     actions = np.array([Action.STOP, Action.CONTINUE, Action.REFINE])
     env.step(actions)
@@ -164,6 +176,20 @@ def test_a_cheap_look_decodes_nothing_and_asks_both_questions(
     assert float(env.reward_score[0]) == pytest.approx(float(final[0, 0]), abs=1e-5)
     picture = (decode(env.latents[:1]) * 255).round().to(torch.uint8)[0].permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(env.final_image(0), picture)
+
+
+def test_the_outlook_is_a_part_of_its_own(small_kwargs: dict[str, Any], folder: Path) -> None:
+    env = make(small_kwargs, scorer=str(folder), obs_mode="dict", obs_backend="torch", **CHEAP)
+    observation = env.step(np.full(3, Action.CONTINUE))[0]
+    assert observation["outlook"].shape == (3, 1) and env.single_observation_space["outlook"].shape == (1,)  # type: ignore[index]
+    assert "outlook" not in make(small_kwargs, obs_mode="dict").single_observation_space.spaces  # type: ignore[attr-defined]
+
+
+def test_costs_name_a_scorer_of_latents(small_kwargs: dict[str, Any], folder: Path) -> None:
+    config = EnvConfig(**addiff_env.TINY | small_kwargs | {"scorer": str(folder)})
+    rows = {row.component: row for row in costs.measure(config, lanes=2, repeats=1)}
+    env = make(small_kwargs, scorer=str(folder), **CHEAP)
+    assert rows["scorer, latents"].flops == pytest.approx(env.price["verdict"], rel=0.1)  # the prompts' lengths differ
 
 
 def test_a_cheap_look_is_paid_for_as_such(small_kwargs: dict[str, Any], folder: Path) -> None:

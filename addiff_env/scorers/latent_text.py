@@ -79,6 +79,7 @@ class LatentTextReward(JointReader):
         nn.init.normal_(self.evaluations.weight, std=0.02)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
         self.latent_shape = (channels, cells, cells)
+        self._copies: dict[torch.dtype, LatentTextReward] = {}
 
     def see(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Picture tokens (B, 64, width), row by row, of clean predictions (B, C, h, w) at ``timesteps`` (B,)."""
@@ -115,18 +116,29 @@ class LatentTextReward(JointReader):
     ) -> torch.Tensor:
         """Logits (B, K) float32 that pictures satisfy their prompts after ``evaluations`` (B, K) more of them.
 
-        ``latents`` (B, C, h, w) are clean predictions, or final latents; ``timesteps`` (B,) the levels they stand at, 0
-        at the end.
+        ``latents`` (B, C, h, w) are clean predictions, or final latents, and are read in their own precision, as the
+        denoiser works in; ``timesteps`` (B,) are the levels they stand at, 0 at the end.
 
         Raises:
             TypeError, ValueError: no latents, latents of another shape, or not one prompt, timestep and row of
                 evaluations each.
         """
         texts = self._check(latents, prompts, timesteps, evaluations)
-        device, dtype = self.readout.device, self.readout.dtype
-        latents = latents.to(device, dtype).contiguous(memory_format=torch.channels_last)
+        device, model = self.readout.device, self._in(latents.dtype)
+        latents = latents.to(device).contiguous(memory_format=torch.channels_last)
         timesteps, evaluations = timesteps.to(device), evaluations.to(device)
-        return self(latents, timesteps, evaluations, *self._read(texts)).float()
+        return model(latents, timesteps, evaluations, *self._read(texts)).float()
+
+    def _in(self, dtype: torch.dtype) -> LatentTextReward:
+        """This model in ``dtype``; copies are kept."""
+        if dtype == self.readout.dtype:
+            return self
+        if dtype not in self._copies:
+            model = LatentTextReward(**{k: v for k, v in self.config.items() if k != "model_type"})
+            model.load_state_dict(self.state_dict())
+            model = model.to(self.readout.device, dtype, memory_format=torch.channels_last)
+            self._copies[dtype] = model.eval().requires_grad_(False)
+        return self._copies[dtype]
 
     def _check(
         self, latents: torch.Tensor, prompts: list[str], timesteps: torch.Tensor, evaluations: torch.Tensor
