@@ -4,10 +4,13 @@ BIN := .venv/bin
 READY := .venv/.installed
 RECIPES := data autoencoder diffusion generate clip dino reward
 
-.PHONY: demo test train lint tiny slow clean
+.PHONY: demo reproduce test train lint tiny slow clean
 
-demo: $(READY)  ## the shipped agent against fixed-step inference
+demo: $(READY)  ## the shipped agent against a few other methods on 48 prompts
 	$(BIN)/python evaluate.py
+
+reproduce: $(READY)  ## every method on the whole test split, hours; resumes where it was stopped
+	$(BIN)/python evaluate.py methods=all benchmark.limit=null hydra.run.dir=runs/reproduce
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -1,14 +1,14 @@
 """Compare a trained agent with fixed-step inference on held-out prompts.
 
-    python evaluate.py                          the shipped agent, 160 prompts of the embedded world
-    python evaluate.py benchmark.limit=null     the whole test split
+    python evaluate.py                          the demo: the shipped agent, 48 prompts of the embedded world
+    python evaluate.py methods=all benchmark.limit=null hydra.run.dir=runs/reproduce     all there is
     python evaluate.py agent=runs/train/tiny-seed0/agent hydra.run.dir=runs/mine
     python evaluate.py shard.index=0 shard.count=4 hydra.run.dir=runs/mine      one quarter; then shard.merge=true
     accelerate launch --multi_gpu evaluate.py hydra.run.dir=runs/mine          one process per GPU, merged by the last
     torchrun --nproc_per_node 2 evaluate.py hydra.run.dir=runs/mine             the same without GPUs
     python evaluate.py methods=all hydra.run.dir=runs/all                       every method that applies to the model
     python evaluate.py agents=[runs/a/agent,runs/b/agent] hydra.run.dir=runs/ab several training seeds
-    python evaluate.py benchmark.name=geneval benchmark.root=data metrics=[geneval,clip_score] agent=runs/sd15/agent
+    python evaluate.py benchmark.name=geneval benchmark.root=data metrics=[geneval] methods=all agent=runs/sd15/agent
 
 Rows are appended to <run folder>/rows.jsonl as they are made; the same command goes on where it was stopped, and may
 add methods. With other settings than the folder's rows were made with it is refused.
@@ -19,6 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,15 +31,17 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from tqdm import tqdm
 
 from addiff_env.agent import Agent
+from addiff_env.commands import interruptible
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import MatchedSteps, Method, PolicyMethod, Replay, make_method
 from addiff_env.evaluation.benchmarks import Item, benchmark_record, load_benchmark
 from addiff_env.evaluation.files import alone_in, write_whole
 from addiff_env.evaluation.html import write_report
 from addiff_env.evaluation.hypotheses import (
+    UNDECIDED,
+    Verdict,
     control_names,
     decide,
     describe,
@@ -52,8 +56,9 @@ from addiff_env.evaluation.metrics import (
     open_metrics,
     primary_score,
     protocol_scores,
+    reported_score,
     score_pictures,
-    scores_of_all_methods,
+    unmeasured,
 )
 from addiff_env.evaluation.outside import MethodOptions
 from addiff_env.evaluation.planning import (
@@ -67,9 +72,11 @@ from addiff_env.evaluation.planning import (
     named_agents,
     plan,
 )
+from addiff_env.evaluation.progress import RunProgress
 from addiff_env.evaluation.report import plot_quality_against_compute, summary_table
 from addiff_env.evaluation.rows import (
     append_rows,
+    count_rows,
     launched_shard,
     merge_if_whole,
     merge_shards,
@@ -90,12 +97,13 @@ from addiff_env.evaluation.runs import (
 )
 from addiff_env.evaluation.sets import References, SetOptions, describe_sets, set_scores
 from addiff_env.evaluation.stamp import CONTROL, keep_stamp, require_same, run_stamp
-from addiff_env.evaluation.summary import lead_with
+from addiff_env.evaluation.summary import counted, lead_with, score_value
 from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune, tuning_items
 from addiff_env.evaluation.version import code_version, model_revision
 from addiff_env.evaluation.whole import PROTOCOLS, SET_METRICS, pictures_of
 from addiff_env.filmstrips import filmstrip_figure, record_trajectories
 from addiff_env.pipeline import make_agent_env
+from addiff_env.storage import claim, file_name
 from addiff_env.types import Action, Generated, ResultRow
 
 
@@ -122,6 +130,7 @@ class Evaluation:
             policy=method.policy,
             dtype=backbone.dtype_name,
             code_version=self.version,
+            negative_prompt=self.env.config.negative_prompt,
         )
 
     def require_scores(self, method: Method, items: Sequence[Item]) -> None:
@@ -133,7 +142,8 @@ class Evaluation:
         done = {row.key: row for row in self.rows}
         for item in items:
             row = done.get(self.blank_row(method, item).key)
-            if row and (lacking := set(columns_of(self.metrics, item)) - set(row.scores)):
+            wanted = [name for name in columns_of(self.metrics, item) if row and unmeasured(name) not in row.reason]
+            if row and (lacking := set(wanted) - set(row.scores)):
                 raise ValueError(
                     f"{self.path} holds rows of {method.name!r} without {', '.join(sorted(lacking))}: it was made with "
                     "other metrics; take another folder: hydra.run.dir=..."
@@ -152,7 +162,12 @@ class Evaluation:
                 "merge takes rows of one version: take another folder (hydra.run.dir=...), or the code of before"
             )
 
-    def run(self, method: Method, items: Sequence[Item]) -> list[ResultRow]:
+    def kept(self, method: Method, items: Sequence[Item]) -> list[ResultRow]:
+        """The method's rows for ``items`` that are there."""
+        done = {row.key: row for row in self.rows}
+        return [done[key] for item in items if (key := self.blank_row(method, item).key) in done]
+
+    def run(self, method: Method, items: Sequence[Item], progress: RunProgress) -> list[ResultRow]:
         """Make what is missing; returns the method's rows for ``items``, in their order.
 
         Raises:
@@ -162,11 +177,10 @@ class Evaluation:
         done = {row.key: row for row in self.rows}
         wanted = [self.blank_row(method, item) for item in items]
         left = [item for item, row in zip(items, wanted, strict=True) if row.key not in done]
-        with tqdm(total=len(items), initial=len(items) - len(left), desc=method.name, unit="image") as bar:
-            for group, peak in watched(method.make(left) if left else (), method.backbone.device):
-                rows = self._keep(method, group, peak)
-                done |= {row.key: row for row in rows}
-                bar.update(len(rows))
+        for group, peak in watched(method.make(left) if left else (), method.backbone.device):
+            rows = self._keep(method, group, peak)
+            done |= {row.key: row for row in rows}
+            progress.add(method.name, rows)
         self.rows = list(done.values())
         return [done[row.key] for row in wanted]
 
@@ -189,7 +203,7 @@ class Evaluation:
     def _save_image(self, row: ResultRow, made: Generated) -> str:
         # By the row's whole key: a folder may hold the same picture in two dtypes, or of two code versions.
         digest = hashlib.sha256(json.dumps(row.key).encode()).hexdigest()[:12]
-        relative = Path("images") / row.method.replace(":", "_") / f"{row.seed}-{digest}.png"
+        relative = Path("images") / file_name(row.method) / f"{row.seed}-{digest}.png"
         (self.folder / relative).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(made.picture).save(self.folder / relative)
         return str(relative)
@@ -198,19 +212,20 @@ class Evaluation:
 def choose_filmstrips(rows: list[ResultRow], number: int, metric: str = "success") -> list[ResultRow]:
     """Trajectories worth seeing: refined and good, never refined, refined and bad, in turn.
 
-    Good is what satisfies its prompt, or where ``metric`` is a number what lies at or above the median.
+    Good is what satisfies its prompt, or where ``metric`` is a number what lies at or above the median; a picture
+    without it is neither, and comes last.
     """
-    rows = [row for row in rows if metric in row.scores]
-    scores = [row.scores[metric] for row in rows]
-    bound = 0.5 if set(scores) <= {0.0, 1.0} else float(np.median(scores))
-    refined = [row for row in rows if Action.REFINE in row.actions]
+    scores = {row.key: value for row in rows if (value := score_value(row, metric)) is not None}
+    bound = 0.5 if set(scores.values()) <= {0.0, 1.0} else float(np.median(list(scores.values())))
+    scored = [row for row in rows if row.key in scores]
+    refined = [row for row in scored if Action.REFINE in row.actions]
     groups = [
-        [row for row in refined if row.scores[metric] >= bound],
-        [row for row in rows if Action.REFINE not in row.actions],
-        [row for row in refined if row.scores[metric] < bound],
+        [row for row in refined if scores[row.key] >= bound],
+        [row for row in scored if Action.REFINE not in row.actions],
+        [row for row in refined if scores[row.key] < bound],
     ]
     turns = [group[k] for k in range(max(map(len, groups))) for group in groups if k < len(group)]
-    return turns[:number]
+    return [*turns, *(row for row in rows if row.key not in scores)][:number]
 
 
 def record_filmstrips(
@@ -264,6 +279,8 @@ def plan_run(
         return tuned_specs(cfg, specs, evaluation, first, metric)
 
     found = plan(asked, make, tuned, asked if cfg.allow_missing else DISTILLED if cfg.methods == ALL else ())
+    if not found.methods:
+        raise ValueError(f"no method to run: methods={asked}" + " (all were left out)" * bool(found.left_out))
     for spec, why in found.left_out.items():
         print(f"left out method {spec!r}: {why}")
     return found
@@ -302,12 +319,21 @@ def make_rows(
     """Run every method, and H4's controls of the first agent, on ``items``; what is there is not made again."""
     for method in methods:
         evaluation.require_scores(method, items)
-    results = {method.name: evaluation.run(method, items) for method in methods}
     name, agent = next(iter(agents.items()))
-    if name in results and cfg.controls:
+    expected = {method.name: method.expected_nfe for method in methods}
+    controlled = name in expected and cfg.controls
+    if controlled:
+        expected |= dict.fromkeys(control_names(name), expected[name])
+    progress = RunProgress(expected, len(items))
+    for method in methods:
+        progress.keep(method.name, evaluation.kept(method, items))
+    progress.start()
+    results = {method.name: evaluation.run(method, items, progress) for method in methods}
+    if controlled:
         full = make_agent_env(agent, cfg.num_envs, **overrides | CONTROL)
         for control in controls_of(results[name], evaluation.env, full, name):
-            results[control.name] = evaluation.run(control, items)
+            results[control.name] = evaluation.run(control, items, progress)
+    progress.close()
     return [row for group in results.values() for row in group]
 
 
@@ -344,7 +370,7 @@ def report(
     overrides: dict[str, Any],
 ) -> None:
     """Write and print the table and the verdicts; write the plot, the filmstrips, ``report.html`` and its exports."""
-    metric = primary_score(scores_of_all_methods(rows), cfg.primary)
+    metric = reported_score(rows, cfg.primary)
     whole, rows = rows, lead_with(rows, metric)
     if len(rows) < len(whole):
         print(f"{len(whole) - len(rows)} of {len(whole)} rows have no {metric} and are left out of the report")
@@ -352,7 +378,8 @@ def report(
     (folder / "table.txt").write_text(table + "\n")
     written = [folder / "table.txt", folder / "rows.jsonl", folder / "quality_vs_compute.png"]
     plot_quality_against_compute(rows, written[-1])
-    print(f"\n{cfg.benchmark.name}, {len(items)} pictures a method, {rows[0].dtype}; {metric}, shares in percent")
+    head = f"{cfg.benchmark.name}, {counted(len(items), 'picture')} a method, {rows[0].dtype}"
+    print(f"\n{head}; {metric}, shares in percent")
     print(f"{table}\n")
     name, agent = next(iter(agents.items()))
     own = [row for row in rows if row.method == name]
@@ -365,8 +392,9 @@ def report(
         filmstrip_figure(titled).savefig(written[-1])
     rules = rules_of(metric, plain(cfg.rules))
     facts = {(item.prompt, item.seed): item.facts for item in items}
-    verdicts = decide(rows, facts, rules, list(agents)) if own else []
-    print("\n".join(map(describe, verdicts)) + "\n")
+    verdicts = decide(rows, facts, rules, list(agents))
+    print("\n".join(map(describe, verdicts)) if verdicts else "no verdicts: no agent is among the methods")
+    print("".join(f"\n{line}\n" for line in what_decides(cfg, verdicts)))
     keep_run(cfg, folder, rows, items, agents, overrides, metric)
     save_strips(folder, strips)
     write_verdicts(folder, verdicts, rules)
@@ -375,6 +403,21 @@ def report(
     print("wrote")
     for path in written:
         print(f"  {path}")
+
+
+def what_decides(cfg: DictConfig, verdicts: Sequence[Verdict]) -> list[str]:
+    """The command that runs everything, where a run of a part leaves something undecided."""
+    is_part = cfg.methods != ALL or cfg.benchmark.limit is not None
+    if not is_part or not any(verdict.outcome == UNDECIDED for verdict in verdicts):
+        return []
+    replaced = ("methods=", "benchmark.limit=", "hydra.run.dir=", "shard.")
+    kept = [override for override in HydraConfig.get().overrides.task if not override.startswith(replaced)]
+    program = [os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else "python"]
+    words = [*program, sys.argv[0], *kept, f"methods={ALL}", "benchmark.limit=null", "hydra.run.dir=runs/reproduce"]
+    return [
+        "A run of some prompts or methods is too small to decide what is undecided above. All of them tell most; that "
+        f"takes hours on a few cores, and goes on where it was stopped:\n  {shlex.join(words)}"
+    ]
 
 
 def measure_whole(folder: Path, rows: list[ResultRow], items: Sequence[Item], references: References) -> None:
@@ -438,6 +481,22 @@ def evaluate(
     return make_rows(cfg, evaluation, shard(items, *place), found.methods, agents, overrides)
 
 
+def load_items(cfg: DictConfig) -> list[Item]:
+    """The items to make; of a benchmark that has fewer prompts than its limit all, which is said.
+
+    Raises:
+        ValueError: a limit that is no whole number of at least 1; and as `load_benchmark`.
+    """
+    b, limit = cfg.benchmark, cfg.benchmark.limit
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"benchmark.limit must be a whole number of at least 1, or null for all, got {limit!r}")
+    items = load_benchmark(b.name, limit, root=b.root, images_per_prompt=b.images_per_prompt, any_length=b.any_length)
+    entries = len({(item.id, item.prompt) for item in items})
+    if limit is not None and entries < limit:
+        print(f"benchmark.limit={limit}: {b.name} has {entries:,} prompts, and all of them are taken")
+    return items
+
+
 def metric_settings(cfg: DictConfig, items: Sequence[Item]) -> list[str]:
     """What is measured of each picture."""
     return default_metrics(items) if cfg.metrics is None else listed(cfg.metrics)
@@ -450,7 +509,7 @@ def stamp_run(
     b = cfg.benchmark
     whole = load_benchmark(b.name, root=b.root, images_per_prompt=b.images_per_prompt, any_length=b.any_length)
     options = MethodOptions.read(plain(cfg.method_options))
-    return run_stamp(agents, overrides, metric_settings(cfg, items), whole, options)
+    return run_stamp(agents, overrides, metric_settings(cfg, items), whole, options, b.name)
 
 
 def whole_run(
@@ -473,17 +532,29 @@ def whole_run(
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    """Make this shard's rows, or merge those of all; report once they are whole."""
+    """Make this shard's rows, or merge those of all; report once they are whole.
+
+    Shards of one split work side by side in a folder, anything else there is refused.
+    """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     told = (cfg.shard.index, cfg.shard.count)
     place = told if cfg.shard.merge else launched_shard(*told)
-    launched = place != told
+    path = shard_path(folder := Path(HydraConfig.get().runtime.output_dir), *place)
+    is_part = place[1] > 1 and not cfg.shard.merge
+    membership = (f"shards of {place[1]}", str(place[0])) if is_part else ()
+    with (
+        interruptible(lambda: f"{count_rows(path)} rows are kept in {path}"),
+        claim(folder, "evaluate.py", *membership, instead="take another folder: hydra.run.dir=..."),
+    ):
+        run(cfg, folder, place, place != told)
+
+
+def run(cfg: DictConfig, folder: Path, place: tuple[int, int], launched: bool) -> None:
+    """What `main` does, in a folder that is this process's own."""
     if launched and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place[0])))  # each process has its own GPU
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    b = cfg.benchmark
-    items = load_benchmark(b.name, b.limit, root=b.root, images_per_prompt=b.images_per_prompt, any_length=b.any_length)
+    items = load_items(cfg)
     agents = named_agents(cfg.agent, listed(cfg.agents))
     overrides = plain(cfg.env)
     stamp = stamp_run(cfg, items, agents, overrides)

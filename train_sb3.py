@@ -20,8 +20,9 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from addiff_env.commands import command_line, interruptible
 from addiff_env.sb3.callbacks import Judge
-from addiff_env.sb3.training import env_settings, held_out_prompts, train
+from addiff_env.sb3.training import describe_kept, env_settings, held_out_prompts, train
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.scenes import SIZE, parse_caption
 
@@ -61,11 +62,13 @@ def _beyond_the_checker(prompts: Sequence[str], height: int, width: int) -> str 
 def main(cfg: DictConfig) -> None:
     """Train, save, say where."""
     run = Path(HydraConfig.get().runtime.output_dir)
-    result = train(cfg, run, find_judge(cfg))
+    with interruptible(lambda: describe_kept(run), [] if cfg.resume else ["resume=true"]):
+        result = train(cfg, run, find_judge(cfg))
     if result.collapsed:
         print(f"stopped after {result.timesteps} decisions: {result.collapsed}")
     out = cfg.out or run / "agent"
-    print(f"agent {result.agent.fingerprint} -> {out}   (TensorBoard: tensorboard --logdir {run})")
+    look = command_line("tensorboard", "--logdir", run)
+    print(f"agent {result.agent.fingerprint} -> {out}   (TensorBoard: {look})")
 
 
 if __name__ == "__main__":

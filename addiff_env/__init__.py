@@ -49,6 +49,7 @@ SD15: dict[str, Any] = HUB | {
     "width": 512,
     "num_inference_steps": 50,
     "guidance_scale": 7.5,
+    "batch_size": 16,  # python -m addiff_env.costs --memory: what a call of so many lanes takes
 }
 
 SDXL: dict[str, Any] = HUB | {
@@ -58,6 +59,7 @@ SDXL: dict[str, Any] = HUB | {
     "width": 1024,
     "num_inference_steps": 50,
     "guidance_scale": 5.0,
+    "batch_size": 4,
 }
 
 FLUX_SCHNELL: dict[str, Any] = HUB | {
@@ -70,6 +72,7 @@ FLUX_SCHNELL: dict[str, Any] = HUB | {
     "guidance_scale": 0.0,
     "warmup_steps": 1,
     "attention_stride": 2,
+    "batch_size": 4,
 }
 
 PRESETS = {

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,11 @@ from torch import nn
 
 import addiff_env
 from addiff_env.config import EnvConfig
+from addiff_env.isolation import exclusive, isolated
+from addiff_env.loading import gated_advice
+from addiff_env.paths import looked_at, resolve_model
 from addiff_env.types import Action
+from addiff_env.validation import plain
 
 if TYPE_CHECKING:
     from addiff_env.env import DiffusionDenoiseVectorEnv
@@ -126,6 +130,22 @@ def describe_backbone(lanes: DiffusionDenoiseVectorEnv) -> dict[str, Any]:
     return {"model": lanes.config.model, "revision": lanes.backbone.revision, "dtype": lanes.backbone.dtype_name}
 
 
+def flat_observation(observation: Any, parts: Iterable[str]) -> Any:
+    """An observation of ``obs_mode`` dict as the flat one, (B, width): its ``parts`` one after another.
+
+    Anything but a mapping is flat already and comes back as it is.
+
+    Raises:
+        ValueError: a part is missing; the message names it.
+    """
+    if not isinstance(observation, Mapping):
+        return observation
+    if missing := [name for name in parts if name not in observation]:
+        raise ValueError(f"the observation has no {', '.join(missing)}, only {', '.join(observation)}")
+    values = [observation[name] for name in parts]
+    return torch.cat(values, 1) if isinstance(values[0], torch.Tensor) else np.concatenate(values, 1)
+
+
 class Agent:
     """A trained policy with everything needed to run it again.
 
@@ -168,37 +188,42 @@ class Agent:
             digest.update(value.cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    @torch.no_grad()
+    @isolated()
     def act(
         self,
-        obs: np.ndarray | torch.Tensor,
-        action_mask: np.ndarray | None = None,
+        obs: Any,
+        action_mask: Any = None,
         deterministic: bool = True,
         rng: np.random.Generator | None = None,
     ) -> np.ndarray:
-        """Choose actions (B,) int64 for observations (B, width); ``action_mask`` (B, 3) bool rules some out.
+        """Choose actions (B,) int64 for observations (B, width), or a dictionary of their parts.
+
+        ``action_mask`` (B, 3), bool or 0 and 1, rules some out.
 
         Raises:
-            ValueError: observations of another width; not deterministic and no ``rng``.
+            ValueError: observations of another width, masks of another shape; not deterministic and no ``rng``.
         """
         logits = self.logits(obs)
         if action_mask is not None:
-            logits = np.where(action_mask, logits, -np.inf)
+            mask = np.asarray(plain(action_mask))
+            if mask.shape != logits.shape:
+                raise ValueError(f"action_mask must be {logits.shape}, got {mask.shape}")
+            logits = np.where(mask, logits, -np.inf)
         if deterministic:
             return logits.argmax(1)
         if rng is None:
             raise ValueError("sampling actions needs rng=numpy.random.default_rng(seed)")
         return (logits + rng.gumbel(size=logits.shape)).argmax(1)
 
-    @torch.no_grad()
-    def logits(self, obs: np.ndarray | torch.Tensor) -> np.ndarray:
-        """Unnormalised log-probabilities (B, 3) of the actions."""
-        observations = torch.as_tensor(obs, dtype=torch.float32)
+    @isolated()
+    def logits(self, obs: Any) -> np.ndarray:
+        """Unnormalised log-probabilities (B, 3) of the actions, for observations as `act` takes them."""
+        observations = torch.as_tensor(flat_observation(obs, self.policy.norm.parts), dtype=torch.float32)
         width = sum(self.policy.norm.parts.values())
         if observations.ndim != 2 or observations.shape[1] != width:
             layout = self.config["observation"]
             raise ValueError(f"this agent sees {width} numbers ({layout}), got {tuple(observations.shape)}")
-        return self.policy(observations.to(self.policy.head.weight.device)).cpu().numpy()
+        return self.policy(observations.to(self.policy.head.weight)).cpu().numpy()
 
     def save(self, folder: str | Path) -> None:
         """Write the bundle; one that an interruption left half new is refused by `load`."""
@@ -207,7 +232,7 @@ class Agent:
         weights = {name: value.contiguous() for name, value in self.policy.state_dict().items()}
         head = {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint}
         save_file(weights, folder / (WEIGHTS + ".partial"))
-        (folder / (CONFIG + ".partial")).write_text(json.dumps(head | self.config, indent=2) + "\n")
+        (folder / (CONFIG + ".partial")).write_text(json.dumps(plain(head | self.config), indent=2) + "\n")
         for name in (WEIGHTS, CONFIG):
             with (folder / (name + ".partial")).open("rb") as file:
                 os.fsync(file.fileno())
@@ -215,23 +240,24 @@ class Agent:
 
     @classmethod
     def load(cls, folder: str | Path) -> Agent:
-        """Read a bundle.
+        """Read a bundle; ``folder`` may start with ``addiff_env:``, a folder of the package.
 
         Raises:
             FileNotFoundError: a file is missing; ValueError: unknown format version, damaged weights,
             weights that do not fit the description or are not those it was saved with, or a file beside them that
             could run code.
         """
-        folder = Path(folder)
+        named, folder = looked_at(folder), Path(resolve_model(folder))
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"no {name} in {str(folder)!r}; train an agent with: make train")
+                raise FileNotFoundError(f"no {name} in {named}; train an agent with: make train")
         _refuse_pickles(folder)
         config = _read_config(folder / CONFIG)
         described = config.pop("fingerprint", None)
-        policy = PolicyNet(config["observation"], config["hidden"])
         try:
-            policy.load_state_dict(load_file(folder / WEIGHTS))
+            with exclusive():
+                policy = PolicyNet(config["observation"], config["hidden"])
+                policy.load_state_dict(load_file(folder / WEIGHTS))
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{folder / WEIGHTS} is damaged or does not fit its agent.json: {error}") from error
         agent = cls(policy, config)
@@ -258,7 +284,7 @@ class Agent:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None, token: str | None = None) -> Agent:
-        """Load a bundle from a folder or, by ``owner/name``, from the Hugging Face Hub.
+        """Load a bundle from a folder (as `load`) or, by ``owner/name``, from the Hugging Face Hub.
 
         Nothing but weights, description and card is downloaded, and nothing is unpickled.
 
@@ -275,7 +301,8 @@ class Agent:
             folder = snapshot_download(str(name), revision=revision, token=token, allow_patterns=files)
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
-                f"no agent {str(name)!r}, neither as a folder (train one with: make train) nor on the Hub: {error}"
+                f"no agent {looked_at(name)}, neither as a folder (train one with: make train) nor on the Hub: {error}"
+                + gated_advice(error, str(name))
             ) from error
         return cls.load(folder)
 

@@ -156,7 +156,7 @@ def attention_entropy(maps: torch.Tensor, content: torch.Tensor) -> torch.Tensor
     """Mean over content tokens of the spatial entropy of their maps, as a share of the maximum: (B,) in [0, 1]."""
     p = maps.flatten(2)  # (B, tokens, h*w)
     p = p / p.sum(-1, keepdim=True).clamp_min(1e-12)
-    entropy = -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(p.shape[-1])
+    entropy = -(p * p.clamp_min(1e-12).log()).sum(-1) / math.log(max(2, p.shape[-1]))  # of a single cell it is 0
     weight = content.to(entropy.dtype)
     return (entropy * weight).sum(1) / weight.sum(1).clamp_min(1)
 

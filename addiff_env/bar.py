@@ -11,7 +11,8 @@ else stop. n and tau are those with the highest return on training prompts. All 
 
 An agent passes where each action has at least 3% of its decisions, its NFE have a standard deviation above 2, its
 return lies above that of every constant policy (the 95% interval of each difference excludes zero), and its mean return
-is not below the threshold rule's. The exit status is 1 if an agent fails, 2 if one cannot be read.
+is not below the threshold rule's. Pictures of a single prompt have no interval: what it would decide is n/a, and no
+pass. The exit status is 1 if an agent does not pass, 2 if one cannot be read.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
@@ -47,6 +47,8 @@ from addiff_env.evaluation.policies import (
 )
 from addiff_env.evaluation.significance import Interval, interval, resampled_means
 from addiff_env.pipeline import make_agent_env
+from addiff_env.stats import at_least_one
+from addiff_env.storage import write_whole
 from addiff_env.tiny.checker import judge
 from addiff_env.types import ACTIONS, Action
 
@@ -138,7 +140,7 @@ def _endings(env: DiffusionDenoiseVectorEnv, walk: Policy, look_at: int, items: 
         actions = walk.act(observation, info["action_mask"])
         seen = quality_slot(observation, "reward_score")
         looking = running & (steps_done(observation, env.config.num_inference_steps) >= look_at)
-        could_stop = info["action_mask"][:, Action.STOP] & (actions != Action.STOP)
+        could_stop = info["action_mask"][:, Action.STOP].astype(bool) & (actions != Action.STOP)
         _try_stops(env, walks, np.flatnonzero(looking & could_stop), seen)
         observation, reward, _, _, info = env.step(actions)
         for lane in np.flatnonzero(running).tolist():
@@ -169,7 +171,8 @@ class _Walk:
 
     def step(self, lane: int, reward: np.ndarray, info: dict[str, Any]) -> None:
         self.value += float(reward[lane])
-        self.actions.append(int(info["action_taken"][lane]))
+        if info["action_taken"][lane] >= 0:  # else it broke down in its warm-up
+            self.actions.append(int(info["action_taken"][lane]))
 
     def branch(self, lane: int, reward: np.ndarray, info: dict[str, Any]) -> _Walk:
         """This way with another last step; what is found there is kept here."""
@@ -255,11 +258,16 @@ class Condition:
     name: str
     required: str
     measured: str
-    passed: bool
+    passed: bool | None  # None: the pictures cannot tell
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray, prompts: Sequence[str]) -> Interval:
-    """Mean of ``ours - theirs`` (N,) over pictures, with its 95% interval; pictures of one prompt stay together."""
+    """Mean of ``ours - theirs`` (N,) over pictures, with its 95% interval; pictures of one prompt stay together.
+
+    Of a single prompt the interval's ends are NaN: nothing can be resampled.
+    """
+    if len(set(prompts)) < 2:
+        return Interval(float(np.mean(ours - theirs)), math.nan, math.nan, np.empty(0))
     names = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
     owner = np.array([names[prompt] for prompt in prompts])
     sums, counts = np.bincount(owner, weights=ours - theirs), np.bincount(owner).astype(float)
@@ -276,15 +284,24 @@ def conditions(agent: Play, constant: Sequence[Play], rule: Play, prompts: Seque
     ]
     varies = Condition("NFE vary: standard deviation", f"> {LEAST_SPREAD:g}", f"{spread:.2f}", spread > LEAST_SPREAD)
     apart = [(difference(agent.values, other.values, prompts), other.name) for other in constant]
-    nearest, name = min(apart, key=lambda pair: pair[0].low)
-    above = Condition(f"return above every constant, nearest {name}", "> 0", _words(nearest), nearest.low > 0)
+    nearest, name = min(apart, key=lambda pair: pair[0].estimate if math.isnan(pair[0].low) else pair[0].low)
+    ahead = None if math.isnan(nearest.low) else nearest.low > 0
+    above = Condition(f"return above every constant, nearest {name}", "> 0", _words(nearest), ahead)
     best = difference(agent.values, rule.values, prompts)
     not_below = Condition(f"return not below {rule.name}", ">= 0", _words(best), best.estimate >= 0)
     return [*used, varies, above, not_below]
 
 
 def _words(number: Interval) -> str:
-    return f"{number.estimate:+.4f} [{number.low:+.4f}, {number.high:+.4f}]"
+    return _with_ends(number.estimate, *_ends(number))
+
+
+def _ends(number: Interval) -> tuple[float | None, float | None]:
+    return (None, None) if math.isnan(number.low) else (number.low, number.high)
+
+
+def _with_ends(estimate: float, low: float | None, high: float | None) -> str:
+    return f"{estimate:+.4f} " + ("[n/a: one prompt]" if low is None or high is None else f"[{low:+.4f}, {high:+.4f}]")
 
 
 @dataclass(frozen=True)
@@ -301,7 +318,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every condition is met."""
+        """Whether every condition is known to be met."""
         return all(condition.passed for condition in self.conditions)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -313,7 +330,7 @@ class Report:
         return {
             "policy": play.name,
             "return": float(play.values.mean()),
-            "agent_ahead": [ahead.estimate, ahead.low, ahead.high],
+            "agent_ahead": [ahead.estimate, *_ends(ahead)],
             "success": play.success,
             "nfe_mean": float(play.nfe.mean()),
             "nfe_std": float(play.nfe.std()),
@@ -336,7 +353,8 @@ class Report:
         )
         titles = ["policy", "return", "agent ahead by", "success", "NFE", "NFE sd", "cont/stop/refine"]
         table = _aligned([titles, *(_cells(row) for row in self.rows())])
-        verdicts = _aligned([[c.name, c.required, c.measured, "pass" if c.passed else "FAIL"] for c in self.conditions])
+        words = {True: "pass", False: "FAIL", None: "n/a"}
+        verdicts = _aligned([[c.name, c.required, c.measured, words[c.passed]] for c in self.conditions])
         return "\n".join([head, chosen, "", table, "", verdicts])
 
 
@@ -345,7 +363,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         row["policy"],
         f"{row['return']:.4f}",
-        f"{estimate:+.4f} [{low:+.4f}, {high:+.4f}]",
+        _with_ends(estimate, low, high),
         f"{100 * row['success']:.1f}%",
         f"{row['nfe_mean']:.1f}",
         f"{row['nfe_std']:.1f}",
@@ -435,9 +453,7 @@ def write_opponents(path: Path, stamp: dict[str, Any], found: Opponents) -> None
     """Keep what the opponents made, as JSON."""
     plays = [{"name": p.name, "episodes": [astuple(e) for e in p.episodes]} for p in (found.rule, *found.constant)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps({"stamp": stamp, "choice": asdict(found.choice), "plays": plays}))
-    os.replace(partial, path)
+    write_whole(path, json.dumps({"stamp": stamp, "choice": asdict(found.choice), "plays": plays}))
 
 
 def read_opponents(path: Path, stamp: dict[str, Any]) -> Opponents:
@@ -497,19 +513,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m addiff_env.bar", description="Decide the learning bar.")
     parser.add_argument("agents", nargs="+", type=Path, metavar="AGENT", help="folder of an agent bundle")
-    parser.add_argument("--limit", type=int, default=None, help="pictures, categories in turn (default: all 1,024)")
-    parser.add_argument("--tuning", type=_positive, default=256, help="training prompts that the rule is chosen on")
-    parser.add_argument("--num-envs", type=int, default=64, help="lanes denoised in one batch")
+    parser.add_argument(
+        "--limit", type=at_least_one, default=None, help="pictures, categories in turn (default: all 1,024)"
+    )
+    parser.add_argument("--tuning", type=at_least_one, default=256, help="training prompts that the rule is chosen on")
+    parser.add_argument("--num-envs", type=at_least_one, default=64, help="lanes denoised in one batch")
     parser.add_argument("--seed", type=int, default=0, help="of the training prompts and of the random policy")
     parser.add_argument("--opponents", type=Path, help="file that keeps what does not depend on the agent")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of tables")
     return parser
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 if __name__ == "__main__":

@@ -22,11 +22,15 @@ import torch
 from tqdm import tqdm
 
 from addiff_env.backbones import denoise, initial_noise
+from addiff_env.commands import command_line, interruptible, json_argument
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.loading import resolve_model
+from addiff_env.inputs import fingerprint
+from addiff_env.paths import looked_at, resolve_model
 from addiff_env.reward import RewardConfig, quality
+from addiff_env.storage import claim_file, write_whole
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+ENDS_ONLY = 2  # the version that knew weights by both ends of their files; still read, and completed
 # The settings of an environment that decide what fixed-step inference scores, and those of them that name weights.
 DECISIVE = ("model", "revision", "lora", "solver", "guidance_scale", "height", "width", "clip", "scorer")
 WEIGHTS = ("model", "lora", "clip", "scorer")
@@ -34,8 +38,10 @@ _WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth"}
 _PROBE = 2**16  # bytes looked at, at either end of a file
 
 
-def baseline_configuration(env: DiffusionDenoiseVectorEnv, steps: int | None) -> dict[str, Any]:
-    """Everything that the cached scores depend on, JSON-able.
+def baseline_configuration(
+    env: DiffusionDenoiseVectorEnv, steps: int | None, version: int = FORMAT_VERSION
+) -> dict[str, Any]:
+    """Everything that the cached scores depend on, JSON-able, as files of a format ``version`` state it.
 
     Raises:
         ValueError: a stochastic solver: a prompt and a seed do not fix what it makes.
@@ -45,8 +51,11 @@ def baseline_configuration(env: DiffusionDenoiseVectorEnv, steps: int | None) ->
             f"baselines are of deterministic fixed steps, got eta {env.config.eta!r}: set it to 0, or use no baselines"
         )
     settings = {name: getattr(env.config, name) for name in DECISIVE}
-    weights = {f"{name}_weights": weights_fingerprint(settings[name]) for name in WEIGHTS}
-    return {"format_version": FORMAT_VERSION, "steps": steps, "dtype": env.backbone.dtype_name, **settings, **weights}
+    if env.config.negative_prompt is not None:  # files of earlier releases have none
+        settings["negative_prompt"] = env.config.negative_prompt
+    contents = weights_fingerprint if version == ENDS_ONLY else fingerprint
+    weights = {f"{name}_weights": contents(settings[name]) for name in WEIGHTS}
+    return {"format_version": version, "steps": steps, "dtype": env.backbone.dtype_name, **settings, **weights}
 
 
 def weights_fingerprint(setting: str | None) -> str | None:
@@ -131,14 +140,14 @@ class BaselineCache:
             FileNotFoundError: no such file, with the command that makes it; ValueError: it is damaged, or stale: it was
             made for another configuration, and every differing value is named; or the solver is stochastic.
         """
-        path = Path(path)
+        path = Path(resolve_model(path))
         if not path.is_file():
             raise FileNotFoundError(
-                f"no baselines {str(path)!r}; make them with: python -m addiff_env.baseline_cache {path}"
+                f"no baselines {looked_at(path)}; make them with: "
+                + command_line("python", "-m", "addiff_env.baseline_cache", path)
             )
         lines = _read_lines(path)
-        steps = _header(path, lines).get("steps")
-        return cls.parse(path, lines, baseline_configuration(env, steps))
+        return cls.parse(path, lines, _expected(path, lines, env))
 
     @classmethod
     def parse(cls, path: Path, lines: list[dict[str, Any]], expected: dict[str, Any]) -> BaselineCache:
@@ -164,9 +173,27 @@ def _header(path: Path, lines: list[dict[str, Any]]) -> dict[str, Any]:
     return configuration
 
 
+def _expected(
+    path: Path, lines: list[dict[str, Any]], env: DiffusionDenoiseVectorEnv, steps: int | None = None
+) -> dict[str, Any]:
+    """The configuration that ``lines`` have to be of, by default with their own number of steps."""
+    stated = _header(path, lines)
+    version = ENDS_ONLY if stated.get("format_version") == ENDS_ONLY else FORMAT_VERSION
+    return baseline_configuration(env, stated.get("steps") if steps is None else steps, version)
+
+
+def _moved(name: str, cached: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether a setting names the same files in another place; a bare word is a name, and no place."""
+    own, place = f"{name}_weights", cached.get(name)
+    known = name in WEIGHTS and cached.get("format_version") == FORMAT_VERSION and cached.get(own) is not None
+    return known and cached[own] == expected.get(own) and isinstance(place, str) and "/" in place
+
+
 def _refuse_stale(path: Path, cached: dict[str, Any], expected: dict[str, Any]) -> None:
     names = sorted(set(cached) | set(expected))
-    differing = [name for name in names if cached.get(name) != expected.get(name)]
+    differing = [
+        name for name in names if cached.get(name) != expected.get(name) and not _moved(name, cached, expected)
+    ]
     if differing:
         values = "; ".join(f"{name}: cached {cached.get(name)!r}, now {expected.get(name)!r}" for name in differing)
         raise ValueError(
@@ -180,13 +207,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a damaged line, with its number.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    lines = path.read_bytes().split(b"\n")[:-1]  # prompts may hold other separators, and the last one be cut anywhere
     return [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
 
 
-def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -211,7 +236,14 @@ def score_fixed_steps(
     for start in range(0, len(pairs), env.config.batch_size):
         prompts, seeds = (list(column) for column in zip(*pairs[start : start + env.config.batch_size], strict=True))
         noise = initial_noise(env.backbone, env.latent_shape, seeds)
-        latents = denoise(env.backbone, schedule, prompts, noise, env.config.guidance_scale)
+        latents = denoise(
+            env.backbone,
+            schedule,
+            prompts,
+            noise,
+            env.config.guidance_scale,
+            negative_prompt=env.config.negative_prompt,
+        )
         pictures = env.backbone.decode(latents)
         _check_finite(pictures, prompts, seeds, f"the pictures of {steps} steps in {env.backbone.dtype_name}")
         look = env.perception.look(pictures, prompts)
@@ -237,9 +269,17 @@ def compute_baselines(
     Raises:
         ValueError: ``path`` holds the baselines of another configuration; or as `baseline_configuration` and
             `score_fixed_steps`.
+        FolderBusyError: another process writes to it.
     """
-    path, configuration = Path(path), baseline_configuration(env, steps)
+    with claim_file(Path(path), "baseline_cache"):
+        return _complete(Path(path), env, steps, prompts, seeds)
+
+
+def _complete(
+    path: Path, env: DiffusionDenoiseVectorEnv, steps: int, prompts: Sequence[str], seeds: Sequence[int]
+) -> BaselineCache:
     lines = _read_lines(path) if path.is_file() else []
+    configuration = _expected(path, lines, env, steps) if lines else baseline_configuration(env, steps)
     header = {"key": configuration_hash(configuration), "configuration": configuration}
     cache = BaselineCache.parse(path, lines or [header], configuration)
     wanted = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in seeds]
@@ -258,9 +298,7 @@ def compute_baselines(
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     """Write the file anew, which also removes an unfinished last line."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -268,17 +306,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Score fixed-step inference once, for rewards relative to it.")
     parser.add_argument("path", help="the JSON lines file to write or to complete")
     parser.add_argument("--env", default="AdDiffusion-Tiny-v0", help="environment id")
-    parser.add_argument("--kwargs", default="{}", help='environment settings as JSON, e.g. \'{"device": "cuda"}\'')
+    parser.add_argument(
+        "--kwargs", type=json_argument, default={}, help='environment settings as JSON, e.g. \'{"device": "cuda"}\''
+    )
     parser.add_argument("--steps", type=int, default=None, help="fixed steps (default: the environment's schedule)")
     parser.add_argument("--seeds", type=int, default=2, help="initial noises per prompt: seeds 0, 1, ...")
     parser.add_argument("--limit", type=int, default=None, help="only the first prompts")
     options = parser.parse_args(arguments)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
-    env = gym.make_vec(options.env, num_envs=1, **json.loads(options.kwargs)).unwrapped
+    env = gym.make_vec(options.env, num_envs=1, **options.kwargs).unwrapped
     assert isinstance(env, DiffusionDenoiseVectorEnv)
     steps = env.config.num_inference_steps if options.steps is None else options.steps
-    cache = compute_baselines(options.path, env, steps, env.prompts[: options.limit], range(options.seeds))
+    with interruptible(lambda: f"what was scored is kept in {options.path}"):
+        cache = compute_baselines(options.path, env, steps, env.prompts[: options.limit], range(options.seeds))
     print(f"{len(cache.scores)} baselines of {steps} steps -> {options.path}")
 
 

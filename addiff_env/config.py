@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from addiff_env.attention import MASKS
+from addiff_env.backbones.offload import OFFLOADS
+from addiff_env.loading import DTYPES
 from addiff_env.previews import PREVIEWS
 from addiff_env.samplers import SOLVERS
+from addiff_env.validation import above, at_least, below, check_fields, multiple_of, one_of
 
 LOOK_PARTS = ("clip_image", "clip_text", "dino", "reward")  # of a look, what ``reads`` may name
-
-_CHOICES = {
-    "solver": SOLVERS,
-    "refine_mode": ("rewind", "in_place"),
-    "mask": MASKS,
-    "obs_mode": ("flat", "dict"),
-    "obs_backend": ("numpy", "torch"),
-    "preview": PREVIEWS,
-}
-_LEAST = {  # smallest value of each numeric setting
-    "num_inference_steps": 1,
-    "guidance_scale": 0.0,
-    "warmup_steps": 0,
-    "eta": 0.0,
-    "finish_steps": 0,
-    "max_nfe": 1,
-    "max_refines": 0,
-    "refine_k": 1,
-    "observe_every": 1,
-    "blur_sigma": 0.0,
-    "batch_size": 1,
-}
+# Of a picture's height or width, pixels: what every diffusers pipeline asks for. Many models need more.
+Side = Annotated[int, at_least(8), multiple_of(8)]
+# What `addiff_env.backbones.load_backbone` takes of the settings.
+_BACKBONE = (
+    *("model", "revision", "device", "dtype", "attention_stride", "lora"),
+    *("compile", "channels_last", "decode_memory", "offload"),
+)
 
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """Every setting of the environment; all JSON-able. The vector environment's docstring explains them."""
+    """Every setting of the environment. The vector environment's docstring explains them.
+
+    What is JSON-able once it is made may be given as users have it: paths as `os.PathLike`, ``torch.device``,
+    ``torch.dtype``, numbers and arrays of NumPy or torch, tuples, OmegaConf's containers.
+
+    Raises:
+        ValueError: a value that is not allowed; the message names the setting and shows the value.
+    """
 
     model: str
     clip: str
@@ -46,53 +41,43 @@ class EnvConfig:
     prompts: str | Sequence[str]
     revision: str | None = None
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: Annotated[str, one_of("auto", *DTYPES)] = "float32"
     lora: str | None = None
     compile: bool = False
     channels_last: bool = True
-    solver: str = "ddim"
-    eta: float = 0.0
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    height: int = 512
-    width: int = 512
-    warmup_steps: int = 3
-    finish_steps: int = 0
-    max_nfe: int | None = None
-    max_refines: int | None = None
-    refine_k: int = 2
-    refine_mode: str = "rewind"
-    mask: str = "low_attention"
-    mask_threshold: float = 0.5
-    blur_sigma: float = 1.0
+    solver: Annotated[str, one_of(*SOLVERS)] = "ddim"
+    eta: Annotated[float, at_least(0)] = 0.0
+    num_inference_steps: Annotated[int, at_least(1)] = 50
+    guidance_scale: Annotated[float, at_least(0)] = 7.5
+    height: Side = 512
+    width: Side = 512
+    warmup_steps: Annotated[int, at_least(0)] = 3
+    finish_steps: Annotated[int, at_least(0)] = 0
+    max_nfe: Annotated[int, at_least(1)] | None = None
+    max_refines: Annotated[int, at_least(0)] | None = None
+    refine_k: Annotated[int, at_least(1)] = 2
+    refine_mode: Annotated[str, one_of("rewind", "in_place")] = "rewind"
+    mask: Annotated[str, one_of(*MASKS)] = "low_attention"
+    mask_threshold: Annotated[float, above(0), below(1)] = 0.5
+    blur_sigma: Annotated[float, at_least(0)] = 1.0
     renoise: float | str = 0.85
-    attention_stride: int = 4
-    preview: str = "vae"
+    attention_stride: Annotated[int, at_least(1)] = 4
+    preview: Annotated[str, one_of(*PREVIEWS)] = "vae"
     preview_model: str | None = None
-    observe_every: int = 1
+    observe_every: Annotated[int, at_least(1)] = 1
     reads: Sequence[str] = LOOK_PARTS
-    obs_mode: str = "flat"
-    obs_backend: str = "numpy"
-    reward: dict[str, Any] | None = None
-    render_mode: str | None = None
-    batch_size: int = 64
+    obs_mode: Annotated[str, one_of("flat", "dict")] = "flat"
+    obs_backend: Annotated[str, one_of("numpy", "torch")] = "numpy"
+    reward: Mapping[str, Any] | None = None
+    render_mode: Annotated[str, one_of("rgb_array")] | None = None
+    batch_size: Annotated[int, at_least(1)] = 64
+    decode_memory: Annotated[float, at_least(0)] | None = None
+    offload: Annotated[str, one_of(*OFFLOADS)] = "none"
+    negative_prompt: str | None = None
+    look_precision: Annotated[str, one_of("auto", "float32")] = "auto"
 
     def __post_init__(self) -> None:
-        """Check every value.
-
-        Raises:
-            ValueError: a value that is not allowed; the message shows it.
-        """
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(allowed)}")
-        for name, least in _LEAST.items():
-            value, kind = getattr(self, name), (int, float) if isinstance(least, float) else int
-            if value is not None and (not isinstance(value, kind) or not value >= least):
-                what = "a number" if isinstance(least, float) else "an integer"
-                raise ValueError(f"{name} must be {what} of at least {least}, got {value!r}")
-        if not 0 < self.mask_threshold < 1:
-            raise ValueError(f"mask_threshold must lie in (0, 1), got {self.mask_threshold!r}")
+        check_fields(self)
         if self.warmup_steps >= self.num_inference_steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be below num_inference_steps ({self.num_inference_steps})"
@@ -104,9 +89,14 @@ class EnvConfig:
         if isinstance(self.reads, str) or not set(self.reads) <= set(LOOK_PARTS):
             raise ValueError(f"reads must be a list of {', '.join(LOOK_PARTS)}, got {self.reads!r}")
         object.__setattr__(self, "reads", tuple(self.reads))  # as JSON gives it back, a list, it is the same setting
-        if self.render_mode not in (None, "rgb_array"):
-            raise ValueError(f"unknown render_mode {self.render_mode!r}; known: rgb_array")
+        if self.blur_sigma > (side := max(self.height, self.width)):
+            raise ValueError(f"blur_sigma must be at most {side}, the picture's longer side, got {self.blur_sigma!r}")
         renoise_timestep(self.renoise, 500, 1000)
+
+    @property
+    def backbone_settings(self) -> dict[str, Any]:
+        """Those that say which model is loaded and how: arguments of `addiff_env.backbones.load_backbone`."""
+        return {name: getattr(self, name) for name in _BACKBONE}
 
     @property
     def nfe_budget(self) -> int:

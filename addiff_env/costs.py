@@ -5,6 +5,7 @@ its settings, and ``--clip``, ``--dino``, ``--scorer`` (each any number of times
 
     python -m addiff_env.costs --set guidance_scale=1 --lanes 4
     python -m addiff_env.costs --scorer imagereward --scorer hps --clip open_clip:ViT-L-14/openai --json costs.json
+    python -m addiff_env.costs --memory
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -26,7 +27,7 @@ import torch
 from addiff_env.backbones import Backbone, count_flops, initial_noise, load_backbone
 from addiff_env.config import EnvConfig
 from addiff_env.encoders import load_clip, load_dino
-from addiff_env.loading import resolve_model
+from addiff_env.loading import resolve_device, resolve_dtype, resolve_model
 from addiff_env.previews import PREVIEWS, make_previewer
 from addiff_env.scorers import load_scorer, reads_latents
 
@@ -98,16 +99,7 @@ def measure(
     """
     if lanes < 1 or repeats < 1:
         raise ValueError(f"lanes and repeats must be at least 1, got {lanes} and {repeats}")
-    backbone = load_backbone(
-        config.model,
-        config.revision,
-        config.device,
-        config.dtype,
-        config.attention_stride,
-        config.lora,
-        config.compile,
-        config.channels_last,
-    )
+    backbone = load_backbone(**config.backbone_settings)
     meter = Meter(backbone.device, lanes, repeats)
     rows = list(_backbone_costs(meter, backbone, config))
     generator = torch.Generator().manual_seed(0)
@@ -117,7 +109,7 @@ def measure(
     for setting in dict.fromkeys([config.dino, *dinos]):
         rows.append(_dino_cost(meter, setting, pictures))
     for setting in dict.fromkeys([config.scorer, *scorers]):
-        rows += _scorer_costs(meter, setting, pictures)
+        rows += _scorer_costs(meter, setting, pictures, backbone.dtype)
     return rows
 
 
@@ -125,7 +117,7 @@ def _backbone_costs(meter: Meter, backbone: Backbone, config: EnvConfig) -> Iter
     shape = backbone.latent_shape(config.height, config.width)
     schedule = backbone.schedule(config.num_inference_steps, shape, config.solver, config.eta)
     latents = initial_noise(backbone, shape, range(meter.lanes))
-    conditioning = backbone.encode_prompts([PROMPT] * meter.lanes)
+    conditioning = backbone.encode_prompts([PROMPT] * meter.lanes, config.negative_prompt)
 
     def step(lanes: int) -> None:
         which = torch.arange(lanes, device=backbone.device)
@@ -163,10 +155,10 @@ def _dino_cost(meter: Meter, setting: str, pictures: torch.Tensor) -> Cost:
     return meter.cost("DINO", setting, "look", lambda lanes: dino.image_features(pictures[:lanes]))
 
 
-def _scorer_costs(meter: Meter, setting: str, pictures: torch.Tensor) -> list[Cost]:
+def _scorer_costs(meter: Meter, setting: str, pictures: torch.Tensor, dtype: torch.dtype) -> list[Cost]:
     scorer: Any = load_scorer(setting, str(meter.device))
     if reads_latents(scorer):
-        latents = torch.zeros(meter.lanes, *scorer.latent_shape, device=meter.device)
+        latents = torch.zeros(meter.lanes, *scorer.latent_shape, device=meter.device, dtype=dtype)
         asked = torch.ones(meter.lanes, 2, dtype=torch.long, device=meter.device)
         return [
             meter.cost(
@@ -215,26 +207,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of it, as JSON")
     for name in ("clip", "dino", "scorer"):
         parser.add_argument(f"--{name}", action="append", default=[], help=f"a further {name} setting")
-    parser.add_argument("--lanes", type=int, default=16, help="pictures a call works on")
+    parser.add_argument("--lanes", type=int, help="pictures a call works on (default: batch_size, at most 16)")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls; the fastest counts")
     parser.add_argument("--json", metavar="FILE", help="also write the list there ('-': print it instead of the table)")
+    parser.add_argument(
+        "--memory", action="store_true", help="instead of measuring: expected peak memory of the ids of the Hub"
+    )
     options = parser.parse_args(arguments)
+    if options.memory:
+        from addiff_env.footprint import memory_table
+
+        print(memory_table())
+        return 0
     try:
         settings = dict(gym.spec(options.id).kwargs) | dict(map(_read_setting, options.set))
-        config = EnvConfig(**settings)
-        rows = measure(config, options.clip, options.dino, options.scorer, options.lanes, options.repeats)
-    except (ValueError, TypeError, FileNotFoundError, gym.error.Error) as error:
+        config = _resolved(EnvConfig(**settings))
+        lanes = min(16, config.batch_size) if options.lanes is None else options.lanes
+        report = {
+            "id": options.id,
+            "size": [config.height, config.width],
+            "device": _device_name(config.device),
+            "dtype": config.dtype,
+            "lanes": lanes,
+        }
+        if options.json not in (None, "-"):
+            Path(options.json).touch()  # a place that cannot be written to is refused before anything is measured
+        rows = measure(config, options.clip, options.dino, options.scorer, lanes, options.repeats)
+    except (ValueError, TypeError, ImportError, OSError, gym.error.Error) as error:
         parser.error(str(error))
-    report = {
-        "id": options.id,
-        "size": [config.height, config.width],
-        "device": _device_name(config.device),
-        "dtype": config.dtype,
-        "lanes": options.lanes,
-        "costs": [asdict(row) for row in rows],
-    }
+    report["costs"] = [asdict(row) for row in rows]
     if options.json != "-":
-        print(f"{options.id}, {config.height} x {config.width}, {report['device']}, {options.lanes} lanes a call\n")
+        place = f"{report['device']}, {config.dtype}"
+        print(f"{options.id}, {config.height} x {config.width}, {place}, {lanes} lanes a call\n")
         print(table(rows))
     if options.json:
         text = json.dumps(report, indent=2) + "\n"
@@ -250,6 +254,12 @@ def _read_setting(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value  # a plain string
+
+
+def _resolved(config: EnvConfig) -> EnvConfig:
+    """The settings with the device and the dtype that ``auto`` stands for."""
+    device = resolve_device(config.device)
+    return replace(config, device=device, dtype=resolve_dtype(config.dtype, device))
 
 
 def _device_name(device: str) -> str:

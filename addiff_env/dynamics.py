@@ -36,21 +36,20 @@ class Lanes:
     def _set_up(self) -> None:
         """Load the model and make the schedule."""
         c = self.config
-        self.backbone = load_backbone(
-            c.model, c.revision, c.device, c.dtype, c.attention_stride, c.lora, c.compile, c.channels_last
-        )
+        self.backbone = load_backbone(**c.backbone_settings)
+        self.backbone.check_negative_prompt(c.negative_prompt, c.guidance_scale)
         self.latent_shape = self.backbone.latent_shape(c.height, c.width)
         self.schedule = self.backbone.schedule(c.num_inference_steps, self.latent_shape, c.solver, c.eta)
         self._grid = self.schedule.timesteps.cpu().numpy()
         self._trained = self.schedule.training_timesteps.cpu().numpy()
         self.passes_per_nfe = self.backbone.passes(c.guidance_scale)
         self.price = {name: self.backbone.flops(name, self.latent_shape) for name in ("denoiser", "decode", "text")}
-        encoded = 2 if self.passes_per_nfe == 2 and self.backbone.encodes_negative else 1
-        self.price["start"] = encoded * self.price["text"]
+        self.price["start"] = self.backbone.texts_encoded(c.guidance_scale, c.negative_prompt) * self.price["text"]
 
     def _make_lanes(self) -> None:
         n, device, stride = self.num_envs, self.backbone.device, self.backbone.attention_stride
-        self.conditioning: Conditioning = self.backbone.encode_prompts([""] * n)
+        self.negative_prompt: list[str | None] = [self.config.negative_prompt] * n
+        self.conditioning: Conditioning = self.backbone.encode_prompts([""] * n, self.negative_prompt)
         side = [-(-cells // stride) for cells in self.latent_shape[1:]]
         self.latents = torch.zeros(n, *self.latent_shape, device=device, dtype=self.backbone.dtype)
         self.x0 = torch.zeros_like(self.latents)
@@ -65,21 +64,37 @@ class Lanes:
         self.done = np.ones(n, bool)  # no lane runs before its first start
 
     def _start_lanes(
-        self, lanes: np.ndarray, prompts: Sequence[str], seeds: Sequence[int], latents: torch.Tensor | None = None
+        self,
+        lanes: np.ndarray,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        latents: torch.Tensor | None = None,
+        negative_prompts: Sequence[str | None] | None = None,
     ) -> None:
-        """Put ``lanes`` at the beginning of the schedule; without ``latents`` their noise is drawn from the seeds."""
+        """Put ``lanes`` at the beginning of the schedule; without ``latents`` their noise is drawn from the seeds.
+
+        Where ``negative_prompts`` are not given, or None, they are the setting's.
+        """
+        setting = self.config.negative_prompt
+        negatives = [setting if text is None else text for text in negative_prompts or [None] * len(lanes)]
         index = self._index(lanes)
         for row, lane in enumerate(lanes):
-            self.prompt[lane], self.seed[lane] = prompts[row], seeds[row]
+            self.prompt[lane], self.seed[lane], self.negative_prompt[lane] = prompts[row], seeds[row], negatives[row]
             self.generators[lane].manual_seed(int(seeds[row]))
         self.latents[index] = self._fresh_noise(lanes) if latents is None else latents
-        self.conditioning.put(index, self.backbone.encode_prompts(list(prompts)))
+        self.conditioning.put(index, self.backbone.encode_prompts(prompts, negatives))
         self.x0[index], self.maps[index], self.unet_features[index] = 0, 0, 0
         self._forget(lanes)
         self.faults[index] = False
         self.step_index[lanes], self.nfe[lanes] = 0, 0
-        self.net_flops[lanes] = self.price["start"]
+        self.net_flops[lanes] = [self.price["start"] + self._extra_text_flops(text) for text in negatives]
         self.done[lanes] = False
+
+    def _extra_text_flops(self, negative_prompt: str | None) -> float:
+        """What a lane's own negative prompt costs beyond what the setting's does."""
+        c = self.config
+        texts = [self.backbone.texts_encoded(c.guidance_scale, text) for text in (negative_prompt, c.negative_prompt)]
+        return (texts[0] - texts[1]) * self.price["text"]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how the lanes go on: copies on the CPU, tensors, numbers and strings only.
@@ -90,7 +105,8 @@ class Lanes:
         state: dict[str, Any] = {name: getattr(self, name).detach().cpu().clone() for name in self._tensors}
         state |= {name: torch.from_numpy(getattr(self, name).copy()) for name in self._arrays}
         generators = [generator.get_state() for generator in self.generators]
-        return state | {"prompt": [str(prompt) for prompt in self.prompt], "generators": generators}
+        texts = {"prompt": [str(prompt) for prompt in self.prompt], "negative_prompt": list(self.negative_prompt)}
+        return state | texts | {"generators": generators}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put the lanes where `state_dict` found them.
@@ -109,7 +125,10 @@ class Lanes:
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved)
         self.prompt = list(state["prompt"])
-        self.conditioning.put(self._index(np.arange(self.num_envs)), self.backbone.encode_prompts(self.prompt))
+        # Earlier releases had none.
+        self.negative_prompt = list(state.get("negative_prompt", [self.config.negative_prompt] * self.num_envs))
+        encoded = self.backbone.encode_prompts(self.prompt, self.negative_prompt)
+        self.conditioning.put(self._index(np.arange(self.num_envs)), encoded)
 
     def _index(self, lanes: np.ndarray) -> torch.Tensor:
         """Host numbers on the device, without waiting for it."""

@@ -16,13 +16,15 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from addiff_env.loading import check_finite, quiet_loading, reason, shared, some
+from addiff_env.isolation import frozen_call
+from addiff_env.loading import check_finite, load_network, looked_at, quiet_loading, reason, resolve_model, shared
 from addiff_env.preprocessing import IMAGENET, Preprocess, check_pairs, check_pictures, check_texts
 
 OPEN_CLIP = "open_clip:"
@@ -30,23 +32,21 @@ _SCHEMAS = ("local-dir:", "hf-hub:")  # open_clip's own
 _CACHED_TEXTS = 4096  # features kept; prompts repeat within an evaluation, not for ever
 
 
-def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
+def _load(load: Any, model: str, what: str, **options: Any) -> Any:
+    folder = resolve_model(model)
     try:
         with quiet_loading():
-            return loader.from_pretrained(model, **options)
+            return load(folder, **options)
     except Exception as error:
-        missing = not Path(model).exists()
+        missing = not Path(folder).exists()
         kind = FileNotFoundError if missing else ValueError
-        hint = "download it or pass a local folder" if missing else "a file there is damaged or incomplete"
-        raise kind(f"cannot load {what} from {model!r}: {reason(error)}; {hint}") from error
+        hint = "download it or pass a local folder" if missing else "a file there is damaged, incomplete or another's"
+        raise kind(f"cannot load {what} from {looked_at(model)}: {reason(error)}; {hint}") from error
 
 
 def _load_model(loader: Any, model: str, what: str, **options: Any) -> Any:
-    """A frozen network; transformers fills missing weights with random ones, this refuses them, and NaN."""
-    network, report = _load(loader, model, what, output_loading_info=True, **options)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"{model!r} is not {what}: its weights lack {len(missing)} keys: {some(missing)}")
+    """A frozen network whose weights are all there, and numbers."""
+    network = _load(partial(load_network, loader), model, what, **options)
     check_finite(network.state_dict(), model)
     return network.float().eval().requires_grad_(False)
 
@@ -69,7 +69,7 @@ class ContrastiveEncoder(ABC):
         self.size, self.mean, self.std = preprocess.size, preprocess.mean, preprocess.std
         self._texts: dict[str, torch.Tensor] = {}
 
-    @torch.no_grad()
+    @frozen_call
     def image_features(self, pictures: torch.Tensor) -> torch.Tensor:
         """Features (B, width) float32 of pictures (B, 3, H, W) in [0, 1].
 
@@ -79,7 +79,7 @@ class ContrastiveEncoder(ABC):
         check_pictures(pictures)
         return F.normalize(self._embed_pixels(self.preprocess(pictures.to(self.device))).float(), dim=-1)
 
-    @torch.no_grad()
+    @frozen_call
     def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
         """Features (B, width) float32 of texts, computed once per prompt.
 
@@ -95,12 +95,12 @@ class ContrastiveEncoder(ABC):
             rows.append(self._texts[prompt])
         return torch.stack(rows)
 
-    @torch.no_grad()
+    @frozen_call
     def encode_text(self, prompt: str) -> torch.Tensor:
         """Features (width,) float32 of one text, computed anew; what is too long is truncated."""
         return F.normalize(self._embed_text(prompt).float(), dim=-1)
 
-    @torch.no_grad()
+    @frozen_call
     def similarity(self, pictures: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Cosines (B,) float32 of pictures (B, 3, H, W) in [0, 1] and their prompts.
 
@@ -135,9 +135,11 @@ class CLIPEncoder(ContrastiveEncoder):
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
         self.model = _load_model(CLIPModel, model, "a CLIP model").to(device)
-        self.tokenizer = _load(CLIPTokenizer, processor or model, "CLIP's tokenizer")
+        self.tokenizer = _load(CLIPTokenizer.from_pretrained, processor or model, "CLIP's tokenizer")
         super().__init__(
-            Preprocess.of_processor(_load(CLIPImageProcessor, processor or model, "CLIP's image processor"))
+            Preprocess.of_processor(
+                _load(CLIPImageProcessor.from_pretrained, processor or model, "CLIP's image processor")
+            )
         )
         self.width, self.device = self.model.config.projection_dim, torch.device(device)
 
@@ -216,7 +218,10 @@ def _split(name: str) -> tuple[str, str | None]:
     import open_clip
 
     if name.startswith(_SCHEMAS):
-        return name, None
+        scheme, _, place = name.partition(":")
+        if scheme == "local-dir" and not Path(resolve_model(place)).is_dir():
+            raise FileNotFoundError(f"there is no folder {looked_at(place)}, of {OPEN_CLIP + name!r}")
+        return f"{scheme}:{resolve_model(place)}", None
     at_file = "@" in name
     architecture, _, weights = name.partition("@" if at_file else "/")
     if not architecture or not weights:
@@ -234,9 +239,12 @@ def _split(name: str) -> tuple[str, str | None]:
             f"open_clip has no weights {weights!r} for {architecture}; known: {tags or 'none'} "
             f"(a file is given as open_clip:{architecture}@<file>)"
         )
-    if at_file and not Path(weights).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {weights!r} for open_clip's {architecture}")
-    return architecture, weights
+    if not at_file:
+        return architecture, weights
+    place = resolve_model(weights)
+    if not Path(place).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {looked_at(weights)} for open_clip's {architecture}")
+    return architecture, place
 
 
 def _uses_quick_gelu(architecture: str, weights: str | None) -> bool:
@@ -265,14 +273,26 @@ def _explain(setting: str, architecture: str, weights: str | None, error: Except
 
 @contextmanager
 def quiet_open_clip() -> Iterator[None]:
-    """Keep open_clip's remarks out of the root logger: what goes wrong is raised."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with quiet_loading():
+    """`quiet_loading` for open_clip, whose remarks on what goes well are kept out of the root logger.
+
+    The first remark would also give the root logger a handler, and the program's own logging would come too late.
+    """
+    root = logging.getLogger()
+    stand_in = None if root.handlers else logging.lastResort
+    with quiet_loading():
+        if stand_in is not None:
+            root.addHandler(stand_in)
+        root.addFilter(_is_no_remark)
+        try:
             yield
-    finally:
-        logging.disable(before)
+        finally:
+            root.removeFilter(_is_no_remark)
+            if stand_in is not None:
+                root.removeHandler(stand_in)
+
+
+def _is_no_remark(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or "open_clip" not in Path(record.pathname).parts
 
 
 class DINOEncoder:
@@ -290,7 +310,7 @@ class DINOEncoder:
         from transformers import AutoConfig, AutoModel
 
         # DINO has no pooler; DINOv2 models take no such option.
-        config = _load(AutoConfig, model, "a DINO configuration")
+        config = _load(AutoConfig.from_pretrained, model, "a DINO configuration")
         if not hasattr(config, "image_size"):  # CLIP's has one a tower, a text model none
             raise ValueError(f"{model!r} is not a DINO model but of type {config.model_type!r}")
         self._interpolates = config.model_type == "vit"  # on demand; DINOv2 does so by itself
@@ -300,7 +320,7 @@ class DINOEncoder:
         self.size, self.width = self.preprocess.size, self.model.config.hidden_size
         self.device = torch.device(device)
 
-    @torch.no_grad()
+    @frozen_call
     def image_features(self, pictures: torch.Tensor) -> torch.Tensor:
         """Features (B, width) float32 of pictures (B, 3, H, W) in [0, 1]: the CLS token.
 
@@ -317,9 +337,10 @@ def _dino_preprocess(model: str, image_size: int) -> Preprocess:
     from transformers import AutoImageProcessor
 
     names = ("preprocessor_config.json", "processor_config.json")
-    if Path(model).is_dir() and not any(Path(model, name).is_file() for name in names):
+    folder = resolve_model(model)
+    if Path(folder).is_dir() and not any(Path(folder, name).is_file() for name in names):
         return Preprocess(image_size, *IMAGENET)
-    return Preprocess.of_processor(_load(AutoImageProcessor, model, "DINO's image processor"))
+    return Preprocess.of_processor(_load(AutoImageProcessor.from_pretrained, model, "DINO's image processor"))
 
 
 @shared

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import operator
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -17,15 +18,47 @@ from gymnasium.vector.utils import batch_space
 from addiff_env.attention import attention_entropy
 from addiff_env.backbones import to_uint8
 from addiff_env.config import EnvConfig
-from addiff_env.perception import QUALITY, TIMESTEP_WIDTH, Latents, Look, Perception, timestep_embedding
+from addiff_env.isolation import isolated
+from addiff_env.perception import (
+    QUALITY,
+    TIMESTEP_WIDTH,
+    Latents,
+    Look,
+    Perception,
+    look_precision,
+    timestep_embedding,
+)
 from addiff_env.previews import FullDecoder, make_previewer
 from addiff_env.prompts import check_prompt, load_prompts
 from addiff_env.refine import RefinableLanes
 from addiff_env.reward import COMPONENTS, RewardConfig, quality, step_reward
 from addiff_env.types import Action
+from addiff_env.validation import as_list, at_least, check_seed, checked, plain, shown
 
 
-class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
+class _JsonableSpec:
+    """Gymnasium remembers the settings in the environment's spec as they were given; this puts them as JSON has them."""
+
+    _spec: EnvSpec | None = None
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """What the environment was made from; ``spec.to_json()`` works whatever types the settings came in."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        if spec is not None:
+            spec = copy.copy(spec)
+            spec.kwargs = {name: self._jsonable(name, value) for name, value in spec.kwargs.items()}
+        self._spec = spec
+
+    @staticmethod
+    def _jsonable(name: str, value: Any) -> Any:
+        return plain(_autoreset_mode(value)) if name == "autoreset_mode" else plain(value)
+
+
+class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
     """Denoise ``num_envs`` pictures at once; at each step a policy decides, lane by lane, how to go on.
 
     ## Description
@@ -66,28 +99,51 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     what *stopping* here would give and needs no picture: with ``reads=["clip_text", "reward"]`` nothing is decoded.
 
     ## Rewards
-    See `addiff_env.reward`; ``info["reward"]`` carries every component.
+    See `addiff_env.reward`; ``info["reward_components"]`` carries every component.
 
     ## Start, end
     ``reset(options={"prompt": [...], "seed": [...], "latents": ...})`` names the lanes' prompts (B strings), seeds
-    (B ints) or initial latents (B, C, h, w), as diffusers' pipelines take them; what is left out is drawn. With
+    (B ints) or initial latents (B, C, h, w), as diffusers' pipelines take them; what is left out is drawn.
+    ``"negative_prompt"`` (B strings; None: the setting's) is what guidance leads away from. With
     ``"reset_mask"`` (B,) bool they are those of the lanes that start. An episode is ``terminated`` by *stop*, by
-    the last solver step, or when the budget is spent; ``truncated`` is left to wrappers. With
-    ``AutoresetMode.DISABLED`` an ended lane waits, at no cost, until ``reset(options={"reset_mask": ...})`` names
-    it.
+    the last solver step, or when the budget is spent; it is ``truncated`` after ``max_episode_steps`` decisions, if
+    these are limited. With ``AutoresetMode.DISABLED`` an ended lane waits, at no cost, until
+    ``reset(options={"reset_mask": ...})`` names it.
 
     ## Info
     ``prompt, seed, step_index, nfe, forward_passes, net_flops, action_mask, action_taken, clip_score,
-    reward_score, fault, reward``; one array over lanes each. ``fault`` says that the lane's numbers stopped being
-    finite: it is terminated with its last finite prediction and pays the reward's ``fault`` penalty.
+    reward_score, fault, reward_components``; one array over lanes each, the last a dictionary of them.
+    ``action_mask`` (B, 3) int8 is 1 where an action is admissible: ``action_space.sample(tuple(info["action_mask"]))``
+    draws such actions, and `action_masks` has the same as bool. ``action_taken`` is -1 where nothing was carried out.
+    ``fault`` says that the lane's numbers stopped being finite: it is terminated with its last finite prediction and
+    pays the reward's ``fault`` penalty. Where that happens in the warm-up, ``reset`` says so in ``fault``, and the
+    lane's first step ends it so, whatever the action.
 
     ## Arguments
     The fields of `EnvConfig` (``model, revision, device, dtype, solver, num_inference_steps, ...``), and
-    ``num_envs``; ``autoreset_mode`` is one of `gymnasium.vector.AutoresetMode`.
+    ``num_envs``; ``autoreset_mode`` is one of `gymnasium.vector.AutoresetMode`, or its name or value;
+    ``max_episode_steps`` limits a lane's decisions (None or -1: no limit), which `gymnasium.make_vec` passes on where
+    the id has such a limit.
+
+    Those that fit a model into memory:
+    ``batch_size``, lanes of one denoiser call; ``decode_memory``, GiB that a decode's activations may take, by which it
+    is sliced (None: half of a GPU's free memory, elsewhere 4; at least one picture is decoded at a time); ``offload``,
+    networks that wait on the host: ``none``, ``model`` (all but the one at work), ``sequential`` (all but the layer at
+    work; slowest). ``negative_prompt`` is what guidance leads away from, in lanes that are not given their own (None:
+    as diffusers' pipeline without one); it needs ``guidance_scale`` above 1, and a model other than Flux.
+    ``look_precision`` is what encoders and scorer look in: ``auto``, on GPUs the model's half precision, or
+    ``float32``, which on tensor cores may take as long as a step.
 
     >>> import gymnasium as gym
     >>> envs = gym.make_vec("AdDiffusion-Tiny-v0", num_envs=4)  # doctest: +SKIP
     >>> obs, info = envs.reset(options={"prompt": ["a red circle"] * 4, "seed": [0, 1, 2, 3]})  # doctest: +SKIP
+
+    ## Threads, torch's global modes
+    Environments of one process share their frozen models. Each may be stepped in a thread of its own and gives what
+    it gives alone, bit for bit; one environment belongs to one thread at a time. A shared model serves one thread after
+    the other, so threads save nothing of the denoiser's own time: lanes of one vector environment do. While a model is
+    loaded, no environment steps. The caller's default dtype and device, autocast, inference mode and gradient mode
+    change no result (`addiff_env.isolation`); what changes arithmetic itself (TF32, threads of an operation) is his.
 
     ## Version history
     v0: first version.
@@ -101,20 +157,24 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
     _tensors = (*RefinableLanes._tensors, "clip_text")
     _arrays = (*RefinableLanes._arrays, "clip_score", "reward_score", "similarity", "fault", "decisions")
 
+    @isolated()
     def __init__(
-        self, num_envs: int = 1, autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP, **settings: Any
+        self,
+        num_envs: int = 1,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        max_episode_steps: int | None = None,
+        **settings: Any,
     ) -> None:
         known = [f.name for f in fields(EnvConfig)]
         for name in settings:
             if name not in known:
-                raise TypeError(
-                    f"unexpected keyword argument {name!r}; known: num_envs, autoreset_mode, {', '.join(known)}"
-                )
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+                own = "num_envs, autoreset_mode, max_episode_steps"
+                raise TypeError(f"unexpected keyword argument {name!r}; known: {own}, {', '.join(known)}")
+        self.num_envs = checked("num_envs", num_envs, Annotated[int, at_least(1)])
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
+        self.max_episode_steps = _step_limit(max_episode_steps)
         self.config = EnvConfig(**settings)
-        self.num_envs, self.render_mode = num_envs, self.config.render_mode
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.render_mode = self.config.render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self._load()
         self._make_spaces()
@@ -128,8 +188,9 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         self.reward_config = RewardConfig.from_dict(c.reward)
         self._set_up()
         self.previewer = make_previewer(c.preview, self.backbone, c.preview_model)
+        precision = look_precision(c.look_precision, self.backbone.device, self.backbone.dtype)
         self.perception = Perception(
-            c.clip, c.dino, c.scorer, self.backbone.device, c.reads, self.backbone.encode_pictures
+            c.clip, c.dino, c.scorer, self.backbone.device, precision, c.reads, self.backbone.encode_pictures
         )
         self._check_readings()
         self.reward_config = self.reward_config.for_scorer(self.perception.scorer.mean, self.perception.scorer.std)
@@ -196,6 +257,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         self.fault, self.decisions = np.zeros(n, bool), np.zeros(n, np.int64)
         self._started = False
 
+    @isolated()
     def state_dict(self) -> dict[str, Any]:
         """All lanes, what was seen of them, and the stream that new episodes are drawn from; see `Lanes.state_dict`."""
         looks = {
@@ -206,6 +268,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         stream = self.np_random.bit_generator.state
         return super().state_dict() | looks | {"pictures": pictures, "stream": stream, "started": self._started}
 
+    @isolated()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`; raises as `Lanes.load_state_dict`."""
         super().load_state_dict(state)
@@ -225,6 +288,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
 
     # ----------------------------------------------------------------- reset
 
+    @isolated()
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
@@ -238,8 +302,8 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
             raise gym.error.ClosedEnvironmentError("reset() of an environment that was closed")
         options = _as_mapping(options)
         lanes = self._lanes_to_reset(options.pop("reset_mask", None))
-        streams = self._seed(seed)
-        self._reset_lanes(lanes, options, streams)
+        given = self._read_options(options, len(lanes))
+        self._reset_lanes(lanes, given, self._seed(seed))
         self._started = True
         return self._observation(), self._info(np.full(self.num_envs, -1), self._zero_reward())
 
@@ -247,31 +311,34 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         """Seed the environment's stream; a sequence gives each lane its own draws, as single environments would have.
 
         Raises:
-            ValueError: not one seed per lane.
+            ValueError: no seed, or not one per lane; the message shows the value.
         """
-        if seed is None or isinstance(seed, (int, np.integer)):
-            if seed is not None:
-                self._np_random, self._np_random_seed = seeding.np_random(int(seed))
+        if seed is None:
             return None
-        if len(seed) != self.num_envs:
-            raise ValueError(f"{len(seed)} seeds for {self.num_envs} lanes: {seed!r}")
-        if any(value is not None for value in seed):
-            entropy = [0 if value is None else int(value) + 1 for value in seed]
+        values = plain(seed)
+        if not isinstance(values, list):
+            self._np_random, self._np_random_seed = seeding.np_random(check_seed(seed))
+            return None
+        if len(values) != self.num_envs:
+            raise ValueError(f"{len(values)} seeds for {self.num_envs} lanes: {shown(seed)}")
+        seeds = [None if value is None else check_seed(value) for value in values]
+        if any(value is not None for value in seeds):
+            entropy = [0 if value is None else value + 1 for value in seeds]
             self._np_random = np.random.default_rng(entropy)  # of later episodes
-        return [self.np_random if value is None else seeding.np_random(int(value))[0] for value in seed]
+        return [self.np_random if value is None else seeding.np_random(value)[0] for value in seeds]
 
     def _lanes_to_reset(self, mask: Any) -> np.ndarray:
         if mask is None:
             return np.arange(self.num_envs)
-        mask = np.asarray(mask)
+        mask = np.asarray(plain(mask))
         if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
             raise ValueError(f"reset_mask must be {self.num_envs} booleans, at least one True, got {mask!r}")
         return np.flatnonzero(mask)
 
     def _reset_lanes(
-        self, lanes: np.ndarray, options: dict[str, Any], streams: list[np.random.Generator] | None = None
+        self, lanes: np.ndarray, given: dict[str, Any], streams: list[np.random.Generator] | None = None
     ) -> None:
-        given = self._read_options(options, len(lanes))
+        """Start ``lanes``; ``given`` is what `_read_options` made of the options."""
         prompts, seeds = [], []
         for row, lane in enumerate(lanes):
             stream = self.np_random if streams is None else streams[lane]
@@ -279,7 +346,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
             prompts.append(given["prompt"][row] if "prompt" in given else drawn[0])
             seeds.append(given["seed"][row] if "seed" in given else drawn[1])
             self.pictures[lane] = None
-        self._start_lanes(lanes, prompts, seeds, given.get("latents"))
+        self._start_lanes(lanes, prompts, seeds, given.get("latents"), given.get("negative_prompt"))
         index = self._index(lanes)
         if "clip_text" in self.config.reads:
             self.clip_text[index] = self.perception.clip.text_features(prompts)
@@ -287,34 +354,50 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         self.refines[lanes], self.decisions[lanes], self.fault[lanes] = 0, 0, False
         for step in range(self.config.warmup_steps):
             self._continue(lanes, capture=step == self.config.warmup_steps - 1)
-        self._end_faulty(lanes)
+        self._mark_faulty(lanes)  # an episode begins all the same: its first step ends it
         if self.config.warmup_steps:
             self._look(lanes, first=True)
         else:
             self._look_at_nothing(lanes)
 
     def _read_options(self, options: dict[str, Any], number: int) -> dict[str, Any]:
-        unknown = set(options) - {"prompt", "seed", "latents"}
+        unknown = set(options) - {"prompt", "negative_prompt", "seed", "latents"}
         if unknown:
-            raise ValueError(f"unknown reset options {sorted(unknown)}; known: prompt, seed, latents, reset_mask")
-        for name, value in options.items():
-            if isinstance(value, (str, int)) or not hasattr(value, "__len__"):
-                raise TypeError(f"the vector environment takes one {name} per lane, got {value!r}")
-            if len(value) != number:
-                raise ValueError(f"{len(value)} {name} values for {number} lanes: {str(value)[:200]}")
+            known = "prompt, negative_prompt, seed, latents, reset_mask"
+            raise ValueError(f"unknown reset options {sorted(unknown)}; known: {known}")
         given: dict[str, Any] = {}
-        for name, check in (("prompt", check_prompt), ("seed", _check_seed)):
-            if name in options:
-                given[name] = [check(value) for value in options[name]]
-        if "latents" in options:
-            given["latents"] = self._read_latents(options["latents"])
+        for name, value in options.items():
+            rows = value if name == "latents" and _depth(value) > 1 else as_list(value)
+            if rows is None:
+                raise TypeError(f"the vector environment takes one {name} per lane, got {shown(value)}")
+            if len(rows) != number:
+                raise ValueError(f"{len(rows)} {name} values for {number} lanes: {str(value)[:200]}")
+            given[name] = rows
+        for name, check in (
+            ("prompt", check_prompt),
+            ("negative_prompt", self._check_negative_prompt),
+            ("seed", check_seed),
+        ):
+            if name in given:
+                given[name] = [check(value) for value in given[name]]
+        if "latents" in given:
+            given["latents"] = self._read_latents(given["latents"])
         return given
+
+    def _check_negative_prompt(self, value: Any) -> str | None:
+        if value is None:
+            return None
+        self.backbone.check_negative_prompt(check_prompt(value), self.config.guidance_scale)
+        return value
 
     def _read_latents(self, values: Any) -> torch.Tensor:
         """Initial latents (B, C, h, w) on the device, of a tensor, an array or a sequence of lanes."""
         try:
             rows = values if hasattr(values, "shape") else torch.stack([torch.as_tensor(row) for row in values])
-            latents = torch.as_tensor(rows).to(self.latents)
+            rows = torch.as_tensor(rows)
+            if rows.is_complex() or rows.dtype == torch.bool:
+                raise TypeError(f"they are {rows.dtype}")
+            latents = rows.to(self.latents)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"latents must be numbers (B, C, h, w), got {str(values)[:200]}: {error}") from error
         if latents.shape[1:] != self.latents.shape[1:]:
@@ -325,6 +408,7 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
 
     # ----------------------------------------------------------------- step
 
+    @isolated()
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Carry out one action (B,) per lane.
 
@@ -335,21 +419,31 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step()")
         actions = self._check_actions(actions)
-        ended = np.flatnonzero(self.done)
-        lanes = np.flatnonzero(~self.done)
+        waiting = self.done | self._out_of_steps()
+        ended, lanes = np.flatnonzero(waiting), np.flatnonzero(~waiting)
         if len(ended) and self.autoreset_mode == AutoresetMode.NEXT_STEP:
             self._reset_lanes(ended, {})
         elif len(lanes) == 0:
             raise gym.error.ResetNeeded("every lane has ended: call reset() before step()")
         taken, reward = self._act(lanes, actions)
-        terminated = self.done.copy()
+        terminated, truncated = self.done.copy(), self._out_of_steps()
         observation, info = self._observation(), self._info(taken, reward)
-        if self.autoreset_mode == AutoresetMode.SAME_STEP and terminated.any():
-            observation, info = self._reset_finished(np.flatnonzero(terminated), observation, info)
-        return observation, reward["total"], terminated, np.zeros(self.num_envs, bool), info
+        finished = np.flatnonzero(terminated | truncated)
+        if self.autoreset_mode == AutoresetMode.SAME_STEP and len(finished):
+            observation, info = self._reset_finished(finished, observation, info)
+        return observation, reward["total"], terminated, truncated, info
+
+    def _out_of_steps(self) -> np.ndarray:
+        """Which lanes (B,) bool have made all the decisions that an episode may have."""
+        if self.max_episode_steps is None:
+            return np.zeros(self.num_envs, bool)
+        return self.decisions >= self.max_episode_steps
 
     def _check_actions(self, actions: Any) -> np.ndarray:
-        array = np.asarray(actions.cpu() if isinstance(actions, torch.Tensor) else actions)
+        try:
+            array = np.asarray(actions.cpu() if isinstance(actions, torch.Tensor) else actions)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"expected {self.num_envs} actions, got {actions!r}: {error}") from error
         if array.shape != (self.num_envs,):
             raise ValueError(f"expected {self.num_envs} actions, got {actions!r}")
         if not np.issubdtype(array.dtype, np.integer) or not np.isin(array, list(Action)).all():
@@ -358,15 +452,17 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
 
     def _act(self, lanes: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Apply the actions of ``lanes``; returns what was carried out (B,; -1 for the others) and the reward."""
-        taken = self._admissible(lanes, actions)
         phi, spent = self._phi(), self._spent()
-        self._continue(lanes[taken[lanes] == Action.CONTINUE])
-        self._refine(lanes[taken[lanes] == Action.REFINE])
-        self._finish(lanes[taken[lanes] == Action.STOP])
+        going = lanes[~self.fault[lanes]]  # who broke down in its warm-up has nothing left to decide
+        taken = self._admissible(going, actions)
+        self._continue(going[taken[going] == Action.CONTINUE])
+        self._refine(going[taken[going] == Action.REFINE])
+        self._finish(going[taken[going] == Action.STOP])
         self.decisions[lanes] += 1
-        broke = lanes[~self.done[lanes] & (self.nfe[lanes] + 1 + self.config.finish_steps > self.config.nfe_budget)]
+        broke = going[~self.done[going] & (self.nfe[going] + 1 + self.config.finish_steps > self.config.nfe_budget)]
         self._finish(broke)
-        self._end_faulty(lanes)
+        self._mark_faulty(lanes)
+        self.done[lanes[self.fault[lanes]]] = True
         looked = self.done[lanes] | (self.decisions[lanes] % self.config.observe_every == 0)
         self._look(lanes[looked])
         similarity = np.ones(self.num_envs)  # without a new look there is no new picture to compare
@@ -383,14 +479,14 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
             return self.nfe.copy()
         return self.net_flops / (self.passes_per_nfe * self.price["denoiser"])
 
-    def _end_faulty(self, lanes: np.ndarray) -> None:
-        """End those of ``lanes`` whose numbers stopped being finite; their picture is their last finite x0."""
+    def _mark_faulty(self, lanes: np.ndarray) -> None:
+        """Mark those of ``lanes`` whose numbers stopped being finite; what they show is their last finite x0."""
         faulty = lanes[self.faults[self._index(lanes)].cpu().numpy()]
         if len(faulty) == 0:
             return
         index = self._index(faulty)
         self.latents[index] = self.x0[index]
-        self.fault[faulty], self.done[faulty] = True, True
+        self.fault[faulty] = True
 
     def _admissible(self, lanes: np.ndarray, actions: np.ndarray) -> np.ndarray:
         """What will be carried out: a capped refinement becomes continue, an unaffordable action becomes stop.
@@ -536,12 +632,12 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
             "nfe": self.nfe.copy(),
             "forward_passes": self.nfe * self.passes_per_nfe,
             "net_flops": self.net_flops.copy(),
-            "action_mask": self.action_masks(),
+            "action_mask": self.action_masks().astype(np.int8),  # what a space's sample(mask) wants
             "action_taken": taken,
             "clip_score": self.clip_score.copy(),
             "reward_score": self.reward_score.copy(),
             "fault": self.fault.copy(),
-            "reward": reward,
+            "reward_components": reward,
         }
         present = {f"_{name}": np.ones(self.num_envs, bool) for name in values}
         return values | present
@@ -554,11 +650,12 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         for lane in lanes:
             final_obs[lane] = _row(observation, lane)
         self._reset_lanes(lanes, {})
-        fresh = self._info(info["action_taken"], info["reward"])
+        fresh = self._info(info["action_taken"].copy(), {k: v.copy() for k, v in info["reward_components"].items()})
         last = info | {name: ended for name in info if name.startswith("_")}
         final = {"final_obs": final_obs, "_final_obs": ended, "final_info": last, "_final_info": ended}
         return self._observation(), fresh | final
 
+    @isolated()
     def preview_images(self) -> np.ndarray:
         """Decoded latest clean predictions of all lanes: uint8 (B, H, W, 3)."""
         chunks = [to_uint8(_finite(self.previewer.decode(self.x0[rows]))) for rows in self._chunks(self.num_envs)]
@@ -573,13 +670,14 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
         picture = self.pictures[lane]
         if picture is None:
             raise RuntimeError(f"lane {lane} has not ended, so it has no final picture")
-        return picture
+        return picture.copy()
 
     @property
     def refine_mask(self) -> np.ndarray:
         """Mask of each lane's latest refinement, float32 (B, h, w) in [0, 1]; zeros if there was none."""
         return self.refine_masks[:, 0].float().cpu().numpy().copy()
 
+    @isolated()
     def render(self) -> tuple[np.ndarray, ...] | None:
         """Each lane's final picture, or its preview before the end: uint8 (H, W, 3) each."""
         if self.render_mode is None:
@@ -588,14 +686,14 @@ class DiffusionDenoiseVectorEnv(RefinableLanes, VectorEnv):
             raise gym.error.ResetNeeded("call reset() before render()")
         previews = self.preview_images()
         final = self.pictures
-        return tuple(p if f is None else f for p, f in zip(previews, final, strict=True))
+        return tuple((p if f is None else f).copy() for p, f in zip(previews, final, strict=True))
 
 
-class DiffusionDenoiseEnv(gym.Env):
+class DiffusionDenoiseEnv(_JsonableSpec, gym.Env):
     """One lane of `DiffusionDenoiseVectorEnv`, whose docstring is the specification.
 
     Arguments are the same but for ``num_envs`` and ``autoreset_mode``; ``reset(options={"prompt": str, "seed": int,
-    "latents": (C, h, w) or (1, C, h, w)})``.
+    "negative_prompt": str, "latents": (C, h, w) or (1, C, h, w)})``.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}
@@ -618,10 +716,12 @@ class DiffusionDenoiseEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode; see `DiffusionDenoiseVectorEnv.reset`."""
-        super().reset(seed=seed)
-        self.vector._np_random = self.np_random  # one stream of random numbers, the one users can seed
+        seed = None if seed is None else check_seed(seed)
         options = {name: self._one(name, value) for name, value in _as_mapping(options).items()}
-        observation, info = self.vector.reset(options=options)
+        self.vector._np_random = self.np_random  # one stream of random numbers, the one users can seed
+        observation, info = self.vector.reset(seed=seed, options=options)
+        if seed is not None:  # nothing was refused
+            self._np_random, self._np_random_seed = self.vector._np_random, seed
         return _row(observation, 0), _single_info(info)
 
     def close(self) -> None:
@@ -629,7 +729,7 @@ class DiffusionDenoiseEnv(gym.Env):
         self.vector.close()
 
     def _one(self, name: str, value: Any) -> Any:
-        if name == "latents" and getattr(value, "ndim", 0) == 4:
+        if name == "latents" and _depth(value) == 4:
             return value
         return [check_prompt(value) if name == "prompt" else value]
 
@@ -639,7 +739,7 @@ class DiffusionDenoiseEnv(gym.Env):
         Raises:
             gymnasium.error.ResetNeeded: no episode is running; ValueError: not 0, 1 or 2.
         """
-        observation, reward, terminated, truncated, info = self.vector.step(np.asarray([action]))
+        observation, reward, terminated, truncated, info = self.vector.step([plain(action)])
         return _row(observation, 0), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _single_info(info)
 
     def action_masks(self) -> np.ndarray:
@@ -662,14 +762,32 @@ def _as_mapping(options: Any) -> dict[str, Any]:
     return dict(options or {})
 
 
-def _check_seed(value: Any) -> int:
-    try:
-        seed = -1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        seed = -1
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"a seed must be a non-negative integer, got {value!r}")
-    return seed
+def _autoreset_mode(value: Any) -> AutoresetMode:
+    """The mode that ``value`` is, or is the name or the value of.
+
+    Raises:
+        ValueError: none.
+    """
+    for mode in AutoresetMode:
+        if plain(value) in (mode.value, mode.name):
+            return mode
+    known = ", ".join(mode.name for mode in AutoresetMode)
+    raise ValueError(f"autoreset_mode must be one of {known}, got {shown(value)}")
+
+
+def _step_limit(value: Any) -> int | None:
+    """Decisions that an episode may have; None: any number, which Gymnasium's ``make`` also says by -1."""
+    limit = checked("max_episode_steps", value, int | None)
+    if limit in (None, -1):
+        return None
+    return checked("max_episode_steps", limit, Annotated[int, at_least(1)])
+
+
+def _depth(value: Any) -> int:
+    """How many dimensions an array, a tensor or nested sequences have."""
+    if hasattr(value, "ndim"):
+        return int(value.ndim)
+    return 1 + _depth(value[0]) if isinstance(value, (list, tuple)) and value else 0
 
 
 def _choose(rows: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:

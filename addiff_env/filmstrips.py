@@ -53,7 +53,10 @@ def record_trajectories(
             strips[lane].append(_frame(previews[lane], info, lane))
         observation, _, terminated, _, info = env.step(act(observation, info["action_mask"]))
         for lane in watched:
-            _note_action(strips[lane][-1], int(info["action_taken"][lane]), env.refine_mask[lane])
+            if info["action_taken"][lane] < 0:  # it broke down in its warm-up: nothing was decided
+                strips[lane].pop()
+            else:
+                _note_action(strips[lane][-1], int(info["action_taken"][lane]), env.refine_mask[lane])
         running = ~terminated
     return [[*strips[lane], _frame(env.final_image(lane), info, lane)] for lane in lanes]
 

@@ -1,7 +1,7 @@
 """Recorded trajectories as Minari datasets, for offline reinforcement learning (``pip install 'addiff-env[offline]'``).
 
     python -m addiff_env.offline addiff/tiny-random-v0 --episodes 200
-    python -m addiff_env.offline addiff/tiny-agent-v0 --episodes 200 --agent addiff_env/tiny/weights/agent
+    python -m addiff_env.offline addiff/tiny-agent-v0 --episodes 200 --agent addiff_env:tiny/weights/agent
 
 An episode holds observations (T + 1, width), actions (T,) as carried out, rewards (T,), and per step its prompt, seed,
 NFE and action mask in ``infos``. Read one back with ``minari.load_dataset`` or `read_episodes`; its
@@ -22,7 +22,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.agent import Agent
+from addiff_env.commands import interruptible
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.storage import claim_file
 
 RANDOM_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine of the random policy
 Act = Callable[[Any, np.ndarray], np.ndarray]  # observations (B, width), masks (B, 3) -> actions (B,)
@@ -39,6 +41,7 @@ class Trajectory:
     rewards: list[float] = field(default_factory=list)  # T
     nfe: list[int] = field(default_factory=list)  # T + 1, denoiser evaluations so far
     masks: list[np.ndarray] = field(default_factory=list)  # T + 1, (3,) bool: admissible actions
+    truncated: bool = False  # it was cut short by a limit of steps
 
 
 def random_policy(rng: np.random.Generator, shares: Sequence[float] = RANDOM_SHARES) -> Act:
@@ -77,17 +80,18 @@ def _play(env: DiffusionDenoiseVectorEnv, act: Act, pairs: Sequence[tuple[str, i
     episodes = [Trajectory(prompt, int(seed)) for prompt, seed in pairs]
     padded = [*pairs, *[pairs[-1]] * (env.num_envs - len(pairs))]
     observation, info = env.reset(options={"prompt": [p for p, _ in padded], "seed": [int(s) for _, s in padded]})
-    running = ~env.done
+    running = ~(env.done | env.fault)  # who broke down in its warm-up has nothing to decide
     _note(episodes, running, observation, info)
     while running[: len(episodes)].any():
         before = running
-        observation, reward, terminated, _, info = env.step(act(observation, info["action_mask"]))
+        observation, reward, terminated, truncated, info = env.step(act(observation, info["action_mask"]))
         for lane, episode in enumerate(episodes):
             if before[lane]:
                 episode.actions.append(int(info["action_taken"][lane]))
                 episode.rewards.append(float(reward[lane]))
+                episode.truncated = bool(truncated[lane] and not terminated[lane])
         _note(episodes, before, observation, info)
-        running = ~terminated
+        running = before & ~(terminated | truncated)
     return episodes
 
 
@@ -97,7 +101,7 @@ def _note(episodes: list[Trajectory], lanes: np.ndarray, observation: np.ndarray
         if lanes[lane]:
             episode.observations.append(observation[lane].copy())
             episode.nfe.append(int(info["nfe"][lane]))
-            episode.masks.append(info["action_mask"][lane].copy())
+            episode.masks.append(info["action_mask"][lane].astype(bool))
 
 
 def write_dataset(name: str, env: DiffusionDenoiseVectorEnv, episodes: Sequence[Trajectory], algorithm: str) -> Any:
@@ -144,7 +148,7 @@ def _single_spec(env: DiffusionDenoiseVectorEnv) -> Any:
 
 def _buffer(minari: Any, number: int, episode: Trajectory) -> Any:
     steps = len(episode.actions)
-    ends = [False] * (steps - 1) + [True]
+    last = np.arange(steps) == steps - 1
     infos = {
         "prompt": np.array([episode.prompt.encode()] * (steps + 1)),
         "seed": np.full(steps + 1, episode.seed, np.int64),
@@ -157,8 +161,8 @@ def _buffer(minari: Any, number: int, episode: Trajectory) -> Any:
         observations=np.stack(episode.observations),
         actions=np.array(episode.actions, np.int64),
         rewards=np.array(episode.rewards),
-        terminations=np.array(ends),
-        truncations=np.zeros(steps, bool),
+        terminations=last & (not episode.truncated),
+        truncations=last & episode.truncated,
         infos=infos,
     )
 
@@ -180,6 +184,7 @@ def read_episodes(name: str) -> Iterator[Trajectory]:
             [float(reward) for reward in data.rewards],
             [int(nfe) for nfe in infos["nfe"]],
             [np.asarray(mask, bool) for mask in infos["action_mask"]],
+            bool(data.truncations[-1]),
         )
 
 
@@ -205,6 +210,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of prompts, initial noises and random actions")
     options = parser.parse_args(arguments)
     check_free(options.name)
+    with (
+        interruptible(lambda: "a dataset is written whole, nothing is kept"),
+        claim_file(_minari().storage.get_dataset_path(options.name), "offline", "choose another name or version"),
+    ):
+        check_free(options.name)  # another recording may have ended just now
+        _record(options)
+
+
+def _record(options: argparse.Namespace) -> None:
     rng = np.random.default_rng(options.seed)
     agent = Agent.from_pretrained(options.agent) if options.agent else None
     name, kwargs = agent.environment if agent else (options.env, {})

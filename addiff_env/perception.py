@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,8 @@ import torch
 from addiff_env.backbones import count_flops
 from addiff_env.config import LOOK_PARTS
 from addiff_env.encoders import load_clip, load_dino
-from addiff_env.loading import resolve_model
+from addiff_env.isolation import isolated
+from addiff_env.paths import resolve_model
 from addiff_env.preprocessing import vouched_pictures
 from addiff_env.scorers import ScorerOfLatents, load_scorer, reads_latents
 
@@ -70,6 +71,12 @@ class Latents:
     evaluations: torch.Tensor  # (B, 2) that stopping here and going on to the end would still take
 
 
+def look_precision(setting: str, device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """What looks are computed in: by ``auto`` a GPU's model's own half precision, else (None) strict float32."""
+    half = setting == "auto" and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return dtype if half else None
+
+
 class Perception:
     """The frozen encoders and the reward model of one environment.
 
@@ -77,6 +84,8 @@ class Perception:
         clip, dino: model folders (or ``addiff_env:<path>``), Hub ids, or what `addiff_env.encoders` lists.
         scorer: a setting of `addiff_env.scorers.load_scorer`.
         device: where they live.
+        precision: ``float16`` or ``bfloat16``: looks are computed in it (autocast, as the scorers' official code does
+            on GPUs), texts and results stay float32. None: strict float32.
         reads: which of `LOOK_PARTS` are looked at; the others cost nothing and are 0.
         encode: pictures (B, 3, H, W) to latents, with which a scorer of latents can score pictures.
 
@@ -95,10 +104,11 @@ class Perception:
         dino: str,
         scorer: str,
         device: torch.device,
+        precision: torch.dtype | None = None,
         reads: Sequence[str] = LOOK_PARTS,
         encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
-        self.device, self.reads = device, frozenset(reads)
+        self.device, self.precision, self.reads = device, precision, frozenset(reads)
         self.clip = load_clip(resolve_model(clip), str(device))
         self.dino = load_dino(resolve_model(dino), str(device))
         self.scorer: Any = load_scorer(scorer, str(device))
@@ -116,6 +126,7 @@ class Perception:
         clip, outlook = self.clip.width, {"outlook": 1} if self.reads_latents else {}
         return {"clip_image": clip, "clip_text": clip, "timestep": TIMESTEP_WIDTH, **outlook, "quality": len(QUALITY)}
 
+    @isolated()
     def look(
         self,
         pictures: torch.Tensor | None,
@@ -130,26 +141,38 @@ class Perception:
         ones. ``pictures`` may be None where nothing that is read needs them.
         """
         look = Look.blank(len(prompts), self.clip.width, self.dino.width, self.device)
-        with vouched_pictures() if vouched else nullcontext():
-            if "clip_image" in self.reads:
-                look.clip_image = self.clip.image_features(pictures)
-                look.clip_score = (look.clip_image * self.clip.text_features(prompts)).sum(1)
+        texts = self.clip.text_features(prompts) if "clip_image" in self.reads else None
+        if reader := getattr(self.scorer, "text_encoder", None):
+            reader.text_features(prompts)  # kept by the encoder, which others share: never in half precision
+        with vouched_pictures() if vouched else nullcontext(), self._half_precision():
+            if texts is not None:
+                look.clip_image = self.clip.image_features(pictures).float()
             if "dino" in self.reads:
-                look.dino = self.dino.image_features(pictures)
+                look.dino = self.dino.image_features(pictures).float()
             if "reward" in self.reads:
                 self._score(look, pictures, prompts, latents)
+        if texts is not None:
+            look.clip_score = (look.clip_image * texts).sum(1)
         return look
 
     def _score(self, look: Look, pictures: torch.Tensor | None, prompts: list[str], latents: Latents | None) -> None:
         """Let the reward model score, into ``look``."""
-        limit = self.score_limit
-        if not self.reads_latents or latents is None:
-            look.reward_score = self.scorer.score(pictures, prompts).to(self.device).clamp(-limit, limit)
-            look.outlook = look.reward_score if self.reads_latents else look.outlook
-            return
-        scores = self.scorer.score_latents(latents.x0, prompts, latents.timesteps, latents.evaluations)
-        look.reward_score, look.outlook = scores.to(self.device).clamp(-limit, limit).unbind(1)
+        if not self.reads_latents:
+            look.reward_score = self._limited(self.scorer.score(pictures, prompts))
+        elif latents is None:
+            look.reward_score = look.outlook = self._limited(self.scorer.score(pictures, prompts))
+        else:
+            scores = self.scorer.score_latents(latents.x0, prompts, latents.timesteps, latents.evaluations)
+            look.reward_score, look.outlook = self._limited(scores).unbind(1)
 
+    def _limited(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores on the device, within the limit."""
+        return scores.float().to(self.device).clamp(-self.score_limit, self.score_limit)
+
+    def _half_precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.precision is None else torch.autocast(self.device.type, self.precision)
+
+    @isolated()
     def flops(self, height: int, width: int) -> float:
         """FLOPs of one look at one picture, preview decode not included; measured once per size."""
         if (height, width) not in self._flops:
@@ -158,6 +181,7 @@ class Perception:
             self._flops[height, width] = count_flops(lambda: self.look(picture, [""], latents=latents), self.device)
         return self._flops[height, width]
 
+    @isolated()
     def verdict_flops(self, height: int, width: int) -> float:
         """FLOPs of the reward model's part of one look, preview decode not included; measured once per size."""
         key = ("verdict", height, width)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +14,11 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from addiff_env.agent import Agent
+from addiff_env.agent import Agent, flat_observation
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.prompts import check_prompt
 from addiff_env.types import Generated
+from addiff_env.validation import as_list, check_seed
 
 
 def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDenoiseVectorEnv:
@@ -26,7 +29,8 @@ def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDe
     """
     name, kwargs = agent.environment
     modes: dict[str, Any] = {"num_envs": num_envs, "autoreset_mode": AutoresetMode.DISABLED}
-    envs = gym.make_vec(name, **modes, **kwargs | overrides).unwrapped
+    modes["max_episode_steps"] = None  # a limit of the training's: here every picture is finished
+    envs = gym.make_vec(name, **modes | kwargs | overrides).unwrapped
     assert isinstance(envs, DiffusionDenoiseVectorEnv)
     return envs
 
@@ -58,19 +62,28 @@ class AdaptivePipeline:
     of `addiff_env.evaluation.policies`) pays for the looks that it reads only, and of those for preview and reward
     model only, as a program of that rule alone would; its seconds are still those of looking at everything.
 
-    Raises:
-        ValueError: lanes that restart by themselves, or an agent that sees other observations than ``env`` makes.
+    ``negative_prompt`` is what guidance leads away from in pictures that are not asked for with another one; None: as
+    the environment's setting says.
 
-    >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env/tiny/weights/agent")  # doctest: +SKIP
+    Raises:
+        ValueError: lanes that restart by themselves or are cut short, an agent that sees other observations than
+            ``env`` makes, or a negative prompt for a model without guidance.
+
+    >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env:tiny/weights/agent")  # doctest: +SKIP
     >>> pictures = pipeline(["a red circle", "two blue stars"], seeds=[0, 1])  # doctest: +SKIP
     """
 
-    def __init__(self, env: DiffusionDenoiseVectorEnv, agent: Any) -> None:
+    def __init__(self, env: DiffusionDenoiseVectorEnv, agent: Any, negative_prompt: str | None = None) -> None:
         if env.autoreset_mode != AutoresetMode.DISABLED:
             raise ValueError(f"the pipeline needs lanes that wait (autoreset DISABLED), got {env.autoreset_mode}")
+        if env.max_episode_steps is not None:
+            raise ValueError(f"the pipeline finishes every picture: no max_episode_steps, got {env.max_episode_steps}")
         if isinstance(agent, Agent):
             agent.require_layout(env.perception.parts)
-        self.env, self.agent = env, agent
+        if negative_prompt is not None:
+            env.backbone.check_negative_prompt(check_prompt(negative_prompt), env.config.guidance_scale)
+        self.env, self.agent, self.negative_prompt = env, agent, negative_prompt
+        self._turn = threading.Lock()  # the lanes are one call's at a time
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, num_envs: int = 16, **overrides: Any) -> AdaptivePipeline:
@@ -84,25 +97,50 @@ class AdaptivePipeline:
         agent = Agent.from_pretrained(folder)
         return cls(make_agent_env(agent, num_envs, **overrides), agent)
 
-    def __call__(self, prompts: str | Sequence[str], seeds: int | Sequence[int] | None = None) -> list[Generated]:
-        """Make one picture per prompt, in order; without ``seeds`` they are drawn at random.
+    def __call__(
+        self,
+        prompts: str | Iterable[str],
+        seeds: int | Iterable[int] | np.random.Generator | None = None,
+        negative_prompt: str | Iterable[str | None] | None = None,
+    ) -> list[Generated]:
+        """Make one picture per prompt, in order.
+
+        Args:
+            prompts: one, or any number of them.
+            seeds: as many, each in [0, 2**63); None: drawn at random. A `numpy.random.Generator` draws them, too.
+            negative_prompt: one for all pictures, or one per prompt; None: the pipeline's own.
+
+        Several threads may call: each waits for its turn.
 
         Raises:
-            ValueError: different numbers of prompts and seeds; TypeError: a prompt that is no string.
+            ValueError: different numbers of prompts, seeds and negative prompts, what is no seed, or a negative prompt
+                for a model without guidance; TypeError: a prompt that is no string.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [check_prompt(prompt) for prompt in _items(prompts)]
         if seeds is None:
-            seeds = [int(seed) for seed in np.random.default_rng().integers(2**31, size=len(texts))]
-        numbers = [seeds] if isinstance(seeds, int) else list(seeds)
+            seeds = np.random.default_rng()
+        if isinstance(seeds, np.random.Generator):
+            seeds = seeds.integers(2**31, size=len(texts))
+        numbers = [check_seed(seed) for seed in _items(seeds)]
         if len(texts) != len(numbers):
-            raise ValueError(f"{len(texts)} prompts but {len(numbers)} seeds")
-        results = dict(pair for group in self.stream(texts, numbers) for pair in group)
+            raise ValueError(f"{len(texts)} prompts but {len(numbers)} seeds: each prompt needs its own")
+        with self._turn:
+            results = dict(pair for group in self.stream(texts, numbers, negative_prompt) for pair in group)
         return [results[index] for index in range(len(texts))]
 
-    def stream(self, prompts: Sequence[str], seeds: Sequence[int]) -> Iterator[list[tuple[int, Generated]]]:
-        """Yield groups of (index, picture) as they finish; a lane that ends takes the next prompt at once."""
+    def stream(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        negative_prompt: str | Iterable[str | None] | None = None,
+    ) -> Iterator[list[tuple[int, Generated]]]:
+        """Yield groups of (index, picture) as they finish; a lane that ends takes the next prompt at once.
+
+        Raises:
+            ValueError, TypeError: as a call.
+        """
         env = self.env
-        waiting = list(enumerate(zip(prompts, seeds, strict=True)))
+        waiting = list(enumerate(zip(prompts, seeds, self._negatives(negative_prompt, len(prompts)), strict=True)))
         running: dict[int, _Episode] = {}  # by lane
         free = list(range(env.num_envs))
         while waiting or running:
@@ -111,14 +149,14 @@ class AdaptivePipeline:
             began = time.perf_counter()
             active = sorted(running)
             actions = np.zeros(env.num_envs, np.int64)
-            actions[active] = self._decide(
-                observation[active], info["action_mask"][active], [running[lane] for lane in active]
-            )
+            seen = flat_observation(observation, env.perception.parts)[active]
+            actions[active] = self._decide(seen, info["action_mask"][active], [running[lane] for lane in active])
             observation, reward, terminated, _, info = env.step(actions)
             share = (time.perf_counter() - began) / len(active)
             for lane in active:
                 made = running[lane].made
-                made.actions.append(int(info["action_taken"][lane]))
+                if info["action_taken"][lane] >= 0:  # else there was nothing left to decide
+                    made.actions.append(int(info["action_taken"][lane]))
                 made.reward += float(reward[lane])
                 made.seconds += share
                 if not terminated[lane] and len(made.actions) % env.config.observe_every == 0:
@@ -126,6 +164,15 @@ class AdaptivePipeline:
             ended = [lane for lane in active if terminated[lane]]
             free = [lane for lane in range(env.num_envs) if lane not in running or lane in ended]
             yield [self._finish(running.pop(lane), lane, info) for lane in ended]
+
+    def _negatives(self, given: str | Iterable[str | None] | None, number: int) -> list[str | None]:
+        """A negative prompt per picture, None where it is the environment's; a wrong one is refused before any work."""
+        texts = [given] * number if given is None or isinstance(given, str) else list(given)
+        if len(texts) != number:
+            raise ValueError(f"{number} prompts but {len(texts)} negative prompts")
+        for text in filter(lambda text: text is not None, texts):
+            self.env.backbone.check_negative_prompt(check_prompt(text), self.env.config.guidance_scale)
+        return [self.negative_prompt if text is None else text for text in texts]
 
     def _decide(self, observation: Any, action_mask: np.ndarray, episodes: list[_Episode]) -> np.ndarray:
         """Actions of the running lanes; who draws at random is told whose turn it is, so that lanes do not mix."""
@@ -140,23 +187,26 @@ class AdaptivePipeline:
     def _start(
         self,
         lanes: list[int],
-        waiting: list[tuple[int, tuple[str, int]]],
+        waiting: list[tuple[int, tuple[str, int, str | None]]],
         running: dict[int, _Episode],
     ) -> tuple[Any, dict[str, Any]]:
         began = time.perf_counter()
         taken = [waiting.pop(0) for _ in lanes]
         mask = np.isin(np.arange(self.env.num_envs), lanes)
-        options = {"prompt": [p for _, (p, _) in taken], "seed": [s for _, (_, s) in taken], "reset_mask": mask}
+        asked, seeds, negatives = (list(column) for column in zip(*(what for _, what in taken), strict=True))
+        options = {"prompt": asked, "seed": seeds, "negative_prompt": negatives, "reset_mask": mask}
         result = self.env.reset(options=options)
         share = (time.perf_counter() - began) / len(lanes)
-        for lane, (index, (prompt, seed)) in zip(lanes, taken, strict=True):
+        for lane, (index, (prompt, seed, _)) in zip(lanes, taken, strict=True):
             made = Generated(prompt, seed, np.zeros(0, np.uint8), seconds=share)
-            running[lane] = _Episode(index, made, fresh=self.env.config.warmup_steps > 0 and not self.env.done[lane])
+            running[lane] = _Episode(index, made, fresh=self.env.config.warmup_steps > 0)
         return result
 
     def _finish(self, episode: _Episode, lane: int, info: dict[str, Any]) -> tuple[int, Generated]:
         made = episode.made
         made.picture = self.env.final_image(lane)
+        if info["fault"][lane]:
+            made.note = "the model's numbers stopped being finite: the picture is its last finite prediction"
         made.nfe, made.forward_passes = int(info["nfe"][lane]), int(info["forward_passes"][lane])
         made.net_flops = float(info["net_flops"][lane]) + len(made.actions) * self.agent.flops
         if self._selective:
@@ -185,3 +235,11 @@ class AdaptivePipeline:
         spared = self._spared
         text = spared["others' text" if episode.read else "text"]
         return (episode.unread + episode.fresh) * spared["look"] + episode.read * spared["rest"] + text
+
+
+def _items(values: Any) -> list[Any]:
+    """What an iterable or an array yields; a single thing stands for itself."""
+    found = as_list(values)
+    if found is None:
+        found = list(values) if isinstance(values, Iterator) else [values]
+    return found

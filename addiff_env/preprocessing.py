@@ -276,4 +276,4 @@ def _kernel(x: np.ndarray, interpolation: str) -> np.ndarray:
 def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
     """Numbers per channel (3, 1, 1) float32, sent to the device once."""
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device).view(3, 1, 1)
+        return torch.tensor(values, dtype=torch.float32, device=device).view(3, 1, 1)

@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 
 from addiff_env.backbones import Backbone, count_flops
-from addiff_env.loading import DTYPES, quiet_loading, resolve_model, shared
+from addiff_env.backbones.memory import in_slices
+from addiff_env.isolation import frozen, isolated
+from addiff_env.loading import (
+    DTYPES,
+    gated_advice,
+    load_network,
+    looked_at,
+    quiet_loading,
+    resolve_model,
+    shared,
+)
 
 PREVIEWS = ("vae", "taesd", "latent_rgb")
 FIT_PICTURES, FIT_CELLS = 16, 16  # pictures that `fit_latent_rgb` looks at, and their side in latent cells
@@ -56,11 +66,16 @@ class TinyDecoder:
                 f"preview_model {model!r} decodes latents of {channels} channels, {backbone.name!r} has "
                 f"{backbone.latent_channels}"
             )
+        self.backbone = backbone
         self._flops: dict[tuple[int, ...], float] = {}
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1]."""
+        """Latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1], sliced as `Backbone.decode`."""
+        pixels = latents.shape[2:].numel() * self.backbone.spatial_factor**2
+        with frozen(self.vae):
+            return in_slices(self._decode, latents, self.backbone.pictures_at_once(self.vae, pixels))
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         scaled = (latents / self.vae.config.scaling_factor).contiguous(memory_format=torch.channels_last)
         return (self.vae.decode(scaled, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
 
@@ -78,10 +93,13 @@ def load_tiny_decoder(model: str, device: str, dtype: str) -> Any:
     """An `AutoencoderTiny`, frozen; FileNotFoundError or ValueError as `TinyDecoder`."""
     try:
         with quiet_loading():
-            vae = AutoencoderTiny.from_pretrained(model, dtype=DTYPES[dtype], use_safetensors=True)
+            vae = load_network(AutoencoderTiny, model, dtype=DTYPES[dtype], use_safetensors=True)
     except Exception as error:
         kind = ValueError if Path(model).exists() else FileNotFoundError
-        raise kind(f"cannot load a preview decoder from {model!r}: {error}; download it or pass a folder") from error
+        advice = gated_advice(error)
+        raise kind(
+            f"cannot load a preview decoder from {looked_at(model)}: {error}; download it or pass a folder{advice}"
+        ) from error
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
@@ -92,7 +110,7 @@ class LinearDecoder:
         self.scale = backbone.spatial_factor
         self.weight, self.bias = fit_latent_rgb(backbone)  # (3, C), (3,)
 
-    @torch.no_grad()
+    @isolated()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1], bilinearly enlarged."""
         small = torch.einsum("rc,bchw->brhw", self.weight, latents.float()) + self.bias[:, None, None]
@@ -103,7 +121,7 @@ class LinearDecoder:
         return 2.0 * 3 * shape[0] * shape[1] * shape[2]
 
 
-@torch.no_grad()
+@isolated()
 def fit_latent_rgb(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
     """Least-squares map from latent channels to mean colour: weight (3, C), bias (3,), float32 on the device.
 

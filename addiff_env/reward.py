@@ -10,16 +10,18 @@ the baseline that the terminal quality is counted from (`relative_to_baseline`).
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from addiff_env.validation import above, at_least, at_most, check_fields, one_of, shown
+
 COMPONENTS = ("shaping", "instability", "efficiency", "terminal", "fault")
 EFFICIENCY_UNITS = ("nfe", "step_flops")
-_SPREADS = ("clip_std", "reward_std")
-_SCORERS_OWN = ("reward_mean", "reward_std")
+Weight = Annotated[float, at_least(0)]  # a negative one would reward what it is meant to cost
+Spread = Annotated[float, above(0)]
 
 
 @dataclass(frozen=True)
@@ -34,38 +36,35 @@ class RewardConfig:
             unknown unit, or a negative weight, which would reward what it is meant to cost; the message shows it.
     """
 
-    clip_weight: float = 0.2  # of the CLIP score, in the potential and in the terminal quality
-    reward_weight: float = 0.8  # of the reward model's score, likewise
+    clip_weight: Weight = 0.2  # of the CLIP score, in the potential and in the terminal quality
+    reward_weight: Weight = 0.8  # of the reward model's score, likewise
     clip_mean: float = 0.25  # CLIP cosine that counts as quality 0.5
-    clip_std: float = 0.05  # spread of the CLIP cosine
+    clip_std: Spread = 0.05  # spread of the CLIP cosine
     reward_mean: float | None = None  # reward-model score that counts as quality 0.5; None: the scorer's own mean
-    reward_std: float | None = None  # spread of the reward model's score; None: the scorer's own
-    shaping: float = 1.0  # weight of gamma * Phi(s') - Phi(s)
-    gamma: float = 1.0  # discount that shaping assumes; must equal the learner's
-    instability: float = 0.02  # weight of the penalty 1 - DINO similarity of successive previews
-    efficiency: float = 0.01  # c_nfe: cost of one efficiency_unit
+    reward_std: Spread | None = None  # spread of the reward model's score; None: the scorer's own
+    shaping: Weight = 1.0  # weight of gamma * Phi(s') - Phi(s)
+    gamma: Annotated[float, above(0), at_most(1)] = 1.0  # discount that shaping assumes; must equal the learner's
+    instability: Weight = 0.02  # weight of the penalty 1 - DINO similarity of successive previews
+    efficiency: Weight = 0.01  # c_nfe: cost of one efficiency_unit
     # What efficiency is charged for: "nfe", denoiser evaluations; "step_flops", everything that is spent on the lane
     # (evaluations, looks, the final decode) in units of one denoiser step's FLOPs.
-    efficiency_unit: str = "nfe"
-    terminal: float = 1.0  # weight of the final image's quality
-    fault: float = 1.0  # penalty of a lane whose numbers stopped being finite; it gets no terminal quality
+    efficiency_unit: Annotated[str, one_of(*EFFICIENCY_UNITS)] = "nfe"
+    terminal: Weight = 1.0  # weight of the final image's quality
+    fault: Weight = 1.0  # penalty of a lane whose numbers stopped being finite; it gets no terminal quality
 
     def __post_init__(self) -> None:
-        if self.efficiency_unit not in EFFICIENCY_UNITS:
-            known = ", ".join(EFFICIENCY_UNITS)
-            raise ValueError(f"unknown reward setting 'efficiency_unit' {self.efficiency_unit!r}; known: {known}")
-        for name, value in vars(self).items():
-            if name != "efficiency_unit" and not (value is None and name in _SCORERS_OWN):
-                _check_number(name, value)
+        check_fields(self, "reward setting {!r}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any] | None) -> RewardConfig:
+    def from_dict(cls, values: Mapping[str, Any] | None) -> RewardConfig:
         """Build from a mapping of weights; what is left out keeps its default.
 
         Raises:
-            ValueError: an unknown name, or a value that the class refuses.
+            ValueError: no mapping, an unknown name, or a value that the class refuses.
         """
-        values = values or {}
+        values = {} if values is None else values
+        if not isinstance(values, Mapping):
+            raise ValueError(f"reward must be a mapping of its settings, got {shown(values)}")
         known = [f.name for f in fields(cls)]
         for name in values:
             if name not in known:
@@ -90,19 +89,6 @@ class RewardConfig:
         if self.reward_mean is None or self.reward_std is None:
             raise ValueError("reward_mean and reward_std are the scorer's own: call for_scorer first")
         return self.reward_mean, self.reward_std
-
-
-def _check_number(name: str, value: Any) -> None:
-    """Refuse what `RewardConfig` says that it refuses."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)  # True would pass for a weight of 1
-    if not number or not math.isfinite(value):
-        raise ValueError(f"reward setting {name!r} must be a finite number, got {value!r}")
-    if name in _SPREADS and value <= 0:
-        raise ValueError(f"reward setting {name!r} is a spread and must be positive, got {value!r}")
-    if name == "gamma" and not 0 < value <= 1:
-        raise ValueError(f"reward setting 'gamma' is a discount and must lie in (0, 1], got {value!r}")
-    if value < 0 and not name.endswith("_mean"):
-        raise ValueError(f"reward setting {name!r} must not be negative, got {value!r}")
 
 
 def quality(clip_score: np.ndarray, reward_score: np.ndarray, config: RewardConfig) -> np.ndarray:

@@ -20,8 +20,11 @@ from omegaconf import OmegaConf
 
 from addiff_env.agent import Agent
 from addiff_env.evaluation.hypotheses import agent_runs
+from addiff_env.evaluation.jsonl import read_objects
 from addiff_env.evaluation.rows import read_rows
+from addiff_env.paths import looked_at, resolve_model
 from addiff_env.stats import clustered_wilson
+from addiff_env.storage import FolderBusyError, claim, read_yaml
 from addiff_env.types import ResultRow
 
 
@@ -35,7 +38,9 @@ def measured(agent: Agent, folder: Path) -> tuple[str, dict[str, float]]:
     """
     for name in ("rows.jsonl", "config.yaml", "items.jsonl"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {str(folder)!r}: --evaluation wants a finished run of evaluate.py")
+            raise FileNotFoundError(
+                f"no {name} in {looked_at(folder)}: --evaluation wants a finished run of evaluate.py"
+            )
     rows = [row for row in read_rows(folder / "rows.jsonl") if row.policy == agent.fingerprint]
     rows = [row for row in rows if agent_runs([row.method])]  # one of several is named after its training seed
     if not rows:
@@ -43,10 +48,10 @@ def measured(agent: Agent, folder: Path) -> tuple[str, dict[str, float]]:
     kinds = sorted({(row.code_version, row.dtype, row.backbone, row.solver) for row in rows})
     if len(kinds) > 1:
         raise ValueError(f"{folder / 'rows.jsonl'} mixes measurements of this agent: {kinds}")
-    pictures = len((folder / "items.jsonl").read_text().splitlines())
+    pictures = len(read_objects(folder / "items.jsonl"))
     if len(rows) != pictures:
         raise ValueError(f"{folder} has {len(rows)} of {pictures} pictures of agent {agent.fingerprint}: finish it")
-    cfg = OmegaConf.load(folder / "config.yaml")
+    cfg = read_yaml(folder / "config.yaml")
     if altered := OmegaConf.to_container(cfg.env):
         raise ValueError(f"{folder} was made in another environment than the agent's own: {altered}")
     return str(cfg.benchmark.name), _numbers(rows)
@@ -70,12 +75,16 @@ def record(folder: Path, evaluations: Sequence[Path]) -> Agent:
 
     Raises:
         FileNotFoundError, ValueError: as `Agent.load` and `measured`; nothing is written then.
+        FolderBusyError: another process writes the bundle.
     """
+    folder = Path(resolve_model(folder))
     agent = Agent.load(folder)
     found = dict(measured(agent, evaluation) for evaluation in evaluations)
     if found:
-        agent.config["results"] = agent.config.get("results", {}) | found
-        agent.save(folder)
+        with claim(folder, "share"):
+            agent = Agent.load(folder)  # another process may have recorded something meanwhile
+            agent.config["results"] = agent.config.get("results", {}) | found
+            agent.save(folder)
     return agent
 
 
@@ -94,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(agent.model_card(options.push or "owner/name"))
         if options.push:
             print(agent.push_to_hub(options.push, private=options.private or None))
-    except (FileNotFoundError, ValueError, HfHubHTTPError, HFValidationError) as error:
+    except (OSError, ValueError, FolderBusyError, HfHubHTTPError, HFValidationError) as error:
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,12 +14,12 @@ Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
 
 
 def wilson_interval(successes: float, number: float, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927), 95% by default; counts may be effective ones.
+    """Wilson's score interval of a share (Wilson 1927), 95% by default; counts may be effective ones, also below 1.
 
     Raises:
         ValueError: no trials, or more successes than trials.
     """
-    if number < 1 or not 0 <= successes <= number:
+    if not number > 0 or not 0 <= successes <= number:
         raise ValueError(f"no share of {successes} in {number}")
     share, spread = successes / number, z * z / number
     centre = (share + spread / 2) / (1 + spread)
@@ -43,7 +44,8 @@ def effective_size(values: np.ndarray, owner: np.ndarray) -> float:
     Their number over the design effect (the clustered variance of the mean over p(1 - p)/n; Kish 1965), which is never
     taken to be below 1, and over the ratio of squared t quantiles that few clusters cost (Korn & Graubard 1998). Where
     every outcome is the same their variance says nothing of how alike a cluster's are, and where there is but one
-    cluster nothing does: they are taken to be copies then.
+    cluster nothing does: they are taken to be copies then. Of two or three clusters that disagree it may be less than
+    one outcome: they tell next to nothing.
 
     Args:
         values: outcomes (n,).
@@ -71,3 +73,14 @@ def spread(items: Sequence[Any], number: int) -> list[Any]:
     """``number`` of ``items`` (or all, if fewer), evenly spaced."""
     at = np.linspace(0, len(items) - 1, min(number, len(items))).round().astype(int)
     return [items[index] for index in at]
+
+
+def at_least_one(text: str) -> int:
+    """A number of things, from a command line; raises argparse.ArgumentTypeError where it is none."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}") from None
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number

@@ -58,6 +58,7 @@ class ResultRow:
     reason: str = ""  # the method's note, and the words of metrics: why the checker or GenEval is not content
     image: str = ""  # path of the picture relative to the run folder, "" if not kept
     peak_memory: int = 0  # bytes: CUDA's peak allocation while the batch was made, else the process' peak; 0: unknown
+    negative_prompt: str | None = None  # what guidance led away from; left out of the file where there was none
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -71,4 +72,5 @@ class ResultRow:
             self.policy,
             self.dtype,
             self.code_version,
+            *(() if self.negative_prompt is None else (self.negative_prompt,)),
         )

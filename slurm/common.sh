@@ -27,6 +27,18 @@ export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"
 # Since SLURM 22.05 srun no longer takes the job's --cpus-per-task over: a step would get one core.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
+# hydra_value <text>: the text as a value that Hydra reads back, quoted where its grammar needs that. A ${...} in it is
+# still filled in by Hydra.
+hydra_value() {
+    # shellcheck disable=SC2016 # a pattern: nothing in it is to be filled in
+    local plain='^[A-Za-z0-9_./:+@%${}-]+$' quote="'"
+    if [[ "$1" =~ $plain ]]; then
+        printf '%s' "$1"
+    else
+        printf "'%s'" "${1//$quote/\\$quote}"
+    fi
+}
+
 # run_step <command ...>: run it as a step. Shortly before the time limit SLURM sends USR1 (#SBATCH --signal), and the
 # job queues itself again: what was made stays, and the same command goes on from there.
 run_step() {

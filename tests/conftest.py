@@ -1,4 +1,5 @@
 import os
+import shutil
 
 # Before anything heavy is imported: tests never reach the network and never open a window.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -111,10 +112,42 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_kwargs(tiny_kwargs: dict[str, Any], small_model: Path) -> dict[str, Any]:
-    """The embedded world around `small_model`: short schedule, small budget."""
+def small_looks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of a CLIP, a DINO and a scorer like the embedded world's, as wide, with few and random weights.
+
+    A look of theirs takes a fraction of a millisecond instead of ten.
+    """
+    import torch
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
+
+    import addiff_env
+    from addiff_env.loading import resolve_model
+    from addiff_env.scorers.pixel_text import PixelTextReward
+
+    packaged = {name: Path(resolve_model(addiff_env.TINY[name])) for name in ("clip", "dino", "scorer")}
+    folders = {name: tmp_path_factory.mktemp("looks") / name for name in packaged}
+    few: dict[str, Any] = {"num_hidden_layers": 1, "intermediate_size": 32}
+    clip, dino = CLIPConfig.from_pretrained(packaged["clip"]), ViTConfig.from_pretrained(packaged["dino"])
+    clip.text_config.update(few)
+    clip.vision_config.update(few | {"patch_size": 16})
+    dino.update(few | {"patch_size": 16})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        CLIPModel(clip).save_pretrained(folders["clip"])
+        ViTModel(dino, add_pooling_layer=False).save_pretrained(folders["dino"])
+        reward = PixelTextReward(clip.text_config.vocab_size, width=16, layers=1, heads=2, channels=(8, 8))
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(packaged["clip"] / name, folders["clip"])
+    reward.save_pretrained(folders["scorer"], CLIPTokenizer.from_pretrained(packaged["scorer"]))
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def small_kwargs(tiny_kwargs: dict[str, Any], small_looks: dict[str, str], small_model: Path) -> dict[str, Any]:
+    """The embedded world on `small_model` and `small_looks`: short schedule, small budget."""
     return {
         **tiny_kwargs,
+        **small_looks,
         "model": str(small_model),
         "dtype": "float32",
         "num_inference_steps": 6,

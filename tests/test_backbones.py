@@ -20,6 +20,7 @@ from gymnasium.vector import AutoresetMode
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from rounding import assert_same_but_for_rounding
 from safetensors.torch import save_file
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
@@ -50,11 +51,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def kwargs(request: pytest.FixtureRequest, tiny_kwargs: Kwargs, folders: dict[str, Path]) -> Kwargs:
-    """The embedded world around another backbone: few steps, small budget."""
+def kwargs(
+    request: pytest.FixtureRequest, tiny_kwargs: Kwargs, small_looks: dict[str, str], folders: dict[str, Path]
+) -> Kwargs:
+    """Another backbone, seen by `small_looks`: few steps, small budget."""
     kind = getattr(request, "param", "sd")
     common = {"dtype": "float32", "num_inference_steps": 6, "warmup_steps": 2, "max_nfe": 14, "attention_stride": 2}
-    return {**tiny_kwargs, **common, "model": str(folders[kind]), **SETTINGS[kind]}
+    return {**tiny_kwargs, **small_looks, **common, "model": str(folders[kind]), **SETTINGS[kind]}
 
 
 every_backbone = pytest.mark.parametrize("kwargs", sorted(SETTINGS), indirect=True)
@@ -109,14 +112,14 @@ def test_lanes_equal_single_runs(kwargs: Kwargs, mode: str) -> None:
         alone, nfe, latents = episode(env, PROMPTS[lane], SEEDS[lane], plan)
         assert nfe == envs.nfe[lane]
         np.testing.assert_allclose(rewards[lane], alone, atol=1e-4)
-        torch.testing.assert_close(envs.latents[lane], latents[0], rtol=0, atol=1e-4)
+        assert_same_but_for_rounding(envs.latents[lane], latents[0], 1e-4)
 
 
 plans = st.lists(st.lists(st.sampled_from([0, 0, 0, 1, 2, 2]), min_size=10, max_size=10), min_size=16, max_size=16)
 
 
 @given(plans, st.sampled_from(list(AutoresetMode)))
-@hypothesis_settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_sixteen_lanes_equal_sixteen_runs(kwargs: Kwargs, plans: list[list[int]], mode: AutoresetMode) -> None:
     """First episodes of sixteen lanes, whatever the autoreset mode does with lanes that end earlier."""
     kwargs = {**kwargs, "mask": "random"}
@@ -142,7 +145,7 @@ def test_sixteen_lanes_equal_sixteen_runs(kwargs: Kwargs, plans: list[list[int]]
         assert nfe == spent[lane]
         np.testing.assert_allclose(rewards[lane], alone, atol=1e-4)
         if (final := finals[lane]) is not None:
-            torch.testing.assert_close(final, latents[0], rtol=0, atol=1e-4)
+            assert_same_but_for_rounding(final, latents[0], 1e-4)
 
 
 @every_backbone
@@ -215,7 +218,7 @@ def test_a_lane_that_breaks_down_ends_alone(kwargs: Kwargs, monkeypatch: pytest.
     monkeypatch.setattr(envs.backbone, "predict", predict)
     _, expected, *_ = clean.step(np.full(3, CONTINUE))
     assert terminated.tolist() == [False, True, False] and info["fault"].tolist() == [False, True, False]
-    assert info["reward"]["fault"].tolist() == [0, -1, 0] and info["reward"]["terminal"][1] == 0
+    assert info["reward_components"]["fault"].tolist() == [0, -1, 0] and info["reward_components"]["terminal"][1] == 0
     assert reward[1] < -1 and np.isfinite(reward).all()
     assert envs.observation_space.contains(observation)
     torch.testing.assert_close(envs.latents[1], last)
@@ -431,10 +434,10 @@ def test_attention_is_counted(folders: dict[str, Path]) -> None:
     [
         ("flux", {"attention_stride": 4}, "got 4"),
         ("flux", {"solver": "ddim"}, "'ddim'"),
-        ("flux", {"height": 60}, "60 x 64"),
+        ("flux", {"height": 60}, "height .* 8, got 60"),
         ("sd", {"solver": "euler"}, "'euler'"),
         ("sd", {"eta": 0.5}, "0.5"),  # with dpmpp_2m
-        ("sd", {"height": 62}, "62 x 64"),
+        ("sd", {"height": 62}, "height .* 8, got 62"),
         ("sd", {"device": "cuda:7"}, "cuda:7"),
         ("sd", {"lora": "nowhere"}, "nowhere"),
     ],

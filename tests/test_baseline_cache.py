@@ -72,6 +72,15 @@ def test_an_interrupted_computation_goes_on(path: Path, env: Any, monkeypatch: p
     assert [row.get("prompt") for row in again] == [json.loads(line).get("prompt") for line in lines]
 
 
+def test_prompts_may_hold_any_separator_and_the_last_line_be_cut_anywhere(tmp_path: Path, env: Any) -> None:
+    prompts = ["a\u2028red circle", "a\x85star", "a blue\u2028star"]
+    whole = compute_baselines(tmp_path / "b.jsonl", env, 2, prompts, [0])
+    content = (tmp_path / "b.jsonl").read_bytes()
+    assert BaselineCache.load(tmp_path / "b.jsonl", env).scores == whole.scores
+    (tmp_path / "b.jsonl").write_bytes(content[: content.rindex("\u2028".encode()) + 1])  # within a character
+    assert len(BaselineCache.load(tmp_path / "b.jsonl", env).scores) == 2
+
+
 def test_a_stale_cache_is_refused_and_the_values_named(path: Path, env: Any) -> None:
     lines = path.read_text().splitlines()
     header = json.loads(lines[0])

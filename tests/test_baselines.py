@@ -178,8 +178,9 @@ def test_oracle_stop_finishes_as_the_environment_does(small_kwargs: dict[str, An
 
 
 def test_oracle_stop_takes_a_named_scorer(env: DiffusionDenoiseVectorEnv) -> None:
-    named = make_method("oracle-stop:ddim-6@clipscore:addiff_env:tiny/weights/clip", env)
-    assert named.name == "oracle-stop:ddim-6@clipscore:addiff_env:tiny/weights/clip"
+    spec = f"oracle-stop:ddim-6@clipscore:{env.config.clip}"
+    named = make_method(spec, env)
+    assert named.name == spec
     ((_, made),) = next(iter(named.make(ITEMS[:1])))
     clip, prompt = env.perception.clip, ITEMS[0].prompt
     seen = stages(env, ITEMS[0])

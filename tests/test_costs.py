@@ -112,3 +112,24 @@ def test_bad_options_are_shown(options: list[str], words: str, capsys: pytest.Ca
     with pytest.raises(SystemExit, match="2"):
         costs.main(options)
     assert words in capsys.readouterr().err
+
+
+def test_auto_is_resolved_before_anything_is_measured(
+    small_kwargs: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ids of the Hub have device and dtype ``auto``; so many lanes as they make at a time are measured."""
+    settings = small_kwargs | {"device": "auto", "dtype": "auto", "batch_size": 2}
+    words = [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    assert costs.main(["--repeats", "1", *words, "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["dtype"] in ("float32", "float16", "bfloat16") and "auto" not in report["device"]
+    assert report["lanes"] == 2
+
+
+def test_a_report_that_cannot_be_written_is_refused_beforehand(
+    small_kwargs: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "measure", lambda *args: pytest.fail("measured first"))
+    with pytest.raises(SystemExit, match="2"):
+        costs.main(["--json", str(tmp_path / "nowhere" / "costs.json")])
+    assert "nowhere" in capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: .*a ring"):
         load_prompts(str(rows))
     rows.write_text('{"prompt": "a star"}\n{"prompt": 3}\n')
-    with pytest.raises(TypeError, match="got int: 3"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: .*got 3"):
         load_prompts(str(rows))
     rows.write_text('{"prompt": "a star"}\n\n{"prompt": "ein Stern für ü"}\n')
     assert load_prompts(str(rows)) == ["a star", "ein Stern für ü"]

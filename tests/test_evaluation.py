@@ -128,7 +128,8 @@ def test_table_of_another_metric_is_of_its_own_scores():
     assert lines[0].split()[2] == "hpsv2.1" and "success" not in lines[0]
     half = 1.96 * 0.01 * 2**0.5 / 2**0.5
     assert lines[3].split()[:4] == ["agent", "2", "0.220", f"{0.22 - half:.3f}-{0.22 + half:.3f}"]
-    assert len(lines) == 4  # who has no such score is not in the table
+    assert lines[4].split()[:4] == ["none", "1", "n/a", "-"]  # who has no such score is said to have none
+    assert len(lines) == 6 and "hpsv2.1 of none" in lines[5]
 
 
 def test_plot_is_written(tmp_path):

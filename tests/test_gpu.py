@@ -93,3 +93,34 @@ def test_no_latents_travel_to_the_host(kwargs: Kwargs, monkeypatch: pytest.Monke
     assert observation.is_cuda
     assert max(copied) <= 3 * envs.num_envs
     assert len(synchronised) <= 20
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloaded_networks_make_the_same_on_the_gpu(kwargs: Kwargs, offload: str) -> None:
+    """And leave the device: with ``sequential`` no weight of denoiser or text encoder stays there."""
+    plan = [0, 2, 0, 0]
+    resident = run(vector(kwargs, device="cuda", dtype="float32"), plan)
+    envs = vector(kwargs, device="cuda", dtype="float32", offload=offload)
+    torch.testing.assert_close(run(envs, plan), resident, rtol=0, atol=1e-4)
+    network = getattr(envs.backbone, "unet", None) or envs.backbone.transformer  # type: ignore[attr-defined]
+    envs.backbone.decode(envs.latents)  # the decoder comes, the denoiser goes
+    assert not any(weight.is_cuda for weight in network.parameters())
+
+
+@pytest.mark.parametrize("ceiling", [None, 0.0])
+def test_slices_of_a_decode_are_the_whole_on_the_gpu(kwargs: Kwargs, ceiling: float | None) -> None:
+    envs = vector(kwargs, device="cuda", dtype="float32", decode_memory=ceiling)
+    latents = torch.randn(7, *envs.latent_shape, generator=torch.Generator().manual_seed(0)).cuda()
+    whole = envs.backbone._decode(latents)
+    torch.testing.assert_close(envs.backbone.decode(latents), whole, rtol=0, atol=1e-3)
+
+
+def test_looks_are_in_half_precision_unless_told(kwargs: Kwargs) -> None:
+    scores = []
+    for precision in ("auto", "float32"):
+        envs = vector(kwargs, device="cuda", dtype="float16", look_precision=precision)
+        pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)).cuda()
+        scores.append(envs.perception.look(pictures, PROMPTS).reward_score)
+        assert scores[-1].dtype == torch.float32
+    assert not torch.equal(*scores)
+    torch.testing.assert_close(*scores, rtol=0.02, atol=0.05)

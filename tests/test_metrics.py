@@ -1,5 +1,6 @@
 """Metrics by name: which apply, which is the headline, and what is said of those that cannot be had."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from addiff_env.evaluation.metrics import (
     open_metrics,
     primary_score,
     protocol_scores,
+    reported_score,
     score_pictures,
     scores_of_all_methods,
 )
@@ -108,8 +110,10 @@ def test_missing_weights_are_refused_or_left_out(perception: Perception) -> None
         open_metrics(["imagereward:x.pt,colour=red"], perception, TINY, allow_missing=True)
 
 
-def test_a_scorer_by_its_setting_scores_pictures(perception: Perception, rng: np.random.Generator) -> None:
-    metric = open_metric("clipscore:addiff_env:tiny/weights/clip", perception, DRAWN)
+def test_a_scorer_by_its_setting_scores_pictures(
+    perception: Perception, small_looks: dict[str, str], rng: np.random.Generator
+) -> None:
+    metric = open_metric(f"clipscore:{small_looks['clip']}", perception, DRAWN)
     pictures = rng.integers(0, 255, (1, 96, 64, 3), np.uint8)
     ((scores, words),) = score_pictures([metric], pictures, TINY[:1])
     own = open_metric("clip_score", perception, DRAWN)
@@ -126,6 +130,11 @@ def test_scores_of_rows_made_before_do_not_lead_where_a_method_lacks_them() -> N
     assert primary_score(scores_of_all_methods(old)) == "hpsv21"
     with pytest.raises(ValueError, match=r"no score in common \(ddim-50: clip_score, hpsv21; agent: aesthetic\)"):
         scores_of_all_methods([*old, row("agent", aesthetic=5.0)])
+    assert reported_score([*old, row("agent", clip_score=0.1)]) == "clip_score"
+    assert reported_score([*old, row("agent", clip_score=0.1)], "hpsv21") == "hpsv21"
+    assert reported_score(old) == "hpsv21"
+    assert reported_score([*old, row("agent", aesthetic=5.0)]) == "hpsv21"  # of most pictures
+    assert reported_score([row("agent"), row("ddim-50", success=math.nan)]) == "no score"
 
 
 @pytest.mark.parametrize(

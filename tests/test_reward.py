@@ -270,7 +270,7 @@ def test_efficiency_is_charged_in_its_unit(unit: str, small_kwargs: dict[str, An
         running = info["nfe"] >= before["nfe"]  # a lane that starts anew pays nothing for that
         spent = {name: (info[name] - before[name])[running] for name in ("nfe", "net_flops")}
         expected = spent["nfe"] if unit == "nfe" else spent["net_flops"] / step
-        np.testing.assert_allclose(info["reward"]["efficiency"][running], -0.5 * expected, rtol=1e-12)
+        np.testing.assert_allclose(info["reward_components"]["efficiency"][running], -0.5 * expected, rtol=1e-12)
         assert (spent["net_flops"][spent["nfe"] > 0] / step >= spent["nfe"][spent["nfe"] > 0]).all()
         before = info
     assert (expected > 0).any()

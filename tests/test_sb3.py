@@ -134,9 +134,9 @@ def test_terminal_quality_is_counted_from_the_baseline(small_kwargs, tmp_path):
     assert dones.tolist() == [True, False] and infos[0]["seed"] in (0, 1, 2)
     made = quality(*(np.array([infos[0][name]]) for name in ("clip_score", "reward_score")), config)
     plain = quality(*np.array([cache.scores[infos[0]["prompt"], infos[0]["seed"]]]).T, config)
-    assert infos[0]["reward"]["terminal"] == pytest.approx((made - plain)[0])
-    assert rewards[0] == pytest.approx(sum(infos[0]["reward"].values()), rel=1e-5)
-    assert infos[1]["reward"]["terminal"] == 0
+    assert infos[0]["reward_components"]["terminal"] == pytest.approx((made - plain)[0])
+    assert rewards[0] == pytest.approx(sum(infos[0]["reward_components"].values()), rel=1e-5)
+    assert infos[1]["reward_components"]["terminal"] == 0
 
 
 def test_other_autoreset_modes_are_refused(small_kwargs):

@@ -662,10 +662,11 @@ def test_usual_scores_of_any_scorer_make_a_live_reward(name: str, scorers: dict[
 
 def test_an_environments_reward_has_its_scorers_scale(small_kwargs: dict[str, Any]) -> None:
     scorer = f"pickscore:{resolve_model(TINY_CLIP)}"
-    env: Any = gym.make("AdDiffusion-Tiny-v0", **small_kwargs, scorer=scorer).unwrapped
+    env: Any = gym.make("AdDiffusion-Tiny-v0", **{**small_kwargs, "scorer": scorer}).unwrapped
     config = env.vector.reward_config
     assert (config.reward_mean, config.reward_std) == (PickScore.mean, PickScore.std) and config.clip_mean == 0.64
-    own = gym.make("AdDiffusion-Tiny-v0", **small_kwargs, scorer=scorer, reward={"reward_mean": 3.0}).unwrapped
+    settings = {**small_kwargs, "scorer": scorer, "reward": {"reward_mean": 3.0}}
+    own = gym.make("AdDiffusion-Tiny-v0", **settings).unwrapped
     assert own.vector.reward_config.reward_scale == (3.0, PickScore.std)  # type: ignore[attr-defined]
 
 
@@ -700,7 +701,7 @@ def test_the_observation_is_bounded_by_the_scorer() -> None:
 
 
 def test_an_environment_may_be_scored_by_another_model(small_kwargs: dict[str, Any]) -> None:
-    env = gym.make("AdDiffusion-Tiny-v0", **{**small_kwargs, "scorer": f"clipscore:{TINY_CLIP}"})
+    env = gym.make("AdDiffusion-Tiny-v0", **{**small_kwargs, "scorer": f"clipscore:{small_kwargs['clip']}"})
     observation, info = env.reset(options={"prompt": "a red circle", "seed": 0})
     assert env.observation_space.contains(observation)
     assert info["reward_score"] == pytest.approx(info["clip_score"], abs=1e-6)

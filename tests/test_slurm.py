@@ -1,5 +1,6 @@
 """The SLURM templates: clean by shellcheck, and run through by plain bash with SLURM's commands faked."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 SLURM = Path(__file__).parent.parent / "slurm"
@@ -132,6 +134,18 @@ def test_trainings_do_not_share_a_folder(cluster, tmp_path):
     OmegaConf.update(cfg, "hydra.runtime.choices.env", "sd15", force_add=True)  # as a run of the script sets it
     HydraConfig.instance().set_config(cfg)
     assert cfg.hydra.run.dir == f"{tmp_path}/runs/train/sd15-seed1"
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_hydra_reads_the_folders_whatever_their_names(cluster, tmp_path, kind):
+    runs = tmp_path / "it's my (runs), [new]=1"
+    _, lines = cluster(kind, *(["1"] if kind == "evaluate" else []), ADDIFF_RUNS=str(runs), ADDIFF_NAME="a b")
+    found = [call.partition(" hydra.run.dir=")[2] for call in calls(lines, "python")]
+    assert len(found) == (2 if kind == "evaluate" else 1)  # the merge among them
+    for text in found:
+        word = re.split(r" (?:progress_bar|shard\.)", text)[0]
+        read = OverridesParser.create().parse_override(f"hydra.run.dir={word}")
+        assert read.value() == f"{runs}/{kind}/a b"
 
 
 @pytest.mark.parametrize(("kind", "status"), [("train", 0), ("evaluate", 0), ("sweep", 3), ("ray", 3)])

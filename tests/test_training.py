@@ -246,7 +246,7 @@ def test_two_processes_do_not_train_in_one_folder(small_kwargs, tmp_path):
         with pytest.raises(RuntimeError, match="another process") as error:
             train(configure(small_kwargs), tmp_path)
         assert str(tmp_path) in str(error.value)
-    code = "import sys, time; from pathlib import Path; from addiff_env.sb3.training import alone_in\n"
+    code = "import sys, time; from pathlib import Path; from addiff_env.evaluation.files import alone_in\n"
     code += "with alone_in(Path(sys.argv[1])): print('held', flush=True), time.sleep(60)"
     holder = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(holder, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -276,11 +276,14 @@ def test_a_rollout_beyond_the_asked_timesteps_does_not_climb_back(small_kwargs, 
 
 def test_looks_have_no_part_in_what_is_learned(small_kwargs, tmp_path):
     """Also where a run goes on without them."""
-    assert train(configure(small_kwargs, "logging.held_out_every=1"), tmp_path / "often").held_out
-    assert not train(configure(small_kwargs, "logging.held_out_every=0"), tmp_path / "never").held_out
+    looking, blind = (
+        configure(small_kwargs, "algorithm.total_timesteps=45", f"logging.held_out_every={every}") for every in (1, 0)
+    )
+    assert train(looking, tmp_path / "often").held_out
+    assert not train(blind, tmp_path / "never").held_out
     with pytest.raises(Killed):
-        train(configure(small_kwargs, "logging.held_out_every=1"), tmp_path / "partly", callbacks=[KillAt(50)])
-    train(configure(small_kwargs, "logging.held_out_every=0"), tmp_path / "partly")
+        train(looking, tmp_path / "partly", callbacks=[KillAt(20)])
+    train(blind, tmp_path / "partly")
     often, never, partly = (weights(tmp_path / name) for name in ("often", "never", "partly"))
     assert all(torch.equal(often[name], never[name]) and torch.equal(often[name], partly[name]) for name in often)
 
@@ -289,7 +292,8 @@ def test_every_stage_of_a_curriculum_has_a_part_in_the_statistics(small_kwargs, 
     """Prompts of the first stage alone would leave other text features than those of all."""
     means = []
     for name, prompts in (("full", "full"), ("curriculum", "curriculum"), ("simple", "full")):
-        cfg = configure(small_kwargs, f"prompts={prompts}", "algorithm.total_timesteps=15", "calibration_steps=40")
+        sizes = ["algorithm.total_timesteps=15", "calibration_steps=40", "logging.held_out_every=0"]
+        cfg = configure(small_kwargs, f"prompts={prompts}", *sizes)
         if name == "simple":
             cfg.prompts.source = PROMPTS[:2]
         means.append(train(cfg, tmp_path / name).agent.policy.norm.mean)

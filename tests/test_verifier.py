@@ -246,7 +246,7 @@ def test_the_whole_recipe_and_its_measurement(
 
     monkeypatch.setattr(verifier, "LatentTextReward", small)
     words = ["--out", str(weights), "--work", str(tmp_path / "work")]
-    command_line(monkeypatch, *words, "--batch", "24", "--number", "24", "--stops", "1", "--dtype", "float32")
+    command_line(monkeypatch, *words, "--batch", "12", "--number", "12", "--stops", "1", "--dtype", "float32")
     endings.main()
     command_line(monkeypatch, *words, "--steps", "4", "--batch", "16", "--layers", "1", "--warm-start", "0")
     verifier.main()
@@ -257,15 +257,15 @@ def test_the_whole_recipe_and_its_measurement(
     for name, place in (("clip", settings["clip"]), ("reward", settings["scorer"])):
         (weights / name).symlink_to(resolve_model(place))
     monkeypatch.setattr(auc_command, "judge", endings.judge)
-    options = ["--number", "16", "--steps", "4", "--weights", str(weights), "--dtype", "float32"]
+    options = ["--number", "8", "--steps", "4", "--weights", str(weights), "--dtype", "float32"]
     command_line(monkeypatch, *options, "--record", str(tmp_path / "kept.npz"))
     capsys.readouterr()
     with pytest.raises(SystemExit):
         auc_command.main()
     printed = capsys.readouterr().out
     assert "verifier, going on at 20%" in printed and "ran to the end" in printed and "four_objects" in printed
-    command_line(monkeypatch, *options, "--record", str(tmp_path / "kept.npz"), "--number", "8")
-    with pytest.raises(ValueError, match="16 other prompts"):
+    command_line(monkeypatch, *options, "--record", str(tmp_path / "kept.npz"), "--number", "4")
+    with pytest.raises(ValueError, match="8 other prompts"):
         auc_command.main()
 
 

@@ -15,6 +15,7 @@ from addiff_env.backbones.base import (
     to_uint8,
 )
 from addiff_env.backbones.flux import FluxBackbone
+from addiff_env.backbones.offload import check_offload
 from addiff_env.backbones.open import open_pipeline
 from addiff_env.backbones.stable_diffusion import StableDiffusionBackbone
 from addiff_env.loading import DTYPES, resolve_device, resolve_dtype, shared
@@ -49,6 +50,8 @@ def load_backbone(
     lora: str | None = None,
     compile: bool = False,
     channels_last: bool = True,
+    decode_memory: float | None = None,
+    offload: str = "none",
 ) -> Backbone:
     """Load a model folder or Hub id; while anyone holds the result, the same arguments give the same object.
 
@@ -58,7 +61,8 @@ def load_backbone(
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)  # "auto" and what it stands for are the same model
-    return _load(model, revision, device, dtype, attention_stride, lora, compile, channels_last)
+    check_offload(offload, device, compile)
+    return _load(model, revision, device, dtype, attention_stride, lora, compile, channels_last, decode_memory, offload)
 
 
 @shared
@@ -71,9 +75,13 @@ def _load(
     lora: str | None,
     compile: bool,
     channels_last: bool,
+    decode_memory: float | None,
+    offload: str,
 ) -> Backbone:
     pipeline = open_pipeline(model, revision, DTYPES[dtype], lora)
     kind = CLASSES.get(type(pipeline).__name__)
     if kind is None:
         raise ValueError(f"{model!r} is a {type(pipeline).__name__}; supported: {', '.join(CLASSES)}")
-    return kind(pipeline, model, revision, device, dtype, attention_stride, channels_last, compile)
+    return kind(
+        pipeline, model, revision, device, dtype, attention_stride, channels_last, compile, decode_memory, offload
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -15,10 +16,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from addiff_env.backbones.memory import activation_ceiling, bytes_per_pixel, in_slices
+from addiff_env.backbones.offload import attach_offload, load_now
+from addiff_env.backbones.prompt_cache import PromptCache
+from addiff_env.isolation import exclusive, frozen_call, isolated
 from addiff_env.loading import DTYPES
 from addiff_env.samplers import Level, Schedule, make_schedule, solver_step
 
-_CACHED_PROMPTS = 4096  # encoded prompts kept; they repeat within an evaluation, not for ever
+_RECOMPILE_LIMIT = 256  # of one function: a network's blocks share their code, and each shape is a graph of its own
 
 
 @dataclass
@@ -27,9 +32,9 @@ class Conditioning:
 
     embeddings: torch.Tensor  # (B, tokens, width) of the prompt
     content: torch.Tensor  # (B, tokens) bool: the prompt's own words, without BOS, EOS and padding
-    negative: torch.Tensor | None = None  # (B, tokens, width) of the empty prompt
+    negative: torch.Tensor | None = None  # (B, tokens, width) of the negative prompt
     pooled: torch.Tensor | None = None  # (B, width) of the prompt (SDXL, Flux)
-    negative_pooled: torch.Tensor | None = None  # (B, width) of the empty prompt (SDXL)
+    negative_pooled: torch.Tensor | None = None  # (B, width) of the negative prompt (SDXL)
 
     def __getitem__(self, lanes: torch.Tensor) -> Conditioning:
         """The conditioning of some lanes, by index."""
@@ -49,6 +54,17 @@ class Conditioning:
         columns = ([getattr(row, f.name) for row in rows] for f in fields(cls))
         return cls(*(None if column[0] is None else torch.stack(column) for column in columns))
 
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on ``device``."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return Conditioning(*(None if value is None else value.to(device) for value in values))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return sum(value.nbytes for value in values if value is not None)
+
 
 @dataclass
 class Prediction:
@@ -62,7 +78,8 @@ class Prediction:
 class Backbone(ABC):
     """A frozen model; its conventions (prediction type, scaling, packing, guidance) end here.
 
-    Subclasses set the attributes below and write the methods marked abstract.
+    Environments share it, also between threads: subclasses set the attributes below and write the methods marked
+    abstract, `predict` as a `frozen_call`.
     """
 
     name: str
@@ -78,14 +95,32 @@ class Backbone(ABC):
     feature_width: int  # channels of the network's middle
     attention_stride: int  # latent cells per attention cell
     solver: str  # the one used unless another is asked for
-    encodes_negative: bool = False  # whether guidance encodes the empty prompt too
+    encodes_negative: bool = False  # whether guidance encodes the empty prompt where no negative one is given
+    vae: Any  # the autoencoder
 
-    def __init__(self, name: str, revision: str | None, device: str, dtype_name: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        revision: str | None,
+        device: str,
+        dtype_name: str,
+        decode_memory: float | None = None,
+        offload: str = "none",
+    ) -> None:
         self.name, self.revision = name, revision
         self.device, self.dtype, self.dtype_name = torch.device(device), DTYPES[dtype_name], dtype_name
-        self._prompts: dict[str, Conditioning] = {}
+        self.decode_memory, self.offload = decode_memory, offload
+        self._prompts: PromptCache[Conditioning] = PromptCache(self.device)
         self._warned: set[str] = set()
         self._flops: dict[tuple[Any, ...], float] = {}
+
+    def _frozen(self, module: Any) -> Any:
+        """A network that is not trained: on the device, or on the host for as long as it is not called."""
+        module = module.eval().requires_grad_(False)
+        return module if self.offload != "none" else module.to(self.device)
+
+    def _attach_offload(self, *modules: Any) -> None:
+        attach_offload(modules, self.device, self.offload)
 
     # ----------------------------------------------------------------- shapes, grids
 
@@ -120,21 +155,65 @@ class Backbone(ABC):
 
     # ----------------------------------------------------------------- text
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Encode texts as the model's pipeline does; what is too long is truncated, with one warning."""
+    @frozen_call
+    def encode_prompts(
+        self, prompts: Sequence[str], negative_prompt: str | Sequence[str | None] | None = None
+    ) -> Conditioning:
+        """Encode texts as the model's pipeline does; what is too long is truncated, with one warning.
+
+        Args:
+            prompts: one per lane.
+            negative_prompt: what guidance leads away from: one for all lanes, or one per lane; None is what the model's
+                pipeline takes where none is given: the empty prompt, or zeros.
+
+        Raises:
+            ValueError: the model takes no negative prompt, or there is not one per lane.
+        """
+        one = negative_prompt is None or isinstance(negative_prompt, str)
+        negatives: list[Any] = [negative_prompt] * len(prompts) if one else list(negative_prompt or [])
+        if len(negatives) != len(prompts):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
         rows = []
-        for prompt in prompts:
-            if prompt not in self._prompts:
-                if len(self._prompts) >= _CACHED_PROMPTS:
-                    self._prompts.clear()
-                with torch.no_grad():
-                    self._prompts[prompt] = self._encode(prompt)
-            rows.append(self._prompts[prompt])
+        for prompt, text in zip(prompts, negatives, strict=True):
+            row = self._encoded(prompt)
+            negative = self._negative(text, row)
+            rows.append(row if negative is None else with_negative(row, negative))
         return Conditioning.stack(rows)
 
+    def _encoded(self, text: str) -> Conditioning:
+        """One text's encoding, without the lane dimension."""
+        return self._prompts.get(text, self._encode)
+
     @abstractmethod
-    def _encode(self, prompt: str) -> Conditioning:
-        """One prompt, without the lane dimension."""
+    def _encode(self, text: str) -> Conditioning:
+        """One text's embeddings, without the lane dimension and without a negative."""
+
+    def _negative(self, text: str | None, prompt: Conditioning) -> Conditioning | None:
+        """The encoding that guidance leads away from in a lane of ``prompt``; None where there is no such thing.
+
+        Raises:
+            ValueError: a text for a model without an unconditional pass.
+        """
+        if text is not None:
+            raise ValueError(f"{self.name!r} has no unconditional pass and takes no negative_prompt, got {text!r}")
+        return None
+
+    def check_negative_prompt(self, text: str | None, guidance_scale: float) -> None:
+        """Refuse a negative prompt that would have no effect.
+
+        Raises:
+            ValueError: one for a model, or a ``guidance_scale``, without an unconditional pass.
+        """
+        if text is not None and self.passes(guidance_scale) == 1:
+            raise ValueError(
+                f"negative_prompt {text!r} needs an unconditional pass, which {self.name!r} with guidance_scale "
+                f"{guidance_scale:g} has not"
+            )
+
+    def texts_encoded(self, guidance_scale: float, negative_prompt: str | None = None) -> int:
+        """Texts that the encoder reads for one lane: its prompt, and with guidance what this leads away from."""
+        guided = self.passes(guidance_scale) == 2
+        return 2 if guided and (self.encodes_negative or negative_prompt is not None) else 1
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -158,13 +237,36 @@ class Backbone(ABC):
         Without ``capture`` no attention is recorded and the maps have no tokens.
         """
 
-    @abstractmethod
+    @frozen_call
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Full decode to pictures (B, 3, H, W) float32 in [0, 1]."""
+        """Full decode of latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1].
+
+        As many at a time as ``decode_memory`` has room for.
+        """
+        return in_slices(self._decode, latents, self._at_once(latents.shape[2:].numel() * self.spatial_factor**2))
+
+    @frozen_call
+    def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], by the autoencoder's mean; sliced as `decode`."""
+        return in_slices(self._encode_pictures, pictures, self._at_once(pictures.shape[2:].numel()))
+
+    def _at_once(self, pixels: int) -> int:
+        """Pictures of so many ``pixels`` that the autoencoder takes in one call."""
+        load_now(self.vae)
+        return self.pictures_at_once(self.vae, pixels)
+
+    def pictures_at_once(self, decoder: Any, pixels: int) -> int:
+        """How many pictures of so many ``pixels`` a ``decoder`` on this device may work on: at least one."""
+        ceiling = activation_ceiling(self.device, self.decode_memory)
+        return int(min(max(1, ceiling // (bytes_per_pixel(decoder) * pixels)), 2**31))
 
     @abstractmethod
-    def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], by the autoencoder's mean."""
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """`decode` in one call."""
+
+    @abstractmethod
+    def _encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        """`encode_pictures` in one call."""
 
     # ----------------------------------------------------------------- cost
 
@@ -183,6 +285,7 @@ class Backbone(ABC):
 # --------------------------------------------------------------------------- noise, plain denoising
 
 
+@isolated()
 def draw_noise(backbone: Backbone, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Noise (B, C, h, w) of ``shape`` (C, h, w), each lane's drawn by its own generator.
 
@@ -197,6 +300,7 @@ def initial_noise(backbone: Backbone, shape: tuple[int, ...], seeds: Sequence[in
     return draw_noise(backbone, shape, [torch.Generator().manual_seed(int(seed)) for seed in seeds])
 
 
+@isolated()
 def denoise(
     backbone: Backbone,
     schedule: Schedule,
@@ -205,6 +309,7 @@ def denoise(
     guidance_scale: float,
     watch: Callable[[int, torch.Tensor, Prediction], None] | None = None,
     capture: Sequence[int] = (),
+    negative_prompt: str | None = None,
 ) -> torch.Tensor:
     """The whole schedule without decisions, all lanes in step: initial to final latents (B, C, h, w).
 
@@ -216,7 +321,7 @@ def denoise(
     """
     if schedule.needs_noise:
         raise ValueError(f"denoise() runs deterministic solvers, got eta {schedule.eta}")
-    conditioning = backbone.encode_prompts(prompts)
+    conditioning = backbone.encode_prompts(prompts, negative_prompt)
     before = torch.zeros_like(latents)
     known = torch.zeros(len(latents), dtype=torch.bool, device=latents.device)
     for index in range(schedule.num_inference_steps):
@@ -239,12 +344,30 @@ def to_uint8(pictures: torch.Tensor) -> np.ndarray:
 # --------------------------------------------------------------------------- for the subclasses
 
 
-@torch.no_grad()
+def with_negative(prompt: Conditioning, negative: Conditioning) -> Conditioning:
+    """``prompt`` with the embeddings of ``negative`` to lead away from; they are shared, not copied."""
+    return Conditioning(prompt.embeddings, prompt.content, negative.embeddings, prompt.pooled, negative.pooled)
+
+
+def compile_block(module: Any) -> None:
+    """Compile a module in place, once for all batch sizes (``torch.compile``).
+
+    PyTorch gives up on a function after eight graphs and runs it uncompiled from then on. The count is a function's,
+    which a network's blocks share, and blocks of other widths are other graphs.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        module.compile(dynamic=True, recompile_limit=_RECOMPILE_LIMIT)
+        return
+    torch._dynamo.config.recompile_limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    module.compile(dynamic=True)
+
+
 def count_flops(call: Callable[[], Any], device: torch.device | str) -> float:
     """FLOPs of one call on ``device``, by `torch.utils.flop_counter` (matrix products, convolutions, attention)."""
     # The counter knows CUDA's fused attention, but not the CPU's: there attention is written out while it counts.
     written_out = sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
-    with _plain_multihead_attention(), written_out, FlopCounterMode(display=False) as counter:
+    # Which kernels attention uses is a setting of the process, and the counter watches all of its modules.
+    with exclusive(), _plain_multihead_attention(), written_out, FlopCounterMode(display=False) as counter:
         call()
     return float(counter.get_total_flops())
 

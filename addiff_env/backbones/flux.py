@@ -12,10 +12,12 @@ from addiff_env.backbones.base import (
     Backbone,
     Conditioning,
     Prediction,
+    compile_block,
     content_tokens,
     scheduler_settings,
     truncated_words,
 )
+from addiff_env.isolation import frozen_call
 from addiff_env.samplers import Level, to_x0
 
 _LAYERS = 4  # double-stream blocks whose attention is read, from the middle of the network on
@@ -30,7 +32,8 @@ class FluxBackbone(Backbone):
 
     Args:
         pipeline: the loaded pipeline (`open_pipeline`).
-        name, revision, device, dtype_name, channels_last, compile: as of `StableDiffusionBackbone`.
+        name, revision, device, dtype_name, channels_last, compile, decode_memory, offload: as of
+            `StableDiffusionBackbone`.
         attention_stride: must be 2, the side of Flux's tokens in latent cells.
 
     Raises:
@@ -47,14 +50,14 @@ class FluxBackbone(Backbone):
         attention_stride: int = _PATCH,
         channels_last: bool = True,
         compile: bool = False,
+        decode_memory: float | None = None,
+        offload: str = "none",
     ) -> None:
-        super().__init__(name, revision, device, dtype_name)
+        super().__init__(name, revision, device, dtype_name, decode_memory, offload)
         if attention_stride != _PATCH:
             raise ValueError(f"attention_stride of Flux is {_PATCH}, its tokens' side; got {attention_stride}")
         modules = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer, pipeline.vae)
-        self.clip, self.t5, self.transformer, self.vae = (
-            module.to(self.device).eval().requires_grad_(False) for module in modules
-        )
+        self.clip, self.t5, self.transformer, self.vae = map(self._frozen, modules)
         if channels_last:
             self.vae = self.vae.to(memory_format=torch.channels_last)
         self.clip_tokenizer, self.tokenizer = pipeline.tokenizer, pipeline.tokenizer_2
@@ -73,8 +76,9 @@ class FluxBackbone(Backbone):
         self._attention_layers = [first + i * (depth - first) // number for i in range(number)]
         if compile:
             for block in self.transformer.single_transformer_blocks:  # attention is captured in the others
-                block.compile()
-            self.vae.decoder.compile()
+                compile_block(block)
+            compile_block(self.vae.decoder)
+        self._attach_offload(self.clip, self.t5, self.transformer, self.vae)
 
     def image_tokens(self, shape: tuple[int, int, int]) -> int:
         """Sequence length of the picture: a token per 2x2 latent cells."""
@@ -86,11 +90,12 @@ class FluxBackbone(Backbone):
 
     # ----------------------------------------------------------------- text
 
-    def _encode(self, prompt: str) -> Conditioning:
-        if dropped := truncated_words(self.tokenizer, prompt, self.max_tokens):
+    @torch.no_grad()
+    def _encode(self, text: str) -> Conditioning:
+        if dropped := truncated_words(self.tokenizer, text, self.max_tokens):
             self._warn_once(f"prompt truncated to {self.max_tokens} tokens, dropped: {dropped!r}")
-        content = content_tokens(self.tokenizer, self._t5_ids(prompt)[0]).to(self.device)
-        embeddings, pooled = self._embed(prompt)
+        content = content_tokens(self.tokenizer, self._t5_ids(text)[0]).to(self.device)
+        embeddings, pooled = self._embed(text)
         return Conditioning(embeddings, content, pooled=pooled)
 
     def _t5_ids(self, prompt: str) -> torch.Tensor:
@@ -109,7 +114,7 @@ class FluxBackbone(Backbone):
 
     # ----------------------------------------------------------------- denoiser
 
-    @torch.no_grad()
+    @frozen_call
     def predict(
         self,
         latents: torch.Tensor,
@@ -130,7 +135,8 @@ class FluxBackbone(Backbone):
             lambda module, args, output: features.append(output[1].float().mean(1))
         )
         try:
-            with capture_joint_attention(self.transformer, self._attention_layers if capture else []) as record:
+            layers = self._attention_layers if capture else []
+            with capture_joint_attention(self.transformer, layers) as record:
                 output = self.transformer(**self._inputs(latents, timesteps, conditioning, guidance_scale)).sample
         finally:
             hook.remove()
@@ -158,16 +164,13 @@ class FluxBackbone(Backbone):
 
     # ----------------------------------------------------------------- pictures
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1]."""
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.vae.config
         shifted = (latents / config.scaling_factor + (config.get("shift_factor") or 0.0)).to(self.vae.dtype)
-        return (self.vae.decode(shifted, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        pictures = self.vae.decode(shifted, return_dict=False)[0]
+        return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
-    @torch.no_grad()
-    def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], by the autoencoder's mean."""
+    def _encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
         config = self.vae.config
         out = self.vae.encode((pictures * 2 - 1).to(self.device, self.vae.dtype))
         latents = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents

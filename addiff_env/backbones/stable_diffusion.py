@@ -13,12 +13,14 @@ from addiff_env.backbones.base import (
     Backbone,
     Conditioning,
     Prediction,
+    compile_block,
     content_tokens,
     guide,
     scheduler_settings,
     spelled_out_words,
     truncated_words,
 )
+from addiff_env.isolation import frozen_call
 from addiff_env.samplers import Level, to_x0
 
 _LAYERS = 6  # most attention layers looked at, evenly chosen: SDXL has fifty at one resolution
@@ -34,7 +36,11 @@ class StableDiffusionBackbone(Backbone):
         dtype_name: ``float32``, ``float16``, ``bfloat16``, of weights and latents.
         attention_stride: latent cells per attention cell, of the layers whose cross-attention is read.
         channels_last: memory layout of the convolutions.
-        compile: compile the U-Net's residual blocks and the decoder (``torch.compile``), once each.
+        compile: compile the U-Net's residual blocks and the decoder (``torch.compile``), once for all batch sizes.
+        decode_memory: ceiling of what the autoencoder's activations take at a time, GiB; at least one picture is
+            decoded at a time. None: half of a GPU's free memory, elsewhere 4.
+        offload: networks wait on the host: ``none``, ``model`` (all but the one at work), ``sequential`` (all but the
+            layer at work).
 
     Raises:
         ValueError: no attention runs at ``attention_stride``.
@@ -50,8 +56,10 @@ class StableDiffusionBackbone(Backbone):
         attention_stride: int = 4,
         channels_last: bool = True,
         compile: bool = False,
+        decode_memory: float | None = None,
+        offload: str = "none",
     ) -> None:
-        super().__init__(name, revision, device, dtype_name)
+        super().__init__(name, revision, device, dtype_name, decode_memory, offload)
         self.is_xl = isinstance(pipeline, StableDiffusionXLPipeline)
         self._sizes: dict[tuple[int, int], torch.Tensor] = {}
         self._channels: torch.Tensor | None = None
@@ -62,10 +70,13 @@ class StableDiffusionBackbone(Backbone):
         self.text_encoders = [self._frozen(m) for m in (getattr(pipeline, n) for n in names) if m is not None]
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self.unet, self.vae = (self._frozen(m).to(memory_format=self._format) for m in (pipeline.unet, pipeline.vae))
-        if self.dtype == torch.float16 and self.vae.config.get("force_upcast"):
-            self.vae = self.vae.float()  # SDXL's decoder overflows in float16
+        # SDXL's decoder overflows in float16. Others' are as diffusers runs them: where a file lacks the flag,
+        # AutoencoderKL fills in that of SDXL, which the pipelines of other models do not look at.
+        if self.is_xl and self.dtype == torch.float16 and self.vae.config.get("force_upcast"):
+            self.vae = self.vae.float()
         self._zero_negative = self.is_xl and bool(pipeline.config.get("force_zeros_for_empty_prompt"))
         self.encodes_negative = not self._zero_negative
+        self._zeros: Conditioning | None = None
         self.scheduler_config, self.solver = scheduler_settings(pipeline.scheduler), "ddim"
         self.prediction_type = self.scheduler_config.get("prediction_type", "epsilon")
         self.latent_channels = self.unet.config.in_channels
@@ -77,14 +88,12 @@ class StableDiffusionBackbone(Backbone):
         self._attention_layers = [layers[i * len(layers) // number] for i in range(number)]
         if compile:
             self._compile()
+        self._attach_offload(*self.text_encoders, self.unet, self.vae)
 
     @property
     def text_encoder(self) -> Any:
         """The (first) text encoder."""
         return self.text_encoders[0]
-
-    def _frozen(self, module: Any) -> Any:
-        return module.to(self.device).eval().requires_grad_(False)
 
     def _blocks_at(self, stride: int) -> tuple[str, ...]:
         """The down and up blocks whose attention runs at 1/stride of the latents' side."""
@@ -98,8 +107,8 @@ class StableDiffusionBackbone(Backbone):
         """Compile block by block: blocks of one shape share their kernels, and attention stays open to capture."""
         for module in self.unet.modules():
             if type(module).__name__ == "ResnetBlock2D":
-                module.compile()
-        self.vae.decoder.compile()
+                compile_block(module)
+        compile_block(self.vae.decoder)
 
     def passes(self, guidance_scale: float) -> int:
         """Two with classifier-free guidance (a scale above 1), else one."""
@@ -107,24 +116,26 @@ class StableDiffusionBackbone(Backbone):
 
     # ----------------------------------------------------------------- text
 
-    def _encode(self, prompt: str) -> Conditioning:
+    @torch.no_grad()
+    def _encode(self, text: str) -> Conditioning:
         """Padded, truncated (warned once); SD takes the last hidden state, SDXL both encoders' last but one."""
         limit = self.tokenizer.model_max_length
-        if dropped := truncated_words(self.tokenizer, prompt, limit):
+        if dropped := truncated_words(self.tokenizer, text, limit):
             self._warn_once(f"prompt truncated to {limit} tokens, dropped: {dropped!r}")
-        for word in spelled_out_words(self.tokenizer, prompt):
+        for word in spelled_out_words(self.tokenizer, text):
             self._warn_once(f"the tokenizer does not know the word {word!r}; it is spelled out letter by letter")
-        content = content_tokens(self.tokenizer, self._ids(self.tokenizer, prompt)[0]).to(self.device)
-        embeddings, pooled = self._embed(prompt)
-        if self._zero_negative:
-            negative, negative_pooled = torch.zeros_like(embeddings), torch.zeros_like(pooled)
-        elif prompt:
-            empty = self.encode_prompts([""])
-            negative = empty.embeddings[0]
-            negative_pooled = None if empty.pooled is None else empty.pooled[0]
-        else:
-            negative, negative_pooled = embeddings, pooled
-        return Conditioning(embeddings, content, negative, pooled, negative_pooled)
+        content = content_tokens(self.tokenizer, self._ids(self.tokenizer, text)[0]).to(self.device)
+        embeddings, pooled = self._embed(text)
+        return Conditioning(embeddings, content, pooled=pooled)
+
+    def _negative(self, text: str | None, prompt: Conditioning) -> Conditioning:
+        """The text's encoding; without one that of the empty prompt, or zeros where SDXL's pipeline has them."""
+        if text is not None or not self._zero_negative:
+            return self._encoded(text or "")
+        if self._zeros is None:  # all encodings have one shape
+            pooled = None if prompt.pooled is None else torch.zeros_like(prompt.pooled)
+            self._zeros = Conditioning(torch.zeros_like(prompt.embeddings), prompt.content, pooled=pooled)
+        return self._zeros
 
     def _ids(self, tokenizer: Any, prompt: str) -> torch.Tensor:
         limit = tokenizer.model_max_length
@@ -145,7 +156,7 @@ class StableDiffusionBackbone(Backbone):
 
     # ----------------------------------------------------------------- denoiser
 
-    @torch.no_grad()
+    @frozen_call
     def predict(
         self,
         latents: torch.Tensor,
@@ -205,17 +216,13 @@ class StableDiffusionBackbone(Backbone):
 
     # ----------------------------------------------------------------- pictures
 
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1]."""
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         mean, std = self._statistics()
         scaled = (latents * std / self.vae.config.scaling_factor + mean).to(self.vae.dtype)
         pictures = self.vae.decode(scaled.contiguous(memory_format=self._format), return_dict=False)[0]
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
-    @torch.no_grad()
-    def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], by the autoencoder's mean."""
+    def _encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
         out = self.vae.encode((pictures * 2 - 1).to(self.device, self.vae.dtype))
         latents = out.latent_dist.mean if hasattr(out, "latent_dist") else out.latents
         mean, std = self._statistics()

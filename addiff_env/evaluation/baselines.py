@@ -33,12 +33,14 @@ class FixedSteps(Batched):
         solver = solver or env.backbone.solver
         super().__init__(env, f"{solver}-{steps}", batch_size)
         self.steps = steps
+        self.expected_nfe = float(steps)
         self.schedule = env.backbone.schedule(steps, env.latent_shape, solver)
 
     def latents(self, prompts: list[str], seeds: Sequence[int], watch: Any = None) -> torch.Tensor:
         """Final latents (B, C, h, w)."""
         noise, scale = self._noise(seeds), self.env.config.guidance_scale
-        return denoise(self.env.backbone, self.schedule, prompts, noise, scale, watch)
+        negative = self.env.config.negative_prompt
+        return denoise(self.env.backbone, self.schedule, prompts, noise, scale, watch, negative_prompt=negative)
 
     def _batch(self, items: list[Item]) -> list[Generated]:
         latents = self.latents([item.prompt for item in items], [item.seed for item in items])
@@ -64,6 +66,7 @@ class WordCount(Batched):
         super().__init__(env, f"words-{mean_steps:g}", batch_size)
         if not benchmark or not mean_steps >= 1:
             raise ValueError(f"{self.name} needs at least one step and one prompt, got {len(benchmark)}")
+        self.expected_nfe = mean_steps
         self.mean_steps, self.mean_words = mean_steps, float(np.mean([_words(item) for item in benchmark]))
         self.policy = f"{self.name} at {self.mean_words:.6g} words"
 
@@ -91,11 +94,15 @@ class BestOf(Batched):
             raise ValueError(f"the best of {number} pictures is none")
         super().__init__(inner.env, f"best-of-{number}:{inner.name}", max(1, inner.batch_size // number))
         self.inner, self.number, self.solver = inner, number, inner.name
+        self.expected_nfe = number * inner.expected_nfe
 
     def _batch(self, items: list[Item]) -> list[Generated]:
         prompts = [item.prompt for item in items for _ in range(self.number)]
         seeds = [item.seed + SEED_STRIDE * k for item in items for k in range(self.number)]
-        pictures = self.env.backbone.decode(self.inner.latents(prompts, seeds))
+        size = self.inner.batch_size  # of one picture's tries there may be more
+        starts = range(0, len(prompts), size)
+        latents = [self.inner.latents(prompts[at : at + size], seeds[at : at + size]) for at in starts]
+        pictures = self.env.backbone.decode(torch.cat(latents))
         scores = reward_score(self.env.perception)(pictures, prompts).view(len(items), self.number)
         best = scores.argmax(1).tolist()
         images = to_uint8(pictures)
@@ -122,7 +129,7 @@ class OracleStop(Batched):
 
     def __init__(self, inner: FixedSteps, scorer: str | None = None) -> None:
         super().__init__(inner.env, f"oracle-stop:{inner.name}" + (f"@{scorer}" if scorer else ""), inner.batch_size)
-        self.inner, self.solver = inner, inner.name
+        self.inner, self.solver, self.expected_nfe = inner, inner.name, inner.expected_nfe
         self.score = _scorer(inner.env, scorer)
 
     def _batch(self, items: list[Item]) -> list[Generated]:
@@ -157,7 +164,7 @@ class OracleStop(Batched):
         env, schedule, steps = self.env, self.inner.schedule, self.env.config.finish_steps
         at = torch.full((len(latents),), index, device=latents.device)
         timesteps, here = schedule.timesteps[at], schedule.here.at(at)
-        told, conditioning = timesteps, env.backbone.encode_prompts(prompts)
+        told, conditioning = timesteps, env.backbone.encode_prompts(prompts, env.config.negative_prompt)
         for j in range(steps):
             now = env.backbone.predict(latents, told, here, conditioning, env.config.guidance_scale, False)
             there, told = env._towards_zero(timesteps, (steps - j - 1) / steps)
@@ -179,6 +186,7 @@ class PolicyMethod:
         self.pipeline, self.name, self.backbone = AdaptivePipeline(env, policy), name, env.backbone
         self.solver = f"{env.config.solver}-{env.config.num_inference_steps}"
         self.policy = policy.fingerprint
+        self.expected_nfe = float(env.config.num_inference_steps)
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Run the policy on every item."""
@@ -205,7 +213,7 @@ class Replay(Batched):
 
     def __init__(self, env: DiffusionDenoiseVectorEnv, name: str, scripts: Scripts) -> None:
         super().__init__(env, name, env.num_envs)
-        self.scripts = scripts
+        self.scripts, self.expected_nfe = scripts, _mean_nfe(scripts)
 
     def _batch(self, items: list[Item]) -> list[Generated]:
         env, scripts = self.env, [_script(self.scripts, item).actions for item in items]
@@ -213,7 +221,7 @@ class Replay(Batched):
         options = {"prompt": [item.prompt for item in items], "seed": [item.seed for item in items]}
         env.reset(options=options | {"reset_mask": mask})
         env.done[~mask] = True  # lanes without an item wait
-        for t in range(max(map(len, scripts))):
+        for t in range(max(1, *map(len, scripts))):  # one step even of lanes that broke down in their warm-up
             running = ~env.done
             if not running.any():
                 break
@@ -240,7 +248,7 @@ class MatchedSteps(Batched):
         self, env: DiffusionDenoiseVectorEnv, name: str, scripts: Scripts, batch_size: int | None = None
     ) -> None:
         super().__init__(env, name, batch_size)
-        self.scripts = scripts
+        self.scripts, self.expected_nfe = scripts, _mean_nfe(scripts)
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Make one picture per item."""
@@ -248,6 +256,10 @@ class MatchedSteps(Batched):
         for number in sorted(set(spent)):
             chosen = [item for item, own in zip(items, spent, strict=True) if own == number]
             yield from FixedSteps(self.env, number, batch_size=self.batch_size).make(chosen)
+
+
+def _mean_nfe(scripts: Scripts) -> float:
+    return float(np.mean([row.nfe for row in scripts.values()])) if scripts else 0.0
 
 
 def _script(scripts: Scripts, item: Item) -> ResultRow:

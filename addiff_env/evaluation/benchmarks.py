@@ -3,14 +3,12 @@
 One loader, `load_benchmark`, and one row type, `Item`. The embedded world's splits are part of the package; the public
 lists are read from a folder (argument ``root`` or environment variable ``ADDIFF_DATA``), laid out as `SOURCES` says
 (`addiff_env.evaluation.fetch` fills it);
-any ``.txt``, ``.csv``, ``.tsv`` or ``.jsonl`` file can be named by its path.
+any file of prompts that `addiff_env.prompts` reads can be named by its path.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -19,11 +17,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from addiff_env.paths import resolve_model
+from addiff_env.prompts import (
+    READERS,
+    PromptRow,
+    check_prompt,
+    parse_json,
+    read_prompts,
+    read_utf8,
+    shorten,
+    split_lines,
+)
 from addiff_env.tiny.scenes import load_split, parse_caption
 
 COMPLEXITIES = ("simple", "mixed", "full")
 T2I_CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
 COCO_NUMBER = 30_000
+MAX_SEED = 2**63 - 1  # that an environment takes
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Source:
 
 
 def load_benchmark(
-    name: str,
+    name: str | os.PathLike[str],
     limit: int | None = None,
     *,
     root: str | Path | None = None,
@@ -76,8 +86,7 @@ def load_benchmark(
     """Load a benchmark by name, or a file of prompts by path.
 
     Args:
-        name: ``tiny-dev``, ``tiny-test``, a name in `SOURCES`, or the path of a ``.txt``, ``.csv``, ``.tsv`` or
-            ``.jsonl`` file.
+        name: ``tiny-dev``, ``tiny-test``, a name in `SOURCES`, or the path of a file that `addiff_env.prompts` reads.
         limit: keep the first prompts, categories in turn; None keeps all.
         root: folder of the public lists; by default the environment variable ``ADDIFF_DATA``.
         images_per_prompt: by default the benchmark's own protocol (GenEval 4, T2I-CompBench 10, others 1).
@@ -93,6 +102,7 @@ def load_benchmark(
     for word, number in (("limit", limit), ("images_per_prompt", images_per_prompt)):
         if number is not None and number < 1:
             raise ValueError(f"{word} must be at least 1, got {number}")
+    name = os.fspath(name)
     source = SOURCES.get(name)
     groups = _give_seeds(
         _entries(name, root, any_length), images_per_prompt or (source.images_per_prompt if source else 1), first_seed
@@ -129,16 +139,10 @@ def _entries(name: str, root: str | Path | None, any_length: bool) -> list[Entry
         source = SOURCES[name]
         path = _find(name, source, root)
         return _checked(source.read(path), source, path, any_length)
-    suffix = Path(name).suffix
-    if suffix not in READERS:
+    if Path(name).suffix.lower() not in READERS:
         known = ", ".join(known_benchmarks())
         raise ValueError(f"unknown benchmark {name!r}; known: {known}, or a file: {', '.join(READERS)}")
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"no prompt file {name!r}")
-    entries = READERS[suffix](Path(name))
-    if not entries:
-        raise ValueError(f"no prompts in {name!r}")
-    return entries
+    return read_list(Path(name))
 
 
 def _find(name: str, source: Source, root: str | Path | None) -> Path:
@@ -150,9 +154,9 @@ def _find(name: str, source: Source, root: str | Path | None) -> Path:
     if not folder:
         raise FileNotFoundError(f"{wanted}, below a folder named by `root` or the environment variable ADDIFF_DATA")
     for relative in source.paths:
-        if (path := Path(folder, relative)).exists():
+        if (path := Path(resolve_model(folder), relative)).exists():
             return path
-    raise FileNotFoundError(f"{wanted}; not found below {str(folder)!r}")
+    raise FileNotFoundError(f"{wanted}; not found below {os.path.abspath(folder)!r}")
 
 
 def _checked(entries: list[Entry], source: Source, path: Path, any_length: bool) -> list[Entry]:
@@ -267,20 +271,24 @@ def _read_tiny(split: str) -> list[Entry]:
     return entries
 
 
-def _text(path: Path) -> str:
-    return path.read_bytes().decode("utf-8-sig")  # a byte-order mark is no part of the first prompt
+def read_list(path: Path) -> list[Entry]:
+    """Any file that `addiff_env.prompts` reads, by the name of its kind.
+
+    Columns or names ``seed`` and ``category`` (or ``tag``), where there are any, are the entry's own, the rest becomes
+    metadata.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_prompts`; or a seed or category that is none, with its place.
+    """
+    return [_entry(row, path.stem) for row in read_prompts(path)]
 
 
-def _lines(path: Path) -> list[str]:
-    """Lines without their ends; only line feeds and carriage returns before them end lines, not Unicode's others."""
-    lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
-    return lines[:-1] if lines[-1] == "" else lines  # what follows a final newline is no line
-
-
-def read_text(path: Path) -> list[Entry]:
-    """One prompt a line; blank lines are none."""
-    rows = [(number, line.strip()) for number, line in enumerate(_lines(path))]
-    return [Entry(line, path.stem, str(number)) for number, line in rows if line]
+def _entry(row: PromptRow, default_category: str) -> Entry:
+    seed, category = row.fields.get("seed"), row.fields.get("category") or row.fields.get("tag") or default_category
+    seed = None if seed in (None, "") else _stated_seed(seed, row.place)
+    category = check_prompt(str(category), f"{row.place}: a category")
+    rest = {key: value for key, value in row.fields.items() if key not in ("seed", "category")}
+    return Entry(row.prompt, category, str(row.index), seed, metadata=rest)
 
 
 def read_captions(path: Path) -> list[Entry]:
@@ -288,81 +296,41 @@ def read_captions(path: Path) -> list[Entry]:
 
     The published list numbers its pictures by line, and some of MS-COCO's captions end in a line feed.
     """
-    rows = [(number, line.strip()) for number, line in enumerate(_lines(path))]
+    rows = [(number, line.strip()) for number, line in enumerate(split_lines(read_utf8(path)))]
     return [Entry(line, "caption" if line else "blank", str(number)) for number, line in rows]
-
-
-def read_csv(path: Path) -> list[Entry]:
-    """Columns ``prompt`` and, if there, ``seed`` and ``category``; the rest becomes metadata. RFC 4180 quoting."""
-    return _table(path, csv.DictReader(io.StringIO(_text(path), newline="")))
-
-
-def read_tsv(path: Path) -> list[Entry]:
-    """As `read_csv`, separated by tabs; quotation marks are part of the prompt, as in PartiPrompts."""
-    return _table(path, csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE))
-
-
-def _table(path: Path, rows: csv.DictReader) -> list[Entry]:
-    names = {(name or "").strip().lower() for name in rows.fieldnames or ()}
-    if "prompt" not in names:
-        raise ValueError(f"{path}: no column 'prompt' among {sorted(names)}")
-    entries = []
-    for index, row in enumerate(rows):
-        if None in row or None in row.values():
-            raise ValueError(f"{path}: row {index + 1} has not {len(names)} columns: {list(row.values())}")
-        values = {name.strip().lower(): value for name, value in row.items()}
-        entries.append(_entry(values, index, f"{path}: row {index + 1}", path.stem))
-    return entries
-
-
-def read_jsonl(path: Path) -> list[Entry]:
-    """Objects with ``prompt`` and, if there, ``seed`` and ``category`` (or ``tag``); the rest becomes metadata."""
-    entries = []
-    for index, line in enumerate(_lines(path)):
-        if not line.strip():
-            continue
-        place = f"{path}:{index + 1}"
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place}: no JSON: {error}: {line[:80]!r}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{place}: expected an object, got {line[:80]!r}")
-        entries.append(_entry(values, index, place, path.stem))
-    return entries
-
-
-def _entry(values: dict[str, Any], index: int, place: str, default_category: str) -> Entry:
-    prompt, seed = values.get("prompt"), values.get("seed")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{place}: expected a prompt, got {prompt!r}")
-    seed = None if seed in (None, "") else _stated_seed(seed, place)
-    category = values.get("category") or values.get("tag") or default_category
-    rest = {key: value for key, value in values.items() if key not in ("prompt", "seed", "category")}
-    return Entry(prompt.strip(), str(category), str(index), seed, metadata=rest)
 
 
 def _stated_seed(seed: Any, place: str) -> int:
     """An integer or its digits: rounding anything else would give two entries the noise of one."""
-    if not str(seed).strip().isdecimal():
-        raise ValueError(f"{place}: expected a whole number as seed, got {seed!r}; it must be 0 or more")
-    return int(seed)
+    digits = str(seed).strip()
+    if not digits.isdecimal() or len(digits) > 100 or int(digits) > MAX_SEED:
+        raise ValueError(
+            f"{place}: expected a whole number as seed, got {shorten(seed)}; it must be 0 or more, below 2**63"
+        )
+    return int(digits)
 
 
 def read_geneval(path: Path) -> list[Entry]:
     """GenEval's ``evaluation_metadata.jsonl``; metadata keeps ``tag``, ``include``, ``exclude`` and ``prompt``."""
-    return [_structured(entry, path) for entry in read_jsonl(path)]
+    return [_structured(entry, path) for entry in read_list(path)]
 
 
 def _structured(entry: Entry, path: Path) -> Entry:
     include = entry.metadata.get("include")
-    whole = isinstance(include, list) and all({"class", "count"} <= set(clause) for clause in include)
-    if not include or not whole or "tag" not in entry.metadata:
+    if not include or not _is_include(include) or "tag" not in entry.metadata:
         raise ValueError(f"{path}:{int(entry.id) + 1}: no GenEval metadata: {dict(entry.metadata)!r}")
     facts = required_facts(include)
     level = structured_complexity(sum(clause["count"] for clause in include), facts)
     metadata = {**entry.metadata, "prompt": entry.prompt}
     return Entry(entry.prompt, entry.category, entry.id, entry.seed, facts, level, metadata)
+
+
+def _is_include(clauses: Any) -> bool:
+    """Whether these are objects of GenEval, each with its class and how many of it there are to be."""
+    return isinstance(clauses, list) and all(
+        isinstance(clause, dict) and "class" in clause and type(clause.get("count")) is int and clause["count"] > 0
+        for clause in clauses
+    )
 
 
 def read_t2i_compbench(folder: Path) -> list[Entry]:
@@ -377,7 +345,7 @@ def read_t2i_compbench(folder: Path) -> list[Entry]:
         path = folder / f"{category}_val.txt"
         if not path.is_file():
             raise FileNotFoundError(f"T2I-CompBench: no {path}; from {SOURCES['t2i-compbench'].home}")
-        for e in read_text(path):
+        for e in read_list(path):
             stated = {"relations": relations(e.prompt)} if relations and category == "complex" else {}
             entries.append(Entry(e.prompt, category, f"{category}/{e.id}", metadata=stated))
     return entries
@@ -388,7 +356,7 @@ def _complex_relations(folder: Path) -> Callable[[str], str] | None:
     paths = [folder / f"complex_val_{kind}.txt" for kind in ("spatial", "action")]
     if not all(path.is_file() for path in paths):
         return None
-    spatial, action = ({_plain(entry.prompt) for entry in read_text(path)} for path in paths)
+    spatial, action = ({_plain(entry.prompt) for entry in read_list(path)} for path in paths)
     return lambda prompt: "spatial" if _plain(prompt) in spatial else "action" if _plain(prompt) in action else "both"
 
 
@@ -404,11 +372,9 @@ def read_coco(path: Path, number: int = COCO_NUMBER, seed: int = 0) -> list[Entr
     on every machine and with every library version, and any beginning of it is a random sample.
 
     Raises:
-        ValueError: no annotations, or fewer pictures than wanted.
+        ValueError: no annotations, one without its numbers or caption, or fewer pictures than wanted.
     """
-    annotations = json.loads(_text(path)).get("annotations")
-    if not annotations:
-        raise ValueError(f"{path}: no 'annotations'; expected captions_val2014.json")
+    annotations = _annotations(path)
     captions: dict[int, dict[str, Any]] = {}  # per picture, the one of the smallest hash
     for row in sorted(annotations, key=lambda row: _lot(seed, row["id"])):
         captions.setdefault(row["image_id"], row)
@@ -416,6 +382,22 @@ def read_coco(path: Path, number: int = COCO_NUMBER, seed: int = 0) -> list[Entr
         raise ValueError(f"{path}: captions of {len(captions)} pictures, wanted {number}")
     chosen = sorted(captions, key=lambda image: _lot(seed, image))[:number]
     return [_caption(captions[image]) for image in chosen]
+
+
+def _annotations(path: Path) -> list[dict[str, Any]]:
+    """The captions of a ``captions_val2014.json``, each with its numbers; raises as `read_coco`."""
+    content = parse_json(read_utf8(path), path)
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not annotations or not isinstance(annotations, list):
+        raise ValueError(f"{path}: no 'annotations'; expected captions_val2014.json")
+    for index, row in enumerate(annotations):
+        place = f"{path}: annotation {index + 1}"
+        if not isinstance(row, dict) or not all(type(row.get(name)) is int for name in ("id", "image_id")):
+            raise ValueError(f"{place}: expected whole numbers as id and image_id, got {shorten(row)}")
+        if not isinstance(row.get("caption"), str):
+            raise ValueError(f"{place}: expected a caption, got {shorten(row)}")
+        check_prompt(row["caption"], f"{place}: a caption")
+    return annotations
 
 
 def _lot(seed: int, number: int) -> bytes:
@@ -427,12 +409,6 @@ def _caption(row: Mapping[str, Any]) -> Entry:
     return Entry(prompt, "caption", str(row["id"]), metadata={"image_id": row["image_id"]})
 
 
-READERS: dict[str, Callable[[Path], list[Entry]]] = {
-    ".txt": read_text,
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-    ".jsonl": read_jsonl,
-}
 SOURCES: dict[str, Source] = {
     "coco-30k": Source(
         ("coco/captions_val2014.json", "coco/annotations/captions_val2014.json"),
@@ -448,13 +424,13 @@ SOURCES: dict[str, Source] = {
         in_turn=False,
     ),
     "drawbench": Source(
-        ("drawbench/drawbench.txt",), "https://github.com/openai/dalle3-eval-samples (prompts)", 200, read_text
+        ("drawbench/drawbench.txt",), "https://github.com/openai/dalle3-eval-samples (prompts)", 200, read_list
     ),
     "partiprompts": Source(
         ("partiprompts/PartiPrompts.tsv",),
         "https://raw.githubusercontent.com/google-research/parti/main/PartiPrompts.tsv",
         1632,
-        read_tsv,
+        read_list,
     ),
     "geneval": Source(
         ("geneval/evaluation_metadata.jsonl",),

@@ -9,10 +9,12 @@ from pathlib import Path
 from addiff_env.evaluation.report import shares_text
 from addiff_env.evaluation.summary import (
     COSTS,
+    NOT_AVAILABLE,
     Estimate,
     MethodSummary,
     categories_of,
     headline_metric,
+    number_text,
     share_metrics,
     summarise,
     tidy,
@@ -85,16 +87,19 @@ def latex_table(rows: Sequence[ResultRow], caption: str, whole: Whole = Whole())
 
 
 def _latex_line(summary: MethodSummary, metric: str, is_share: bool, costs: Sequence[str]) -> list[str]:
-    quality = summary.scores[metric]
+    quality = summary.scores.get(metric)
     scale, digits = (100, 1) if is_share else (1, 3)
-    cells = [latex_escape(summary.method), str(summary.number), _number(scale * quality.mean, digits)]
-    cells.append(_latex_interval(quality, scale, digits))
+    cells = [latex_escape(summary.method), str(summary.number)]
+    if quality is None:
+        cells += [NOT_AVAILABLE, "--"]
+    else:
+        cells += [_number(scale * quality.mean, digits), _latex_interval(quality, scale, digits)]
     cells += [_latex_cost(summary, name) for name in costs]
     return [*cells, "--" if summary.actions is None else shares_text(summary.actions)]
 
 
 def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}".replace("-", "$-$")
+    return number_text(value, digits).replace("-", "$-$")
 
 
 def _latex_interval(found: Estimate, scale: float, digits: int) -> str:
@@ -114,15 +119,19 @@ def _latex_cost(summary: MethodSummary, name: str) -> str:
 
 def _category_table(rows: Sequence[ResultRow], metric: str, shares: frozenset[str]) -> list[str]:
     categories = categories_of(rows)
-    found: dict[str, dict[str, Estimate]] = {}
+    found: dict[str, dict[str, Estimate | None]] = {}
     for category in categories:
         for summary in summarise([row for row in rows if row.category == category], shares):
-            found.setdefault(summary.method, {})[category] = summary.scores[metric]
+            found.setdefault(summary.method, {})[category] = summary.scores.get(metric)
     scale, digits = (100, 0) if metric in shares else (1, 2)
-    body = [
-        [latex_escape(method), *(_number(scale * of[c].mean, digits) if c in of else "--" for c in categories)]
-        for method, of in found.items()
-    ]
+
+    def cell(means: dict[str, Estimate | None], category: str) -> str:
+        if category not in means:
+            return "--"
+        mean = means[category]
+        return NOT_AVAILABLE if mean is None else _number(scale * mean.mean, digits)
+
+    body = [[latex_escape(method), *(cell(of, category) for category in categories)] for method, of in found.items()]
     return _tabular(["method", *(latex_escape(category) for category in categories)], body)
 
 

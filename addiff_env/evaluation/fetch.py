@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from addiff_env.evaluation.benchmarks import SOURCES, T2I_CATEGORIES, Source, read_text
+from addiff_env.evaluation.benchmarks import SOURCES, T2I_CATEGORIES, Source, read_list
 
 TIMEOUT = 30.0  # seconds without any answer
 _RAW = "https://raw.githubusercontent.com"
@@ -115,10 +115,13 @@ def _check(source: Source, folder: Path) -> None:
 
 def _check_relations(prompts: set[str], folder: Path) -> None:
     """Refuse a list of relations with a line that is no complex prompt: cut within a line, or another version's."""
+    home = SOURCES["t2i-compbench"].home
     for name in _RELATIONS:
-        strangers = [entry.prompt for entry in read_text(folder / name) if entry.prompt not in prompts]
+        try:
+            strangers = [entry.prompt for entry in read_list(folder / name) if entry.prompt not in prompts]
+        except ValueError as error:
+            raise FetchError(f"not the published list: {str(error).replace(str(folder), '')}; from {home}") from error
         if strangers:
-            home = SOURCES["t2i-compbench"].home
             raise FetchError(f"{name} has {len(strangers)} lines of no prompt, e.g. {strangers[0]!r}; from {home}")
 
 

@@ -1,46 +1,33 @@
-"""Files of a folder that several processes work in, on several machines if need be."""
+"""Files of a run folder that several processes work in: see `addiff_env.storage`."""
 
 from __future__ import annotations
 
-import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+import numpy as np
+from PIL import Image
 
-LOCK = ".lock"
+from addiff_env.storage import LOCK, alone_in, keep_first, partial_of, write_whole
 
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Wait for, and hold, a folder's lock: what follows is done by one process at a time. A killed one lets go."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / LOCK):
-        yield
+__all__ = ["LOCK", "alone_in", "keep_first", "open_picture", "partial_of", "read_picture", "write_whole"]
 
 
-def partial_of(path: Path) -> Path:
-    """A name beside ``path`` that no other process uses, here or on another machine."""
-    return path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+def open_picture(path: Path) -> Image.Image:
+    """A picture file, decoded.
+
+    Raises:
+        FileNotFoundError, PermissionError, IsADirectoryError: as Python's own, which name it.
+        ValueError: it is no picture, cut off, or larger than is safe; with its name.
+    """
+    with path.open("rb") as file:
+        try:
+            picture = Image.open(file)
+            picture.load()
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} is no readable picture: {type(error).__name__}: {error}") from error
+    return picture
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file at once: whoever reads it sees the old one or the new one."""
-    partial = partial_of(path)
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def keep_first(path: Path, text: str) -> None:
-    """Write a file, unless another process was faster: whole or not at all, and never over another's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(path)
-    partial.write_text(text)
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        pass
-    finally:
-        partial.unlink()
+def read_picture(path: Path, mode: str = "RGB") -> np.ndarray:
+    """A picture file as uint8 (H, W, 3), or in another ``mode`` of PIL's; raises as `open_picture`."""
+    return np.asarray(open_picture(path).convert(mode))

@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item
-from addiff_env.loading import fetching, quiet_loading
+from addiff_env.isolation import frozen_call
+from addiff_env.loading import fetching, load_network, quiet_loading
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -282,12 +283,13 @@ class InstanceDetector:
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
         self.name, self.device = model, device
-        with fetching(model, SETTING), quiet_loading():
-            self.processor = AutoImageProcessor.from_pretrained(model, revision=revision)
-            loaded = Mask2FormerForUniversalSegmentation.from_pretrained(model, revision=revision)
+        with fetching(model, SETTING) as folder, quiet_loading():
+            self.processor = AutoImageProcessor.from_pretrained(folder, revision=revision)
+            loaded = load_network(Mask2FormerForUniversalSegmentation, folder, revision=revision)
         self.model = loaded.eval().to(device)
         self.labels = vocabulary(self.model.config.id2label)
 
+    @frozen_call
     def __call__(self, picture: Image.Image) -> list[Detection]:
         """Detections of one picture, most confident first."""
         import torch
@@ -348,13 +350,14 @@ class BoxDetector:
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         self.name, self.device = model, device
-        with fetching(model, SETTING), quiet_loading():
-            self.processor = AutoImageProcessor.from_pretrained(model, revision=revision)
-            loaded = AutoModelForObjectDetection.from_pretrained(model, revision=revision)
+        with fetching(model, SETTING) as folder, quiet_loading():
+            self.processor = AutoImageProcessor.from_pretrained(folder, revision=revision)
+            loaded = load_network(AutoModelForObjectDetection, folder, revision=revision)
         self.model = loaded.eval().to(device)
         names = self.model.config.id2label
         self.labels = vocabulary(names) if coco else dict(names)
 
+    @frozen_call
     def __call__(self, picture: Image.Image) -> list[Detection]:
         """Detections of one picture, most confident first."""
         import torch
@@ -402,15 +405,16 @@ class ClipColors:
         from transformers import AutoProcessor, CLIPModel
 
         self.name, self.device = model, device
-        with fetching(model, f"{SETTING},colors=<folder>"), quiet_loading():
-            self.processor = AutoProcessor.from_pretrained(model, revision=revision)
-            self.model = CLIPModel.from_pretrained(model, revision=revision).eval().to(device)
+        with fetching(model, f"{SETTING},colors=<folder>") as folder, quiet_loading():
+            self.processor = AutoProcessor.from_pretrained(folder, revision=revision)
+            self.model = load_network(CLIPModel, folder, revision=revision).eval().to(device)
         self._classes: dict[str, Any] = {}
 
     def of(self, picture: Image.Image) -> ColorClassifier:
         """The classifier of one picture's objects, as `judge_picture` takes it."""
         return lambda objects: self._classify(picture, objects)
 
+    @frozen_call
     def _classify(self, picture: Image.Image, objects: Sequence[Detection]) -> list[str]:
         import torch
 
@@ -508,8 +512,8 @@ def open_geneval(rest: str, device: str) -> GenEval:
     options = dict(part.partition("=")[::2] for part in parts)
     if set(options) - {"colors"}:
         raise ValueError(f"cannot read {rest!r} of 'geneval'; known options: colors")
-    with fetching(model, SETTING):
-        masks = AutoConfig.from_pretrained(model).model_type == "mask2former"
+    with fetching(model, SETTING) as folder:
+        masks = AutoConfig.from_pretrained(folder).model_type == "mask2former"
     detector: Detector = InstanceDetector(model, device) if masks else BoxDetector(model, device)
     return GenEval(detector, ClipColors(options.get("colors", "openai/clip-vit-large-patch14"), device))
 

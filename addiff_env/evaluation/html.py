@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item, categories_in_turn
 from addiff_env.evaluation.exports import latex_table, write_csv, write_whole_csv
+from addiff_env.evaluation.files import read_picture
 from addiff_env.evaluation.hypotheses import LEAST_PROMPTS, Rules, Verdict, agent_runs, decide, describe
 from addiff_env.evaluation.judge import JUDGEMENT, OUTCOMES
 from addiff_env.evaluation.report import (
@@ -33,6 +33,7 @@ from addiff_env.evaluation.report import (
     AGENT,
     FAMILIES,
     GRID,
+    absences,
     actions_figure,
     complexity_figure,
     quality_figure,
@@ -49,23 +50,30 @@ from addiff_env.evaluation.runs import (
     reported_rows,
     write_verdicts,
 )
-from addiff_env.evaluation.significance import Comparison, compare_methods
+from addiff_env.evaluation.significance import compare_methods, on_common_pictures
 from addiff_env.evaluation.summary import (
     COSTS,
+    NOT_AVAILABLE,
     Estimate,
     MethodSummary,
     by_facts,
     by_method,
     categories_of,
+    counted,
     decision_counts,
     estimate,
     headline_metric,
     metric_names,
+    number_text,
+    score_value,
+    scores_of,
     share_metrics,
     summarise,
 )
 from addiff_env.evaluation.whole import SPREAD, Whole, read_whole
 from addiff_env.filmstrips import INK, overlay
+from addiff_env.paths import looked_at
+from addiff_env.storage import FolderBusyError, claim, read_json
 from addiff_env.types import ACTIONS, ResultRow
 
 SUBJECT = "agent"  # whose comparisons are shown, all its training runs together; decisions and failures: the first's
@@ -103,7 +111,7 @@ def write_report(
         verdicts: H1-H4; none where no agent was evaluated.
 
     Raises:
-        ValueError: no rows, no score that all rows have, or a row that belongs to no item.
+        ValueError: no rows, or a row that belongs to no item.
     """
     if not rows:
         raise ValueError(f"no rows to report on in {folder}")
@@ -121,7 +129,7 @@ def write_report(
 
 def _caption(rows: Sequence[ResultRow], provenance: Mapping[str, Any]) -> str:
     number, name = len(next(iter(by_method(rows).values()))), provenance.get("benchmark", "benchmark")
-    return f"{name}, {number:,} pictures, {_one(rows, 'backbone')}, {_one(rows, 'dtype')}"
+    return f"{name}, {counted(number, 'picture')}, {_one(rows, 'backbone')}, {_one(rows, 'dtype')}"
 
 
 def _one(rows: Sequence[ResultRow], name: str) -> str:
@@ -147,9 +155,10 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         left_out=provenance.get(LEFT_OUT, []),
         subject=_subject(rows),
         methods=_method_table(rows),
+        absences=absences(rows),
         metrics=_metric_table(rows),
         whole=_whole_tables(read_whole(folder, rows, items)),
-        comparisons=_comparisons(rows) if own else [],
+        comparisons=_comparisons(rows) if own and len(own) < len(rows) else None,
         judged=_judged(folder),
         plots=[_svg(quality_figure(rows, [name]), f"quality-{name}") for name in ("net_flops", "nfe")],
         actions=_actions(own),
@@ -182,6 +191,7 @@ def _template() -> Template:
     )
     environment.filters["signed"] = lambda value: f"{value:+.1f}"
     environment.filters["fixed"] = lambda value: _fixed(value, 3)
+    environment.filters["counted"] = counted
     environment.filters["short"] = lambda value: f"{value:.4g}"
     environment.filters["p_value"] = lambda value: (
         "–" if math.isnan(value) else "< 0.0001" if value < 1e-4 else f"{value:.2g}"
@@ -217,8 +227,9 @@ class Cell:
 
 
 def _cell(found: Estimate | None, is_share: bool, number: int) -> Cell:
+    """An estimate over some of ``number`` pictures; not available where none of them has it."""
     if found is None:
-        return Cell("–")
+        return Cell(NOT_AVAILABLE)
     scale, digits = (100, 1) if is_share else (1, 3)
     note = "" if found.number == number else f"n = {found.number:,}"
     interval = ""
@@ -228,7 +239,11 @@ def _cell(found: Estimate | None, is_share: bool, number: int) -> Cell:
 
 
 def _fixed(value: float, digits: int) -> str:
-    return "–" if math.isnan(value) else f"{value:,.{digits}f}".replace("-", "−")
+    if math.isnan(value):
+        return "–"
+    if math.isinf(value):  # an effect size where every prompt differs by the same
+        return "∞" if value > 0 else "−∞"
+    return (f"{value:,.{digits}f}" if abs(value) < 1e9 else number_text(value, digits)).replace("-", "−")
 
 
 def _method_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
@@ -238,7 +253,7 @@ def _method_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
     lines = []
     for summary in summaries:
         shown = [_cost_text(summary, cost.name, cost.unit, cost.digits) for cost in costs]
-        quality = _cell(summary.scores[metric], metric in shares, summary.number)
+        quality = _cell(summary.scores.get(metric), metric in shares, summary.number)
         lines.append((summary.method, summary.number, quality, shown, shares_text(summary.actions)))
     return {"costs": [cost.label for cost in costs], "lines": lines, "percent": metric in shares}
 
@@ -277,7 +292,7 @@ def _whole_tables(whole: Whole) -> dict[str, Any] | None:
             for name, values in whole.sets.items()
         ]
         tables.append({"title": "set metrics", "names": ["pictures", *names], "lines": lines})
-    return {"tables": tables, "references": list(whole.references.items())}
+    return {"tables": tables, "references": list(whole.references.items()), "notes": whole.notes}
 
 
 def _set_value(values: Mapping[str, float], name: str) -> str:
@@ -286,7 +301,7 @@ def _set_value(values: Mapping[str, float], name: str) -> str:
 
 
 def _digits(value: float | None) -> str:
-    return "–" if value is None else _fixed(value, 4)
+    return NOT_AVAILABLE if value is None else _fixed(value, 4)
 
 
 def _category_tables(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
@@ -308,18 +323,31 @@ def _of(summaries: Mapping[str, MethodSummary], method: str, metric: str, shares
     return _cell(summaries[method].scores.get(metric), metric in shares, summaries[method].number)
 
 
-def _comparisons(rows: Sequence[ResultRow]) -> list[tuple[str, list[Comparison]]]:
-    """The agent's training runs against every other method, for each metric that all rows have; corrected together."""
-    runs = agent_runs(by_method(rows))
-    others = [name for name in by_method(rows) if name not in runs]
-    metrics = [name for name in metric_names(rows) if all(name in row.scores for row in rows)]
-    if not others or len({row.prompt for row in rows}) < 2:
-        return []
-    found = compare_methods(rows, {SUBJECT: runs}, others, metrics)
-    if found[0].prompts < LEAST_PROMPTS:  # as for verdicts: a bootstrap of so few says nothing
+def _comparisons(rows: Sequence[ResultRow]) -> dict[str, Any]:
+    """The agent's training runs against every other method, for each metric that all rows have; corrected together.
+
+    Pictures that one of the methods lacks are left out, and so are methods and metrics without any; ``notes`` say so.
+    """
+    metric, runs = headline_metric(rows), agent_runs(by_method(rows))
+    measured = [row for row in rows if score_value(row, metric) is not None]
+    methods = list(by_method(measured))
+    runs, others = [name for name in methods if name in runs], [name for name in methods if name not in runs]
+    paired, notes = on_common_pictures(measured, methods)
+    lacking = [name for name in by_method(rows) if name not in methods]
+    notes += [f"{name} has no {metric}" for name in lacking]
+    prompts = len({row.prompt for row in paired})
+    if not runs or not others:
+        return {"tables": [], "notes": [*notes, f"{'no other method' if runs else 'no agent'} has {metric}"]}
+    if prompts < 2:
+        return {"tables": [], "notes": [*notes, f"a comparison needs two prompts, got {prompts}"]}
+    metrics = [name for name in metric_names(paired) if all(name in scores_of(row) for row in paired)]
+    notes += [f"{name} is missing in some rows" for name in metric_names(paired) if name not in metrics]
+    found = compare_methods(paired, {SUBJECT: runs}, others, metrics)
+    if prompts < LEAST_PROMPTS:  # as for verdicts: a bootstrap of so few says nothing
         nan = math.nan
         found = [replace(one, low=nan, high=nan, p_bootstrap=nan, p_holm=nan, minimum_detectable=nan) for one in found]
-    return [(name, [one for one in found if one.metric == name]) for name in metrics]
+        notes.append(f"intervals and p-values need {LEAST_PROMPTS} prompts, got {prompts}")
+    return {"tables": [(name, [one for one in found if one.metric == name]) for name in metrics], "notes": notes}
 
 
 def _actions(own: Sequence[ResultRow]) -> dict[str, Any] | None:
@@ -341,9 +369,16 @@ def _complexity(own: Sequence[ResultRow], facts: Mapping[Place, int]) -> dict[st
     for level, group in by_facts(own, facts).items():
         prompts = [row.prompt for row in group]
         spent = _cell(estimate([row.nfe for row in group], prompts), False, len(group))
-        quality = _cell(estimate([row.scores[metric] for row in group], prompts, is_share), is_share, len(group))
+        quality = _cell(_estimate_of(metric, group, is_share), is_share, len(group))
         lines.append((level, len(group), spent, quality))
     return {"svg": _svg(complexity_figure(own, facts), "complexity"), "lines": lines, "percent": is_share}
+
+
+def _estimate_of(metric: str, group: Sequence[ResultRow], is_share: bool) -> Estimate | None:
+    measured = [(value, row.prompt) for row in group if (value := score_value(row, metric)) is not None]
+    return (
+        estimate([value for value, _ in measured], [prompt for _, prompt in measured], is_share) if measured else None
+    )
 
 
 # --------------------------------------------------------------------------- judges
@@ -354,7 +389,14 @@ def _judged(folder: Path) -> dict[str, Any] | None:
     path = folder / JUDGEMENT
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
+    found = read_json(path)
+    try:
+        return _judged_tables(found)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no judgement: {type(error).__name__}: {error}") from error
+
+
+def _judged_tables(found: Mapping[str, Any]) -> dict[str, Any]:
     judges = {f"{name} ({one['model']})": one for name, one in found["judges"].items()}
     columns = judges if len(judges) == 1 else {**judges, "all judges": found["together"]}
     return {
@@ -409,7 +451,7 @@ class Pictures:
         path = (self.folder / row.image).resolve()
         if not path.is_relative_to(self.folder):
             raise ValueError(f"{row.image!r} lies outside the run folder {self.folder}")
-        return png_uri(np.asarray(Image.open(path).convert("RGB"))) if path.exists() else None
+        return png_uri(read_picture(path)) if path.exists() else None
 
 
 def png_uri(picture: np.ndarray) -> str:
@@ -471,33 +513,43 @@ class Cards:
         return [self._final(row) for row in self.by_place.get(place, [])]
 
     def _final(self, row: ResultRow) -> dict[str, Any]:
-        value = row.scores[self.metric]
-        passed = bool(value) if self.is_share else None
-        words = row.reason or f"{self.metric} {value:.3g}"
+        value = score_value(row, self.metric)
+        passed = bool(value) if self.is_share and value is not None else None
+        words = row.reason or f"{self.metric} {NOT_AVAILABLE if value is None else f'{value:.3g}'}"
         return {"method": row.method, "uri": self.pictures.of(row), "passed": passed, "words": words, "nfe": row.nfe}
 
     def failures(self) -> dict[str, Any] | None:
         """What the agent failed, categories in turn, and who passed where it failed; None for graded scores."""
         if not self.is_share:
             return None
-        own = self.groups[self.subject]
-        failed = [row for row in own if not row.scores[self.metric]]
-        places = {(row.prompt, row.seed) for row in failed}
+        own = {
+            (row.prompt, row.seed): row for row in self.groups[self.subject] if _outcome(row, self.metric) is not None
+        }
+        failed = [row for row in own.values() if not _outcome(row, self.metric)]
         others = {name: group for name, group in self.groups.items() if name != self.subject}
         shown = [row for (row,) in categories_in_turn([[row] for row in failed])][:MAX_FAILURES]
         return {
             "number": len(failed),
             "of": len(own),
-            "balance": [(name, *_discordant(group, places, self.metric)) for name, group in others.items()],
+            "balance": [(name, *_discordant(group, own, self.metric)) for name, group in others.items()],
             "cards": [{"row": row, "made": self.made((row.prompt, row.seed))} for row in shown],
         }
 
 
-def _discordant(group: Sequence[ResultRow], failed: set[Place], metric: str) -> tuple[int, int]:
-    """Pictures that passed where the agent failed, and that failed where it passed."""
-    won = sum(bool(row.scores[metric]) for row in group if (row.prompt, row.seed) in failed)
-    lost = sum(not row.scores[metric] for row in group if (row.prompt, row.seed) not in failed)
-    return won, lost
+def _outcome(row: ResultRow, metric: str) -> bool | None:
+    """Whether a picture passed; None where nobody said."""
+    value = score_value(row, metric)
+    return None if value is None else bool(value)
+
+
+def _discordant(group: Sequence[ResultRow], own: Mapping[Place, ResultRow], metric: str) -> tuple[int, int]:
+    """Pictures that passed where the agent's ``own`` failed, and that failed where it passed."""
+    both = [(_outcome(row, metric), _outcome(own[place], metric)) for row in group if (place := _place(row)) in own]
+    return both.count((True, False)), both.count((False, True))
+
+
+def _place(row: ResultRow) -> Place:
+    return row.prompt, row.seed
 
 
 def _frame(frame: Mapping[str, Any]) -> dict[str, Any]:
@@ -551,9 +603,17 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder
     if not (folder / "rows.jsonl").exists():
-        parser.error(f"no rows.jsonl in {folder}")
-    verdicts = decide_again(folder) if options.decide else read_verdicts(folder)
-    if options.decide:
+        parser.error(f"no rows.jsonl in {looked_at(folder)}")
+    try:
+        with claim(folder, "the report"):
+            _remake(folder, options.decide)
+    except (OSError, ValueError, FolderBusyError) as error:
+        parser.exit(1, f"{error}\n")
+
+
+def _remake(folder: Path, decide: bool) -> None:
+    verdicts = decide_again(folder) if decide else read_verdicts(folder)
+    if decide:
         print("\n".join(map(describe, verdicts)))
     for path in write_report(folder, reported_rows(folder), read_items(folder), verdicts):
         print(path)

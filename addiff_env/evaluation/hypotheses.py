@@ -13,6 +13,10 @@ methods it was compared with. (H3 is refuted by either of two correlations, each
 Means are those of pictures, as in the tables; prompts are what is resampled. H3's correlations take one value per
 prompt.
 
+Any rows get verdicts (`decide`). A hypothesis is decided on those pictures that all of its methods have with the
+metric; what was left out is said, a method that never has it leaves its part undecided, and so do fewer than ten
+prompts.
+
 Where the metric is 0 or 1, replicates are drawn from the prompts and two more, on one of which only the agent passes,
 and on the other everything but the agent (after Bonett & Price 2012). Methods that disagree on no prompt, or hardly
 any, would otherwise have an interval of no width.
@@ -22,7 +26,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -33,10 +37,12 @@ from addiff_env.evaluation.significance import (
     Least,
     Measure,
     Resampled,
+    TooFewReplicates,
     costs_of,
     critical_value,
     interval,
     mean_over_pictures,
+    on_common_pictures,
     paired_values,
     partial_spearman,
     picture_counts,
@@ -46,7 +52,7 @@ from addiff_env.evaluation.significance import (
     score_of,
     spearman_test,
 )
-from addiff_env.evaluation.summary import share_metrics
+from addiff_env.evaluation.summary import counted, score_value, share_metrics
 from addiff_env.types import Action, ResultRow
 
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
@@ -452,7 +458,10 @@ def h3_adaptivity(
 
 
 def _correlation_parts(level: np.ndarray, nfe: np.ndarray, rules: Rules) -> list[Part]:
-    found = spearman_test(level, nfe, level=rules.level, draws=rules.fewer(2000), seed=rules.seed)
+    try:
+        found = spearman_test(level, nfe, level=rules.level, draws=rules.fewer(2000), seed=rules.seed)
+    except TooFewReplicates as error:
+        return [Part(f"NFE grows with complexity ({error})", UNDECIDED)]
     rho, p, judge = found.rho, found.p_permutation, Judge(level.size, rules, len(nfe))
     bootstrap = judge.above("NFE grows with complexity", rho, 0.0, rules.correlation)
     outcome = SUPPORTED if p <= rules.alpha else NOT_SUPPORTED if bootstrap.outcome == NOT_SUPPORTED else UNDECIDED
@@ -475,7 +484,10 @@ def _partial_parts(rows: Sequence[ResultRow], complexity: Mapping[Place, float],
         return [Part(NO_PARTIAL, NOT_APPLICABLE)]
     owner = np.array([prompts[prompt] for prompt, _ in places])
     rhos = np.array([rho or 0.0 for rho in each])  # a run that does the same for every picture adapts to none
-    found = _resampled_partial(rhos, (level, nfe, seeds), owner, rules)
+    try:
+        found = _resampled_partial(rhos, (level, nfe, seeds), owner, rules)
+    except TooFewReplicates as error:
+        return [Part(f"also among pictures of one seed ({error})", UNDECIDED)]
     judge = Judge(len(prompts), rules, len(methods))
     return [judge.above("also among pictures of one seed", found, 0.0, rules.correlation)]
 
@@ -584,7 +596,7 @@ def all_verdicts(
     agent: Sequence[str] | None = None,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
 ) -> list[Verdict]:
-    """H1-H4, as far as the methods that were run allow; a hypothesis whose methods are missing is undecided.
+    """H1-H4, as far as the rows allow; a hypothesis whose methods are missing is undecided.
 
     Args:
         rows: per-image rows.
@@ -593,26 +605,104 @@ def all_verdicts(
         rules: margins and levels.
 
     Raises:
-        ValueError: no rows of the agent; rows that are not paired.
+        ValueError: no rows of the agent.
     """
     methods = list(dict.fromkeys(row.method for row in rows))
     runs = agent_runs(methods) if agent is None else list(agent)
-    prompts = len({row.prompt for row in rows})
-    families = solver_families(methods)
-    solvers = {name: members for name, members in families.items() if name != BEST_OF}
+    if not set(runs) & set(methods):
+        raise ValueError(f"no rows of the agent ({', '.join(runs) or 'none was named'}); rows are of {methods}")
     wanted = _references(rows, runs)
     reference = next((name for name in wanted if name in methods), None)
-    controls = _controls(methods, runs)
+    families = solver_families(methods)
+    solvers = {name: members for name, members in families.items() if name != BEST_OF}
+
+    def h1(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Verdict:
+        if reference not in others:
+            return _undecided("H1", f"50-step inference ({' or '.join(wanted)}) was not run", _prompts(paired))
+        return h1_efficiency(paired, own, reference, _known(solvers, others), rules)
+
+    def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Verdict:
+        if not others:
+            return _undecided("H2", "no solver was run", _prompts(paired))
+        return h2_quality(paired, own, _known(families, others), rules)
+
+    compared = [*([reference] if reference else ()), *_members(solvers)]
     return [
-        h1_efficiency(rows, runs, reference, solvers, rules)
-        if reference
-        else _undecided("H1", f"50-step inference ({' or '.join(wanted)}) was not run", prompts),
-        h2_quality(rows, runs, families, rules) if families else _undecided("H2", "no solver was run", prompts),
-        h3_adaptivity(rows, runs, complexity, rules),
-        h4_refinement(rows, runs, controls, rules)
-        if len(controls) == 2
-        else _undecided("H4", "its controls were not run", prompts),
+        _on_common(h1, "H1", rows, runs, compared, rules),
+        _on_common(h2, "H2", rows, runs, _members(families), rules),
+        _h3_on_common(rows, runs, complexity, rules),
+        _h4_on_common(rows, runs, _controls(methods, runs), rules),
     ]
+
+
+def _prompts(rows: Sequence[ResultRow]) -> int:
+    return len({row.prompt for row in rows})
+
+
+def _known(fronts: Groups, names: Sequence[str]) -> dict[str, list[str]]:
+    """The fronts without the methods that ``names`` lack."""
+    kept = {front: [name for name in members if name in names] for front, members in fronts.items()}
+    return {front: members for front, members in kept.items() if members}
+
+
+Decide = Callable[[Sequence[ResultRow], list[str], list[str]], Verdict]  # rows, the agent's runs, other methods
+
+
+def _on_common(
+    decided: Decide,
+    hypothesis: str,
+    rows: Sequence[ResultRow],
+    agent: Sequence[str],
+    others: Sequence[str],
+    rules: Rules,
+) -> Verdict:
+    """What ``decided`` makes of the pictures that the agent and ``others`` have in common, with the rules' metric."""
+    names = list(dict.fromkeys([*agent, *others]))
+    known = [row for row in rows if row.method not in names or score_value(row, rules.metric) is not None]
+    having = {row.method for row in known}
+    own = [name for name in agent if name in having]
+    if not own:
+        return _undecided(hypothesis, f"no picture of {' or '.join(agent)} has {rules.metric}", _prompts(rows))
+    compared = [name for name in dict.fromkeys(others) if name in having]
+    paired, notes = on_common_pictures(known, [*own, *compared])
+    if not paired:
+        return _undecided(hypothesis, f"its methods have no picture in common: {'; '.join(notes)}", 0)
+    verdict = decided(paired, own, compared)
+    mute = [Part(f"{name} has no {rules.metric}", UNDECIDED) for name in names if name not in having]
+    return _noting(verdict, mute, notes)
+
+
+def _noting(verdict: Verdict, further: Sequence[Part], notes: Sequence[str]) -> Verdict:
+    """The verdict with further parts, and with words on what was left out."""
+    if further:
+        known = verdict.parts or (Part(verdict.reason, verdict.outcome),)
+        verdict = conclude(verdict.hypothesis, verdict.prompts, [*known, *further])
+    return replace(verdict, reason="; ".join([verdict.reason, *notes]))
+
+
+def _h3_on_common(
+    rows: Sequence[ResultRow], agent: Sequence[str], complexity: Mapping[Place, float], rules: Rules
+) -> Verdict:
+    """H3 on the pictures that all training runs have; it asks for no quality."""
+    having = {row.method for row in rows}
+    own = [name for name in agent if name in having]
+    paired, notes = on_common_pictures(rows, own)
+    if own and not paired:
+        return _undecided("H3", f"the training runs have no picture in common: {'; '.join(notes)}", 0)
+    lacking = [Part(f"{name} was not run", UNDECIDED) for name in agent if name not in having]
+    return _noting(h3_adaptivity(paired, own, complexity, rules), lacking, notes)
+
+
+def _h4_on_common(rows: Sequence[ResultRow], agent: Sequence[str], controls: Groups, rules: Rules) -> Verdict:
+    """H4 with the controls of the agent's training runs, by the control's name."""
+    names = _members(controls)
+
+    def h4(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Verdict:
+        if len(controls) < 2 or len(own) < len(agent) or set(others) != set(names):
+            return _undecided("H4", "its controls were not run", _prompts(paired))
+        return h4_refinement(paired, own, controls, rules)
+
+    return _on_common(h4, "H4", rows, agent, names, rules)
 
 
 def control_names(agent: str) -> tuple[str, str]:
@@ -626,17 +716,19 @@ def decide(
     rules: Rules = Rules(),  # noqa: B008 (frozen)
     agents: Sequence[str] = ("agent",),
 ) -> list[Verdict]:
-    """Verdicts on H1-H4 from the rows, all of which have the rules' metric; ``agents`` are training runs of one group.
+    """Verdicts on H1-H4 from any rows; none without rows of ``agents``, which are training runs of one group.
 
     Of several the first alone has H4's controls, so that H4 is about that one.
     """
+    if not {row.method for row in rows} & set(agents):
+        return []
     if len(agents) == 1:
         return all_verdicts(rows, complexity, agent=agents, rules=rules)
     controls = control_names(agents[0])
     others = [row for row in rows if row.method not in controls]
     *verdicts, last = all_verdicts(others, complexity, agent=agents, rules=rules)
     if set(controls) <= {row.method for row in rows}:
-        last = h4_refinement(rows, agents[:1], controls, rules)
+        last = _h4_on_common(rows, agents[:1], {name: [name] for name in controls}, rules)
     return [*verdicts, last]
 
 
@@ -663,7 +755,8 @@ def describe(verdict: Verdict) -> str:
     """A verdict as text: one line, and one for each condition with its numbers."""
     needed = f"; about {verdict.required:,} prompts would decide" if verdict.required else ""
     needed += f"; at least {verdict.runs:,} training runs are needed" if verdict.runs else ""
-    lines = [f"{verdict.hypothesis}: {verdict.outcome} ({verdict.prompts:,} prompts; {verdict.reason}{needed})"]
+    prompts = counted(verdict.prompts, "prompt")
+    lines = [f"{verdict.hypothesis}: {verdict.outcome} ({prompts}; {verdict.reason}{needed})"]
     for part in verdict.parts:
         numbers = "" if part.estimate is None else f": {part.estimate:.4g}"
         numbers += "" if part.low is None else f" [{part.low:.4g}, {part.high:.4g}]"

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import combinations
@@ -27,6 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from addiff_env.commands import interruptible
 from addiff_env.evaluation.html import write_report
 from addiff_env.evaluation.judge import (
     ANSWERS,
@@ -44,7 +44,9 @@ from addiff_env.evaluation.judge import (
 )
 from addiff_env.evaluation.runs import read_items, read_verdicts, reported_rows
 from addiff_env.evaluation.summary import by_method
+from addiff_env.paths import looked_at
 from addiff_env.stats import wilson_interval
+from addiff_env.storage import FolderBusyError, claim, write_whole
 from addiff_env.types import ResultRow
 
 # --------------------------------------------------------------------------- what is judged
@@ -225,9 +227,7 @@ def judgement(judges: Mapping[str, Judge], by_judge: Mapping[str, Sequence[Prefe
 def write_judgement(folder: Path, found: Mapping[str, Any]) -> Path:
     """Keep it beside the run's rows; a kill leaves the old file or the new one."""
     path = folder / JUDGEMENT
-    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial_path.write_text(json.dumps(found, indent=2) + "\n")
-    os.replace(partial_path, path)
+    write_whole(path, json.dumps(found, indent=2) + "\n")
     return path
 
 
@@ -282,10 +282,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Judge a run, write ``judge.json`` and make the report again."""
     parser, told = _arguments(argv)
     if not (told.folder / "rows.jsonl").exists():
-        parser.error(f"no rows.jsonl in {told.folder}")
+        parser.error(f"no rows.jsonl in {looked_at(told.folder)}")
+    held = nullcontext() if told.estimate else claim(told.folder, "judging")
     try:
-        _judge(told)
-    except (JudgeError, ValueError) as error:
+        with interruptible(lambda: f"the answers so far are kept in {told.folder / ANSWERS}"), held:
+            _judge(told)
+    except (JudgeError, OSError, ValueError, FolderBusyError) as error:
         parser.exit(1, f"{error}\n")
 
 

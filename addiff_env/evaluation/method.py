@@ -13,6 +13,7 @@ import torch
 from addiff_env.backbones import Backbone, initial_noise
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
+from addiff_env.isolation import isolated
 from addiff_env.types import Generated
 
 
@@ -23,6 +24,7 @@ class Method(Protocol):
     solver: str
     policy: str
     backbone: Backbone  # whose pictures they are
+    expected_nfe: float  # denoiser evaluations of a picture; a guess where they are not known beforehand
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Make one picture per item."""
@@ -35,13 +37,15 @@ class Batched:
         self.env, self.batch_size = env, env.config.batch_size if batch_size is None else batch_size
         self.name = self.solver = self.policy = name
         self.backbone = env.backbone
+        self.expected_nfe = float(env.config.num_inference_steps)
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Make one picture per item."""
         for start in range(0, len(items), self.batch_size):
             part = items[start : start + self.batch_size]
             began = time.perf_counter()
-            made = self._batch(part)
+            with isolated():
+                made = self._batch(part)
             for result in made:
                 result.seconds = (time.perf_counter() - began) / len(part)
             yield list(zip(part, made, strict=True))

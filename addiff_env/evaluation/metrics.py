@@ -15,6 +15,7 @@ Behind a colon follows what `addiff_env.scorers.load_scorer` takes, or the model
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
@@ -26,6 +27,8 @@ from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.rules import MARGINS as MARGINS
 from addiff_env.evaluation.rules import SHARE as SHARE
 from addiff_env.evaluation.rules import margins_of as margins_of
+from addiff_env.evaluation.summary import NO_SCORE, score_value, scores_of
+from addiff_env.isolation import isolated
 from addiff_env.perception import Perception
 from addiff_env.scorers import Scorer, load_scorer
 from addiff_env.tiny.checker import judge
@@ -51,7 +54,10 @@ class Metric(Protocol):
 
 
 def score_pictures(metrics: Sequence[Metric], pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
-    """Every metric's scores, and joined words, of pictures uint8 (B, H, W, 3)."""
+    """Every metric's scores, and joined words, of pictures uint8 (B, H, W, 3).
+
+    A score that is not finite is none: the words say so (`unmeasured`).
+    """
     scores: list[dict[str, float]] = [{} for _ in items]
     words: list[list[str]] = [[] for _ in items]
     for metric in metrics:
@@ -60,9 +66,16 @@ def score_pictures(metrics: Sequence[Metric], pictures: np.ndarray, items: Seque
             part = rows[start : start + _CHUNK]
             found = metric.score(pictures[part], [items[row] for row in part])
             for row, (values, said) in zip(part, found, strict=True):
-                scores[row] |= values
+                finite = {name: value for name, value in values.items() if math.isfinite(value)}
+                scores[row] |= finite
                 words[row] += [said] if said else []
+                words[row] += [f"{unmeasured(name)} ({values[name]})" for name in values if name not in finite]
     return [(values, "; ".join(said)) for values, said in zip(scores, words, strict=True)]
+
+
+def unmeasured(name: str) -> str:
+    """What a row's words say where its picture got no finite score."""
+    return f"no finite {name}"
 
 
 def columns_of(metrics: Sequence[Metric], item: Item) -> tuple[str, ...]:
@@ -100,7 +113,7 @@ class ModelScore:
         """Its name."""
         return (self.name,)
 
-    @torch.no_grad()
+    @isolated()
     def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
         """Scores without words."""
         values = self._score(as_tensor(pictures, self.device), [item.prompt for item in items])
@@ -237,12 +250,26 @@ def scores_of_all_methods(rows: Sequence[ResultRow]) -> list[list[str]]:
     """
     names: dict[str, set[str]] = {}
     for row in rows:
-        names.setdefault(row.method, set()).update(row.scores)
+        names.setdefault(row.method, set()).update(scores_of(row))
     shared = set.intersection(*names.values()) if names else set()
     if names and not shared:
         had = "; ".join(f"{method}: {', '.join(sorted(own)) or 'none'}" for method, own in names.items())
         raise ValueError(f"the methods have no score in common ({had})")
-    return [[name for name in row.scores if name in shared] for row in rows]
+    return [[name for name in scores_of(row) if name in shared] for row in rows]
+
+
+def reported_score(rows: Sequence[ResultRow], wanted: str | None = None) -> str:
+    """The score that the report on ``rows`` leads with: ``wanted``, else the `primary_score` of those all methods have.
+
+    Where the methods have none in common it is that of most pictures, and where nothing was measured `NO_SCORE`.
+    """
+    if wanted is not None:
+        return wanted
+    try:
+        return primary_score(scores_of_all_methods(rows))
+    except ValueError:
+        measured = [list(scores_of(row)) for row in rows]
+        return primary_score(measured) if any(measured) else NO_SCORE
 
 
 def protocol_scores(rows: Sequence[ResultRow]) -> dict[str, dict[str, dict[str, float]]]:
@@ -254,7 +281,7 @@ def protocol_scores(rows: Sequence[ResultRow]) -> dict[str, dict[str, dict[str, 
 
     found: dict[str, dict[str, dict[str, float]]] = {}
     for metric in ("geneval", "t2i_compbench"):
-        having = [row for row in rows if metric in row.scores]
+        having = [row for row in rows if score_value(row, metric) is not None]
         for method in dict.fromkeys(row.method for row in having):
             pairs = [(row.category, row.scores[metric]) for row in having if row.method == method]
             geneval = metric == "geneval"

@@ -34,6 +34,7 @@ from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.method import Batched
 from addiff_env.evaluation.phrases import NounPhrase, noun_phrases
+from addiff_env.isolation import frozen, isolated
 from addiff_env.types import Generated
 
 SOLVERS = {"euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler, "pndm": PNDMScheduler}
@@ -94,9 +95,12 @@ class DiffusersSolver(Batched):
         if steps < 1:
             raise ValueError(f"{self.name} has no step")
         self.steps, self.backbone = steps, backbone or env.backbone
+        self.expected_nfe = float(steps)
         self.size = size or (env.config.height, env.config.width)
         self.shape = self.backbone.latent_shape(*self.size)
         self.guidance_scale = env.config.guidance_scale if guidance_scale is None else guidance_scale
+        guided = self.backbone.passes(self.guidance_scale) == 2
+        self.negative_prompt = env.config.negative_prompt if guided else None
         self.pipeline = make_pipeline(self.backbone, scheduler, pipeline, self.name)
 
     def _arguments(self, items: list[Item]) -> dict[str, Any]:
@@ -107,7 +111,7 @@ class DiffusersSolver(Batched):
         generators = [torch.Generator().manual_seed(int(item.seed)) for item in items]
         noise = draw_noise(self.backbone, self.shape, generators)
         network = self.pipeline.unet
-        with _counted(network) as rows, _processors_kept(network):
+        with frozen(self.backbone), _counted(network) as rows, _processors_kept(network):
             latents = self.pipeline(
                 [item.prompt for item in items],
                 num_inference_steps=self.steps,
@@ -115,6 +119,7 @@ class DiffusersSolver(Batched):
                 height=self.size[0],
                 width=self.size[1],
                 latents=noise,
+                negative_prompt=None if self.negative_prompt is None else [self.negative_prompt] * len(items),
                 generator=generators,  # goes on behind the initial noise, for solvers that draw more
                 output_type="latent",
                 **self._arguments(items),
@@ -125,9 +130,9 @@ class DiffusersSolver(Batched):
 
     def _result(self, item: Item, picture: Any, nfe: int, passes: int) -> Generated:
         backbone = self.backbone
-        negative = backbone.passes(self.guidance_scale) == 2 and backbone.encodes_negative
+        texts = backbone.texts_encoded(self.guidance_scale, self.negative_prompt)
         prices = {name: backbone.flops(name, self.shape) for name in ("denoiser", "decode", "text")}
-        flops = passes * prices["denoiser"] + prices["decode"] + (1 + negative) * prices["text"] + self._further_flops()
+        flops = passes * prices["denoiser"] + prices["decode"] + texts * prices["text"] + self._further_flops()
         return Generated(item.prompt, item.seed, picture, [], nfe, passes, flops)
 
     def _further_flops(self) -> float:
@@ -135,6 +140,7 @@ class DiffusersSolver(Batched):
         return 0.0
 
 
+@isolated()
 def make_pipeline(backbone: Backbone, scheduler: Any, pipeline: Any, name: str) -> Any:
     """A pipeline of diffusers on a backbone's networks.
 
@@ -193,7 +199,7 @@ class SelfAttentionGuidance(DiffusersSolver):
 
     def __init__(self, env: DiffusionDenoiseVectorEnv, steps: int, scale: float = 0.75) -> None:
         super().__init__(env, "sag", steps, DDIMScheduler, StableDiffusionSAGPipeline)
-        self.scale = scale
+        self.scale, self.expected_nfe = scale, 2.0 * steps
 
     def _arguments(self, items: list[Item]) -> dict[str, Any]:
         return {"sag_scale": self.scale}
@@ -243,6 +249,7 @@ class AttendAndExcite(DiffusersSolver):
 
     def __init__(self, env: DiffusionDenoiseVectorEnv, steps: int) -> None:
         super().__init__(env, "attend-and-excite", steps, DDIMScheduler, _AttendAndExcite, batch_size=1)
+        self.expected_nfe = 3.0 * steps  # gradients' evaluations included
 
     def _arguments(self, items: list[Item]) -> dict[str, Any]:
         self.pipeline.gradients = 0
@@ -343,10 +350,9 @@ def sdxl_turbo(env: DiffusionDenoiseVectorEnv, steps: int, options: MethodOption
 
 def _second_model(env: DiffusionDenoiseVectorEnv, model: str, revision: str | None, lora: str | None) -> Backbone:
     """A further model on the environment's device, in its dtype."""
-    c, device = env.config, str(env.backbone.device)
-    return load_backbone(
-        model, revision, device, env.backbone.dtype_name, c.attention_stride, lora, False, c.channels_last
-    )
+    own = {"model": model, "revision": revision, "lora": lora, "compile": False}
+    place = {"device": str(env.backbone.device), "dtype": env.backbone.dtype_name}
+    return load_backbone(**{**env.config.backbone_settings, **own, **place})
 
 
 def solver_method(

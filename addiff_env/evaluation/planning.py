@@ -20,7 +20,8 @@ from addiff_env.evaluation.method import Method
 from addiff_env.evaluation.metrics import missing
 from addiff_env.evaluation.outside import MethodOptions
 from addiff_env.evaluation.tune import AUTO
-from addiff_env.loading import PACKAGE_PREFIX
+from addiff_env.paths import PACKAGE_PREFIX, resolve_model
+from addiff_env.storage import read_json
 
 ALL = "all"
 FILE = "methods.json"
@@ -104,7 +105,7 @@ def all_methods(env: DiffusionDenoiseVectorEnv, options: MethodOptions, tunable:
 
 def _distilled(model: str, options: MethodOptions) -> list[str]:
     published = not model.startswith(PACKAGE_PREFIX) and not Path(model).exists()
-    named = {"lcm-4": options.lcm_lora is not None, "sdxl-turbo-1": Path(options.sdxl_turbo).exists()}
+    named = {"lcm-4": options.lcm_lora is not None, "sdxl-turbo-1": Path(resolve_model(options.sdxl_turbo)).exists()}
     return [name for name in DISTILLED if published or named[name]]
 
 
@@ -188,7 +189,7 @@ def left_out(folder: Path) -> list[str]:
 def read_plan(folder: Path) -> dict[str, Any]:
     """What `keep_plan` kept; nothing where no process began to make rows."""
     path = folder / FILE
-    return json.loads(path.read_text()) if path.exists() else {"made": {}, "left_out": {}, ALL: []}
+    return read_json(path) if path.exists() else {"made": {}, "left_out": {}, ALL: []}
 
 
 def expected_methods(folder: Path, wanted: str | Sequence[str], controls: Sequence[str]) -> list[str]:

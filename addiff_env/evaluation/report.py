@@ -21,14 +21,18 @@ from addiff_env.evaluation.hypotheses import solver_families
 from addiff_env.evaluation.significance import front_quality
 from addiff_env.evaluation.summary import (
     COSTS,
+    NOT_AVAILABLE,
     Estimate,
     MethodSummary,
     by_facts,
     by_method,
     categories_of,
+    counted,
     decision_counts,
     estimate,
     headline_metric,
+    number_text,
+    score_value,
     share_metrics,
     summarise,
 )
@@ -57,7 +61,10 @@ _LOOK: dict[Any, Any] = {
 
 
 def summary_table(rows: Sequence[ResultRow]) -> str:
-    """A table with one line per method; success (or `headline_metric`) with its 95% interval, shares in percent."""
+    """A table with one line per method; success (or `headline_metric`) with its 95% interval, shares in percent.
+
+    What the rows do not tell is `NOT_AVAILABLE`; lines below the table say why.
+    """
     metric, shares, categories = headline_metric(rows), share_metrics(rows), categories_of(rows)
     parts = {name: [row for row in rows if row.category == name] for name in categories}
     by_category = {name: {s.method: s for s in summarise(part, shares)} for name, part in parts.items()}
@@ -72,7 +79,19 @@ def summary_table(rows: Sequence[ResultRow]) -> str:
         "  ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], *absences(rows)])
+
+
+def absences(rows: Sequence[ResultRow]) -> list[str]:
+    """Why the headline metric of a method stands for fewer pictures than it has, or for none; nothing where none is."""
+    metric = headline_metric(rows)
+    found = []
+    for method, group in by_method(rows).items():
+        if lacking := [row for row in group if score_value(row, metric) is None]:
+            of = f"{len(lacking)} of its {len(group)} pictures" if len(lacking) < len(group) else "none of its pictures"
+            verb = "lack one" if len(lacking) < len(group) else "has one"
+            found.append(f"{metric} of {method}: {of} {verb}")
+    return found
 
 
 def _short(category: str) -> str:
@@ -80,34 +99,44 @@ def _short(category: str) -> str:
 
 
 def _table_line(summary: MethodSummary, metric: str, is_share: bool) -> list[str]:
-    quality, costs = summary.scores[metric], summary.costs
+    quality, costs = summary.scores.get(metric), summary.costs
     digits, scale = (1, 100) if is_share else (3, 1)
     return [
         summary.method,
         str(summary.number),
-        f"{scale * quality.mean:.{digits}f}",
-        interval_text(quality, scale, digits),
-        f"{costs['nfe'].mean:.1f}",
-        f"{costs['nfe'].deviation:.1f}",
-        f"{costs['net_flops'].mean / 1e9:.1f}",
-        f"{costs['seconds'].mean:.3f}",
+        NOT_AVAILABLE if quality is None else number_text(scale * quality.mean, digits),
+        "-" if quality is None else interval_text(quality, scale, digits),
+        _mean(costs.get("nfe"), 1),
+        _deviation(costs.get("nfe"), 1),
+        _mean(costs.get("net_flops"), 1, 1e9),
+        _mean(costs.get("seconds"), 3),
         shares_text(summary.actions),
     ]
+
+
+def _mean(found: Estimate | None, digits: int, unit: float = 1) -> str:
+    return NOT_AVAILABLE if found is None else f"{found.mean / unit:.{digits}f}"
+
+
+def _deviation(found: Estimate | None, digits: int) -> str:
+    return NOT_AVAILABLE if found is None else f"{found.deviation:.{digits}f}"
 
 
 def _cell(summary: MethodSummary | None, metric: str, is_share: bool) -> str:
     if summary is None:
         return "-"
-    mean = summary.scores[metric].mean
-    return f"{100 * mean:.0f}" if is_share else f"{mean:.2f}"
+    found = summary.scores.get(metric)
+    if found is None:
+        return NOT_AVAILABLE
+    return number_text(100 * found.mean, 0) if is_share else number_text(found.mean, 2)
 
 
 def interval_text(found: Estimate, scale: float = 1, digits: int = 3) -> str:
     """Ends of an interval, or a dash where there is none."""
     if found.low is None or found.high is None:
         return "-"
-    low, high = (f"{scale * end:.{digits}f}" for end in (found.low, found.high))
-    return f"{low} to {high}" if "-" in low + high else f"{low}-{high}"
+    low, high = (number_text(scale * end, digits) for end in (found.low, found.high))
+    return f"{low} to {high}" if {"-", "e"} & set(low + high) else f"{low}-{high}"
 
 
 def shares_text(shares: np.ndarray | None) -> str:
@@ -129,23 +158,32 @@ def _figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Fig
 def plot_quality_against_compute(rows: Sequence[ResultRow], path: Path) -> None:
     """Quality with 95% intervals against mean net FLOPs and mean NFE; solvers form lines."""
     figure = quality_figure(rows, ("net_flops", "nfe"), (10.5, 4.8))
-    number = len(next(iter(by_method(rows).values())))
-    figure.suptitle(f"Quality against compute, {number} held-out pictures, 95% intervals", color=INK)
+    number = len({(row.prompt, row.seed) for row in rows})
+    figure.suptitle(f"Quality against compute, {counted(number, 'held-out picture')}, 95% intervals", color=INK)
     figure.savefig(path, dpi=130)
 
 
 def quality_figure(rows: Sequence[ResultRow], costs: Sequence[str], size: tuple[float, float] = (5.4, 4.4)) -> Figure:
-    """The headline metric against each of ``costs``, with the interpolated front of all fixed methods."""
+    """The headline metric against each of ``costs``, with the interpolated front of all fixed methods.
+
+    Methods without the metric or the cost have no point.
+    """
     metric, shares = headline_metric(rows), share_metrics(rows)
     scale = 100.0 if metric in shares else 1.0
     summaries = {summary.method: summary for summary in summarise(rows, shares)}
     with _figure(*size, len(costs)) as (figure, axes):
         for axis, name in zip(axes, costs, strict=True):
             cost = next(cost for cost in COSTS if cost.name == name)
-            _draw_front(axis, summaries, metric, name, cost.unit, scale)
+            drawn = {
+                m: summary for m, summary in summaries.items() if metric in summary.scores and name in summary.costs
+            }
+            _draw_front(axis, drawn, metric, name, cost.unit, scale)
             for label, members, color, marker in _series(list(summaries)):
-                points = [summaries[member] for member in members]
-                _draw_points(axis, points, (metric, scale), (name, cost.unit), label, color, marker)
+                points = [drawn[member] for member in members if member in drawn]
+                if points:
+                    _draw_points(axis, points, (metric, scale), (name, cost.unit), label, color, marker)
+            if not drawn:
+                axis.text(0.5, 0.5, f"no picture has {metric}", transform=axis.transAxes, ha="center", color=INK)
             axis.set_xlabel(f"{cost.label} per picture")
         axes[0].set_ylabel("prompts satisfied (%)" if metric == "success" else metric + (" (%)" if scale > 1 else ""))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=max(2, int(size[0] / 2)))

@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from addiff_env.commands import LAUNCHED
 from addiff_env.evaluation.files import partial_of
 from addiff_env.evaluation.jsonl import append_objects, read_objects
 from addiff_env.types import ResultRow
@@ -20,7 +21,6 @@ from addiff_env.types import ResultRow
 T = TypeVar("T")
 Place = tuple[str, int]  # (prompt, seed): one picture of a benchmark, whoever makes it
 CONFIGURATION = ("backbone", "solver", "policy", "dtype")  # one value each per method
-_LAUNCHED = ("RANK", "WORLD_SIZE")  # set by accelerate and torchrun, one process each
 _SHOWN = 5  # offending values that a message lists
 
 
@@ -31,6 +31,11 @@ def read_rows(path: Path) -> list[ResultRow]:
         ValueError: a damaged line, unknown or missing fields; with its number.
     """
     return [_parse(values, f"{path}:{number}") for number, values in enumerate(read_objects(path), 1)]
+
+
+def count_rows(path: Path) -> int:
+    """How many whole rows a file has, whatever they hold."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def _parse(values: dict[str, Any], place: str) -> ResultRow:
@@ -56,7 +61,14 @@ def append_rows(path: Path, rows: Iterable[ResultRow]) -> None:
     Raises:
         ValueError: a score or cost that is NaN or infinite; nothing is written then.
     """
-    append_objects(path, (asdict(row) for row in rows))
+    append_objects(path, map(_as_object, rows))
+
+
+def _as_object(row: ResultRow) -> dict[str, Any]:
+    values = asdict(row)
+    if row.negative_prompt is None:
+        del values["negative_prompt"]
+    return values
 
 
 # --------------------------------------------------------------------------- shards
@@ -72,7 +84,7 @@ def launched_shard(index: int, shards: int, environment: Mapping[str, str] = os.
     Raises:
         ValueError: both, or ranks that make no sense.
     """
-    rank, world = (environment.get(name) for name in _LAUNCHED)
+    rank, world = (environment.get(name) for name in LAUNCHED)
     if rank is None or world is None or world == "1":
         return index, shards
     if shards != 1:
@@ -144,8 +156,9 @@ def merge_rows(
             whatever appears, in that order: a method of which every shard lacks all rows is then not missed.
 
     Raises:
-        ValueError: mixed configurations (several code versions, or several backbones, solvers, policies or dtypes of
-            one method), duplicates, gaps, or rows that belong to no item; with the offending values.
+        ValueError: mixed configurations (several code versions, or several backbones, solvers, policies, dtypes or
+            negative prompts of one method), duplicates, gaps, or rows that belong to no item; with the offending
+            values.
     """
     rows = [row for part in parts for row in part if methods is None or row.method in methods]
     names = list(dict.fromkeys(row.method for row in rows)) if methods is None else list(methods)
@@ -163,7 +176,7 @@ def _refuse_mixed(rows: Sequence[ResultRow]) -> None:
     if len(versions) > 1:
         raise ValueError(f"rows of {len(versions)} code versions: {_counts(versions)}")
     for name in dict.fromkeys(row.method for row in rows):
-        for part in CONFIGURATION:
+        for part in (*CONFIGURATION, "negative_prompt"):
             values = Counter(getattr(row, part) for row in rows if row.method == name)
             if len(values) > 1:
                 raise ValueError(f"method {name!r} was run with {len(values)} values of {part}: {_counts(values)}")

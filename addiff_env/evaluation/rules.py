@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from addiff_env.evaluation.hypotheses import Rules
+from addiff_env.storage import read_json, read_yaml
 
 # Quality lost that still counts as equal, and the smallest gain worth calling one; in the metric's own unit.
 MARGINS: dict[str, tuple[float, float]] = {
@@ -57,12 +57,12 @@ def rules_of(metric: str, stated: Mapping[str, Any]) -> Rules:
 
 
 def _stated(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text()) if path.exists() else []
+    found = read_json(path, object) if path.exists() else []
     return found.get("rules") or {} if isinstance(found, dict) else {}
 
 
 def _configured(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    found = OmegaConf.to_container(OmegaConf.load(path))
+    found = OmegaConf.to_container(read_yaml(path))
     return found.get("rules") or {} if isinstance(found, dict) else {}

@@ -18,19 +18,21 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.files import write_whole
+from addiff_env.evaluation.files import read_picture, write_whole
 from addiff_env.evaluation.hypotheses import Part, Rules, Verdict
 from addiff_env.evaluation.jsonl import read_objects
 from addiff_env.evaluation.rows import CONFIGURATION, read_rows
 from addiff_env.evaluation.summary import lead_with
+from addiff_env.storage import read_json
 from addiff_env.types import ResultRow
 
+T = TypeVar("T")
 REPORTED = ".reported"  # what the latest report was about
 ITEMS, VERDICTS, PROVENANCE, STRIPS = "items.jsonl", "verdicts.json", "provenance.json", "filmstrips"
 LIBRARIES = ("torch", "diffusers", "transformers", "gymnasium", "numpy")
@@ -84,22 +86,34 @@ def write_items(folder: Path, items: Iterable[Item]) -> None:
 
 def read_items(folder: Path) -> list[Item]:
     """The run's items, without the benchmark's own metadata."""
-    return [Item(**values) for values in read_objects(folder / ITEMS)]
+    return [_made(Item, values, f"{folder / ITEMS}:{k}") for k, values in enumerate(read_objects(folder / ITEMS), 1)]
+
+
+def _made(kind: type[T], values: dict[str, Any], place: str) -> T:
+    """An object of a kept line's ``values``; raises ValueError with its ``place`` where they do not fit."""
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{place} is damaged: {error}") from error
 
 
 def write_verdicts(folder: Path, verdicts: Sequence[Verdict], rules: Rules) -> None:
     """Keep the verdicts with the numbers behind them, and the rules that they were reached by."""
     kept = {"rules": asdict(rules), "verdicts": [asdict(verdict) for verdict in verdicts]}
-    (folder / VERDICTS).write_text(json.dumps(kept, indent=2) + "\n")
+    write_whole(folder / VERDICTS, json.dumps(kept, indent=2) + "\n")
 
 
 def read_verdicts(folder: Path) -> list[Verdict]:
     """The run's verdicts; none where no agent was evaluated."""
     if not (folder / VERDICTS).exists():
         return []
-    found = json.loads((folder / VERDICTS).read_text())
-    found = found["verdicts"] if isinstance(found, dict) else found  # earlier releases kept no rules
-    return [Verdict(**{**values, "parts": tuple(Part(**part) for part in values["parts"])}) for values in found]
+    path = folder / VERDICTS
+    found = read_json(path, object)
+    try:
+        found = found["verdicts"] if isinstance(found, dict) else found  # earlier releases kept no rules
+        return [Verdict(**{**values, "parts": tuple(Part(**part) for part in values["parts"])}) for values in found]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no verdicts: {type(error).__name__}: {error}") from error
 
 
 def write_provenance(folder: Path, rows: Sequence[ResultRow], **facts: Any) -> None:
@@ -107,13 +121,13 @@ def write_provenance(folder: Path, rows: Sequence[ResultRow], **facts: Any) -> N
     settings = {row.method: {part: getattr(row, part) for part in SETTINGS} for row in rows}
     libraries = {"python": python_version(), **{name: version(name) for name in LIBRARIES}}
     kept = {**facts, "libraries": libraries, "methods": settings}
-    (folder / PROVENANCE).write_text(json.dumps(kept, indent=2) + "\n")
+    write_whole(folder / PROVENANCE, json.dumps(kept, indent=2) + "\n")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What `write_provenance` kept; empty where nothing was."""
     path = folder / PROVENANCE
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def reported_rows(folder: Path) -> list[ResultRow]:
@@ -168,11 +182,11 @@ def read_strips(folder: Path) -> list[Strip]:
 
 
 def _read_strip(folder: Path) -> Strip:
-    kept = json.loads((folder / "strip.json").read_text())
+    kept = read_json(folder / "strip.json")
     frames = []
     for number, frame in enumerate(kept["frames"]):
-        picture = np.asarray(Image.open(folder / f"{number:03d}.png").convert("RGB"))  # (H, W, 3)
+        picture = read_picture(folder / f"{number:03d}.png")  # (H, W, 3)
         path = folder / f"{number:03d}-mask.png"
-        mask = np.asarray(Image.open(path).convert("L"), float) / 255 if path.exists() else None  # (h, w)
+        mask = read_picture(path, "L") / 255.0 if path.exists() else None  # (h, w)
         frames.append({**frame, "picture": picture, "mask": mask})
     return Strip(Item(**kept["item"]), kept["reason"], frames)

@@ -13,14 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from addiff_env.evaluation.files import open_picture, partial_of, read_picture
+from addiff_env.loading import reason
 
 RESIZERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024, section 4
@@ -125,9 +130,10 @@ def clip_features(
     import torch
 
     from addiff_env.encoders import load_clip
+    from addiff_env.loading import resolve_model
 
     _refuse_empty(paths)
-    encoder = load_clip(model, device)
+    encoder = load_clip(resolve_model(model), device)
     features = []
     for start in range(0, len(paths), batch_size):
         loaded = [encoder.image_features(_tensor(path).to(device)) for path in paths[start : start + batch_size]]
@@ -139,9 +145,7 @@ def _tensor(path: Path) -> Any:
     """A picture (1, 3, H, W) in [0, 1]; files may differ in size."""
     import torch
 
-    with Image.open(path) as picture:
-        array = np.asarray(picture.convert("RGB"))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 255
+    return torch.from_numpy(read_picture(path).copy()).permute(2, 0, 1)[None].float() / 255
 
 
 def _refuse_empty(paths: Sequence[Path]) -> None:
@@ -187,9 +191,12 @@ def inception_features(
     """
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    from addiff_env.isolation import exclusive
+
     _refuse_empty(paths)
     path = str(inception_weights(weights))
-    network = FeatureExtractorInceptionV3(INCEPTION, [INCEPTION_LAYER], feature_extractor_weights_path=path)
+    with exclusive():
+        network = FeatureExtractorInceptionV3(INCEPTION, [INCEPTION_LAYER], feature_extractor_weights_path=path)
     return extract(network, paths, device, batch_size, size, resizer)
 
 
@@ -198,11 +205,18 @@ def inception_weights(weights: Path | None) -> Path:
 
     Raises:
         OSError: there is none, or it cannot be fetched; pickle.UnpicklingError: it holds more than tensors.
+        ValueError: it is damaged.
     """
     import torch
 
     if weights is not None:
-        torch.load(weights, map_location="cpu", weights_only=True)
+        try:
+            torch.load(weights, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            text = f"{weights} holds more than tensors, or is damaged: {reason(error)}"
+            raise pickle.UnpicklingError(text) from error
+        except (RuntimeError, EOFError) as error:
+            raise ValueError(f"{weights} is damaged: {reason(error)}") from error
         return weights
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
@@ -225,6 +239,8 @@ def extract(
     """
     import torch
 
+    from addiff_env.isolation import isolated
+
     _refuse_empty(paths)
     if size is None:
         _refuse_sizes(paths)
@@ -232,9 +248,9 @@ def extract(
     found = []
     for start in range(0, len(paths), batch_size):
         batch = [_bytes(path, size, resizer) for path in paths[start : start + batch_size]]
-        with torch.inference_mode():
+        with isolated():
             (features,) = network(torch.from_numpy(np.stack(batch)).to(device))
-        found.append(features.float().cpu().numpy())
+            found.append(features.float().cpu().numpy())
     return np.concatenate(found)
 
 
@@ -242,20 +258,24 @@ def _refuse_sizes(paths: Sequence[Path]) -> None:
     """Sizes are read from the files' heads, so that a folder is refused before any of it has been measured."""
     first: tuple[int, int] | None = None
     for path in paths:
-        with Image.open(path) as picture:
-            first = first or picture.size
-            if picture.size != first:
-                sizes = " and ".join("{}x{}".format(*shown) for shown in (first, picture.size))
-                raise ValueError(
-                    f"FID and KID need pictures of one size, got {sizes} ({paths[0]} and {path}); "
-                    "set_metrics.size=<pixels> crops and resizes all of them first"
-                )
+        try:
+            with Image.open(path) as picture:
+                size = picture.size
+        except UnidentifiedImageError as error:  # an OSError, which elsewhere means that a network is missing
+            raise ValueError(f"{path} is no readable picture: {error}") from error
+        first = first or size
+        if size != first:
+            sizes = " and ".join("{}x{}".format(*shown) for shown in (first, size))
+            raise ValueError(
+                f"FID and KID need pictures of one size, got {sizes} ({paths[0]} and {path}); "
+                "set_metrics.size=<pixels> crops and resizes all of them first"
+            )
 
 
 def _bytes(path: Path, size: int | None, resizer: str) -> np.ndarray:
     """A picture, uint8 (3, H, W), as torch-fidelity takes it."""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB") if size is None else prepare(opened, size, resizer)
+    opened = open_picture(path)
+    picture = opened.convert("RGB") if size is None else prepare(opened, size, resizer)
     return np.asarray(picture).transpose(2, 0, 1).copy()
 
 
@@ -313,7 +333,7 @@ def reference_features(path: Path, stamp: Stamp, compute: Callable[[], np.ndarra
         return _load_features(path, stamp)
     features = np.asarray(compute(), np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # shards may measure it at the same time
+    partial = partial_of(path)  # shards may measure it at the same time
     with partial.open("wb") as file:
         np.savez(file, features=features, stamp=np.array(json.dumps(asdict(stamp))))
     os.replace(partial, path)  # a kill leaves no half a file under the final name
@@ -321,8 +341,11 @@ def reference_features(path: Path, stamp: Stamp, compute: Callable[[], np.ndarra
 
 
 def _load_features(path: Path, stamp: Stamp) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as kept:
-        found, features = json.loads(str(kept["stamp"])), kept["features"]
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            found, features = json.loads(str(kept["stamp"])), kept["features"]
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(f"{path} holds no features of references ({error}); delete it to make them again") from error
     wanted = asdict(stamp)
     other = [f"{key} {found.get(key)!r} instead of {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
     if other:

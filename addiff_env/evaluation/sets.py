@@ -25,10 +25,12 @@ from addiff_env.evaluation.set_metrics import (
     kernel_distance,
     reference_features,
 )
-from addiff_env.loading import reason
+from addiff_env.evaluation.summary import NOT_AVAILABLE
+from addiff_env.loading import looked_at, reason, resolve_model
 from addiff_env.types import ResultRow
 
 SET_METRICS = ("fid", "kid", "cmmd")
+LEAST = {"fid": 2, "kid": 4, "cmmd": 1}  # pictures that each needs of a method, and as references
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 Extract = Callable[[Sequence[Path]], np.ndarray]
 
@@ -62,7 +64,8 @@ class References:
 
     Raises:
         FileNotFoundError: no such folder, no pictures in it, or the networks' weights are missing; says what to get.
-        ImportError: `torch-fidelity` is not installed. ValueError: kept features are of other references.
+        ImportError: `torch-fidelity` is not installed.
+        ValueError: kept features are of other references; fewer references than a metric needs.
     """
 
     def __init__(self, options: SetOptions, cache: Path, device: str) -> None:
@@ -71,7 +74,10 @@ class References:
         self.stamps: dict[str, Stamp] = {}
         if not options.names:
             return
-        paths = pictures_in(Path(str(options.reference)))
+        paths = pictures_in(Path(resolve_model(str(options.reference))))
+        for name in options.names:
+            if len(paths) < LEAST[name]:
+                raise ValueError(f"{name} needs {LEAST[name]} references, {options.reference!r} holds {len(paths)}")
         for kind in dict.fromkeys(_kind(name) for name in options.names):
             path, extract = cache / f"references-{kind}.npz", self._extract(kind)
             try:
@@ -93,11 +99,15 @@ class References:
 
     @property
     def _inception(self) -> Path | None:
-        return Path(self.options.inception) if self.options.inception else None
+        return Path(resolve_model(self.options.inception)) if self.options.inception else None
 
     def _network(self, kind: str) -> Any:
         """What features are made with, from its file or folder; raises OSError where it is missing."""
-        return load_clip(self.options.clip, self.device) if kind == "clip" else inception_weights(self._inception)
+        return (
+            load_clip(resolve_model(self.options.clip), self.device)
+            if kind == "clip"
+            else inception_weights(self._inception)
+        )
 
     def _extract(self, kind: str) -> Extract:
         o, weights = self.options, self._inception
@@ -106,16 +116,25 @@ class References:
         return lambda paths: inception_features(paths, weights, self.device, size=o.size, resizer=o.resizer)
 
     def measure(self, paths: Sequence[Path]) -> dict[str, float]:
-        """The set metrics of some pictures; KID with its standard deviation over subsets."""
-        own = {kind: self._extract(kind)(paths) for kind in self.features}
+        """The set metrics of some pictures; KID with its standard deviation over subsets.
+
+        Those are absent that need more pictures than there are, see `lacking`.
+        """
+        names = [name for name in self.options.names if len(paths) >= LEAST[name]]
+        own = {kind: self._extract(kind)(paths) for kind in dict.fromkeys(map(_kind, names))}
         found: dict[str, float] = {}
-        for name in self.options.names:
+        for name in names:
             pair = own[_kind(name)], self.features[_kind(name)]
             if name == "kid":
                 found["kid"], found["kid_std"] = kernel_distance(*pair)
             else:
                 found[name] = (frechet_distance if name == "fid" else cmmd)(*pair)
         return found
+
+
+def lacking(names: Sequence[str], number: int) -> list[str]:
+    """Why set metrics of ``number`` pictures are not available, in words."""
+    return [f"{name} needs {LEAST[name]} pictures, got {number}" for name in names if number < LEAST[name]]
 
 
 def _kind(name: str) -> str:
@@ -134,9 +153,9 @@ def pictures_in(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
     if not found:
-        raise FileNotFoundError(f"no pictures ({', '.join(PICTURES)}) in the reference folder {str(folder)!r}")
+        raise FileNotFoundError(f"no pictures ({', '.join(PICTURES)}) in the reference folder {looked_at(folder)}")
     return found
 
 
@@ -155,16 +174,20 @@ def set_scores(rows: Sequence[ResultRow], folder: Path, references: References) 
     if lost:
         raise ValueError(f"set metrics need the pictures: {len(lost)} rows have none (save_images=true keeps them)")
     methods: dict[str, Any] = {}
+    notes: list[str] = []
     for method in dict.fromkeys(row.method for row in rows):
         paths = [folder / row.image for row in rows if row.method == method]
         methods[method] = {"pictures": len(paths), **references.measure(paths)}
-    return {"references": {kind: asdict(stamp) for kind, stamp in references.stamps.items()}, "methods": methods}
+        notes += [f"{method}: {why}" for why in lacking(references.options.names, len(paths))]
+    stamps = {kind: asdict(stamp) for kind, stamp in references.stamps.items()}
+    return {"references": stamps, "methods": methods, "notes": notes}
 
 
 def describe_sets(scores: Mapping[str, Any]) -> str:
-    """One line per method."""
+    """One line per method, and one per metric that is not available."""
     lines = []
     for method, values in scores["methods"].items():
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         lines.append(f"{method}: {numbers}")
+    lines += [f"{NOT_AVAILABLE}: {note}" for note in scores.get("notes", ())]
     return "\n".join(lines)

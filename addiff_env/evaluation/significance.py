@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy import stats
 
+from addiff_env.evaluation.summary import score_value, scores_of
 from addiff_env.types import ResultRow
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Interval",
     "Least",
     "Resampled",
+    "TooFewReplicates",
     "bootstrap_difference",
     "cohens_dz",
     "compare_methods",
@@ -37,6 +39,7 @@ __all__ = [
     "mcnemar_exact",
     "minimum_detectable_effect",
     "non_inferiority",
+    "on_common_pictures",
     "paired_values",
     "partial_spearman",
     "picture_counts",
@@ -166,17 +169,22 @@ def critical_value(found: Iterable[Interval], alpha: float) -> float:
     return 0.0 if largest is None else float(np.quantile(largest, 1 - alpha))
 
 
+class TooFewReplicates(ValueError):
+    """An interval at a level that the replicates cannot tell."""
+
+
 def interval(estimate: float, draws: np.ndarray, level: float = 0.95, run_error: float = 0.0) -> Interval:
     """Percentile interval of replicates (D,): its ends are the (D + 1) alpha-th of them, from below and from above.
 
     Raises:
-        ValueError: a level outside (0, 1), or more than the replicates can tell.
+        ValueError: a level outside (0, 1).
+        TooFewReplicates: more than the replicates can tell.
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     number = math.floor((draws.size + 1) * (1 - level) / 2 + 1e-9)  # no interpolation: p-values count replicates too
     if number < 1:
-        raise ValueError(f"{draws.size} replicates are too few for an interval at level {level:g}")
+        raise TooFewReplicates(f"{draws.size} replicates are too few for an interval at level {level:g}")
     ordered = np.partition(draws, [number - 1, draws.size - number])
     return Interval(float(estimate), float(ordered[number - 1]), float(ordered[-number]), draws, run_error)
 
@@ -191,9 +199,9 @@ def score_of(metric: str) -> Measure:
     """
 
     def read(row: ResultRow) -> float:
-        if metric not in row.scores:
+        if score_value(row, metric) is None:
             place = f"{row.method}, {row.prompt!r}, seed {row.seed}"
-            raise ValueError(f"no {metric!r} in the row of ({place}); it has {sorted(row.scores)}")
+            raise ValueError(f"no {metric!r} in the row of ({place}); it has {sorted(scores_of(row))}")
         return row.scores[metric]
 
     return read
@@ -235,6 +243,19 @@ def paired_values(
     owner = _owners(prompt for prompt, _ in places)
     per_method = {m: _prompt_means([table[p] for p in places], owner, measures) for m, table in tables.items()}
     return {name: np.stack([per_method[m] for m in runs], axis=1) for name, runs in groups.items()}
+
+
+def on_common_pictures(rows: Sequence[ResultRow], methods: Sequence[str]) -> tuple[list[ResultRow], list[str]]:
+    """The rows on those pictures that all of ``methods`` have, and in words which method lacks how many."""
+    own = {name: {(row.prompt, row.seed) for row in rows if row.method == name} for name in methods}
+    everything = set().union(*own.values())
+    common = everything.intersection(*own.values())
+    notes = [
+        f"{name} lacks {len(everything - places)} of {len(everything)} pictures, which are left out for all"
+        for name, places in own.items()
+        if places != everything
+    ]
+    return [row for row in rows if (row.prompt, row.seed) in common], notes
 
 
 def picture_counts(rows: Sequence[ResultRow], method: str) -> np.ndarray:
@@ -549,10 +570,11 @@ def required_prompts(
             needed where it alone is too large, see `required_runs`.
     """
     wanted = _wanted_error(gap, alpha, power)
-    if wanted <= run_error:
+    room = wanted**2 - run_error**2  # 0.0 also where the squares are too small for a float
+    if wanted <= run_error or room <= 0:
         return None
-    ratio = max(0.0, standard_error**2 - run_error**2) / (wanted**2 - run_error**2)
-    return max(2, math.ceil(prompts * ratio))
+    needed = prompts * (max(0.0, standard_error**2 - run_error**2) / room)
+    return max(2, math.ceil(needed)) if math.isfinite(needed) else None
 
 
 def required_runs(gap: float, run_error: float, runs: int, alpha: float = 0.05, power: float = 0.8) -> int | None:
@@ -567,7 +589,9 @@ def required_runs(gap: float, run_error: float, runs: int, alpha: float = 0.05, 
         power: chance of finding it.
     """
     wanted = _wanted_error(gap, alpha, power)
-    return math.floor(runs * (run_error / wanted) ** 2) + 1 if wanted > 0 else None
+    ratio = run_error / wanted if wanted > 0 else math.inf
+    needed = runs * (ratio * ratio)
+    return math.floor(needed) + 1 if math.isfinite(needed) else None
 
 
 def _wanted_error(gap: float, alpha: float, power: float) -> float:

@@ -10,24 +10,31 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 
 from addiff_env.agent import Agent
-from addiff_env.baseline_cache import weights_fingerprint
 from addiff_env.config import EnvConfig
 from addiff_env.evaluation.benchmarks import Item, id_list_hash
 from addiff_env.evaluation.files import keep_first
 from addiff_env.evaluation.outside import MethodOptions
+from addiff_env.inputs import FILE_SETTINGS, differing, fingerprints
+from addiff_env.storage import read_json
 
 CONTROL = {"mask": "full"}  # how the environment of H4's control differs from the agent's
 # Settings that change no picture, or that each row states itself.
-HARMLESS = ("prompts", "reward", "render_mode", "device", "dtype", "compile", "channels_last", "batch_size")
-WEIGHTS = ("model", "lora", "clip", "dino", "scorer", "preview_model")
+HARMLESS = (
+    *("prompts", "reward", "render_mode", "device", "dtype", "compile", "channels_last", "batch_size"),
+    *("decode_memory", "offload"),
+)
+_LATER = {"negative_prompt": None, "look_precision": "auto"}  # stated where they are set: earlier folders have none
+WEIGHTS = tuple(name for name in FILE_SETTINGS if name not in HARMLESS)
+CONTENTS, WEIGHTS_BEFORE = "contents", "weights"  # of the files that settings name; what earlier releases kept of them
+BENCHMARK, MODEL = "benchmark.name", "environment.model"
 ADDED = ("metrics", "agents")  # named one by one: who goes on need not have all of them
-_NOTHING = "nothing"
 
 
 def run_stamp(
@@ -36,6 +43,7 @@ def run_stamp(
     metrics: Sequence[str],
     benchmark: Sequence[Item],
     options: MethodOptions,
+    benchmark_name: str = "",
 ) -> dict[str, Any]:
     """What a run's rows depend on, JSON-able.
 
@@ -45,17 +53,26 @@ def run_stamp(
         metrics: their settings.
         benchmark: the whole list, whatever the limit.
         options: of the methods.
+        benchmark_name: its name, or its file.
 
     Raises:
         ValueError: agents of different environments; every differing value is named.
     """
     first, environment = next(iter(agents.values())), common_environment(agents, overrides)
+    names = {setting.partition(":")[0]: setting for setting in metrics}
+    files = {f"environment.{name}": environment[name] for name in WEIGHTS}
+    files |= {f"metrics.{name}": setting.partition(":")[2] for name, setting in names.items()}  # not the name itself
+    files |= {f"method_options.{name}": value for name, value in asdict(options).items()}
     stamp = {
         "environment": environment,
         "control": CONTROL,
-        "weights": {name: weights_fingerprint(environment[name]) for name in WEIGHTS},
-        "metrics": {setting.partition(":")[0]: _with_weights(setting) for setting in metrics},
-        "benchmark": {"pictures": len(benchmark), "id_list_sha256": id_list_hash(benchmark)},
+        CONTENTS: {**fingerprints(files), BENCHMARK: _items_hash(benchmark)},
+        "metrics": names,
+        "benchmark": {
+            "name": benchmark_name,
+            "pictures": len(benchmark),
+            "id_list_sha256": id_list_hash(benchmark),
+        },
         "method_options": asdict(options),
         "agent": first.fingerprint,
         "agents": {name: agent.fingerprint for name, agent in agents.items()},
@@ -77,31 +94,36 @@ def environment_of(agent: Agent, overrides: Mapping[str, Any]) -> dict[str, Any]
     """What decides how an agent's pictures come out: id and settings, the harmless ones left out."""
     name, kwargs = agent.environment
     config = asdict(EnvConfig(**{**gym.spec(name).kwargs, **kwargs, **overrides}))
-    return {"id": name, **{key: value for key, value in config.items() if key not in HARMLESS}}
+    left_out = {*HARMLESS, *(key for key, value in _LATER.items() if config[key] == value)}
+    return {"id": name, **{key: value for key, value in config.items() if key not in left_out}}
 
 
-def _with_weights(setting: str) -> str:
-    """A metric's setting and which local weights it names, if any: a retrained model keeps its path."""
-    weights = weights_fingerprint(setting)
-    return setting if weights is None else f"{setting} ({weights})"
+def _items_hash(items: Sequence[Item]) -> str:
+    """All that a benchmark's files say of their items, what is asked of the pictures among it."""
+    digest = sha256()
+    for item in items:
+        digest.update(json.dumps(asdict(item), sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def differing_values(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Every value in which two stamps differ, in words.
 
-    Of `ADDED` our names alone count, and of those no agent that they have not got.
+    Of `ADDED` our names alone count, and of those no agent that they have not got. A file that lies elsewhere is the
+    same if its contents are, except for the model, by whose name rows are told apart.
     """
     mine, others = _flatten(ours), _flatten(theirs)
     names = [name for name in dict.fromkeys([*mine, *others]) if not _may_lack(name, mine, others)]
-    return [
-        f"{name}: {others.get(name, _NOTHING)} there, {mine.get(name, _NOTHING)} now"
-        for name in names
-        if mine.get(name, _NOTHING) != others.get(name, _NOTHING)
-    ]
+    here, there = ({name: values[name] for name in names if name in values} for values in (mine, others))
+    return differing(here, there, ours.get(CONTENTS, {}), theirs.get(CONTENTS, {}), mine, by_name=[MODEL])
 
 
 def _may_lack(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     group = name.partition(".")[0]
+    if group in (CONTENTS, WEIGHTS_BEFORE):
+        return True  # compared by themselves
+    if name == BENCHMARK and name not in theirs:
+        return True  # earlier releases did not say
     return (group in ADDED and name not in ours) or (group == "agents" and name not in theirs)
 
 
@@ -134,7 +156,7 @@ def require_same(folder: Path, stamp: Mapping[str, Any], code_version: str) -> N
     path = _path(folder, code_version)
     if not path.exists():
         return
-    if differing := differing_values(stamp, json.loads(path.read_text())):
+    if differing := differing_values(stamp, read_json(path)):
         raise ValueError(
             f"{folder} holds rows that were made with other settings ({'; '.join(differing)}); "
             "take another folder: hydra.run.dir=..."

@@ -1,12 +1,15 @@
 """What the rows say, in numbers: means with intervals, decisions, categories. Tables, plots and exports draw on these.
 
-Averages are over pictures. Intervals are at 95%, and the pictures of one prompt belong together in them: Wilson's with
-the effective number of pictures for metrics that are 0 or 1 (`stats.effective_size`), and for others that of the normal
-distribution with a clustered standard error (Liang & Zeger 1986).
+Any rows will do: what they do not tell is absent here, and shown as `NOT_AVAILABLE`. Averages are over pictures.
+Intervals are at 95%, and the pictures of one prompt belong together in them: Wilson's with the effective number of
+pictures for metrics that are 0 or 1 (`stats.effective_size`), and for others that of the normal distribution with a
+clustered standard error (Liang & Zeger 1986).
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +20,9 @@ from addiff_env.types import ACTIONS, ResultRow
 
 SUCCESS = "success"  # the exact checker's verdict
 EVERYTHING = "(all)"  # the category that holds all others, in tidy tables
+NOT_AVAILABLE = "n/a"  # what stands where the rows do not tell a number
+NO_SCORE = "no score"  # the headline of rows without any
+LARGEST = 1e100  # a score or cost beyond is no measurement: its square could not be summed
 
 
 @dataclass(frozen=True)
@@ -73,33 +79,52 @@ def categories_of(rows: Sequence[ResultRow]) -> list[str]:
     return list(dict.fromkeys(row.category for row in rows))
 
 
+def score_value(row: ResultRow, name: str) -> float | None:
+    """A score of a row; None where it has none, or one that is no number."""
+    value = row.scores.get(name)
+    return value if value is not None and _is_number(value) else None
+
+
+def scores_of(row: ResultRow) -> dict[str, float]:
+    """The scores of a row that are numbers."""
+    return {name: value for name, value in row.scores.items() if _is_number(value)}
+
+
+def _is_number(value: float) -> bool:
+    return math.isfinite(value) and abs(value) <= LARGEST
+
+
 def metric_names(rows: Sequence[ResultRow]) -> list[str]:
     """Names of every score that some row has, in order of first appearance."""
-    return list(dict.fromkeys(name for row in rows for name in row.scores))
+    return list(dict.fromkeys(name for row in rows for name in scores_of(row)))
 
 
 def share_metrics(rows: Sequence[ResultRow]) -> frozenset[str]:
     """Metrics that are 0 or 1 in every row that has them, so that their mean is a share."""
-    return frozenset(
-        name for name in metric_names(rows) if all(row.scores[name] in (0, 1) for row in rows if name in row.scores)
-    )
+    found: dict[str, bool] = {}
+    for row in rows:
+        for name, value in scores_of(row).items():
+            found[name] = found.get(name, True) and value in (0, 1)
+    return frozenset(name for name, is_share in found.items() if is_share)
 
 
 def headline_metric(rows: Sequence[ResultRow]) -> str:
-    """The first score that every row has; `lead_with` puts another one first.
+    """The first score that every row names, or else of those that most rows name; `lead_with` puts another one first.
 
-    Raises:
-        ValueError: there is none.
+    `NO_SCORE` where no row names any. A score that is NaN is named and not measured.
     """
-    shared = [name for name in metric_names(rows) if all(name in row.scores for row in rows)]
-    if not shared:
-        raise ValueError(f"no score is in all of the {len(rows)} rows; some have {metric_names(rows)}")
-    return shared[0]
+    counts = Counter(name for row in rows for name in row.scores)
+    return max(counts, key=lambda name: counts[name], default=NO_SCORE)
 
 
 def lead_with(rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
-    """The rows that have ``metric``, with it as their first score."""
-    return [replace(row, scores={metric: row.scores[metric]} | row.scores) for row in rows if metric in row.scores]
+    """The rows that have ``metric``, with it as their first score; and, it being NaN, those of methods without any."""
+    measured = {row.method for row in rows if score_value(row, metric) is not None}
+    return [
+        replace(row, scores={**{metric: math.nan}, **row.scores})
+        for row in rows
+        if score_value(row, metric) is not None or row.method not in measured
+    ]
 
 
 def action_shares(rows: Sequence[ResultRow]) -> np.ndarray | None:
@@ -111,7 +136,17 @@ def action_shares(rows: Sequence[ResultRow]) -> np.ndarray | None:
 def cost_value(row: ResultRow, name: str) -> float | None:
     """A cost of a row in its own units; None where it was not measured."""
     value = getattr(row, name, None)
-    return None if value is None or (name == "peak_memory" and not value) else float(value)
+    return None if value is None or not _is_number(value) or (name == "peak_memory" and not value) else float(value)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things in words: ``1 prompt``, ``1,024 prompts``."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def number_text(value: float, digits: int) -> str:
+    """A number with so many digits behind the point; a huge one with four in all."""
+    return f"{value:.{digits}f}" if abs(value) < 1e9 else f"{value:.4g}"
 
 
 # --------------------------------------------------------------------------- means
@@ -157,8 +192,8 @@ def summarise(rows: Sequence[ResultRow], shares: frozenset[str] | None = None) -
 def _scores(group: Sequence[ResultRow], shares: frozenset[str]) -> dict[str, Estimate]:
     found = {}
     for name in metric_names(group):
-        having = [row for row in group if name in row.scores]
-        values, prompts = [row.scores[name] for row in having], [row.prompt for row in having]
+        measured = [(value, row.prompt) for row in group if (value := score_value(row, name)) is not None]
+        values, prompts = zip(*measured, strict=True)
         found[name] = estimate(values, prompts, name in shares)
     return found
 

@@ -27,7 +27,9 @@ from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.geneval import BoxDetector, Detection
 from addiff_env.evaluation.metrics import as_tensor
 from addiff_env.evaluation.phrases import NounPhrase, counted_noun, is_quality, noun_phrases, without
-from addiff_env.loading import fetching, quiet_loading
+from addiff_env.isolation import frozen_call
+from addiff_env.loading import fetching, load_network, quiet_loading
+from addiff_env.prompts import load_prompts
 from addiff_env.scorers import Scorer, load_scorer
 
 T2I_METRICS = ("blip_vqa", "spatial", "spatial_3d", "numeracy", "non_spatial", "three_in_one", "t2i_compbench")
@@ -42,6 +44,8 @@ OWN = {  # each category's own metric, as the benchmark has it
 BLIP = "Salesforce/blip-vqa-capfilt-large"
 DETECTOR = "google/owlv2-base-patch16-ensemble"  # any word may be asked of it; COCO's 80 classes lack half the objects
 DEPTH = "Intel/dpt-hybrid-midas"  # the script's in its transformers port
+# DPT's coarsest fusion has nothing to add to yet: published weights lack the layers that would.
+_DPT_UNUSED = r"^neck\.fusion_stage\.layers\.0\.residual_layer1\."
 CLIP = "clipscore:open_clip:ViT-B-32/openai"
 SIDE = 479  # the scripts' pictures have this shorter side; distances are in its pixels
 PHRASES = 8  # noun phrases asked for at most
@@ -302,9 +306,9 @@ class BlipVqa:
         from transformers import BlipForQuestionAnswering, BlipProcessor
 
         self.name, self.device = model, device
-        with fetching(model, "blip_vqa:<folder>"), quiet_loading():
-            self.processor = BlipProcessor.from_pretrained(model)
-            self.model = BlipForQuestionAnswering.from_pretrained(model).eval().to(device)
+        with fetching(model, "blip_vqa:<folder>") as folder, quiet_loading():
+            self.processor = BlipProcessor.from_pretrained(folder)
+            self.model = load_network(BlipForQuestionAnswering, folder).eval().to(device)
         tokenizer = self.processor.tokenizer
         self.answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
         if tokenizer.unk_token_id in self.answers:
@@ -315,7 +319,7 @@ class BlipVqa:
         asked = questions(prompt)
         return float(np.prod(self.probabilities(picture, asked))) if asked else 1.0
 
-    @torch.no_grad()
+    @frozen_call
     def probabilities(self, picture: Image.Image, asked: Sequence[str]) -> list[float]:
         """P(yes) / (P(yes) + P(no)) of each question, from the decoder's first token.
 
@@ -362,11 +366,11 @@ class WordDetector:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
         self.name, self.device = model, device
-        with fetching(model, "spatial:<folder>"), quiet_loading():
-            self.processor = AutoProcessor.from_pretrained(model)
-            self.model = AutoModelForZeroShotObjectDetection.from_pretrained(model).eval().to(device)
+        with fetching(model, "spatial:<folder>") as folder, quiet_loading():
+            self.processor = AutoProcessor.from_pretrained(folder)
+            self.model = load_network(AutoModelForZeroShotObjectDetection, folder).eval().to(device)
 
-    @torch.no_grad()
+    @frozen_call
     def __call__(self, picture: Image.Image, words: Sequence[str]) -> list[Detection]:
         """Detections of ``words`` in one picture, most confident first; none where nothing is looked for."""
         if not words:
@@ -398,15 +402,16 @@ class DepthEstimator:
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation
 
         self.name, self.device = model, device
-        with fetching(model, "spatial_3d:depth=<folder>"), quiet_loading():
-            config = AutoConfig.from_pretrained(model)
+        with fetching(model, "spatial_3d:depth=<folder>") as folder, quiet_loading():
+            config = AutoConfig.from_pretrained(folder)
             is_metric = getattr(config, "depth_estimation_type", "relative") != "relative"
             if config.model_type not in ("dpt", "depth_anything") or is_metric:
                 raise ValueError(f"{model!r} ({config.model_type}) is no DPT or Depth Anything of relative depth")
-            self.processor = AutoImageProcessor.from_pretrained(model)
-            self.model = AutoModelForDepthEstimation.from_pretrained(model).eval().to(device)
+            self.processor = AutoImageProcessor.from_pretrained(folder)
+            loaded = load_network(AutoModelForDepthEstimation, folder, may_lack=_DPT_UNUSED)
+        self.model = loaded.eval().to(device)
 
-    @torch.no_grad()
+    @frozen_call
     def __call__(self, picture: Image.Image) -> np.ndarray:
         """Nearness (h, w) in [0, 1], the nearest being 1, at the size of `detect`'s boxes."""
         inputs = self.processor(images=picture.convert("RGB"), return_tensors="pt").to(self.device)
@@ -614,8 +619,8 @@ def _open_detector(options: Mapping[str, str], device: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     model = options.get("detector", DETECTOR)
-    with fetching(model, "spatial:<folder>"):
-        asked = AutoConfig.from_pretrained(model).model_type in ("owlvit", "owlv2")
+    with fetching(model, "spatial:<folder>") as folder:
+        asked = AutoConfig.from_pretrained(folder).model_type in ("owlvit", "owlv2")
     detector: Finder = WordDetector(model, device) if asked else _Unasked(BoxDetector(model, device, coco=False))
     threshold = float(options.get("threshold", 0.2 if asked else 0.5))
     return {"detector": detector, "threshold": threshold}
@@ -633,7 +638,7 @@ class _Unasked:
 
 def _read_lists(folder: Path) -> tuple[frozenset[str], frozenset[str]]:
     spatial, action = (
-        frozenset(line.split(".")[0].lower() for line in (folder / f"complex_val_{kind}.txt").read_text().splitlines())
+        frozenset(prompt.split(".")[0].lower() for prompt in load_prompts(folder / f"complex_val_{kind}.txt"))
         for kind in ("spatial", "action")
     )
     return spatial, action

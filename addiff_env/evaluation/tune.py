@@ -40,7 +40,10 @@ from addiff_env.evaluation.metrics import (
     reward_score,
     score_pictures,
 )
+from addiff_env.inputs import FILE_SETTINGS, fingerprints
 from addiff_env.pipeline import make_agent_env
+from addiff_env.stats import at_least_one
+from addiff_env.storage import read_json
 from addiff_env.types import Action
 
 AUTO = ("threshold:auto", "random:auto", "words-auto", "best-of-auto")
@@ -48,7 +51,7 @@ MATCHED = 1.02  # net FLOPs of the agent that a rule may spend
 LOOKS = (0.5, 0.75, 1.0)  # shares of the schedule after which rules look
 NUMBERS = (2, 3, 4)  # of pictures that best-of-N takes the best of
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the agent's final reward scores, at which rules' thresholds lie
-PACKAGED = str(Path(__file__).resolve().parents[1] / "tiny" / "weights" / "agent")
+PACKAGED = "addiff_env:tiny/weights/agent"
 
 
 @dataclass(frozen=True)
@@ -83,16 +86,23 @@ class Tuning:
 def measure(
     method: Method, env: DiffusionDenoiseVectorEnv, items: Sequence[Item], metrics: Sequence[Metric], metric: str
 ) -> Measured:
-    """Run a method on the tuning prompts; ``env``'s reward model looks at the final pictures."""
+    """Run a method on the tuning prompts; ``env``'s reward model looks at the final pictures.
+
+    Raises:
+        ValueError: no picture has a finite ``metric``.
+    """
     made = [pair for group in method.make(list(items)) for pair in group]
     pictures = np.stack([result.picture for _, result in made])
     chosen = [item for item, _ in made]
-    quality = [scores[metric] for scores, _ in score_pictures(metrics, pictures, chosen)]
+    found = [scores.get(metric) for scores, _ in score_pictures(metrics, pictures, chosen)]
+    quality = [value for value in found if value is not None]  # one that is not finite is no measurement
+    if not quality:
+        raise ValueError(f"none of the {len(found)} tuning pictures of {method.name!r} has a finite {metric}")
     looks = score_pictures([ModelScore("look", reward_score(env.perception), env.perception.device)], pictures, chosen)
     taken = [action for _, result in made for action in result.actions]
     shares = np.bincount(taken, minlength=len(Action)) / len(taken) if taken else np.zeros(0)
     flops, nfe = np.mean([(result.net_flops, result.nfe) for _, result in made], axis=0)
-    seen = tuple(scores["look"] for scores, _ in looks)
+    seen = tuple(scores["look"] for scores, _ in looks if scores)
     return Measured(method.name, float(np.mean(quality)), float(flops), float(nfe), (*shares.tolist(),), seen)
 
 
@@ -114,6 +124,8 @@ def threshold_grid(env: DiffusionDenoiseVectorEnv, scores: Sequence[float]) -> l
     """Rules that look after some shares of the schedule and have thresholds at quantiles of ``scores``."""
     steps, warmup = env.config.num_inference_steps, env.config.warmup_steps
     looks = sorted({min(steps - 1, max(warmup, 1, round(share * steps))) for share in LOOKS})
+    if not len(scores):
+        raise ValueError("the reward model gave none of the agent's tuning pictures a finite score: no rule to tune")
     taus = sorted({round(float(tau), 3) for tau in np.quantile(scores, QUANTILES)})
     return [f"threshold:{look}:{tau:g}" for look in looks for tau in taus]
 
@@ -196,7 +208,8 @@ def stamp_of(agent: Agent, env: DiffusionDenoiseVectorEnv, items: Sequence[Item]
     """What a tuning depends on."""
     settings = hashlib.sha256(repr(env.config).encode()).hexdigest()[:12]
     prompts = {"prompts": id_list_hash(items), "items": len(items)}
-    return {"agent": agent.fingerprint, "settings": settings, **prompts, "metric": metric}
+    files = fingerprints({name: getattr(env.config, name) for name in FILE_SETTINGS if name != "prompts"})
+    return {"agent": agent.fingerprint, "settings": settings, **prompts, "metric": metric, "contents": files}
 
 
 def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Callable[[], Tuning]) -> list[str]:
@@ -213,10 +226,10 @@ def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Calla
     if not path.exists():
         keep_first(path, json.dumps(asdict(make()), indent=2) + "\n")
     try:
-        tuning = Tuning(**json.loads(path.read_text()))
+        tuning = Tuning(**read_json(path))
     except TypeError as error:
         raise ValueError(f"{path} was tuned by another release ({error}): delete it to tune again") from error
-    if tuning.stamp != stamp:
+    if tuning.stamp != {name: value for name, value in stamp.items() if name != "contents" or name in tuning.stamp}:
         raise ValueError(f"{path} was tuned with {tuning.stamp}, not with {stamp}: delete it to tune again")
     return [tuning.spec(spec) if spec in AUTO else spec for spec in specs]
 
@@ -226,9 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m addiff_env.evaluation.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--agent", default=PACKAGED, help="folder of an agent bundle")
     parser.add_argument("--benchmark", default="tiny-dev", help="prompts to tune on; never those of the evaluation")
-    parser.add_argument("--limit", type=int, default=64, help="prompts, categories in turn")
+    parser.add_argument("--limit", type=at_least_one, default=64, help="prompts, categories in turn")
     parser.add_argument("--metric", help="metric to maximise (default: the checker, or hpsv2.1)")
-    parser.add_argument("--num-envs", type=int, default=32, help="lanes denoised in one batch")
+    parser.add_argument("--num-envs", type=at_least_one, default=32, help="lanes denoised in one batch")
     options = parser.parse_args(arguments)
     try:
         agent, items = Agent.from_pretrained(options.agent), load_benchmark(options.benchmark, options.limit)

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 import addiff_env
-from addiff_env.loading import PACKAGE_PREFIX
+from addiff_env.paths import PACKAGE_PREFIX
 
 CODE = ("addiff_env", "configs", "evaluate.py")  # what can change a row; documentation and tests cannot
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from addiff_env.evaluation.benchmarks import Item
 from addiff_env.evaluation.rows import CONFIGURATION
+from addiff_env.storage import read_json
 from addiff_env.types import ResultRow
 
 PROTOCOLS, SET_METRICS = "protocols.json", "set_metrics.json"
@@ -30,6 +31,7 @@ class Whole:
     protocols: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # metric, method, category -> mean
     sets: dict[str, dict[str, float]] = field(default_factory=dict)  # method, metric -> value; ``pictures`` beside them
     references: dict[str, dict[str, Any]] = field(default_factory=dict)  # network -> what it was measured against
+    notes: list[str] = field(default_factory=list)  # which set metrics are not available, and why
 
     def __bool__(self) -> bool:
         return bool(self.protocols or self.sets)
@@ -75,8 +77,9 @@ def read_whole(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item]) -
         {metric: found for metric, found in of.items() if found},
         {name: measured[name] for name in same},
         sets.get("references", {}) if same else {},
+        sets.get("notes", []) if same else [],
     )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from addiff_env.commands import interruptible, json_argument
 from addiff_env.rllib.settings import Settings
-from addiff_env.rllib.training import check_numbers, require_ray, train, wait_for_nodes
+from addiff_env.rllib.training import check_numbers, describe_kept, require_ray, train, wait_for_nodes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", type=Path, help="agent, checkpoint and progress; the same folder goes on")
     parser.add_argument("--env", dest="env_id", default=Settings.env_id, help="environment id")
     settings = 'environment settings as JSON, e.g. \'{"mask": "full"}\''
-    parser.add_argument("--kwargs", dest="env_kwargs", type=json.loads, default={}, help=settings)
+    parser.add_argument("--kwargs", dest="env_kwargs", type=json_argument, default={}, help=settings)
     for knob in fields(Settings)[2:]:
         _add(parser, knob.name, knob.default, knob.metadata["help"], knob.metadata["read"])
     parser.add_argument("--iterations", type=int, default=50)
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ray.init(address=options.address)
     try:
         wait_for_nodes(options.nodes)
-        train(settings, options.folder, options.iterations, options.checkpoint_every)
+        with interruptible(lambda: describe_kept(options.folder)):
+            train(settings, options.folder, options.iterations, options.checkpoint_every)
     finally:
         ray.shutdown()
 

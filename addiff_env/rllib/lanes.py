@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,21 +31,35 @@ class LeanInfo(VectorWrapper):
 
 
 def _lean(info: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in info.items() if not isinstance(value, dict) and name != "_reward"}
+    return {name: value for name, value in info.items() if not isinstance(value, dict) and name != "_reward_components"}
 
 
 def make_lanes(context: Mapping[str, Any]) -> gym.vector.VectorEnv:
     """What an env runner calls: ``id`` and ``kwargs`` of an environment, and ``num_envs`` as RLlib adds it.
 
+    Relative paths are relative to ``folder``, if it is given and there is such a folder here.
+
     Lanes restart in the step after the one that ended them (Gymnasium's default), which RLlib relies on.
     """
-    lanes = gym.make_vec(
-        context["id"],
-        num_envs=context.get("num_envs", 1),
-        autoreset_mode=AutoresetMode.NEXT_STEP,
-        **context["kwargs"],
-    )
+    with _standing_in(context.get("folder")):
+        lanes = gym.make_vec(
+            context["id"],
+            num_envs=context.get("num_envs", 1),
+            autoreset_mode=AutoresetMode.NEXT_STEP,
+            **context["kwargs"],
+        )
     return LeanInfo(lanes)
+
+
+@contextmanager
+def _standing_in(folder: str | None) -> Iterator[None]:
+    before = os.getcwd()
+    if folder and os.path.isdir(folder):
+        os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from addiff_env.rllib import checkpoint
+import gymnasium as gym
 
-FILE = "settings.json"
+from addiff_env.inputs import FILE_SETTINGS, differing, fingerprints
+from addiff_env.rllib import checkpoint
+from addiff_env.storage import read_json, write_whole
+
+FILE, INPUTS = "settings.json", "inputs"
 
 
 def _knob(default: Any, text: str, read: Callable[[str], Any] | None = None) -> Any:
@@ -52,18 +55,33 @@ class Settings:
 def claim(folder: Path, settings: Settings) -> None:
     """Write the settings into the run's folder; one that has a checkpoint already must have the same.
 
+    With them go the fingerprints of the files that they name, whose contents must be the same, too.
+
     Raises:
         ValueError: it has others; every differing value is named.
     """
     path, ours = folder / FILE, _plain(settings)
+    named = _input_settings(settings)
+    inputs = fingerprints(named)
     begun = path.is_file() and any(folder.glob(f"{checkpoint.NAME}*"))
-    theirs = _plain(Settings()) | json.loads(path.read_text()) if begun else ours  # older runs lack newer settings
-    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    if differing := [f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now" for name in names]:
-        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(differing)}); name another folder")
-    partial = path.with_name(FILE + ".partial")
-    partial.write_text(json.dumps(ours, indent=2) + "\n")
-    os.replace(partial, path)
+    kept = read_json(path) if begun else {}
+    known = kept.pop(INPUTS, {})
+    theirs = _plain(Settings()) | kept if begun else ours  # older runs lack newer settings
+    values = differing(_by_setting(ours), _by_setting(theirs), inputs, known, named)
+    if values:
+        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(values)}); name another folder")
+    write_whole(path, json.dumps({**ours, INPUTS: inputs}, indent=2) + "\n")
+
+
+def _input_settings(settings: Settings) -> dict[str, Any]:
+    kwargs = {**gym.spec(settings.env_id).kwargs, **settings.env_kwargs}
+    return {f"env_kwargs.{name}": kwargs.get(name) for name in FILE_SETTINGS}
+
+
+def _by_setting(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, those of the environment one by one."""
+    rest = {name: value for name, value in values.items() if name != "env_kwargs"}
+    return {**rest, **{f"env_kwargs.{name}": value for name, value in values.get("env_kwargs", {}).items()}}
 
 
 def _plain(settings: Settings) -> dict[str, Any]:

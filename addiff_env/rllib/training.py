@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from typing import Any
 import gymnasium as gym
 import torch
 
+from addiff_env import storage
 from addiff_env.agent import Agent, PolicyNet, shareable
 from addiff_env.rllib import checkpoint
 from addiff_env.rllib.lanes import Survey, make_lanes, survey
@@ -82,9 +84,12 @@ def make_config(settings: Settings, gpus: float, seen: Survey) -> Any:
 
 
 def _context(settings: Settings, gpus: float) -> dict[str, Any]:
-    """What `make_lanes` takes; a runner that has a GPU, the only one that Ray lets it see, uses it."""
+    """What `make_lanes` takes; a runner that has a GPU, the only one that Ray lets it see, uses it.
+
+    Runners work in a folder of Ray's choosing; the settings' relative paths are relative to ours.
+    """
     device = {"device": "auto"} if gpus else {}
-    return {"id": settings.env_id, "kwargs": {**device, **settings.env_kwargs}}
+    return {"id": settings.env_id, "kwargs": {**device, **settings.env_kwargs}, "folder": os.getcwd()}
 
 
 def _log_nfe(*, episode: Any, metrics_logger: Any, **_: Any) -> None:
@@ -128,14 +133,19 @@ def train(settings: Settings, folder: Path, iterations: int, checkpoint_every: i
         The mean episode return after each iteration of this call; NaN before the first episode has ended.
 
     Raises:
-        ImportError: Ray is not installed; ValueError: the folder holds a run with other settings, the runners
-        do not fit on Ray's nodes, or as `check_numbers`.
+        ImportError: Ray is not installed; ValueError: the folder holds a run with other settings or files, the runners
+        do not fit on Ray's nodes, or as `check_numbers`. FolderBusyError: another process is at work in it.
     """
     check_numbers(iterations, checkpoint_every)
-    ray = require_ray()
+    require_ray()
     folder = folder.resolve()  # Ray's storage takes absolute paths only
-    folder.mkdir(parents=True, exist_ok=True)
+    with storage.claim(folder, "an RLlib training"):
+        return _train(settings, folder, iterations, checkpoint_every)
+
+
+def _train(settings: Settings, folder: Path, iterations: int, checkpoint_every: int) -> list[float]:
     claim(folder, settings)
+    ray = require_ray()
     if not ray.is_initialized():
         ray.init()
     gpus = share_gpus(settings, _living_nodes())
@@ -190,6 +200,12 @@ def bundle(algorithm: Any, settings: Settings, seen: Survey, last: Mapping[str, 
         },
     }
     return Agent(policy, config)
+
+
+def describe_kept(folder: Path) -> str:
+    """What a run folder's checkpoint holds, in words."""
+    kept = folder / checkpoint.NAME
+    return f"{kept} is the last checkpoint" if kept.exists() else f"no checkpoint yet in {folder}"
 
 
 def _progress_lines(folder: Path) -> list[str]:

@@ -107,7 +107,7 @@ class EpisodeLog(Remembering):
         for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True):
             _count(self._actions, info["action_taken"])
             for name in COMPONENTS:
-                self._rewards[name].append(info["reward"][name])
+                self._rewards[name].append(info["reward_components"][name])
             if done:
                 self._nfe.append(info["nfe"])
                 self._scores.append(info["reward_score"])

@@ -16,6 +16,7 @@ import random
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -132,10 +133,15 @@ def set_random_state(state: dict[str, Any]) -> None:
 # --------------------------------------------------------------------------- files
 
 
-def save_checkpoint(path: Path, state: dict[str, Any], config: str) -> None:
-    """Write a checkpoint atomically and durably; ``config`` is the run's resolved configuration, as text."""
+def save_checkpoint(
+    path: Path, state: dict[str, Any], config: str, inputs: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write a checkpoint atomically and durably.
+
+    ``config`` is the run's resolved configuration, as text; ``inputs`` the fingerprints of the files that it names.
+    """
     partial = path.with_name(path.name + ".partial")
-    content = _plain({"format_version": FORMAT_VERSION, "config": config, **state})
+    content = _plain({"format_version": FORMAT_VERSION, "config": config, "inputs": inputs, **state})
     with partial.open("wb") as file:
         torch.save(content, file)
         file.flush()
@@ -185,12 +191,19 @@ class Checkpoints(BaseCallback):
     """Save the training to ``path`` before every ``every``-th rollout, and when it is complete."""
 
     def __init__(
-        self, path: Path, env: DenoiseVecEnv, callbacks: Mapping[str, Remembering], config: str, every: int = 1
+        self,
+        path: Path,
+        env: DenoiseVecEnv,
+        callbacks: Mapping[str, Remembering],
+        config: str,
+        every: int = 1,
+        inputs: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         if every < 1:
             raise ValueError(f"checkpoints must be at least 1 rollout apart, got {every}")
         self.path, self.env, self.remembered, self.config, self.every = path, env, callbacks, config, every
+        self.inputs = inputs
         self._rollouts = 0
 
     def _on_step(self) -> bool:
@@ -209,7 +222,7 @@ class Checkpoints(BaseCallback):
 
     def save(self) -> None:
         """Save now; only between rollouts does the state hold everything."""
-        save_checkpoint(self.path, training_state(self.model, self.env, self.remembered), self.config)
+        save_checkpoint(self.path, training_state(self.model, self.env, self.remembered), self.config, self.inputs)
 
 
 # --------------------------------------------------------------------------- logs that go on
@@ -249,7 +262,10 @@ def _continued_csv(path: Path, step: int) -> CSVOutputFormat:
     rows: list[dict[str, str | None]] = []
     if step and path.is_file():
         with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if float(row.get("time/total_timesteps") or "inf") <= step]
+            try:
+                rows = [row for row in csv.DictReader(file) if float(row.get("time/total_timesteps") or "inf") <= step]
+            except (ValueError, csv.Error) as error:
+                raise ValueError(f"{path} is damaged: {error}; remove it to go on without the rows so far") from error
     partial = path.with_name(path.name + ".partial")
     writer = CSVOutputFormat(str(partial))
     for row in rows:

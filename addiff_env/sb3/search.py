@@ -15,6 +15,7 @@ without journal files. ``train_sb3.py -m seed=0,1,2`` is Hydra's own sweep, for 
 from __future__ import annotations
 
 import argparse
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,25 @@ from typing import Any
 import numpy as np
 import optuna
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
+from addiff_env.commands import command_line, interruptible, override, spelled
+from addiff_env.inputs import fingerprints
+from addiff_env.paths import looked_at, resolve_model
 from addiff_env.sb3.callbacks import HeldOut
 from addiff_env.sb3.checkpoint import FILE
-from addiff_env.sb3.training import Result, train
+from addiff_env.sb3.training import Result, differing_values, input_settings, resolved, train
+from addiff_env.storage import claim, read_yaml
 
 Trainer = Callable[..., Result]
 HELD_OUT = 128  # prompts that a trial is judged on; the 32 of a single training are too few to tell trials apart
 PRICES = ("reward.weights.efficiency",)  # of the reward, what is no part of the quality that trials are judged by
 ATTEMPTS = 3  # at a training that ends with an error: what a checkpoint does not get over, the next one will not either
-NO_WORDS = ("null", "true", "false", "inf", "nan")  # what Hydra reads as something else
+CONFIG, NAMED, INPUTS = "config", "named", "inputs"  # of a study's settings: see `study_inputs`
 NOTHING_HELD_OUT = "a search needs held-out prompts: set prompts.held_out.source and logging.held_out_every"
 
 
@@ -45,7 +49,8 @@ def open_study(folder: Path, seed: int | None = None, settings: dict[str, Any] |
     """The study in ``folder``, made if there is none; safe for many workers, on a network file system too.
 
     Raises:
-        ValueError: its workers so far had other ``settings``, so that their trials do not compare.
+        ValueError: its workers so far had other ``settings``, so that their trials do not compare. Settings that an
+            earlier release did not keep are not compared.
     """
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
@@ -57,13 +62,32 @@ def open_study(folder: Path, seed: int | None = None, settings: dict[str, Any] |
         load_if_exists=True,
     )
     theirs = study.user_attrs.get("settings", settings) or {}
-    if settings is not None and theirs != settings:
-        names = [name for name in settings if settings[name] != theirs.get(name)]
-        differing = "; ".join(f"{name}: {theirs.get(name)} there, {settings[name]} now" for name in names)
-        raise ValueError(f"{folder} holds a search with other settings ({differing}); name another folder")
+    if settings is not None and (differing := _differing_settings(settings, theirs)):
+        raise ValueError(f"{folder} holds a search with other settings ({'; '.join(differing)}); name another folder")
     if settings is not None and "settings" not in study.user_attrs:
         study.set_user_attr("settings", settings)
     return study
+
+
+def _differing_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Every setting in which two workers differ, in words; the configuration and its files by their own names."""
+    plain = [name for name in ours if name not in (CONFIG, INPUTS, NAMED) and ours[name] != theirs.get(name)]
+    if plain or CONFIG not in theirs:
+        return [f"{name}: {theirs.get(name)} there, {ours[name]} now" for name in plain]
+    configs = [OmegaConf.create(settings[CONFIG]) for settings in (ours, theirs)]
+    return differing_values(configs[0], configs[1], ours[INPUTS], theirs[INPUTS], ours[NAMED])
+
+
+def study_inputs(cfg: DictConfig, space: dict[str, Any]) -> dict[str, Any]:
+    """What the trials of a search depend on beyond what is said: their configuration, and the files that it names.
+
+    Files that a search chooses among count, too.
+    """
+    named = input_settings(cfg)
+    choices = {entry.lstrip("+"): values for entry, values in space.items() if isinstance(values, list)}
+    named |= {f"{name}[{k}]": v for name, values in choices.items() if name in named for k, v in enumerate(values)}
+    kept = {name: str(value) for name, value in named.items() if isinstance(value, str)}
+    return {CONFIG: resolved(cfg), NAMED: kept, INPUTS: fingerprints(kept)}
 
 
 def take_over(study: optuna.Study, worker: int, folder: Path) -> int:
@@ -137,22 +161,6 @@ def suggest(trial: optuna.Trial, space: dict[str, Any]) -> list[str]:
     return [f"{name}={spelled(_draw(trial, name, entry))}" for name, entry in space.items()]
 
 
-def spelled(value: Any) -> str:
-    """``value`` as Hydra's override grammar reads it back: nothing is null, and a text that looks like a number stays.
-
-    Plain words need no quotes, and are shown without.
-    """
-    if value is None:
-        return "null"
-    if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(spelled, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{name}:{spelled(part)}' for name, part in value.items())}}}"
-    if isinstance(value, str) and not (value.isidentifier() and value.lower() not in NO_WORDS):
-        return QuotedString(value, Quote.single).with_quotes()
-    return str(value)
-
-
 def _draw(trial: optuna.Trial, name: str, entry: Any) -> Any:
     if isinstance(entry, list) and entry:
         return trial.suggest_categorical(name, entry)
@@ -223,13 +231,26 @@ def run_trial(
     return objective_value(result.held_out, price)
 
 
-def read_space(path: Path) -> dict[str, Any]:
-    """The search space of a YAML file.
+def _find_configs(folder: str) -> str:
+    """The absolute path of the folder that holds train.yaml."""
+    place = Path(resolve_model(folder)).absolute()
+    if not (place / "train.yaml").is_file():
+        raise FileNotFoundError(
+            f"no train.yaml in {looked_at(folder)}; --configs names the folder of the configuration"
+        )
+    return str(place)
+
+
+def read_space(path: str | Path) -> dict[str, Any]:
+    """The search space of a YAML file, which may be named as ``addiff_env:configs/...``.
 
     Raises:
-        ValueError: it is no mapping.
+        FileNotFoundError: there is none; ValueError: it is no mapping.
     """
-    space = OmegaConf.load(path)
+    place = Path(resolve_model(path))
+    if not place.is_file():
+        raise FileNotFoundError(f"no search space {looked_at(path)}; --space names a file of what may vary")
+    space = read_yaml(place)
     if isinstance(space, ListConfig) or not space:
         raise ValueError(f"{path} must map names of the configuration to what they may be")
     return {str(name): value for name, value in OmegaConf.to_container(space).items()}  # type: ignore[union-attr]
@@ -240,20 +261,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="One worker of a hyperparameter search.")
     parser.add_argument("folder", type=Path, help="the study's folder; workers that name the same one share the study")
     parser.add_argument("--trials", type=int, default=20, help="trainings that this worker runs")
-    parser.add_argument("--space", type=Path, default=Path("configs/search/ppo.yaml"), help="what may vary")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the Hydra configuration")
+    parser.add_argument("--space", default="addiff_env:configs/search/ppo.yaml", help="file of what may vary")
+    parser.add_argument("--configs", default="addiff_env:configs", help="folder of the Hydra configuration")
     parser.add_argument("--price", type=float, default=0.002, help="quality that one evaluation has to be worth")
     parser.add_argument("--seed", type=int, default=None, help="of this worker's draws, and its name: all differ")
     parser.add_argument("overrides", nargs="*", help="as for train_sb3.py, for every trial")
     options = parser.parse_intermixed_args(arguments)
+    configs = _find_configs(options.configs)
 
     def configure(drawn: list[str]) -> DictConfig:
-        with initialize_config_dir(str(options.configs.resolve()), version_base="1.3"):
+        with initialize_config_dir(configs, version_base="1.3"):
             return compose("train", [f"prompts.held_out.number={HELD_OUT}", *options.overrides, *drawn])
 
-    space = read_space(options.space)
-    refuse_unlike_judges(configure([]), space)
+    space, cfg = read_space(options.space), configure([])
+    refuse_unlike_judges(cfg, space)
     settings = {"space": space, "price": options.price, "overrides": sorted(options.overrides)}
+    # Two workers of one name would take each other's trainings over; of those without one there may be any number.
+    name = uuid.uuid4().hex if options.seed is None else str(options.seed)
+    instead = "give this one another --seed, or name another folder"
+    with (
+        interruptible(lambda: f"the trials so far are kept in {options.folder}"),
+        claim(options.folder, f"a search's worker (--seed {options.seed})", "workers", name, instead),
+    ):
+        _work(options, configure, settings | study_inputs(cfg, space))
+
+
+def _work(options: argparse.Namespace, configure: Callable[[list[str]], DictConfig], settings: dict[str, Any]) -> None:
+    """Run the trainings of one worker, and say which was the best so far."""
+    space = settings["space"]
     study, worker = open_study(options.folder, options.seed, settings), options.seed
     left = options.trials - (0 if worker is None else take_over(study, worker, options.folder))
     if left > 0:
@@ -268,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     best = study.best_trial
     print(f"best of {len(study.trials)} trials: {best.value:.4f} ({options.folder / folder_name(best)})")
     for name, value in best.params.items():
-        print(f"  {name}={spelled(value)}")
+        print(f"  {command_line(override(name, value))}")
 
 
 if __name__ == "__main__":

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import shlex
+import os
+import re
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gymnasium as gym
 import torch
-from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecMonitor
@@ -22,7 +24,10 @@ from stable_baselines3.common.vec_env import VecMonitor
 import addiff_env
 from addiff_env.agent import CALIBRATION_SHARES, Agent, describe_backbone, shareable
 from addiff_env.baseline_cache import BaselineCache
+from addiff_env.commands import command_line
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.inputs import FILE_SETTINGS, differing, fingerprints
+from addiff_env.paths import looked_at, resolve_model
 from addiff_env.prompts import load_prompts
 from addiff_env.reward import check_undiscounted
 from addiff_env.sb3.callbacks import (
@@ -42,10 +47,12 @@ from addiff_env.sb3.episodes import PromptOrder, Stage
 from addiff_env.sb3.policies import ALGORITHMS, calibrate
 from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
 from addiff_env.stats import spread
+from addiff_env.storage import claim, file_name, write_whole
 
 CONFIG_FILE = "config.yaml"
 WANDB_FILE = "wandb-id.txt"
-LOCK_FILE = ".lock"
+HYDRA = ".hydra"  # folder of what Hydra made the configuration of
+ELSEWHERE = "name another hydra.run.dir"
 COSMETIC = ("progress_bar", "threads", "out", "resume", "logging")  # may differ between a run and its continuation
 
 
@@ -74,21 +81,29 @@ def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Seq
     Raises:
         ValueError: the folder holds a run with another configuration; every differing value is named. Or a value that
             no training can have.
-        RuntimeError: another process trains in the folder.
+        RuntimeError: another process trains in the folder, or is to write its agent to the same ``cfg.out``.
     """
     check_numbers(cfg)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    run.mkdir(parents=True, exist_ok=True)
-    with alone_in(run):
+    with ExitStack() as held:
+        held.enter_context(alone_in(run))
+        if cfg.out and not _same_place(Path(cfg.out), run):
+            held.enter_context(claim(Path(cfg.out), "a training's agent", instead="name another out"))
         return _train(cfg, run, judge, callbacks)
 
 
+def _same_place(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
 def _train(cfg: DictConfig, run: Path, judge: Judge | None, callbacks: Sequence[BaseCallback]) -> Result:
-    state = _find_state(cfg, run)
+    named = input_settings(cfg)
+    inputs = fingerprints(named)  # of what is there before it is read
+    state = _find_state(cfg, run, named, inputs)
     set_random_seed(cfg.seed)
     with weights_and_biases(cfg, run, fresh=state is None):  # before TensorBoard's writer is made, which it has to see
-        training = Training(cfg, run, judge, state)
+        training = Training(cfg, run, judge, state, inputs)
         try:
             _settle(cfg, run, fresh=state is None)
             training.learn(callbacks)
@@ -99,6 +114,15 @@ def _train(cfg: DictConfig, run: Path, judge: Judge | None, callbacks: Sequence[
     keep_results(agent, out)
     agent.save(out)
     return Result(agent, training.model.num_timesteps, training.collapsed, training.held_out_summary)
+
+
+def input_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The settings of a training that may name files which it depends on, by the names that the configuration has."""
+    settings, held_out = gym.spec(cfg.env.id).kwargs | env_settings(cfg), cfg.prompts.held_out.source
+    named = {f"env.kwargs.{name}": settings.get(name) for name in FILE_SETTINGS}
+    named["prompts.source"] = named.pop("env.kwargs.prompts")
+    looks = bool(held_out and cfg.logging.held_out_every)
+    return {**named, "prompts.held_out.source": held_out if looks else None, "reward.baselines": cfg.reward.baselines}
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -125,15 +149,8 @@ def alone_in(run: Path) -> Iterator[None]:
     Raises:
         RuntimeError: another process holds it.
     """
-    lock = FileLock(run / LOCK_FILE, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise RuntimeError(f"another process trains in {run}: wait for it, or name another hydra.run.dir") from error
-    try:
+    with claim(run, "a training", instead=ELSEWHERE):
         yield
-    finally:
-        lock.release()
 
 
 def keep_results(agent: Agent, folder: Path) -> None:
@@ -149,8 +166,15 @@ def keep_results(agent: Agent, folder: Path) -> None:
 class Training:
     """The parts of one run, put where ``state`` (a checkpoint) left them, or freshly calibrated without one."""
 
-    def __init__(self, cfg: DictConfig, run: Path, judge: Judge | None, state: dict[str, Any] | None) -> None:
-        self.cfg, self.run, self.fresh = cfg, run, state is None
+    def __init__(
+        self,
+        cfg: DictConfig,
+        run: Path,
+        judge: Judge | None,
+        state: dict[str, Any] | None,
+        inputs: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.cfg, self.run, self.fresh, self.inputs = cfg, run, state is None, inputs
         self.env = build_env(cfg)
         self.model = build_model(cfg, self.env)
         self.held_out = build_held_out(cfg, judge)
@@ -182,7 +206,7 @@ class Training:
             Progress(self.env, algorithm.total_timesteps, entropy, gae_lambda),
             *self.remembered.values(),
             *further,
-            Checkpoints(self.run / FILE, self.env, self.remembered, config, self.cfg.checkpoint_every),
+            Checkpoints(self.run / FILE, self.env, self.remembered, config, self.cfg.checkpoint_every, self.inputs),
         ]
         self.model.learn(
             algorithm.total_timesteps - done,
@@ -260,7 +284,7 @@ def _mapping(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _prompts(source: Any) -> str | list[str]:
-    return source if isinstance(source, str) else list(source)
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else list(source)
 
 
 def build_env(cfg: DictConfig) -> DenoiseVecEnv:
@@ -284,9 +308,9 @@ def load_baselines(cfg: DictConfig, lanes: DiffusionDenoiseVectorEnv) -> Baselin
             says how many. Where something is missing, it has the command that scores it.
     """
     check_undiscounted(lanes.reward_config)
-    path = Path(cfg.reward.baselines)
+    path = Path(resolve_model(cfg.reward.baselines))
     if not path.is_file():
-        raise FileNotFoundError(f"no baselines {str(path)!r}; make them with: {_scoring_command(cfg)}")
+        raise FileNotFoundError(f"no baselines {looked_at(path)}; make them with: {_scoring_command(cfg)}")
     cache = BaselineCache.load(path, lanes)
     missing = cache.missing(lanes.prompts)
     if missing:
@@ -301,7 +325,7 @@ def _scoring_command(cfg: DictConfig, *options: str) -> str:
     """What scores every prompt of this configuration, in its own environment."""
     kwargs = {name: value for name, value in env_settings(cfg).items() if name != "reward"}
     environment = ["--env", cfg.env.id, "--kwargs", json.dumps(kwargs)]
-    return shlex.join(["python", "-m", "addiff_env.baseline_cache", cfg.reward.baselines, *environment, *options])
+    return command_line("python", "-m", "addiff_env.baseline_cache", cfg.reward.baselines, *environment, *options)
 
 
 def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
@@ -391,22 +415,50 @@ def _wandb_id(run: Path, fresh: bool) -> str:
 # --------------------------------------------------------------------------- run folder
 
 
+def sweep_folder(overrides: Sequence[str], excluded: Sequence[str] = ()) -> str:
+    """The name of a folder for the job of a sweep that has these overrides, in whatever order: ``seed-0``.
+
+    Other overrides have another name. One that cannot be told from its words alone, or that would be too long, ends
+    with a hash.
+    """
+    chosen = sorted(word for word in overrides if word.partition("=")[0].lstrip("+~") not in excluded)
+    words = ["-".join(word.split("=", 1)) for word in chosen]
+    text = "_".join(words)
+    is_clear = all(map(_WORD.fullmatch, words[:-1])) and all(map(_LAST_WORD.fullmatch, words[-1:]))
+    return file_name(text, None if is_clear else "\n".join(chosen)) if chosen else "defaults"
+
+
+# An underscore also stands between two overrides, and a dash behind every name: only so can they be told apart.
+_WORD = re.compile(r"[A-Za-z0-9_.+]+-[A-Za-z0-9.+-]+")
+_LAST_WORD = re.compile(r"[A-Za-z0-9_.+]+-[A-Za-z0-9.+-]+(_[A-Za-z0-9.+]+)*")
+
+
+def _sweep_folder(*lists: ListConfig) -> str:
+    return sweep_folder(*(OmegaConf.to_container(words) for words in lists))  # type: ignore[arg-type]
+
+
+OmegaConf.register_new_resolver("addiff_sweep_folder", _sweep_folder, replace=True)
+
+
 def resolved(cfg: DictConfig) -> str:
     """The configuration as YAML, everything filled in."""
     return OmegaConf.to_yaml(cfg, resolve=True)
 
 
-def differing_values(ours: DictConfig, theirs: DictConfig) -> list[str]:
-    """Every value in which two configurations differ, in words, cosmetic ones left out."""
-    flat = [_flatten(_mapping(cfg)) for cfg in (ours, theirs)]
-    names = sorted(set(flat[0]) | set(flat[1]))
-    names = [name for name in names if name.split(".")[0] not in COSMETIC]
-    missing = "nothing"
-    return [
-        f"{name}: {flat[1].get(name, missing)} there, {flat[0].get(name, missing)} now"
-        for name in names
-        if flat[0].get(name, missing) != flat[1].get(name, missing)
-    ]
+def differing_values(
+    ours: DictConfig,
+    theirs: DictConfig,
+    contents_now: Mapping[str, str] = MappingProxyType({}),
+    contents_there: Mapping[str, str] = MappingProxyType({}),
+    named: Mapping[str, Any] = MappingProxyType({}),
+) -> list[str]:
+    """Every value in which two configurations differ, in words, cosmetic ones left out; see `inputs.differing`."""
+    here, there = (_decisive(cfg) for cfg in (ours, theirs))
+    return differing(here, there, contents_now, contents_there, named)
+
+
+def _decisive(cfg: DictConfig) -> dict[str, Any]:
+    return {name: value for name, value in _flatten(_mapping(cfg)).items() if name.split(".")[0] not in COSMETIC}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -418,23 +470,43 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _find_state(cfg: DictConfig, run: Path) -> dict[str, Any] | None:
-    """The run folder's checkpoint, if it is to be gone on from, and is one of this configuration."""
+def _find_state(
+    cfg: DictConfig, run: Path, named: Mapping[str, Any], inputs: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """The run folder's checkpoint, if it is to be gone on from, and is one of this configuration and its files."""
     path = run / FILE
     state = load_checkpoint(path) if cfg.resume and path.is_file() else None
     if state is not None:
-        theirs = OmegaConf.create(state["config"])
+        theirs, known = OmegaConf.create(state["config"]), state.get("inputs", {})  # earlier releases kept none
         assert isinstance(theirs, DictConfig)
-        if differing := differing_values(cfg, theirs):
+        if values := differing_values(cfg, theirs, inputs, known, named):
             raise ValueError(
-                f"{run} holds a run with another configuration ({'; '.join(differing)}); "
+                f"{run} holds a run with another configuration ({'; '.join(values)}); "
                 "name another folder (hydra.run.dir=...) or start anew (resume=false)"
             )
     return state
+
+
+def describe_kept(run: Path) -> str:
+    """What a run folder's checkpoint holds, in words."""
+    path = run / FILE
+    if not path.is_file():
+        return f"no checkpoint yet in {run}"
+    return f"{path} holds the training as it was after {load_checkpoint(path)['num_timesteps']} decisions"
 
 
 def _settle(cfg: DictConfig, run: Path, fresh: bool) -> None:
     """Give the folder to a training that was built: what cannot even begin leaves an older run there as it was."""
     if fresh:
         (run / FILE).unlink(missing_ok=True)
-    (run / CONFIG_FILE).write_text(resolved(cfg))
+    write_whole(run / CONFIG_FILE, resolved(cfg))
+    if HydraConfig.initialized() and _same_place(Path(HydraConfig.get().runtime.output_dir), run):
+        _keep_overrides(cfg, run / HYDRA)
+
+
+def _keep_overrides(cfg: DictConfig, folder: Path) -> None:
+    """What Hydra itself would leave as soon as it is called, in a folder where another training may be at work."""
+    folder.mkdir(exist_ok=True)
+    kept = {"config": cfg, "hydra": HydraConfig.instance().cfg, "overrides": HydraConfig.get().overrides.task}
+    for name, part in kept.items():
+        write_whole(folder / f"{name}.yaml", OmegaConf.to_yaml(part))

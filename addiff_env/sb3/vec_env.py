@@ -16,9 +16,10 @@ from addiff_env.baseline_cache import BaselineCache
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.reward import COMPONENTS, RewardConfig, relative_to_baseline
 from addiff_env.sb3.episodes import PromptOrder
+from addiff_env.validation import check_seed
 
 _TRIES = 3  # of a lane whose numbers are not finite before the first decision
-_SCALARS = ("seed", "nfe", "net_flops", "step_index", "action_taken", "clip_score", "reward_score")
+_SCALARS = ("seed", "nfe", "net_flops", "step_index", "action_taken", "clip_score", "reward_score", "fault")
 
 
 def make_vec_env(env_id: str, num_envs: int, **kwargs: Any) -> DenoiseVecEnv:
@@ -76,8 +77,9 @@ class DenoiseVecEnv(VecEnv):
 
     def seed(self, seed: int | None = None) -> list[int | None]:
         """Seed the stream of prompts and initial noises, from the next episode on."""
-        self.order.seed(seed)
-        return [seed] * self.num_envs
+        number = None if seed is None else check_seed(seed)
+        self.order.seed(number)
+        return [number] * self.num_envs
 
     def reset(self) -> np.ndarray:
         """Start every lane, by the ``prompt`` and ``seed`` of `set_options` where given; observations (B, width).
@@ -85,22 +87,24 @@ class DenoiseVecEnv(VecEnv):
         Raises:
             ValueError: an option that is not a prompt or a seed.
             RuntimeError: lanes whose numbers are not finite before the first decision, however often they are drawn.
+                A seed that was named is not drawn again: its lane's first step ends it, with the penalty of a fault.
         """
         observations, info = self._start(np.arange(self.num_envs), self._options)
         self._reset_options()
-        self.reset_infos = [self._lane_info(info, info["reward"], lane) for lane in range(self.num_envs)]
+        self.reset_infos = [self._lane_info(info, info["reward_components"], lane) for lane in range(self.num_envs)]
         return observations
 
     def _start(self, lanes: np.ndarray, options: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start ``lanes``; those that end in their warm-up had nothing to decide and are drawn again."""
+        """Start ``lanes``; those that break down in their warm-up had nothing to decide and are drawn again."""
         for left in reversed(range(_TRIES)):
             started = self._draw(lanes, options)
-            lanes = lanes[self.env.done[lanes]]
+            broken = self.env.done[lanes] | self.env.fault[lanes]
+            again = [row for row in np.flatnonzero(broken) if "seed" not in options[row]]
+            lanes, options = lanes[again], [options[row] for row in again]
             if len(lanes) == 0:
                 return started
             if left:
                 warnings.warn(f"{len(lanes)} lanes were not finite in their warm-up and are drawn again", stacklevel=2)
-            options = [{}] * len(lanes)
         dtype = self.env.backbone.dtype_name
         raise RuntimeError(f"{len(lanes)} lanes were not finite in {_TRIES} warm-ups in {dtype}: try another dtype")
 
@@ -133,7 +137,7 @@ class DenoiseVecEnv(VecEnv):
 
     def _reward(self, info: dict[str, Any], terminated: np.ndarray) -> dict[str, np.ndarray]:
         """Components (B,) each, the terminal one relative to the baselines if there are any."""
-        parts: dict[str, np.ndarray] = info["reward"]
+        parts: dict[str, np.ndarray] = info["reward_components"]
         if self.baselines is None or not terminated.any():
             return parts
         baseline = np.full(self.num_envs, np.nan)
@@ -145,14 +149,15 @@ class DenoiseVecEnv(VecEnv):
         observations, info = self._start(ended, [{}] * len(ended))
         for lane in map(int, ended):
             infos[lane]["terminal_observation"] = last[lane].copy()
-            self.reset_infos[lane] = self._lane_info(info, info["reward"], lane)
+            self.reset_infos[lane] = self._lane_info(info, info["reward_components"], lane)
         return observations
 
     @staticmethod
     def _lane_info(info: dict[str, Any], parts: dict[str, np.ndarray], lane: int) -> dict[str, Any]:
         scalars = {name: info[name][lane].item() for name in _SCALARS}
         reward = {name: float(parts[name][lane]) for name in COMPONENTS}
-        return scalars | {"prompt": info["prompt"][lane], "action_mask": info["action_mask"][lane], "reward": reward}
+        mask = info["action_mask"][lane].copy()
+        return scalars | {"prompt": info["prompt"][lane], "action_mask": mask, "reward_components": reward}
 
     def close(self) -> None:
         """Close the environment."""

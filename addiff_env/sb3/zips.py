@@ -1,6 +1,6 @@
 """Agents as Stable-Baselines3 zips, for those who want them. Such a zip holds pickled objects, which may run any code.
 
-    python -m addiff_env.sb3.zips export addiff_env/tiny/weights/agent agent.zip
+    python -m addiff_env.sb3.zips export addiff_env:tiny/weights/agent agent.zip
     python -m addiff_env.sb3.zips import agent.zip my-agent --env AdDiffusion-Tiny-v0 --trust-pickle
 
 Agent bundles (`addiff_env.agent`) hold the same policy and run nothing; nothing else in this package opens a zip.
@@ -17,6 +17,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
 from addiff_env.agent import Agent
+from addiff_env.loading import reason
+from addiff_env.paths import looked_at
 from addiff_env.sb3.policies import ALGORITHMS, DenoisePolicy
 from addiff_env.sb3.vec_env import make_vec_env
 
@@ -51,11 +53,14 @@ def import_zip(path: str | Path, config: dict[str, Any], trust_pickle: bool = Fa
             "If you trust whoever made it, say --trust-pickle (trust_pickle=True); better, ask for an agent bundle"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"no SB3 zip {str(path)!r}")
+        raise FileNotFoundError(f"no SB3 zip {looked_at(path)}")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {algorithm!r}; known: {', '.join(ALGORITHMS)}")
     learner, policy = ALGORITHMS[algorithm]
-    model = learner.load(path, device="cpu")
+    try:
+        model = learner.load(path, device="cpu")
+    except Exception as error:  # the library unpickles it, so that damage raises whatever its bytes lead to
+        raise ValueError(f"{str(path)!r} is no readable SB3 zip of {algorithm!r}: {reason(error)}") from error
     if not isinstance(model.policy, policy):
         raise ValueError(
             f"{str(path)!r} holds a {type(model.policy).__name__}, an agent is made of a {policy.__name__}"

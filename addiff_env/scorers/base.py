@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from addiff_env.loading import check_finite, reason, resolve_model, some
+from addiff_env.isolation import exclusive
+from addiff_env.loading import check_finite, looked_at, reason, resolve_model, some
 from addiff_env.preprocessing import check_pairs
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -114,7 +115,7 @@ def find_checkpoint(path: str | None, source: Source, setting: str) -> Path:
         place = Path(resolve_model(path))
         found = place / source.file if place.is_dir() else place
         if not found.is_file():
-            raise FileNotFoundError(f"there is no checkpoint {str(found)!r}; {hint}")
+            raise FileNotFoundError(f"there is no checkpoint {looked_at(found)}; {hint}")
         return found
     from huggingface_hub import hf_hub_download
 
@@ -161,11 +162,12 @@ def load_exactly(
     Raises:
         ValueError: missing or foreign keys, other shapes, or numbers that are not finite; the message names them.
     """
-    with torch.device("meta"):  # shapes without memory: what does not fit is refused before the weights are made
-        skeleton = make()
-    _check_state(skeleton, state, path, unused)
-    module = make()
-    module.load_state_dict({name: state[name] for name in skeleton.state_dict()})
+    with exclusive():
+        with torch.device("meta"):  # shapes without memory: what does not fit is refused before the weights are made
+            skeleton = make()
+        _check_state(skeleton, state, path, unused)
+        module = make()
+        module.load_state_dict({name: state[name] for name in skeleton.state_dict()})
     return module.eval().requires_grad_(False)
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from addiff_env.encoders import CLIPEncoder, ContrastiveEncoder, OpenCLIPEncoder, load_clip, quiet_open_clip
-from addiff_env.loading import resolve_model
+from addiff_env.isolation import frozen_call
+from addiff_env.paths import resolve_model
 from addiff_env.preprocessing import OPENAI_CLIP, Preprocess, check_pairs
 from addiff_env.scorers.base import LOGIT_LIMIT, Source, find_checkpoint, linear_head, load_exactly, read_checkpoint
 
@@ -117,7 +118,7 @@ class Aesthetic(nn.Module):
         self.encoder = encoder
         self.layers = linear_head(encoder.width)
 
-    @torch.no_grad()
+    @frozen_call
     def score(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Ratings (B,) float32 of pictures (B, 3, H, W) in [0, 1]; raises as `Scorer.score`."""
         check_pairs(pictures, prompts)

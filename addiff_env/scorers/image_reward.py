@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from addiff_env.loading import quiet_loading, resolve_model
+from addiff_env.isolation import frozen_call
+from addiff_env.loading import looked_at, quiet_loading, resolve_model
 from addiff_env.preprocessing import OPENAI_CLIP, Preprocess, check_pairs
 from addiff_env.scorers.base import LOGIT_LIMIT, Source, find_checkpoint, linear_head, load_exactly, read_checkpoint
 
@@ -85,7 +86,7 @@ class ImageReward(nn.Module):
         self.preprocess = Preprocess(seen.image_size, *OPENAI_CLIP)
         self.eval().requires_grad_(False)
 
-    @torch.no_grad()
+    @frozen_call
     def score(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Scores (B,) float32 of pictures (B, 3, H, W) in [0, 1]; raises as `Scorer.score`."""
         texts = check_pairs(pictures, prompts)
@@ -108,7 +109,7 @@ class ImageReward(nn.Module):
         """
         found = find_checkpoint(path, SOURCE, "imagereward")
         state = rename_official(read_checkpoint(found))
-        words = bert_tokenizer(resolve_model(tokenizer))
+        words = bert_tokenizer(tokenizer)
         return load_exactly(lambda: cls(words), state, found, UNUSED).to(device)
 
 
@@ -120,14 +121,15 @@ def bert_tokenizer(model: str = TOKENIZER) -> Any:
     """
     from transformers import BertTokenizer
 
+    folder = resolve_model(model)
     try:
         with quiet_loading():
-            tokenizer = BertTokenizer.from_pretrained(model)
+            tokenizer = BertTokenizer.from_pretrained(folder)
     except Exception as error:
-        kind = ValueError if Path(model).is_dir() else FileNotFoundError
+        kind = ValueError if Path(folder).is_dir() else FileNotFoundError
         raise kind(
-            f"cannot load BERT's tokenizer from {model!r}: {error}; download vocab.txt and tokenizer.json from the Hub "
-            f"repository {TOKENIZER} and pass imagereward:<path to {SOURCE.file}>,tokenizer=<their folder>"
+            f"cannot load BERT's tokenizer from {looked_at(model)}: {error}; download vocab.txt and tokenizer.json "
+            f"from the Hub repository {TOKENIZER} and pass imagereward:<path to {SOURCE.file}>,tokenizer=<their folder>"
         ) from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     ids = tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"])

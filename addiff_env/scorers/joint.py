@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-from addiff_env.loading import reason
+from addiff_env.loading import reason, resolve_model
 from addiff_env.scorers.base import LOGIT_LIMIT, load_exactly, read_checkpoint
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -155,12 +155,12 @@ class JointReader(nn.Module):
             FileNotFoundError: one of its files is missing.
             ValueError: one is damaged, or the weights are not those of this configuration; the message names it.
         """
-        folder = Path(folder)
+        folder = Path(resolve_model(folder))
         for name in (CONFIG, WEIGHTS, TOKENIZER):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"{folder / name} is missing: a {cls.__name__}'s folder holds {CONFIG}, {WEIGHTS} and {TOKENIZER}. "
-                    f"The embedded world's comes with the package, or is made by: python -m {cls.recipe}"
+                    f"{(folder / name).absolute()} is missing: a {cls.__name__}'s folder holds {CONFIG}, {WEIGHTS} and "
+                    f"{TOKENIZER}. The embedded world's comes with the package, or is made by: python -m {cls.recipe}"
                 )
         with cls._explained(folder / CONFIG):
             make = partial(cls, **cls._read_config(folder / CONFIG))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from addiff_env.isolation import frozen_call
 from addiff_env.loading import shared
 from addiff_env.preprocessing import check_texts
 from addiff_env.scorers.joint import JointReader, Residual
@@ -110,7 +111,7 @@ class LatentTextReward(JointReader):
         """Logits (B, K); arguments as of `score_latents`, ``ids`` and ``mask`` as `tokenize` gives them."""
         return self.read_out(self.mix(self.see(latents, timesteps), ids, mask), evaluations)
 
-    @torch.no_grad()
+    @frozen_call
     def score_latents(
         self, latents: torch.Tensor, prompts: list[str], timesteps: torch.Tensor, evaluations: torch.Tensor
     ) -> torch.Tensor:

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from addiff_env.loading import resolve_model, shared
+from addiff_env.loading import looked_at, resolve_model, shared
 from addiff_env.scorers.base import Scorer
 from addiff_env.scorers.clip_based import CLIP_BASED, clip_score
 from addiff_env.scorers.image_reward import ImageReward
@@ -35,7 +35,7 @@ def load_scorer(setting: str, device: str = "cpu") -> Scorer:
         if not Path(folder).is_dir():
             known = ", ".join([*LOADERS, "clipscore:<CLIP setting>"])
             raise FileNotFoundError(
-                f"no scorer {setting!r}: expected {known} or the folder of a PixelTextReward or LatentTextReward"
+                f"no scorer {looked_at(setting)}: expected {known} or a PixelTextReward's or LatentTextReward's folder"
             )
         if stored_model_type(folder) == LatentTextReward.model_type:
             return load_latent_text_reward(folder, device)

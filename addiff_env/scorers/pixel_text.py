@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from addiff_env.isolation import frozen_call
 from addiff_env.loading import shared
 from addiff_env.preprocessing import check_pairs
 from addiff_env.scorers.joint import JointReader, Residual
@@ -67,7 +68,7 @@ class PixelTextReward(JointReader):
         """Logits (B,) of pictures (B, 3, 64, 64) in [0, 1]; ``ids`` and ``mask`` as `tokenize` gives them."""
         return self.head(self.mix(self.see(pictures), ids, mask)[:, 0]).squeeze(-1)
 
-    @torch.no_grad()
+    @frozen_call
     def score(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Logits (B,) float32 of pictures (B, 3, H, W) in [0, 1] under their prompts.
 

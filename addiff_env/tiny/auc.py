@@ -3,6 +3,7 @@
 ``python -m addiff_env.tiny.auc`` denoises ``dev`` prompts with the environment's own schedule, decodes the clean
 prediction at 20%, 40%, 60%, 80% and 100% of it, and prints the area under the ROC curve of every scorer for the verdict
 on the *finished* picture. What the prompt alone tells a linear probe is listed beside them (`probe` states its limits).
+Where all pictures have the same verdict there is no such area: n/a.
 Where there is a verifier, `addiff_env.tiny.calibration` then stops and refines pictures of the same prompts, and a
 second table says whether its probabilities are the shares satisfied; ``--record`` keeps those pictures in a file.
 """
@@ -26,6 +27,7 @@ from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, l
 from addiff_env.config import EnvConfig
 from addiff_env.encoders import ContrastiveEncoder, load_clip
 from addiff_env.scorers import LatentScorer, load_latent_text_reward, load_scorer
+from addiff_env.stats import at_least_one
 from addiff_env.tiny.calibration import Group, calibration_table, groups, load_or_record
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.quality import WEIGHTS, latent_shape
@@ -41,23 +43,23 @@ FOLDS, RIDGE = 5, 10.0  # of the text-only probe
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a satisfied picture outscores a failed one, ties counting half.
 
-    NaN where one of the classes is empty (Hanley & McNeil 1982).
+    NaN where one of the classes is empty (Hanley & McNeil 1982), or a score is NaN.
     """
     positive = labels.astype(bool)
     number, rest = int(positive.sum()), int((~positive).sum())
-    if number == 0 or rest == 0:
+    if number == 0 or rest == 0 or np.isnan(scores).any():
         return math.nan
     return float((rankdata(scores)[positive].sum() - number * (number + 1) / 2) / (number * rest))
 
 
 def auc_interval(scores: np.ndarray, labels: np.ndarray, draws: int = 500, seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of `auc` over pictures; NaN where one of the classes is empty."""
+    """95% bootstrap interval of `auc` over pictures, those replicates left out that lack a class; NaN as `auc`."""
     if math.isnan(auc(scores, labels)):
         return math.nan, math.nan
     rng = np.random.default_rng(seed)
     index = rng.integers(len(labels), size=(draws, len(labels)))
-    values = [auc(scores[rows], labels[rows]) for rows in index]
-    low, high = np.nanquantile(values, [0.025, 0.975])
+    values = np.array([auc(scores[rows], labels[rows]) for rows in index])
+    low, high = np.quantile(values[~np.isnan(values)], [0.025, 0.975])  # half of them at least have both
     return float(low), float(high)
 
 
@@ -66,8 +68,10 @@ def probe(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
     A linear fit to a few hundred prompts with a fixed penalty: a better reader of the same text, or one that saw more
     verdicts, could tell more, so that a scorer's lead over this is an upper bound of what its eyes are worth. Folds are
-    drawn over rows; prompts that occur more than once would be seen in training.
+    drawn over rows; prompts that occur more than once would be seen in training. NaN where a row is all there is.
     """
+    if len(labels) < 2:
+        return np.full(len(labels), math.nan)
     fold = np.random.default_rng(0).permutation(len(labels)) % FOLDS
     predictions = np.zeros(len(labels))
     for held in range(FOLDS):
@@ -174,14 +178,14 @@ def calibrated(args: argparse.Namespace, verifier: LatentScorer, rows: Sequence[
     return groups(verifier, kept, [row["category"] for row in rows])
 
 
-def entry(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """One AUC with its interval."""
-    low, high = auc_interval(scores, labels)
-    return {"auc": auc(scores, labels), "low": low, "high": high}
+def entry(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
+    """One AUC with its interval; None where there is none."""
+    numbers = zip(("auc", "low", "high"), (auc(scores, labels), *auc_interval(scores, labels)), strict=True)
+    return {name: None if math.isnan(number) else number for name, number in numbers}
 
 
-def bars(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """What was measured and the least of it, by the bar's name."""
+def bars(result: dict[str, Any]) -> dict[str, tuple[float | None, float]]:
+    """What was measured (None: all pictures have the same verdict) and the least of it, by the bar's name."""
     wanted = {"reward model": LEAST, VERIFIER: LEAST_OF_VERIFIER}
     return {
         f"{name} at {share:.0%}": (result["auc"][name][f"{share:g}"]["auc"], least)
@@ -193,8 +197,8 @@ def bars(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 def passes(result: dict[str, Any]) -> bool:
     """Whether every bar is met, the calibration's included."""
-    calibrated_groups = (Group(**group).passed for group in result.get("calibration", []))
-    return all(value >= least for value, least in bars(result).values()) and all(calibrated_groups)
+    met = [value is not None and value >= least for value, least in bars(result).values()]
+    return all(met + [Group(**group).passed for group in result.get("calibration", [])])
 
 
 def table(result: dict[str, Any]) -> str:
@@ -203,21 +207,28 @@ def table(result: dict[str, Any]) -> str:
     head = f"{result['number']} {result['split']} prompts, {satisfied}; AUC for that verdict"
     lines = [head, f"{'at share of the schedule':<34}" + "".join(f"{f'{share:.0%}':>18}" for share in SHARES)]
     for name, shares in result["auc"].items():
-        cells = (f"{e['auc']:.3f} ({e['low']:.2f}-{e['high']:.2f})" for e in shares.values())
+        cells = map(_cell, shares.values())
         lines.append(f"{name:<34}" + "".join(f"{cell:>18}" for cell in cells))
     for name, (value, least) in bars(result).items():
-        lines.append(f"{name}: {value:.3f}, wanted {least}: {'pass' if value >= least else 'FAIL'}")
+        words = f"n/a, wanted {least}: n/a (all pictures have the same verdict)"
+        if value is not None:
+            words = f"{value:.3f}, wanted {least}: {'pass' if value >= least else 'FAIL'}"
+        lines.append(f"{name}: {words}")
     if "calibration" in result:
         lines += ["", calibration_table([Group(**group) for group in result["calibration"]])]
     return "\n".join(lines)
 
 
+def _cell(found: dict[str, float | None]) -> str:
+    return "n/a" if found["auc"] is None else f"{found['auc']:.3f} ({found['low']:.2f}-{found['high']:.2f})"
+
+
 def main() -> None:
-    """Command line; exits with 1 when the reward model or the verifier misses its bars."""
+    """Command line; exits with 1 unless the reward model and the verifier meet their bars."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
-    parser.add_argument("--number", type=int, default=512, help="prompts, categories in turn")
-    parser.add_argument("--steps", type=int, default=addiff_env.TINY["num_inference_steps"])
+    parser.add_argument("--number", type=at_least_one, default=512, help="prompts, categories in turn")
+    parser.add_argument("--steps", type=at_least_one, default=addiff_env.TINY["num_inference_steps"])
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--record", type=Path, help="file that keeps the stopped and refined pictures")
     parser.add_argument("--device", default="cpu")

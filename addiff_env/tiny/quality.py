@@ -37,7 +37,7 @@ from addiff_env.costs import best_seconds
 from addiff_env.encoders import CLIPEncoder
 from addiff_env.loading import DTYPES, quiet_loading, resolve_dtype
 from addiff_env.scorers import PixelTextReward
-from addiff_env.stats import wilson_interval
+from addiff_env.stats import at_least_one, wilson_interval
 from addiff_env.tiny.checker import MIN_CHROMA, Found, Verdict, judge, match_objects
 from addiff_env.tiny.scenes import (
     CATEGORIES,
@@ -511,17 +511,11 @@ def _sections(text: str) -> list[str]:
     return names
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", type=_sections, default=SECTIONS, help=f"comma-separated sections of {','.join(SECTIONS)}")
-    add("--per-category", type=_positive, help="cases per category (default: 200 scenes, all rows of the split)")
+    add("--per-category", type=at_least_one, help="cases per category (default: 200 scenes, all rows of the split)")
     add("--weights", type=Path, default=WEIGHTS, help="folder with pipeline, clip, dino and reward")
     add(
         "--guidance",
@@ -530,7 +524,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="guidance scale (default: the shipped one)",
     )
     add("--guidance-sweep", type=_floats, help="comma-separated guidance scales: measure their success, nothing else")
-    add("--steps", type=_positive, default=50, help="DDIM steps")
+    add("--steps", type=at_least_one, default=50, help="DDIM steps")
     add("--split", choices=("dev", "test"), help="prompts (default: test; dev for the sweep, which chooses)")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the pipeline; auto: bfloat16 where it is fast")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

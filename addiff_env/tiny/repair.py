@@ -18,6 +18,7 @@ from gymnasium.vector import AutoresetMode
 import addiff_env
 from addiff_env.attention import MASKS
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.stats import at_least_one
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.scenes import balanced, load_split
 from addiff_env.types import Action
@@ -45,9 +46,14 @@ def _continue_to_last(env: DiffusionDenoiseVectorEnv) -> None:
 
 
 def measure(rows: Sequence[dict[str, Any]], num_envs: int, **settings: Any) -> dict[str, float]:
-    """Repair and keep rates of one setting of the embedded world's environment, and the success without."""
+    """Repair and keep rates of one setting of the embedded world's environment, and the success without.
+
+    A rate of no picture (none failed, or none was good) is NaN.
+    """
     settings |= {"observe_every": 1000, "max_nfe": 1000}  # nobody looks, nothing is short
-    envs = gym.make_vec("AdDiffusion-Tiny-v0", num_envs, autoreset_mode=AutoresetMode.DISABLED, **settings).unwrapped
+    envs = gym.make_vec(
+        "AdDiffusion-Tiny-v0", min(num_envs, len(rows)), autoreset_mode=AutoresetMode.DISABLED, **settings
+    ).unwrapped
     assert isinstance(envs, DiffusionDenoiseVectorEnv)
     before, after = outcomes(envs, rows, refine=False), outcomes(envs, rows, refine=True)
     return {
@@ -58,14 +64,18 @@ def measure(rows: Sequence[dict[str, Any]], num_envs: int, **settings: Any) -> d
     }
 
 
+def _rate(share: float) -> str:
+    return "n/a" if np.isnan(share) else f"{share:.2f}"
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--number", type=int, default=192, help="dev items, categories in turn")
+    parser.add_argument("--number", type=at_least_one, default=192, help="dev items, categories in turn")
     parser.add_argument("--masks", nargs="+", default=list(MASKS))
     parser.add_argument("--renoise", nargs="+", default=["0.85"], help="levels to go back to")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="other settings of the environment")
-    parser.add_argument("--num-envs", type=int, default=64)
+    parser.add_argument("--num-envs", type=at_least_one, default=64)
     args = parser.parse_args()
     rows = balanced(load_split("dev"), args.number)
     extra = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
@@ -74,7 +84,7 @@ def main() -> None:
     for mask in args.masks:
         for renoise in args.renoise:
             m = measure(rows, args.num_envs, mask=mask, renoise=float(renoise), **extra)
-            rates = f"{m['success']:>9.2f}{m['repair']:>8.2f}{m['keep']:>7.2f}{m['failed']:>8}"
+            rates = f"{_rate(m['success']):>9}{_rate(m['repair']):>8}{_rate(m['keep']):>7}{m['failed']:>8}"
             print(f"{mask:<18}{renoise:>8}{rates}", flush=True)
 
 

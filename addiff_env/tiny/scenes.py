@@ -445,7 +445,7 @@ def load_split(name: str) -> tuple[dict[str, Any], ...]:
     path = resources.files("addiff_env.tiny") / "splits" / f"{name}.jsonl"
     if not path.is_file():
         raise ValueError(f"unknown split {name!r}; known: dev, test")
-    return tuple(json.loads(line) for line in path.read_text().splitlines())
+    return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def balanced(rows: tuple[dict[str, Any], ...], number: int) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from addiff_env.commands import command_line
 from addiff_env.tiny.recipes import common
 from addiff_env.tiny.scenes import CATEGORIES, render, sample_scene, sample_train_prompt
 
@@ -58,7 +59,8 @@ def load(work: Path) -> tuple[torch.Tensor, list[str]]:
         FileNotFoundError: the set was not rendered yet.
     """
     if not (work / "captions.json").exists():
-        raise FileNotFoundError(f"{work / 'captions.json'}; run: python -m addiff_env.tiny.recipes.data --work {work}")
+        make = command_line("python", "-m", "addiff_env.tiny.recipes.data", "--work", work)
+        raise FileNotFoundError(f"{work / 'captions.json'}; run: {make}")
     pictures = np.load(work / "pictures.npy", mmap_mode="c")
     return torch.from_numpy(pictures), json.loads((work / "captions.json").read_text())
 

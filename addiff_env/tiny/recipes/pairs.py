@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from addiff_env.commands import command_line
 from addiff_env.tiny.checker import Found
 from addiff_env.tiny.recipes import data
 from addiff_env.tiny.scenes import (
@@ -118,7 +119,7 @@ def load_previews(work: Path, scenes: Pairs) -> Pairs:
     """
     path = work / "previews.npz"
     if not path.exists():
-        raise FileNotFoundError(f"{path}; run: python -m addiff_env.tiny.recipes.generate --work {work}")
+        raise FileNotFoundError(f"{path}; run: {_generating(work)}")
     with np.load(path) as pool:
         index, pictures = torch.from_numpy(pool["index"]), torch.from_numpy(pool["pictures"])
     return Pairs(pictures, [scenes.captions[i] for i in index.tolist()], scenes.objects[index])
@@ -148,9 +149,7 @@ def load_samples(work: Path) -> Samples:
     """
     paths = sorted((work / "samples").glob("chunk_*.npz"))
     if not paths:
-        raise FileNotFoundError(
-            f"{work / 'samples' / 'chunk_*.npz'}; run: python -m addiff_env.tiny.recipes.generate --work {work}"
-        )
+        raise FileNotFoundError(f"{work / 'samples' / 'chunk_*.npz'}; run: {_generating(work)}")
     chunks = [dict(np.load(path)) for path in paths]
     stacked = {key: torch.from_numpy(np.concatenate([c[key] for c in chunks])) for key in ("pictures", "objects")}
     return Samples(
@@ -284,3 +283,7 @@ def needs(args: argparse.Namespace, *parts: str) -> None:
     for part in parts:
         if not (args.out / part).is_dir():
             raise FileNotFoundError(f"{args.out / part}; run the autoencoder and diffusion recipes first")
+
+
+def _generating(work: Path) -> str:
+    return command_line("python", "-m", "addiff_env.tiny.recipes.generate", "--work", work)
