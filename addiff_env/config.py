@@ -13,6 +13,7 @@ from addiff_env.previews import PREVIEWS
 from addiff_env.samplers import SOLVERS
 from addiff_env.validation import above, at_least, below, check_fields, multiple_of, one_of
 
+LOOK_PARTS = ("clip_image", "clip_text", "dino", "reward")  # of a look, what ``reads`` may name
 # Of a picture's height or width, pixels: what every diffusers pipeline asks for. Many models need more.
 Side = Annotated[int, at_least(8), multiple_of(8)]
 # What `addiff_env.backbones.load_backbone` takes of the settings.
@@ -64,6 +65,7 @@ class EnvConfig:
     preview: Annotated[str, one_of(*PREVIEWS)] = "vae"
     preview_model: str | None = None
     observe_every: Annotated[int, at_least(1)] = 1
+    reads: Sequence[str] = LOOK_PARTS
     obs_mode: Annotated[str, one_of("flat", "dict")] = "flat"
     obs_backend: Annotated[str, one_of("numpy", "torch")] = "numpy"
     text_info: bool = True
@@ -85,6 +87,9 @@ class EnvConfig:
             raise ValueError(f"max_nfe {self.max_nfe} leaves no decision after {self.warmup_steps} warm-up steps")
         if self.preview == "taesd" and not self.preview_model:
             raise ValueError("preview 'taesd' needs preview_model, e.g. 'madebyollin/taesd'")
+        if isinstance(self.reads, str) or not set(self.reads) <= set(LOOK_PARTS):
+            raise ValueError(f"reads must be a list of {', '.join(LOOK_PARTS)}, got {self.reads!r}")
+        object.__setattr__(self, "reads", tuple(self.reads))  # as JSON gives it back, a list, it is the same setting
         if self.blur_sigma > (side := max(self.height, self.width)):
             raise ValueError(f"blur_sigma must be at most {side}, the picture's longer side, got {self.blur_sigma!r}")
         renoise_timestep(self.renoise, 500, 1000)

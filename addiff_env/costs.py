@@ -29,7 +29,7 @@ from addiff_env.config import EnvConfig
 from addiff_env.encoders import load_clip, load_dino
 from addiff_env.loading import resolve_device, resolve_dtype, resolve_model
 from addiff_env.previews import PREVIEWS, make_previewer
-from addiff_env.scorers import load_scorer
+from addiff_env.scorers import load_scorer, reads_latents
 
 PROMPT = "a red circle left of a blue square"
 STEP = "denoiser step"
@@ -109,7 +109,7 @@ def measure(
     for setting in dict.fromkeys([config.dino, *dinos]):
         rows.append(_dino_cost(meter, setting, pictures))
     for setting in dict.fromkeys([config.scorer, *scorers]):
-        rows += _scorer_costs(meter, setting, pictures)
+        rows += _scorer_costs(meter, setting, pictures, backbone.dtype)
     return rows
 
 
@@ -155,8 +155,19 @@ def _dino_cost(meter: Meter, setting: str, pictures: torch.Tensor) -> Cost:
     return meter.cost("DINO", setting, "look", lambda lanes: dino.image_features(pictures[:lanes]))
 
 
-def _scorer_costs(meter: Meter, setting: str, pictures: torch.Tensor) -> list[Cost]:
-    scorer = load_scorer(setting, str(meter.device))
+def _scorer_costs(meter: Meter, setting: str, pictures: torch.Tensor, dtype: torch.dtype) -> list[Cost]:
+    scorer: Any = load_scorer(setting, str(meter.device))
+    if reads_latents(scorer):
+        latents = torch.zeros(meter.lanes, *scorer.latent_shape, device=meter.device, dtype=dtype)
+        asked = torch.ones(meter.lanes, 2, dtype=torch.long, device=meter.device)
+        return [
+            meter.cost(
+                "scorer, latents",
+                setting,
+                "look",
+                lambda n: scorer.score_latents(latents[:n], [PROMPT] * n, asked[:n, 0], asked[:n]),
+            )
+        ]
     rows = [meter.cost("scorer", setting, "look", lambda n: scorer.score(pictures[:n], [PROMPT] * n))]
     reader = getattr(scorer, "text_encoder", None)
     if reader is not None:

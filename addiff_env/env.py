@@ -19,7 +19,15 @@ from addiff_env.attention import attention_entropy
 from addiff_env.backbones import to_uint8
 from addiff_env.config import EnvConfig
 from addiff_env.isolation import isolated
-from addiff_env.perception import QUALITY, TIMESTEP_WIDTH, Look, Perception, look_precision, timestep_embedding
+from addiff_env.perception import (
+    QUALITY,
+    TIMESTEP_WIDTH,
+    Latents,
+    Look,
+    Perception,
+    look_precision,
+    timestep_embedding,
+)
 from addiff_env.previews import FullDecoder, make_previewer
 from addiff_env.prompts import check_prompt, load_prompts
 from addiff_env.refine import RefinableLanes
@@ -76,6 +84,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
     | clip_image | CLIP's | [-1, 1] | unit features of the preview |
     | clip_text | CLIP's | [-1, 1] | unit features of the prompt |
     | timestep | 128 | [-1, 1] | sinusoidal embedding of the lane's timestep |
+    | outlook | 1 | [-limit, limit] | only with a scorer of latents: its score of going on to the schedule's end |
     | clip_score | 1 | [-1, 1] | cosine of picture and prompt |
     | clip_delta | 1 | [-2, 2] | its change since the look before |
     | reward_score | 1 | [-limit, limit] | the scorer's score; ``limit`` is its own: 30 for a logit, 1 for a cosine |
@@ -84,6 +93,10 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
     | step_ratio | 1 | [0, 1] | solver steps done / num_inference_steps |
     | nfe_ratio | 1 | [0, 1] | NFE / budget |
     | attention_entropy | 1 | [0, 1] | mean entropy of the content tokens' maps |
+
+    ``reads`` names what is looked at: ``clip_image``, ``clip_text``, ``dino``, ``reward``. The slots of what is left
+    out are 0 (dino_similarity: 1), and it costs nothing. A scorer of latents (`addiff_env.scorers.LatentScorer`) scores
+    what *stopping* here would give and needs no picture: with ``reads=["clip_text", "reward"]`` nothing is decoded.
 
     ## Rewards
     See `addiff_env.reward`; ``info["reward_components"]`` carries every component.
@@ -178,17 +191,31 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         self._set_up()
         self.previewer = make_previewer(c.preview, self.backbone, c.preview_model)
         precision = look_precision(c.look_precision, self.backbone.device, self.backbone.dtype)
-        self.perception = Perception(c.clip, c.dino, c.scorer, self.backbone.device, precision)
+        self.perception = Perception(
+            c.clip, c.dino, c.scorer, self.backbone.device, precision, c.reads, self.backbone.encode_pictures
+        )
+        self._check_readings()
         self.reward_config = self.reward_config.for_scorer(self.perception.scorer.mean, self.perception.scorer.std)
         look = self.perception.flops(c.height, c.width)
         self.price["preview"] = self.previewer.flops(self.latent_shape)
-        self.price["look"] = self.price["preview"] + look
+        self.price["look"] = look + (self.price["preview"] if self.perception.reads_pictures else 0)
+        self.price["verdict"] = self.perception.verdict_flops(c.height, c.width)
+        self.price["verdict"] += 0 if self.perception.reads_latents else self.price["preview"]
         self.price["start"] += self.perception.text_flops()
+
+    def _check_readings(self) -> None:
+        """Refuse a reward that pays for what is not read, and a scorer of other latents."""
+        for part, weight in (("clip_image", "clip_weight"), ("reward", "reward_weight"), ("dino", "instability")):
+            if part not in self.perception.reads and (value := getattr(self.reward_config, weight)):
+                raise ValueError(f"reads leaves out {part!r}, but the reward has {weight} {value}: set it to 0")
+        wanted = getattr(self.perception.scorer, "latent_shape", self.latent_shape)
+        if wanted != self.latent_shape:
+            raise ValueError(f"scorer {self.config.scorer!r} reads latents {wanted}, these are {self.latent_shape}")
 
     def _make_spaces(self) -> None:
         parts = self._part_bounds()
         if self.config.obs_mode == "flat":
-            names = ("clip_image", "clip_text", "timestep", "quality")
+            names = self.perception.parts
             low, high = (np.concatenate([parts[name][side] for name in names]) for side in (0, 1))
             self.single_observation_space: gym.Space[Any] = gym.spaces.Box(low, high, dtype=np.float32)
         else:
@@ -212,6 +239,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             "clip_image": symmetric(clip),
             "clip_text": symmetric(clip),
             "timestep": symmetric(TIMESTEP_WIDTH),
+            **({"outlook": symmetric(1, limit)} if self.perception.reads_latents else {}),
             "quality": (low, high),
         }
         if self.config.obs_mode == "dict":
@@ -322,7 +350,8 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             self.pictures[lane] = None
         self._start_lanes(lanes, prompts, seeds, given.get("latents"), given.get("negative_prompt"))
         index = self._index(lanes)
-        self.clip_text[index] = self.perception.clip.text_features(prompts)
+        if "clip_text" in self.config.reads:
+            self.clip_text[index] = self.perception.clip.text_features(prompts)
         self.refine_masks[index] = 0
         self.refines[lanes], self.decisions[lanes], self.fault[lanes] = 0, 0, False
         for step in range(self.config.warmup_steps):
@@ -494,30 +523,48 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
 
     def _look_at(self, lanes: np.ndarray, first: bool) -> None:
         index, finished = self._index(lanes), self.done[lanes]
-        pictures = self._decode(lanes)
-        look = self.perception.look(pictures, [self.prompt[lane] for lane in lanes], vouched=True)
+        pictures = self._decode(lanes) if self.perception.reads_pictures or finished.any() else None
+        look = self.perception.look(
+            pictures, [self.prompt[lane] for lane in lanes], True, self._latents_to_score(lanes)
+        )
         before = look if first else Look(*(getattr(self.seen, name)[index] for name in vars(self.seen)))
         self.seen_before.put(index, before)
         self.seen.put(index, look)
-        same = torch.ones_like(look.clip_score) if first else (before.dino * look.dino).sum(1).clamp(-1, 1)
+        comparable = not first and "dino" in self.config.reads
+        same = (before.dino * look.dino).sum(1).clamp(-1, 1) if comparable else torch.ones_like(look.clip_score)
         numbers = torch.stack([look.clip_score, look.reward_score, same]).double().cpu().numpy()
         self.clip_score[lanes], self.reward_score[lanes], self.similarity[lanes] = numbers
         # A finished lane pays for its decode only: nobody acts on the scores of a final picture.
         self.net_flops[lanes] += np.where(finished, self.price["decode"], self.price["look"])
-        if finished.any():
+        if pictures is not None and finished.any():
             kept = to_uint8(pictures[self._index(np.flatnonzero(finished))])
             for lane, picture in zip(lanes[finished], kept, strict=True):
                 self.pictures[lane] = picture
 
-    def _decode(self, lanes: np.ndarray) -> torch.Tensor:
-        """Final pictures of finished ``lanes``, previews of the others: (L, 3, H, W) in [0, 1]."""
+    def _latents_to_score(self, lanes: np.ndarray) -> Latents | None:
+        """What a scorer of latents is asked about ``lanes``; None for others."""
+        if not self.perception.reads_latents:
+            return None
         index, finished = self._index(lanes), self.done[lanes]
-        if isinstance(self.previewer, FullDecoder):
+        at = np.minimum(self.step_index[lanes], self.config.num_inference_steps - 1)
+        left = np.stack([np.full(len(lanes), self.config.finish_steps), self.schedule.num_inference_steps - at], 1)
+        done = self._index(finished)
+        return Latents(
+            _choose(done, self.latents[index], self.x0[index]),
+            torch.where(done, 0, self.schedule.timesteps[self._index(at)]),
+            self._index(np.where(finished[:, None], 0, left)),
+        )
+
+    def _decode(self, lanes: np.ndarray) -> torch.Tensor:
+        """Final pictures of finished ``lanes``, previews of the others if they are read: (L, 3, H, W) in [0, 1]."""
+        index, finished = self._index(lanes), self.done[lanes]
+        reads = self.perception.reads_pictures
+        if isinstance(self.previewer, FullDecoder) and reads:
             return _finite(self.backbone.decode(_choose(self._index(finished), self.latents[index], self.x0[index])))
         pictures = torch.zeros(len(lanes), 3, self.config.height, self.config.width, device=self.backbone.device)
         for rows, decode, latents in (
             (np.flatnonzero(finished), self.backbone.decode, self.latents),
-            (np.flatnonzero(~finished), self.previewer.decode, self.x0),
+            (np.flatnonzero(~finished & reads), self.previewer.decode, self.x0),
         ):
             if len(rows):
                 pictures[self._index(rows)] = decode(latents[self._index(lanes[rows])])
@@ -543,6 +590,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             "clip_image": self.seen.clip_image,
             "clip_text": self.clip_text,
             "timestep": timestep_embedding(self.schedule.timesteps[self._index(at)]),
+            **({"outlook": self.seen.outlook[:, None]} if self.perception.reads_latents else {}),
             "quality": self._quality_slots(),
         }
         if self.config.obs_mode == "dict":

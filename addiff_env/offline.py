@@ -216,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         check_free(options.name)  # another recording may have ended just now
         _record(options)
+    return 0
 
 
 def _record(options: argparse.Namespace) -> None:
@@ -231,4 +232,3 @@ def _record(options: argparse.Namespace) -> None:
     episodes = list(collect(env, agent.act if agent else random_policy(rng), pairs))
     write_dataset(options.name, env, episodes, agent.fingerprint if agent else "random")
     print(f"{len(episodes)} episodes, {sum(len(e.actions) for e in episodes)} decisions -> {options.name}")
-    return 0

@@ -222,11 +222,15 @@ class AdaptivePipeline:
     @cached_property
     def _spared(self) -> dict[str, float]:
         """FLOPs of what is charged and not used: a look, the rest of one that was read, texts."""
-        config, price, perception = self.env.config, self.env.price, self.env.perception
-        verdict = price["preview"] + perception.verdict_flops(config.height, config.width)
+        price, perception = self.env.price, self.env.perception
         text = perception.text_flops()
         words = perception.verdict_text_flops()
-        return {"look": price["look"], "rest": price["look"] - verdict, "text": text, "others' text": text - words}
+        return {
+            "look": price["look"],
+            "rest": price["look"] - price["verdict"],
+            "text": text,
+            "others' text": text - words,
+        }
 
     def _refund(self, episode: _Episode) -> float:
         spared = self._spared

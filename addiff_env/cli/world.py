@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from addiff_env.tiny.recipes import RECIPES
+from addiff_env.tiny.recipes import FURTHER, RECIPES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one recipe, or all in order until one fails; returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in RECIPES:
+    if words and words[0] in (*RECIPES, *FURTHER):
         return import_module(f"addiff_env.tiny.recipes.{words[0]}").main(words[1:])
     shared = _parse(words)
     for recipe in RECIPES:
@@ -41,7 +41,9 @@ def _parse(words: Sequence[str]) -> list[str]:
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", nargs="?", choices=RECIPES, help="one recipe, given first; its own options follow")
+    parser.add_argument(
+        "recipe", nargs="?", choices=(*RECIPES, *FURTHER), help="one recipe, given first; its own options follow"
+    )
     add_shared(parser)
     parser.parse_args(words)
     return list(words)

@@ -616,4 +616,3 @@ def _remake(folder: Path, decide: bool) -> None:
         print("\n".join(map(describe, verdicts)))
     for path in write_report(folder, reported_rows(folder), read_items(folder), verdicts):
         print(path)
-    return 0

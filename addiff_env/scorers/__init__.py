@@ -8,6 +8,7 @@
 | ``aesthetic[:<file>]`` | LAION's aesthetic predictor on CLIP ViT-L/14 | Schuhmann 2022 |
 | ``clipscore:<CLIP setting>`` | cosine of picture and prompt | Hessel et al. 2021 |
 | ``<folder>`` | `PixelTextReward`, the embedded world's reward model | |
+| ``<folder>`` | `LatentTextReward`, its verifier, which reads clean predictions without decoding them | |
 
 Behind the path follow options, separated by commas: ``imagereward:ImageReward.pt,tokenizer=<folder or Hub id>``,
 ``aesthetic:<file>,clip=<CLIP setting>``, ``pickscore:<folder>,processor=<folder or Hub id>``.
@@ -15,9 +16,10 @@ Behind the path follow options, separated by commas: ``imagereward:ImageReward.p
 
 from __future__ import annotations
 
-from addiff_env.scorers.base import Scorer
+from addiff_env.scorers.base import LatentScorer, Scorer, ScorerOfLatents, reads_latents
 from addiff_env.scorers.clip_based import Aesthetic, CLIPScore, HPSv2, PickScore
 from addiff_env.scorers.image_reward import ImageReward
+from addiff_env.scorers.latent_text import LatentTextReward, load_latent_text_reward
 from addiff_env.scorers.load import load_scorer
 from addiff_env.scorers.pixel_text import PixelTextReward, load_pixel_text_reward
 
@@ -26,9 +28,14 @@ __all__ = [
     "CLIPScore",
     "HPSv2",
     "ImageReward",
+    "LatentScorer",
+    "LatentTextReward",
     "PickScore",
     "PixelTextReward",
     "Scorer",
+    "ScorerOfLatents",
+    "load_latent_text_reward",
     "load_pixel_text_reward",
     "load_scorer",
+    "reads_latents",
 ]

@@ -13,6 +13,7 @@ from torch import nn
 
 from addiff_env.isolation import exclusive
 from addiff_env.loading import check_finite, looked_at, reason, resolve_model, some
+from addiff_env.preprocessing import check_pairs
 
 Module = TypeVar("Module", bound=nn.Module)
 LOGIT_LIMIT = 30.0  # of scores without a bound of their own: a logit, or a few standard deviations
@@ -40,6 +41,57 @@ class Scorer(Protocol):
         Raises:
             TypeError, ValueError: empty batch, NaN, values outside [0, 1], not one prompt per picture.
         """
+
+
+class LatentScorer(Protocol):
+    """A frozen model of how good the picture will be that clean predictions lead to; nothing has to be decoded for it.
+
+    Attributes:
+        limit, mean, std: as of `Scorer`.
+        latent_shape: (C, h, w) of what it reads.
+    """
+
+    limit: float
+    mean: float
+    std: float
+    latent_shape: tuple[int, int, int]
+
+    def score_latents(
+        self, latents: torch.Tensor, prompts: list[str], timesteps: torch.Tensor, evaluations: torch.Tensor
+    ) -> torch.Tensor:
+        """Scores (B, K) float32 of the pictures that K numbers of further denoiser evaluations lead to.
+
+        ``latents`` (B, C, h, w) are clean predictions x0 at the noise levels of ``timesteps`` (B,), or, at timestep 0
+        and with no evaluation to come, finished latents; ``evaluations`` (B, K) are whole numbers.
+
+        Raises:
+            TypeError, ValueError: empty batch, another shape, not one prompt, timestep and row per picture.
+        """
+
+
+class ScorerOfLatents:
+    """A `LatentScorer` that scores finished pictures, too, through the autoencoder whose latents it reads.
+
+    Args:
+        scorer: reads latents.
+        encode: pictures (B, 3, H, W) in [0, 1] to latents (B, C, h, w), as `Backbone.encode_pictures`.
+    """
+
+    def __init__(self, scorer: LatentScorer, encode: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.score_latents, self._encode = scorer.score_latents, encode
+        self.limit, self.mean, self.std, self.latent_shape = scorer.limit, scorer.mean, scorer.std, scorer.latent_shape
+
+    def score(self, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """As `Scorer.score`."""
+        texts = check_pairs(pictures, prompts)
+        latents = self._encode(pictures)
+        finished = torch.zeros(len(texts), 1, dtype=torch.long, device=latents.device)
+        return self.score_latents(latents, texts, finished[:, 0], finished)[:, 0]
+
+
+def reads_latents(scorer: object) -> bool:
+    """Whether a scorer is a `LatentScorer`."""
+    return hasattr(scorer, "score_latents")
 
 
 @dataclass(frozen=True)

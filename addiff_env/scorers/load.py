@@ -10,6 +10,8 @@ from addiff_env.loading import looked_at, resolve_model, shared
 from addiff_env.scorers.base import Scorer
 from addiff_env.scorers.clip_based import CLIP_BASED, clip_score
 from addiff_env.scorers.image_reward import ImageReward
+from addiff_env.scorers.joint import stored_model_type
+from addiff_env.scorers.latent_text import LatentTextReward, load_latent_text_reward
 from addiff_env.scorers.pixel_text import load_pixel_text_reward
 
 LOADERS: dict[str, Any] = {"imagereward": ImageReward.from_checkpoint, **CLIP_BASED}
@@ -33,8 +35,10 @@ def load_scorer(setting: str, device: str = "cpu") -> Scorer:
         if not Path(folder).is_dir():
             known = ", ".join([*LOADERS, "clipscore:<CLIP setting>"])
             raise FileNotFoundError(
-                f"no scorer {looked_at(setting)}: expected {known} or the folder of a PixelTextReward"
+                f"no scorer {looked_at(setting)}: expected {known} or a PixelTextReward's or LatentTextReward's folder"
             )
+        if stored_model_type(folder) == LatentTextReward.model_type:
+            return load_latent_text_reward(folder, device)
         return load_pixel_text_reward(folder, device)
     path, options = _read_options(setting, rest)
     return LOADERS[name](path, device=device, **options)

@@ -71,7 +71,7 @@ def previews(args: argparse.Namespace, model: Backbone) -> None:
     path = args.work / "previews.npz"
     if path.exists():
         with np.load(path) as pool:
-            if str(pool["unet_sha256"]) != _fingerprint(args):
+            if str(pool["unet_sha256"]) != unet_fingerprint(args):
                 raise ValueError(f"{path} was made with other U-Net weights: remove it to make it anew")
         return
     scenes = pairs.load_scenes(args.work, args.seed)
@@ -82,7 +82,7 @@ def previews(args: argparse.Namespace, model: Backbone) -> None:
         taken = scenes.take(rows)
         chunks.append(degrade(model, taken.pictures, taken.captions, rng))
     pool = {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
-    _save(path, pool | {"index": index.numpy(), "unet_sha256": np.asarray(_fingerprint(args))})
+    save_arrays(path, pool | {"index": index.numpy(), "unet_sha256": np.asarray(unet_fingerprint(args))})
 
 
 def make_chunk(args: argparse.Namespace, model: Backbone, chunk: int) -> dict[str, Any]:
@@ -105,8 +105,7 @@ def make_chunk(args: argparse.Namespace, model: Backbone, chunk: int) -> dict[st
 def samples(args: argparse.Namespace, model: Backbone) -> None:
     """Write the missing chunks of ``args.number`` generated pictures."""
     folder = args.work / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    _hold_configuration(args, folder)
+    hold_configuration(folder, _configuration(args))
     started, made, satisfied = time.monotonic(), 0, 0
     total = -(-args.number // args.batch)
     for chunk in range(total):
@@ -114,40 +113,50 @@ def samples(args: argparse.Namespace, model: Backbone) -> None:
         if path.exists():
             continue
         arrays = make_chunk(args, model, chunk)
-        _save(path, arrays)
+        save_arrays(path, arrays)
         made, satisfied = made + args.batch, satisfied + int(arrays["satisfied"].sum())
         if made % (10 * args.batch) == 0 or chunk == total - 1:
             seconds = time.monotonic() - started
             print(f"samples {chunk + 1}/{total}  {seconds:.0f} s  satisfied {satisfied / made:.3f}", flush=True)
 
 
-def _fingerprint(args: argparse.Namespace) -> str:
+def unet_fingerprint(args: argparse.Namespace) -> str:
+    """SHA-256 of the U-Net's weights that a recipe's ``--out`` holds."""
     weights = args.out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def _hold_configuration(args: argparse.Namespace, folder: Path) -> None:
-    """Refuse to mix samples of different settings or weights in one folder."""
-    config = {
-        "guidance": args.guidance,
-        "steps": args.steps,
-        "batch": args.batch,
-        "seed": args.seed,
-        "unet_sha256": _fingerprint(args),
-        "shares": [round(share * args.steps) / args.steps for share in SHARES_KEPT] + [1.0],
-    }
+def hold_configuration(folder: Path, config: dict[str, Any]) -> None:
+    """Make ``folder`` for chunks of one ``config``, which it notes in ``config.json``.
+
+    Raises:
+        ValueError: the folder holds chunks that were made with other settings or weights; the message names them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
     if not path.exists():
         path.write_text(json.dumps(config, indent=2))
     elif (held := json.loads(path.read_text())) != config:
-        different = [key for key in config if held.get(key) != config[key]]
-        raise ValueError(f"{folder} holds samples made with another {', '.join(different)}: remove it to start anew")
+        different = [key for key in config | held if held.get(key) != config.get(key)]
+        raise ValueError(f"{folder} holds what was made with another {', '.join(different)}: remove it to start anew")
 
 
-def _save(path: Path, arrays: dict[str, Any]) -> None:
+def _configuration(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "guidance": args.guidance,
+        "steps": args.steps,
+        "batch": args.batch,
+        "seed": args.seed,
+        "unet_sha256": unet_fingerprint(args),
+        "shares": [round(share * args.steps) / args.steps for share in SHARES_KEPT] + [1.0],
+    }
+
+
+def save_arrays(path: Path, arrays: dict[str, Any], compress: bool = True) -> None:
+    """Write an .npz file whole or not at all."""
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        (np.savez_compressed if compress else np.savez)(file, **arrays)
     os.replace(partial, path)
 
 

@@ -1,0 +1,72 @@
+"""How well a picture does that is stopped early: success by grid, step and number of finishing steps.
+
+``python -m addiff_env.tiny.finishes`` denoises dev prompts on each grid, stops every lane after each of its steps,
+finishes it in each number of steps, and judges what comes of it. Stopped with as many finishing steps as the grid has
+left a lane ends where it would have ended anyway.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+import addiff_env
+from addiff_env.backbones import to_uint8
+from addiff_env.config import EnvConfig
+from addiff_env.tiny.checker import judge
+from addiff_env.tiny.recipes.endings import FreeLanes
+from addiff_env.tiny.scenes import balanced, load_split
+
+BATCH = 64
+
+
+def outcomes(
+    config: EnvConfig, rows: Sequence[dict[str, Any]], first: int, finishes: Sequence[int]
+) -> dict[tuple[int, int], np.ndarray]:
+    """Whether each row's picture is satisfied, (N,) bool, by (step stopped after, finishing steps); (N, 0): the end."""
+    found: dict[tuple[int, int], list[bool]] = {}
+    length = config.num_inference_steps
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        prompts, lanes = [row["prompt"] for row in part], FreeLanes(config, len(part))
+        every = np.arange(len(part))
+
+        def note(key: tuple[int, int], latents: Any, lanes: FreeLanes = lanes, prompts: list[str] = prompts) -> None:
+            pictures = to_uint8(lanes.backbone.decode(latents))
+            verdicts = [judge(picture, prompt).satisfied for picture, prompt in zip(pictures, prompts, strict=True)]
+            found.setdefault(key, []).extend(verdicts)
+
+        lanes.start(prompts, [row["seed"] for row in part])
+        for step in range(1, length):
+            lanes.step(every)
+            for steps in finishes if step >= first else ():
+                if step + steps <= length:
+                    note((step, steps), lanes.stopped(every, steps))
+        lanes.step(every)
+        note((length, 0), lanes.latents)
+    return {key: np.array(values) for key, values in found.items()}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--number", type=int, default=192, help="dev items, categories in turn")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 8, 7, 6], help="grids")
+    parser.add_argument("--finish", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of finishing steps")
+    parser.add_argument("--first", type=int, default=2, help="the first step to stop after")
+    parser.add_argument("--dtype", default="auto")
+    args = parser.parse_args()
+    rows = balanced(load_split("dev"), args.number)
+    print(f"{len(rows)} dev prompts\n{'grid':>5}{'stop':>6}{'finish':>8}{'NFE':>5}{'success':>9}")
+    for grid in args.steps:
+        settings = {"num_inference_steps": grid, "warmup_steps": min(args.first, grid - 1), "dtype": args.dtype}
+        found = outcomes(EnvConfig(**addiff_env.TINY | settings), rows, args.first, args.finish)
+        for (step, steps), values in sorted(found.items(), key=lambda item: (sum(item[0]), item[0])):
+            print(f"{grid:>5}{step:>6}{steps:>8}{step + steps:>5}{values.mean():>9.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""Train the verifier: from a clean prediction in latents, does the picture satisfy its prompt after so many more steps?
+
+``addiff world train verifier`` needs `endings`' chunks and writes ``<out>/verifier``. What the recipe
+asks is what was tried: every state with the evaluations that the grid had left, and with those that finished a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize
+
+from addiff_env.backbones import load_backbone
+from addiff_env.scorers import PixelTextReward
+from addiff_env.scorers.latent_text import LatentTextReward
+from addiff_env.tiny.auc import auc
+from addiff_env.tiny.recipes import common, pairs
+from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
+
+HELD_OUT = 12  # one in so many captions is held out, with all its trajectories
+FINISHED_SHARE = 0.25  # of a batch: endings, looked at as finished pictures
+WRONG_CAPTIONS = 0.2  # of the satisfied endings in a batch
+UNASKED = -1.0  # label of a question that was not tried
+
+
+@dataclass
+class Questions:
+    """Clean predictions and what came of them: N rows, two questions each."""
+
+    latents: torch.Tensor  # (N, C, h, w) float16
+    captions: Sequence[str]
+    timesteps: torch.Tensor  # (N,) where the row stands; 0: finished
+    evaluations: torch.Tensor  # (N, 2) that led to the verdicts: going on, stopping
+    labels: torch.Tensor  # (N, 2) 1 satisfied, 0 not, `UNASKED`
+    objects: torch.Tensor  # (N, 6, 5), found where going on led
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def take(self, index: torch.Tensor) -> Questions:
+        """The rows of ``index``."""
+        captions = [self.captions[i] for i in index.tolist()]
+        tensors = (getattr(self, name)[index] for name in ("latents", "timesteps", "evaluations", "labels", "objects"))
+        latents, *others = tensors
+        return Questions(latents, captions, *others)
+
+    @classmethod
+    def join(cls, parts: Sequence[Questions]) -> Questions:
+        """One after the other."""
+        names = ("latents", "timesteps", "evaluations", "labels", "objects")
+        tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return cls(captions=[caption for part in parts for caption in part.captions], **tensors)
+
+
+def asked_of_states(chunk: dict[str, np.ndarray]) -> Questions:
+    """One chunk's states; the second question is the stop that was tried in each, if any."""
+    satisfied, state = chunk["ending_satisfied"].astype(np.float32), chunk["ending_state"]
+    goes_on = chunk["state_goes_on"]
+    evaluations = np.stack([chunk["grid"] - chunk["state_step_index"], np.zeros(len(goes_on), int)], 1)
+    labels = np.stack([satisfied[goes_on], np.full(len(goes_on), UNASKED, np.float32)], 1)
+    stops = np.flatnonzero(state >= 0)
+    evaluations[state[stops], 1], labels[state[stops], 1] = chunk["ending_evaluations"][stops], satisfied[stops]
+    return _questions(
+        chunk,
+        "state_x0",
+        chunk["state_row"],
+        chunk["state_timestep"],
+        evaluations,
+        labels,
+        chunk["ending_objects"][goes_on],
+    )
+
+
+def asked_of_endings(chunk: dict[str, np.ndarray]) -> Questions:
+    """One chunk's endings, as finished pictures: nothing is to come."""
+    number = len(chunk["ending_row"])
+    labels = np.stack([chunk["ending_satisfied"].astype(np.float32), np.full(number, UNASKED, np.float32)], 1)
+    nothing = np.zeros((number, 2), int)
+    return _questions(
+        chunk, "ending_final", chunk["ending_row"], nothing[:, 0], nothing, labels, chunk["ending_objects"]
+    )
+
+
+def _questions(
+    chunk: dict[str, np.ndarray],
+    latents: str,
+    rows: np.ndarray,
+    timesteps: np.ndarray,
+    evaluations: np.ndarray,
+    labels: np.ndarray,
+    objects: np.ndarray,
+) -> Questions:
+    captions = [str(prompt) for prompt in chunk["prompt"][rows]]
+    told, asked, answers = (torch.from_numpy(np.ascontiguousarray(v)) for v in (timesteps, evaluations, labels))
+    return Questions(
+        torch.from_numpy(chunk[latents]), captions, told, asked, answers, torch.from_numpy(objects).float()
+    )
+
+
+def load_questions(work: Path) -> tuple[Questions, Questions]:
+    """States and endings of all complete chunks that `endings` wrote.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    paths = sorted((work / "endings").glob("chunk_*.npz"))
+    if not paths:
+        place = work / "endings" / "chunk_*.npz"
+        raise FileNotFoundError(f"{place}; run: addiff world train endings --work {work}")
+    states, endings = [], []
+    for path in paths:
+        with np.load(path) as archive:
+            chunk = {name: archive[name] for name in archive.files if name != "state_latents"}
+        states.append(asked_of_states(chunk))
+        endings.append(asked_of_endings(chunk))
+    return Questions.join(states), Questions.join(endings)
+
+
+def split(questions: Questions) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the rows to train on and of those held out: a caption falls on one side with all its pictures."""
+    held = torch.tensor([zlib.crc32(caption.encode()) % HELD_OUT == 0 for caption in questions.captions])
+    return (~held).nonzero().flatten(), held.nonzero().flatten()
+
+
+# --------------------------------------------------------------------------- training
+
+
+def draw(questions: Questions, rows: torch.Tensor, number: int, generator: torch.Generator) -> Questions:
+    """``number`` random rows of ``rows``, in single precision."""
+    drawn = questions.take(rows[common.batch_indices(generator, len(rows), number)])
+    return replace(drawn, latents=drawn.latents.float())
+
+
+def mislabel(batch: Questions, generator: torch.Generator) -> Questions:
+    """Finished pictures, some of the satisfied ones under a caption that they do not satisfy."""
+    wrong = pairs.negatives(list(batch.captions), generator)
+    swap = (torch.rand(len(batch), generator=generator) < WRONG_CAPTIONS) & (batch.labels[:, 0] == 1)
+    captions = [w if s else c for c, w, s in zip(batch.captions, wrong, swap.tolist(), strict=True)]
+    labels = batch.labels.clone()
+    labels[swap, 0] = 0
+    return replace(batch, captions=captions, labels=labels)
+
+
+def verdict_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of logits (B, 2) over the questions that were tried."""
+    tried = labels != UNASKED
+    return F.binary_cross_entropy_with_logits(logits[tried], labels[tried])
+
+
+def warm_start(args: argparse.Namespace, model: LatentTextReward, endings: Questions) -> None:
+    """Take over from the reward model what reads tokens and words, and teach the stem to see latents as its own does.
+
+    The stem learns from finished pictures: its tokens are to be those that the reward model sees in what is decoded.
+    """
+    reward = PixelTextReward.from_pretrained(args.out / "reward").to(args.device, memory_format=torch.channels_last)
+    held, own = reward.state_dict(), model.state_dict()
+    taken = [name for name in own if name in held and held[name].shape == own[name].shape and "stem" not in name]
+    model.load_state_dict({name: held[name] for name in taken}, strict=False)
+    backbone = load_backbone(str(args.out / "pipeline"), device=args.device, dtype=args.dtype)
+    schedule = argparse.Namespace(**vars(args) | {"steps": args.stem_steps})
+    loop = common.Loop("verifier-stem", schedule, {"stem": model.stem}, 2e-3)
+    rows = split(endings)[0]
+
+    def loss_at(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        batch = draw(endings, rows, 64, generator)
+        with torch.no_grad():
+            pictures = backbone.decode(batch.latents.to(args.device, backbone.dtype))
+            wanted = reward.stem(pictures * 2 - 1).float()
+        got = model.stem(_to_input(batch.latents, args.device)).float()
+        return {"loss": F.mse_loss(got, wanted) / wanted.var()}
+
+    loop.run(loss_at)
+
+
+def train(args: argparse.Namespace, states: Questions, endings: Questions) -> common.EMA:
+    """Run the loop; returns the averaged model."""
+    tokenizer = build_tokenizer()
+    torch.manual_seed(args.seed)
+    model = LatentTextReward(len(tokenizer), MAX_LENGTH, layers=args.layers)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    if args.warm_start:
+        warm_start(args, model, endings)
+    model.tokenizer = tokenizer
+    width = model.config["width"]
+    detector, grounder = pairs.Detector(width).to(args.device), pairs.Grounder(width).to(args.device)
+    ema = common.EMA(model, 0.998)
+    modules = {"model": model, "detector": detector, "grounder": grounder, "ema": ema.model}
+    loop = common.Loop("verifier", args, modules, args.lr)
+    state_rows, ending_rows = split(states)[0], split(endings)[0]
+    finished = round(FINISHED_SHARE * args.batch)
+
+    def loss_at(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        along = draw(states, state_rows, args.batch - finished, generator)
+        done = mislabel(draw(endings, ending_rows, finished, generator), generator)
+        batch = Questions.join([along, done])
+        ids, mask = (tokens.to(args.device) for tokens in model.tokenize(list(batch.captions)))
+        seen = model.see(_to_input(batch.latents, args.device), batch.timesteps.to(args.device))
+        mixed = model.mix(seen, ids, mask)
+        logits = model.read_out(mixed, batch.evaluations.to(args.device)).float()
+        labels = batch.labels.to(args.device)
+        verdict = verdict_loss(logits, labels)
+        detection = detector.loss(seen, pairs.grid_targets(batch.objects).to(args.device))
+        told = pairs.word_targets(list(batch.captions), batch.objects, ids.shape[1]).to(args.device)
+        grounding = grounder.loss(mixed[:, -ids.shape[1] :], told)
+        losses = {"verdict": verdict, "detection": detection, "grounding": grounding}
+        return {"loss": verdict + args.dense * (0.3 * detection + 0.5 * grounding), **losses}
+
+    loop.run(loss_at, ema.update)
+    print(f"verifier: {loop.step} steps in {loop.seconds:.0f} s", flush=True)
+    return ema
+
+
+def _to_input(latents: torch.Tensor, device: str) -> torch.Tensor:
+    return latents.to(device).contiguous(memory_format=torch.channels_last)
+
+
+# --------------------------------------------------------------------------- calibration and report
+
+
+def logits_of(model: LatentTextReward, questions: Questions, batch: int = 256) -> torch.Tensor:
+    """Logits (N, 2) of all questions."""
+    parts = []
+    for rows in torch.arange(len(questions)).split(batch):
+        part = questions.take(rows)
+        parts.append(
+            model.score_latents(part.latents.float(), list(part.captions), part.timesteps, part.evaluations).cpu()
+        )
+    return torch.cat(parts)
+
+
+def calibrate(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Scale and bias of a logit that make it most likely (Platt 1999)."""
+    x, y = logits.double().numpy(), labels.double().numpy()
+
+    def loss(parameters: np.ndarray) -> float:
+        z = parameters[0] * x + parameters[1]
+        return float((np.logaddexp(0, z) - y * z).mean())
+
+    found = minimize(loss, (1.0, 0.0), method="BFGS").x
+    return float(found[0]), float(found[1])
+
+
+def report(logits: torch.Tensor, questions: Questions) -> dict[str, float]:
+    """AUC and calibration of held-out questions by what was asked."""
+    first = questions.labels[:, 0]
+    result = {"held_out": float(len(first)), "satisfied": float(first.mean())}
+    for column, name in ((0, "go_on"), (1, "stop")):
+        for timestep in sorted(set(questions.timesteps.tolist())):
+            rows = (questions.timesteps == timestep) & (questions.labels[:, column] != UNASKED)
+            if rows.sum() < 20:
+                continue
+            scores, labels = logits[rows, column].numpy(), questions.labels[rows, column].numpy()
+            key = f"{name}_{timestep}"
+            result[f"auc_{key}"] = auc(scores, labels)
+            result[f"excess_{key}"] = float((1 / (1 + np.exp(-scores))).mean() - labels.mean())
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, calibrate and export; returns the exit status."""
+    args = common.arguments(
+        "world train verifier",
+        __doc__ or "",
+        argv,
+        steps=2000,
+        batch=128,
+        lr=1e-3,
+        layers=4,
+        warm_start=1,
+        stem_steps=300,
+        dense=1.0,
+        dtype="auto",
+    )
+    states, endings = load_questions(args.work)
+    print(f"{len(states)} states, {len(endings)} endings of {len(set(states.captions))} prompts", flush=True)
+    model = train(args, states, endings).model
+    held = Questions.join([states.take(split(states)[1]), endings.take(split(endings)[1])])
+    logits, tried = logits_of(model, held), held.labels != UNASKED
+    scale, bias = calibrate(logits[tried], held.labels[tried])
+    model.config |= {"scale": scale, "bias": bias}
+    result = report(scale * logits + bias, held)
+    model.save_pretrained(args.out / "verifier", build_tokenizer())
+    (args.work / "verifier.json").write_text(json.dumps(result, indent=2) + "\n")
+    for key, value in result.items():
+        print(f"  {key:20s} {value:.4f}")
+    print(f"verifier -> {args.out / 'verifier'}")
+
+    return 0
