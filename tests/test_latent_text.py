@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -14,6 +15,7 @@ from addiff_env import costs
 from addiff_env.config import LOOK_PARTS, EnvConfig
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.scorers import LatentTextReward, load_scorer, reads_latents
+from addiff_env.tiny import rule_front
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 from addiff_env.types import Action
 
@@ -270,3 +272,31 @@ def test_finished_pictures_are_scored_through_the_autoencoder(
     torch.testing.assert_close(env.perception.scorer.score(pictures, PROMPTS[:2]), expected)
     with pytest.raises(ValueError, match="2 pictures but 1 prompts"):
         env.perception.scorer.score(pictures, PROMPTS[:1])
+
+
+# ------------------------------------------------------------------ plain rules on it
+
+
+def test_a_rule_by_hand() -> None:
+    rule = rule_front.Rule(0.3, 0.6, 0.9)
+    stop = np.array([0.95, 0.95, 0.5, 0.95, 0.95])
+    go_on = np.array([0.2, 0.4, 0.4, 0.5, 0.7])
+    share = np.array([0.4, 0.4, 0.4, 0.5, 0.5])
+    expected = [Action.REFINE, Action.STOP, Action.CONTINUE, Action.REFINE, Action.STOP]
+    assert rule.act(stop, go_on, share).tolist() == expected
+
+
+def test_rules_are_played_to_the_end(
+    small_kwargs: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rule_front, "judge", lambda picture, prompt: SimpleNamespace(satisfied=prompt == PROMPTS[0]))
+    small = {name: small_kwargs[name] for name in ("model", "dtype")}
+    env = rule_front.make(4, 2, 1, 2, scorer=str(folder), **small)
+    rows = [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(PROMPTS)]
+    plain = rule_front.play(env, rule_front.Rule(0.0, 0.0), rows)
+    assert plain.tolist() == [[1, 4], [0, 4], [0, 4]]
+    stopping = rule_front.play(env, rule_front.Rule(0.0, 0.0, -1.0), rows)  # at once
+    assert stopping[:, 1].tolist() == [3, 3, 3]
+    refining = rule_front.play(env, rule_front.Rule(2.0, 2.0), rows)  # as often as it may
+    # Two of warm-up; every refinement goes back to step 1 and on to step 3; one is left then.
+    assert (refining[:, 1] == 2 + 2 * rule_front.MAX_REFINES + 1).all()

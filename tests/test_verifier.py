@@ -202,6 +202,12 @@ def test_a_caption_is_held_out_with_all_its_pictures() -> None:
     assert not {captions[i] for i in kept} & {captions[i] for i in held}
 
 
+def test_too_few_captions_to_hold_any_out_are_refused() -> None:
+    asked = Questions(torch.zeros(4), ["a red circle"] * 4, *[torch.zeros(4)] * 2, torch.zeros(4, 2), torch.zeros(4))
+    with pytest.raises(ValueError, match="1 different captions are too few"):
+        verifier.split(asked)
+
+
 def test_only_satisfied_endings_get_a_wrong_caption_and_the_label_of_it() -> None:
     number = 400
     satisfied = torch.arange(number) % 2
@@ -246,7 +252,7 @@ def test_the_whole_recipe_and_its_measurement(
 
     monkeypatch.setattr(verifier, "LatentTextReward", small)
     words = ["--out", str(weights), "--work", str(tmp_path / "work")]
-    command_line(monkeypatch, *words, "--batch", "12", "--number", "12", "--stops", "1", "--dtype", "float32")
+    command_line(monkeypatch, *words, "--batch", "24", "--number", "24", "--stops", "1", "--dtype", "float32")
     endings.main()
     command_line(monkeypatch, *words, "--steps", "4", "--batch", "16", "--layers", "1", "--warm-start", "0")
     verifier.main()

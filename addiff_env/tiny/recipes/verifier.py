@@ -125,8 +125,15 @@ def load_questions(work: Path) -> tuple[Questions, Questions]:
 
 
 def split(questions: Questions) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the rows to train on and of those held out: a caption falls on one side with all its pictures."""
+    """Indices of the rows to train on and of those held out: a caption falls on one side with all its pictures.
+
+    Raises:
+        ValueError: one side is empty.
+    """
     held = torch.tensor([zlib.crc32(caption.encode()) % HELD_OUT == 0 for caption in questions.captions])
+    if held.all() or not held.any():
+        number = len(set(questions.captions))
+        raise ValueError(f"{number} different captions are too few: none is left to train on, or to be held out")
     return (~held).nonzero().flatten(), held.nonzero().flatten()
 
 
