@@ -66,6 +66,14 @@ def this_command(*further: str) -> str:
     return command_line(Path(python).name, *rest, *further)
 
 
+def this_program() -> list[str]:
+    """The words that started this process, up to its own arguments, as one can give them again from here."""
+    python, *rest = sys.orig_argv
+    number = len(rest) - len(sys.argv[1:])
+    here = Path(sys.executable).is_relative_to(Path.cwd())
+    return [os.path.relpath(sys.executable) if here else Path(python).name, *rest[:number]]
+
+
 @contextmanager
 def interruptible(kept: Callable[[], str], further: Sequence[str] = ()) -> Iterator[None]:
     """Turn Ctrl-C into a line that says what was ``kept`` and how to go on, and exit status 130.

@@ -13,10 +13,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_storage import everything, held
 
-import evaluate
-import train_sb3
-from addiff_env import baseline_cache, offline, share
+from addiff_env import baseline_cache, cli, offline, share
+from addiff_env.cli import train as train_command
 from addiff_env.evaluation import html, judging
+from addiff_env.evaluation.run import runner
 from addiff_env.rllib import Settings
 from addiff_env.rllib import training as rllib_training
 from addiff_env.sb3 import search
@@ -27,16 +27,15 @@ PARSER = OverridesParser.create()
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(script, monkeypatch, *overrides):
-    """A script as the command line calls it; its exit status."""
-    monkeypatch.setattr(script.main.__wrapped__, "__module__", "__main__")  # or Hydra looks for a package of configs
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *overrides])
-    monkeypatch.setattr(sys, "orig_argv", ["python", f"{script.__name__}.py", *overrides])
+def run(verb, monkeypatch, *overrides):
+    """A verb as the command line calls it; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["addiff", verb, *overrides])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "bin/addiff", verb, *overrides])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the command sets it, for this test alone
     try:
-        script.main()
+        return cli.main()
     except SystemExit as ended:
         return ended.code or 0
-    return 0
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def in_folder(path):
 # --------------------------------------------------------------------------- two programs
 
 
-@pytest.mark.parametrize("script", [evaluate, train_sb3])
+@pytest.mark.parametrize("script", ["evaluate", "train"])
 @pytest.mark.parametrize("flags", [(), ("-m", "hydra.sweep.subdir=.")])
 def test_a_script_is_refused_where_another_is_at_work(script, flags, folder, monkeypatch, capsys):
     place = in_folder(folder) if not flags else f"hydra.sweep.dir='{folder}'"
@@ -76,29 +75,28 @@ def test_a_script_is_refused_where_another_is_at_work(script, flags, folder, mon
 
 def test_shards_of_one_split_work_side_by_side_and_nothing_else(folder, monkeypatch):
     begun = []
-    monkeypatch.setattr(evaluate, "run", lambda cfg, folder, place, launched: begun.append((place, launched)))
+    monkeypatch.setattr(runner, "run", lambda cfg, folder, place, launched: begun.append((place, launched)))
     split = ["shard.count=4", in_folder(folder)]
     with held("claim", folder, "evaluate.py", "shards of 4", "1"):
-        assert run(evaluate, monkeypatch, "shard.index=0", *split) == 0
+        assert run("evaluate", monkeypatch, "shard.index=0", *split) == 0
         with monkeypatch.context() as launched:
             launched.setenv("RANK", "2")
             launched.setenv("WORLD_SIZE", "4")
-            assert run(evaluate, launched, in_folder(folder)) == 0
+            assert run("evaluate", launched, in_folder(folder)) == 0
         assert begun == [((0, 4), False), ((2, 4), True)]
         for others in (["shard.index=1"], ["shard.merge=true"], ["shard.index=1", "shard.count=5"], ["shard.count=1"]):
-            assert run(evaluate, monkeypatch, *split, *others) != 0
+            assert run("evaluate", monkeypatch, *split, *others) != 0
     assert len(begun) == 2
-    assert run(evaluate, monkeypatch, "shard.index=1", *split) == 0  # whose process was killed
+    assert run("evaluate", monkeypatch, "shard.index=1", *split) == 0  # whose process was killed
 
 
 def programs(folder, tmp_path, monkeypatch):
     """What else writes in a folder, as calls, with what each of them writes to."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setattr(rllib_training, "require_ray", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["html", str(folder)])
     space = ["--space", str(ROOT / "configs/search/ppo.yaml"), "--configs", str(ROOT / "configs")]
     return {
-        "html": ("claim", folder, html.main),
+        "html": ("claim", folder, lambda: html.main([str(folder)])),
         "judging": ("claim", folder, lambda: judging.main([str(folder), "--judges", "x"])),
         "rllib": ("claim", folder, lambda: rllib_training.train(Settings(), folder, 1)),
         "search": ("claim", folder, lambda: search.main([str(folder), "--seed", "3", *space])),
@@ -137,7 +135,7 @@ def test_results_are_recorded_by_one_process_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(share, "measured", lambda agent, evaluation: (evaluation.name, {"success": 0.5}))
     with held("claim", bundle, "share"):
         before = everything(tmp_path)
-        assert share.main([str(bundle), "--evaluation", str(tmp_path / "x")]) == 2
+        assert cli.main(["share", str(bundle), "--evaluation", str(tmp_path / "x")]) == 1
         assert everything(tmp_path) == before
     assert share.main([str(bundle), "--evaluation", str(tmp_path / "x")]) == 0
     assert share.Agent.load(bundle).config["results"] == {"x": {"success": 0.5}}
@@ -205,11 +203,11 @@ def test_a_sweep_over_many_overrides_finds_its_folders_again(tmp_path, monkeypat
         trained.append(run)
         return SimpleNamespace(collapsed=None, agent=SimpleNamespace(fingerprint="f"))
 
-    monkeypatch.setattr(train_sb3, "train", train)
-    monkeypatch.setattr(train_sb3, "find_judge", lambda cfg: None)
+    monkeypatch.setattr(train_command, "train", train)
+    monkeypatch.setattr(train_command, "find_judge", lambda cfg: None)
     command = ["-m", f"hydra.sweep.dir='{tmp_path}/a sweep'", *MANY]
-    assert run(train_sb3, monkeypatch, *command) == 0
-    assert run(train_sb3, monkeypatch, *command, "resume=true") == 0
+    assert run("train", monkeypatch, *command) == 0
+    assert run("train", monkeypatch, *command, "resume=true") == 0
     assert len(set(trained)) == 2 and trained[:2] == trained[2:]
     assert all(path.is_dir() and path.parent == tmp_path / "a sweep" for path in trained)
     looks = re.findall(r"\(TensorBoard: (.*)\)$", capsys.readouterr().out, re.MULTILINE)
@@ -224,13 +222,13 @@ def test_an_interrupted_training_says_how_to_go_on(resume, folder, monkeypatch, 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_sb3, "train", interrupt)
-    monkeypatch.setattr(train_sb3, "find_judge", lambda cfg: None)
+    monkeypatch.setattr(train_command, "train", interrupt)
+    monkeypatch.setattr(train_command, "find_judge", lambda cfg: None)
     given = [in_folder(folder), f"resume={str(resume).lower()}"]
-    assert run(train_sb3, monkeypatch, *given) == 130
+    assert run("train", monkeypatch, *given) == 130
     said = capsys.readouterr().err
     again = shlex.split(said.partition("go on with: ")[2])
-    assert again == ["python", "train_sb3.py", *given, *([] if resume else ["resume=true"])]
+    assert again == ["python", "bin/addiff", "train", *given, *([] if resume else ["resume=true"])]
     assert f"no checkpoint yet in {folder}" in said and "Traceback" not in said
 
 
@@ -240,9 +238,9 @@ def test_an_interrupted_evaluation_says_what_it_kept(folder, monkeypatch, capsys
         raise KeyboardInterrupt
 
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(evaluate, "run", interrupt)
-    assert run(evaluate, monkeypatch, in_folder(folder)) == 130
+    monkeypatch.setattr(runner, "run", interrupt)
+    assert run("evaluate", monkeypatch, in_folder(folder)) == 130
     said = capsys.readouterr().err
     assert f"2 rows are kept in {folder / 'rows.jsonl'}" in said and "Traceback" not in said
-    assert shlex.split(said.partition("go on with: ")[2]) == ["python", "evaluate.py", in_folder(folder)]
+    assert shlex.split(said.partition("go on with: ")[2]) == ["python", "bin/addiff", "evaluate", in_folder(folder)]
     assert [path for path in os.listdir(folder) if "held" in path] == []

@@ -1,6 +1,6 @@
 """Every set of rows gets a report: what it does not tell is said to be not available, and what it tells stays."""
 
-import importlib.util
+import importlib
 import io
 import json
 import math
@@ -29,6 +29,7 @@ from addiff_env.evaluation.progress import RunProgress
 from addiff_env.evaluation.report import plot_quality_against_compute, summary_table
 from addiff_env.evaluation.rows import append_rows
 from addiff_env.evaluation.rules import rules_of
+from addiff_env.evaluation.run import reporting, runner
 from addiff_env.evaluation.runs import read_verdicts, reported_rows, write_items, write_provenance, write_verdicts
 from addiff_env.evaluation.sets import References, SetOptions, describe_sets, set_scores
 from addiff_env.evaluation.summary import headline_metric, lead_with, score_value, tidy
@@ -349,17 +350,7 @@ def test_a_number_of_nothing_is_refused_by_name(capsys, module, text):
     assert ended.value.code == 2 and flag in words and "at least 1" in words and text in words
 
 
-# --------------------------------------------------------------------------- evaluate.py
-
-
-@pytest.fixture(scope="module")
-def script():
-    """``evaluate.py`` as a module."""
-    path = Path(__file__).parent.parent / "evaluate.py"
-    spec = importlib.util.spec_from_file_location("evaluate_script", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# --------------------------------------------------------------------------- the run
 
 
 def limited(limit, name="tiny-test"):
@@ -369,34 +360,34 @@ def limited(limit, name="tiny-test"):
 
 
 @pytest.mark.parametrize("limit", [0, -1, "abc", 2.5, True])
-def test_a_limit_that_is_none_is_refused(script, limit):
+def test_a_limit_that_is_none_is_refused(limit):
     with pytest.raises(ValueError, match=rf"benchmark\.limit must be a whole number of at least 1.*{limit}"):
-        script.load_items(limited(limit))
+        runner.load_items(limited(limit))
 
 
-def test_a_limit_beyond_the_benchmark_takes_all_of_it_and_says_so(script, capsys, tmp_path):
-    assert len(script.load_items(limited(5))) == 5 and not capsys.readouterr().out
+def test_a_limit_beyond_the_benchmark_takes_all_of_it_and_says_so(capsys, tmp_path):
+    assert len(runner.load_items(limited(5))) == 5 and not capsys.readouterr().out
     prompts = tmp_path / "mine.txt"
     prompts.write_text("a red circle\na red circle\na blue star\n")
-    assert len(script.load_items(limited(9, str(prompts)))) == 3
+    assert len(runner.load_items(limited(9, str(prompts)))) == 3
     assert f"benchmark.limit=9: {prompts} has 3 prompts" in capsys.readouterr().out
-    assert len(script.load_items(limited(3, str(prompts)))) == 3 and not capsys.readouterr().out
+    assert len(runner.load_items(limited(3, str(prompts)))) == 3 and not capsys.readouterr().out
 
 
-def test_filmstrips_are_chosen_whatever_is_missing(script):
+def test_filmstrips_are_chosen_whatever_is_missing():
     for success in ([None] * 3, [1.0, None, 0.0], [math.nan, 1.0, 1.0], [0.25, None, 0.5]):
         rows = rows_of("agent", success)
-        chosen = script.choose_filmstrips(rows, 2)
+        chosen = reporting.choose_filmstrips(rows, 2)
         assert len(chosen) == 2 and len({row.key for row in chosen}) == 2
-    assert script.choose_filmstrips(rows_of("agent", [None]), 8) == rows_of("agent", [None])
+    assert reporting.choose_filmstrips(rows_of("agent", [None]), 8) == rows_of("agent", [None])
 
 
-def test_a_picture_without_a_finite_score_is_no_row_of_other_metrics(script, tmp_path):
+def test_a_picture_without_a_finite_score_is_no_row_of_other_metrics(tmp_path):
     """A resumed run takes it as it is."""
     backbone = SimpleNamespace(name="b", revision=None, dtype_name="float32")
     method = SimpleNamespace(name="ddim-2", solver="ddim-2", policy="ddim-2", backbone=backbone)
     env = SimpleNamespace(config=SimpleNamespace(negative_prompt=None))
-    evaluation = script.Evaluation(tmp_path / "rows.jsonl", env, [Broken()], False)
+    evaluation = runner.Evaluation(tmp_path / "rows.jsonl", env, [Broken()], False)
     items = [Item("p", seed, "c") for seed in range(3)]
     scored = score_pictures([Broken()], np.zeros((3, 8, 8, 3), np.uint8), items)
     for item, (scores, words) in zip(items, scored, strict=True):

@@ -1,11 +1,10 @@
 """Baselines tuned to an agent: what is chosen, what it stands for, and that a run keeps it."""
 
 import ast
-import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -16,9 +15,10 @@ from omegaconf import OmegaConf
 
 from addiff_env.evaluation import tune as tuning_module
 from addiff_env.evaluation.baselines import PolicyMethod, make_method
-from addiff_env.evaluation.benchmarks import load_benchmark
+from addiff_env.evaluation.benchmarks import Item, load_benchmark
 from addiff_env.evaluation.metrics import open_metrics
 from addiff_env.evaluation.policies import RandomPolicy, StopAt
+from addiff_env.evaluation.run import runner
 from addiff_env.evaluation.tune import (
     AUTO,
     MATCHED,
@@ -142,38 +142,29 @@ def test_tuning_measures_the_agent_and_a_grid(small_kwargs: dict[str, Any], monk
         tune(env, agent, items, metrics, "beauty")
 
 
-def script() -> ModuleType:
-    """``evaluate.py`` as a module."""
-    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "evaluate.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_embedded_world_is_tuned_on_dev_prompts_that_test_does_not_share(
     small_kwargs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     test = {item.prompt for item in load_benchmark("tiny-test")}
     shared = test & {item.prompt for item in load_benchmark("tiny-dev")}
     assert len(shared) == 18  # the splits share single-object captions
-    evaluate, seen = script(), []
+    seen: list[Item] = []
 
     def tuned(env: Any, agent: Any, items: Any, metrics: Any, metric: str) -> Tuning:
         seen.extend(items)
         return Tuning(*TUNING_SPECS, metric, stamp_of(agent, env, items, metric), [])
 
-    monkeypatch.setattr(evaluate, "tune", tuned)
+    monkeypatch.setattr(runner, "tune", tuned)
     env = SimpleNamespace(config=small_kwargs)
     evaluation: Any = SimpleNamespace(folder=tmp_path, env=env, metrics=[])
     cfg = OmegaConf.load(ROOT / "configs" / "evaluate.yaml")  # at its default limits
     agent: Any = SimpleNamespace(fingerprint="a")
-    assert evaluate.tuned_specs(cfg, AUTO, evaluation, agent, "success") == [*TUNING_SPECS]
+    assert runner.tuned_specs(cfg, AUTO, evaluation, agent, "success") == [*TUNING_SPECS]
     assert len(seen) == cfg.tune.limit and not test & {item.prompt for item in seen}
     counts = {category: [item.category for item in seen].count(category) for category in {i.category for i in seen}}
     assert len(counts) == 7 and max(counts.values()) - min(counts.values()) <= 1  # categories still take turns
     cfg.benchmark.limit = 4
-    evaluate.tuned_specs(cfg, AUTO, evaluation, agent, "success")  # another limit keeps the tuning
+    runner.tuned_specs(cfg, AUTO, evaluation, agent, "success")  # another limit keeps the tuning
 
 
 def test_lists_of_any_length_are_evaluated_and_tuned_on_where_that_is_asked_for(
@@ -182,17 +173,16 @@ def test_lists_of_any_length_are_evaluated_and_tuned_on_where_that_is_asked_for(
     for name, text in (("drawbench/drawbench.txt", "a cat\n"), ("coco/coco_8k_captions.txt", "a cat\na cow\n")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
-    evaluate = script()
-    monkeypatch.setattr(evaluate, "resolve", lambda specs, path, stamp, make: stamp)
+    monkeypatch.setattr(runner, "resolve", lambda specs, path, stamp, make: stamp)
     evaluation: Any = SimpleNamespace(folder=tmp_path, env=SimpleNamespace(config={}), metrics=[])
     agent: Any = SimpleNamespace(fingerprint="a")
     cfg = OmegaConf.load(ROOT / "configs" / "evaluate.yaml")
     cfg.merge_with_dotlist([f"benchmark.root={tmp_path}", "benchmark.name=drawbench", "tune.benchmark=coco-8k"])
     with pytest.raises(ValueError, match="has 1 prompts, .*of evaluate.py benchmark.any_length=true"):
-        evaluate.tuned_specs(cfg, AUTO, evaluation, agent, "success")
+        runner.tuned_specs(cfg, AUTO, evaluation, agent, "success")
     cfg.benchmark.any_length = True
-    assert evaluate.tuned_specs(cfg, AUTO, evaluation, agent, "success")["items"] == 1  # not the cat
-    calls = [node for node in ast.walk(ast.parse((ROOT / "evaluate.py").read_text())) if isinstance(node, ast.Call)]
+    assert runner.tuned_specs(cfg, AUTO, evaluation, agent, "success")["items"] == 1  # not the cat
+    calls = [node for node in ast.walk(ast.parse(Path(runner.__file__).read_text())) if isinstance(node, ast.Call)]
     loads = [call for call in calls if ast.unparse(call.func) == "load_benchmark"]
     assert len(loads) > 1 and all("any_length" in {word.arg for word in call.keywords} for call in loads)
 
