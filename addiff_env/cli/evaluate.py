@@ -41,10 +41,10 @@ def evaluate(cfg: DictConfig) -> None:
     place = told if cfg.shard.merge else launched_shard(*told)
     path = shard_path(folder := Path(HydraConfig.get().runtime.output_dir), *place)
     is_part = place[1] > 1 and not cfg.shard.merge
-    membership = (f"shards of {place[1]}", str(place[0])) if is_part else ()
+    group, member = (f"shards of {place[1]}", str(place[0])) if is_part else ("", "")
     with (
         interruptible(lambda: f"{count_rows(path)} rows are kept in {path}"),
-        claim(folder, "an evaluation", *membership, instead="take another folder: hydra.run.dir=..."),
+        claim(folder, "an evaluation", group, member, instead="take another folder: hydra.run.dir=..."),
     ):
         runner.run(cfg, folder, place, place != told)
 
