@@ -1,4 +1,4 @@
-"""Files of a run folder that several processes work in: see `addiff_env.storage`."""
+"""Picture files, with errors that name them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-from addiff_env.storage import LOCK, alone_in, keep_first, partial_of, write_whole
-
-__all__ = ["LOCK", "alone_in", "keep_first", "open_picture", "partial_of", "read_picture", "write_whole"]
 
 
 def open_picture(path: Path) -> Image.Image:

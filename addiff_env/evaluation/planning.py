@@ -15,13 +15,12 @@ from typing import Any
 from addiff_env.agent import Agent
 from addiff_env.backbones import StableDiffusionBackbone
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.files import alone_in, write_whole
 from addiff_env.evaluation.method import Method
 from addiff_env.evaluation.metrics import missing
 from addiff_env.evaluation.outside import MethodOptions
 from addiff_env.evaluation.tune import AUTO
 from addiff_env.paths import PACKAGE_PREFIX, resolve_model
-from addiff_env.storage import read_json
+from addiff_env.storage import alone_in, read_json, write_whole
 
 ALL = "all"
 FILE = "methods.json"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from addiff_env.commands import LAUNCHED
-from addiff_env.evaluation.files import partial_of
 from addiff_env.evaluation.jsonl import append_objects, read_objects
+from addiff_env.storage import partial_of
 from addiff_env.types import ResultRow
 
 T = TypeVar("T")

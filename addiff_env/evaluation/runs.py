@@ -24,12 +24,12 @@ import numpy as np
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.files import read_picture, write_whole
+from addiff_env.evaluation.files import read_picture
 from addiff_env.evaluation.hypotheses import Part, Rules, Verdict
 from addiff_env.evaluation.jsonl import read_objects
 from addiff_env.evaluation.rows import CONFIGURATION, read_rows
 from addiff_env.evaluation.summary import lead_with
-from addiff_env.storage import read_json
+from addiff_env.storage import read_json, write_whole
 from addiff_env.types import ResultRow
 
 T = TypeVar("T")

@@ -24,8 +24,9 @@ from zipfile import BadZipFile
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from addiff_env.evaluation.files import open_picture, partial_of, read_picture
+from addiff_env.evaluation.files import open_picture, read_picture
 from addiff_env.loading import reason
+from addiff_env.storage import partial_of
 
 RESIZERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. 2024, section 4

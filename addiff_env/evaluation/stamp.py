@@ -19,10 +19,9 @@ import gymnasium as gym
 from addiff_env.agent import Agent
 from addiff_env.config import EnvConfig
 from addiff_env.evaluation.benchmarks import Item, id_list_hash
-from addiff_env.evaluation.files import keep_first
 from addiff_env.evaluation.outside import MethodOptions
 from addiff_env.inputs import FILE_SETTINGS, differing, fingerprints
-from addiff_env.storage import read_json
+from addiff_env.storage import keep_first, read_json
 
 CONTROL = {"mask": "full"}  # how the environment of H4's control differs from the agent's
 # Settings that change no picture, or that each row states itself.

@@ -27,7 +27,6 @@ from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import BestOf, FixedSteps, Method, make_method
 from addiff_env.evaluation.benchmarks import SOURCES, Item, categories_in_turn, id_list_hash, load_benchmark
-from addiff_env.evaluation.files import keep_first
 from addiff_env.evaluation.metrics import (
     Metric,
     ModelScore,
@@ -42,7 +41,7 @@ from addiff_env.evaluation.metrics import (
 from addiff_env.inputs import FILE_SETTINGS, fingerprints
 from addiff_env.pipeline import make_agent_env
 from addiff_env.stats import at_least_one
-from addiff_env.storage import read_json
+from addiff_env.storage import keep_first, read_json
 from addiff_env.types import Action
 
 AUTO = ("threshold:auto", "random:auto", "words-auto", "best-of-auto")

@@ -16,7 +16,6 @@ from addiff_env.agent import Agent
 from addiff_env.commands import this_program
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks import Item, benchmark_record
-from addiff_env.evaluation.files import write_whole
 from addiff_env.evaluation.html import write_report
 from addiff_env.evaluation.hypotheses import UNDECIDED, Verdict, decide, describe
 from addiff_env.evaluation.metrics import missing, protocol_scores, reported_score
@@ -29,6 +28,7 @@ from addiff_env.evaluation.summary import counted, lead_with, score_value
 from addiff_env.evaluation.whole import PROTOCOLS, SET_METRICS, pictures_of
 from addiff_env.filmstrips import filmstrip_figure, record_trajectories
 from addiff_env.pipeline import make_agent_env
+from addiff_env.storage import write_whole
 from addiff_env.types import Action, ResultRow
 
 

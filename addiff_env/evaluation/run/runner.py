@@ -22,7 +22,6 @@ from addiff_env.agent import Agent
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.baselines import MatchedSteps, Method, PolicyMethod, Replay, make_method
 from addiff_env.evaluation.benchmarks import Item, load_benchmark
-from addiff_env.evaluation.files import alone_in, write_whole
 from addiff_env.evaluation.hypotheses import control_names
 from addiff_env.evaluation.memory import watched
 from addiff_env.evaluation.metrics import (
@@ -63,7 +62,7 @@ from addiff_env.evaluation.stamp import CONTROL, keep_stamp, require_same, run_s
 from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune, tuning_items
 from addiff_env.evaluation.version import code_version, model_revision
 from addiff_env.pipeline import make_agent_env
-from addiff_env.storage import file_name
+from addiff_env.storage import alone_in, file_name, write_whole
 from addiff_env.types import Generated, ResultRow
 
 
