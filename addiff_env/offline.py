@@ -22,9 +22,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.agent import Agent
-from addiff_env.commands import interruptible
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.storage import claim_file
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.storage.commands import interruptible
+from addiff_env.storage.files import claim_file
 
 RANDOM_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine of the random policy
 Act = Callable[[Any, np.ndarray], np.ndarray]  # observations (B, width), masks (B, 3) -> actions (B,)

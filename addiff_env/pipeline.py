@@ -15,10 +15,10 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.agent import Agent, flat_observation
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.prompts import check_prompt
+from addiff_env.env.prompts import check_prompt
+from addiff_env.env.validation import as_list, check_seed
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.types import Generated
-from addiff_env.validation import as_list, check_seed
 
 
 def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDenoiseVectorEnv:
@@ -59,7 +59,7 @@ class AdaptivePipeline:
     """An agent on its environment, most likely action first; anything with an agent's ``act`` and ``flops`` will do.
 
     Net FLOPs are what the environment charges, and the policy's own. Whoever has ``sees(obs) -> (B,) bool`` (the rules
-    of `addiff_env.evaluation.policies`) pays for the looks that it reads only, and of those for preview and reward
+    of `addiff_env.evaluation.methods.rule_policies`) pays for the looks that it reads only, and of those for preview and reward
     model only, as a program of that rule alone would; its seconds are still those of looking at everything.
 
     ``negative_prompt`` is what guidance leads away from in pictures that are not asked for with another one; None: as

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from addiff_env import agent as module
 from addiff_env import offline
 from addiff_env.agent import CONFIG, WEIGHTS, Agent, PolicyNet
-from addiff_env.bar import load_agent
+from addiff_env.evaluation.acceptance import load_agent
 from addiff_env.pipeline import make_agent_env
 from addiff_env.sb3 import zips
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from addiff_env.attention import (
+from addiff_env.diffusion.attention import (
     MASKS,
     AttentionRecord,
     attention_entropy,

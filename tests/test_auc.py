@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import addiff_env
-from addiff_env.backbones import denoise, initial_noise, load_backbone
-from addiff_env.loading import resolve_model
+from addiff_env.diffusion.backbones import denoise, initial_noise, load_backbone
+from addiff_env.loading.weights import resolve_model
 from addiff_env.tiny import auc as command
 from addiff_env.tiny.auc import SHARES, auc, auc_interval, look, measure, probe, table
 

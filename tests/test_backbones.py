@@ -25,11 +25,11 @@ from safetensors.torch import save_file
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
 
 import addiff_env
-from addiff_env.attention import capture_joint_attention
-from addiff_env.backbones import load_backbone
-from addiff_env.backbones.flux import FluxBackbone, pack_latents, unpack_latents
+from addiff_env.diffusion.attention import capture_joint_attention
+from addiff_env.diffusion.backbones import load_backbone
+from addiff_env.diffusion.backbones.flux import FluxBackbone, pack_latents, unpack_latents
 from addiff_env.env import DiffusionDenoiseEnv, DiffusionDenoiseVectorEnv
-from addiff_env.previews import LinearDecoder, fit_latent_rgb, make_previewer
+from addiff_env.perception.previews import LinearDecoder, fit_latent_rgb, make_previewer
 
 CONTINUE, STOP, REFINE = range(3)
 PROMPTS = ["a red circle", "two blue squares", "a star above a green ring", "a pink cross and a large circle"]

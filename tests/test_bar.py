@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from addiff_env import bar, cli
+from addiff_env import cli
 from addiff_env.agent import Agent, PolicyNet
-from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.policies import RefineAlways, StopAt, ThresholdRule
+from addiff_env.evaluation import acceptance as bar
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods.rule_policies import RefineAlways, StopAt, ThresholdRule
 from addiff_env.pipeline import make_agent_env
 from addiff_env.sb3 import observation_parts
 from addiff_env.types import Action

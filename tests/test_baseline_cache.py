@@ -13,9 +13,10 @@ import torch
 from gymnasium.vector import AutoresetMode
 from safetensors.torch import load_file, save_file
 
-from addiff_env import TINY, baseline_cache
-from addiff_env.baseline_cache import BaselineCache, compute_baselines, weights_fingerprint
-from addiff_env.reward import RewardConfig, quality
+from addiff_env import TINY
+from addiff_env.env import baseline_cache
+from addiff_env.env.baseline_cache import BaselineCache, compute_baselines, weights_fingerprint
+from addiff_env.env.reward import RewardConfig, quality
 
 PROMPTS = ["a red circle", "a blue square and a green star"]
 

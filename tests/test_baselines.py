@@ -10,9 +10,11 @@ import torch
 from diffusers import DDIMScheduler
 from gymnasium.vector import AutoresetMode
 
-from addiff_env.backbones import to_uint8
+from addiff_env.diffusion.backbones import to_uint8
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.baselines import (
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods.diffusers_methods import DiffusersSolver
+from addiff_env.evaluation.methods.registry import (
     SEED_STRIDE,
     FixedSteps,
     MatchedSteps,
@@ -20,11 +22,9 @@ from addiff_env.evaluation.baselines import (
     Replay,
     make_method,
 )
-from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.hypotheses import CONTINUED, FULL_IMAGE
-from addiff_env.evaluation.outside import DiffusersSolver
-from addiff_env.evaluation.policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
-from addiff_env.perception import QUALITY
+from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
+from addiff_env.evaluation.statistics.hypotheses import CONTINUED, FULL_IMAGE
+from addiff_env.perception.features import QUALITY
 from addiff_env.types import Action, Generated, ResultRow
 
 ITEMS = [

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from addiff_env.evaluation.benchmarks import (
+from addiff_env.evaluation.benchmarks.items import (
     COMPLEXITIES,
     SOURCES,
     T2I_CATEGORIES,

@@ -14,8 +14,8 @@ from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 import addiff_env
 from addiff_env.agent import Agent
-from addiff_env.config import EnvConfig
-from addiff_env.reward import RewardConfig
+from addiff_env.env.config import EnvConfig
+from addiff_env.env.reward import RewardConfig
 from addiff_env.sb3 import CollapseAlarm, CollapseWarning, EpisodeLog, PromptOrder, Stage, prompt_complexity
 from addiff_env.sb3.callbacks import LinearSchedule, TargetNFE
 from addiff_env.sb3.episodes import complexity_group

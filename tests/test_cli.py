@@ -17,7 +17,7 @@ import pytest
 
 import addiff_env
 from addiff_env import cli
-from addiff_env.paths import configs_folder
+from addiff_env.storage.paths import configs_folder
 from addiff_env.tiny.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent

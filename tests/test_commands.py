@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from addiff_env.commands import command_line, interruptible, override, spelled, this_command
+from addiff_env.storage.commands import command_line, interruptible, override, spelled, this_command
 
 PARSER = OverridesParser.create()
 TEXT = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00"), max_size=30)

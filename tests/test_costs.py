@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import addiff_env
-from addiff_env import cli, costs
-from addiff_env.backbones import count_flops
-from addiff_env.config import EnvConfig
-from addiff_env.costs import Cost
-from addiff_env.encoders import OpenCLIPEncoder
+from addiff_env import cli
+from addiff_env.diffusion.backbones import count_flops
+from addiff_env.env import costs
+from addiff_env.env.config import EnvConfig
+from addiff_env.env.costs import Cost
+from addiff_env.perception.encoders import OpenCLIPEncoder
 
 SMALL = ["--lanes", "2", "--repeats", "1"]
 

@@ -15,15 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import addiff_env
-from addiff_env.encoders import (
-    CLIPEncoder,
-    ContrastiveEncoder,
-    DINOEncoder,
-    OpenCLIPEncoder,
-    load_clip,
-)
-from addiff_env.loading import resolve_model
-from addiff_env.preprocessing import (
+from addiff_env.loading.weights import resolve_model
+from addiff_env.perception.encoders import CLIPEncoder, ContrastiveEncoder, DINOEncoder, OpenCLIPEncoder, load_clip
+from addiff_env.perception.preprocessing import (
     OPENAI_CLIP,
     Preprocess,
     check_pairs,
@@ -194,7 +188,7 @@ def test_texts_are_encoded_once(small_clip: OpenCLIPEncoder, monkeypatch: pytest
     small_clip.text_features(["a", "b", "a"])
     small_clip.text_features(["b", "c"])
     assert read == ["a", "b", "c"]
-    monkeypatch.setattr("addiff_env.encoders._CACHED_TEXTS", 2)
+    monkeypatch.setattr("addiff_env.perception.encoders._CACHED_TEXTS", 2)
     assert small_clip.text_features(["a", "d", "e", "f", "a"]).shape == (5, 48)  # more than the cache holds
 
 

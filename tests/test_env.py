@@ -19,7 +19,7 @@ from stable_baselines3.common.env_checker import check_env as sb3_check_env
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from addiff_env.env import DiffusionDenoiseEnv, DiffusionDenoiseVectorEnv
-from addiff_env.reward import COMPONENTS, quality
+from addiff_env.env.reward import COMPONENTS, quality
 
 ID = "AdDiffusion-Tiny-v0"
 CONTINUE, STOP, REFINE = range(3)

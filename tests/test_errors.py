@@ -12,8 +12,8 @@ import torch
 
 import addiff_env
 from addiff_env.env import DiffusionDenoiseEnv, DiffusionDenoiseVectorEnv
-from addiff_env.loading import resolve_model
-from addiff_env.prompts import load_prompts
+from addiff_env.env.prompts import load_prompts
+from addiff_env.loading.weights import resolve_model
 
 ID = "AdDiffusion-Tiny-v0"
 Kwargs = dict[str, Any]

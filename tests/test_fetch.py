@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from addiff_env.cli import main
-from addiff_env.evaluation import benchmarks
-from addiff_env.evaluation.benchmarks import SOURCES, T2I_CATEGORIES, load_benchmark
-from addiff_env.evaluation.fetch import FILES, FetchError, fetch
+from addiff_env.evaluation.benchmarks import items as benchmarks
+from addiff_env.evaluation.benchmarks.download import FILES, FetchError, fetch
+from addiff_env.evaluation.benchmarks.items import SOURCES, T2I_CATEGORIES, load_benchmark
 
 
 @pytest.fixture

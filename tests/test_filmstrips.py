@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from addiff_env.filmstrips import MOST_COLUMNS, filmstrip_figure, overlay, record_trajectories, thinned
+from addiff_env.env.trajectories import MOST_COLUMNS, filmstrip_figure, overlay, record_trajectories, thinned
 from addiff_env.sb3.vec_env import make_lanes
 from addiff_env.stats import spread
 from addiff_env.types import Action

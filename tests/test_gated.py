@@ -9,11 +9,11 @@ import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from addiff_env.backbones.open import open_pipeline
-from addiff_env.encoders import load_clip
-from addiff_env.loading import fetching, gated_advice, reason
-from addiff_env.previews import load_tiny_decoder
-from addiff_env.scorers import load_scorer
+from addiff_env.diffusion.backbones.open import open_pipeline
+from addiff_env.loading.weights import fetching, gated_advice, reason
+from addiff_env.perception.encoders import load_clip
+from addiff_env.perception.previews import load_tiny_decoder
+from addiff_env.perception.scorers import load_scorer
 
 ADVICE = r"accept its licence at .*`hf auth login`, or pass a local folder"
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from addiff_env.evaluation.geneval import (
+from addiff_env.evaluation.metrics.geneval import (
     COLORS,
     GENEVAL_CLASSES,
     RELATIONS,

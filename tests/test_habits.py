@@ -11,9 +11,9 @@ from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.policies import StopAt
+from addiff_env.env.reward import COLUMNS, COMPONENTS
+from addiff_env.evaluation.methods.rule_policies import StopAt
 from addiff_env.pipeline import AdaptivePipeline
-from addiff_env.reward import COLUMNS, COMPONENTS
 from addiff_env.sb3 import make_vec_env
 
 ID = "AdDiffusion-Tiny-v0"

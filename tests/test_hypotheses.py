@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from addiff_env.evaluation.hypotheses import (
+from addiff_env.evaluation.statistics.hypotheses import (
     BEST_OF,
     CONTINUED,
     FULL_IMAGE,
@@ -29,7 +29,7 @@ from addiff_env.evaluation.hypotheses import (
     solver_families,
     solver_fronts,
 )
-from addiff_env.evaluation.significance import Least, interval
+from addiff_env.evaluation.statistics.significance import Least, interval
 from addiff_env.types import Action, ResultRow
 
 QUICK = Rules(draws=400)

@@ -15,16 +15,16 @@ from test_training import KillAt, Killed, configure
 
 from addiff_env import rllib
 from addiff_env.agent import Agent
-from addiff_env.baseline_cache import BaselineCache, baseline_configuration, compute_baselines
-from addiff_env.evaluation.benchmarks import load_benchmark
-from addiff_env.evaluation.outside import MethodOptions
-from addiff_env.evaluation.stamp import keep_stamp, require_same, run_stamp
-from addiff_env.evaluation.tune import PACKAGED
-from addiff_env.inputs import contents, differing, fingerprint
+from addiff_env.env.baseline_cache import BaselineCache, baseline_configuration, compute_baselines
+from addiff_env.evaluation.benchmarks.items import load_benchmark
+from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
+from addiff_env.evaluation.methods.tuning import PACKAGED
+from addiff_env.evaluation.run.fingerprint import keep_stamp, require_same, run_stamp
 from addiff_env.rllib.settings import claim
 from addiff_env.sb3 import search
 from addiff_env.sb3.checkpoint import FILE
 from addiff_env.sb3.training import train
+from addiff_env.storage.inputs import contents, differing, fingerprint
 
 LARGE = 3 << 20
 

@@ -21,15 +21,15 @@ from models import save
 
 import addiff_env
 from addiff_env.agent import Agent, PolicyNet
-from addiff_env.backbones import count_flops, load_backbone
-from addiff_env.encoders import load_clip, load_dino
+from addiff_env.diffusion.backbones import count_flops, load_backbone
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.baselines import make_method
-from addiff_env.evaluation.benchmarks import Item
-from addiff_env.isolation import exclusive, frozen, isolated
-from addiff_env.loading import resolve_model
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods.registry import make_method
+from addiff_env.loading.isolation import exclusive, frozen, isolated
+from addiff_env.loading.weights import resolve_model
+from addiff_env.perception.encoders import load_clip, load_dino
+from addiff_env.perception.scorers import PixelTextReward, load_scorer
 from addiff_env.pipeline import AdaptivePipeline
-from addiff_env.scorers import PixelTextReward, load_scorer
 from addiff_env.types import Action
 
 ID = "AdDiffusion-Tiny-v0"
@@ -265,7 +265,7 @@ def head(file: Path) -> Path:
     """A head of the aesthetic predictor's for the packaged CLIP."""
     from safetensors.torch import save_file
 
-    from addiff_env.scorers import Aesthetic
+    from addiff_env.perception.scorers import Aesthetic
 
     with torch.random.fork_rng():
         made = Aesthetic(load_clip(resolve_model(addiff_env.TINY["clip"]), "cpu"))

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy import optimize
 
-from addiff_env.evaluation.judge import (
+from addiff_env.evaluation.vlm_judge.client import (
     CostCeilingError,
     Judge,
     JudgeError,
@@ -220,7 +220,7 @@ NO_COMPLETIONS = [
 @pytest.mark.parametrize(("sent", "words"), NO_COMPLETIONS)
 def test_what_is_no_completion_is_asked_again_and_costs_nothing(server, ask, pairs, tmp_path, monkeypatch, sent, words):
     waits = []
-    monkeypatch.setattr("addiff_env.evaluation.judge.time.sleep", waits.append)
+    monkeypatch.setattr("addiff_env.evaluation.vlm_judge.client.time.sleep", waits.append)
     server.reply, server.script = brighter, [None, sent, sent, None, *[sent] * 3]
     judge = ask(retries=2)
     with pytest.raises(JudgeError, match=words) as error:

@@ -9,12 +9,12 @@ from test_judge import KEY, brighter, server  # noqa: F401 (the fixture)
 from test_report import ITEMS, VERDICTS, Page, rows_of
 
 from addiff_env import cli
-from addiff_env.evaluation import html
-from addiff_env.evaluation.hypotheses import Rules
-from addiff_env.evaluation.judge import Preference
-from addiff_env.evaluation.judging import agreement, describe_judge, describe_pair, run_pairs
-from addiff_env.evaluation.rows import append_rows, read_rows
-from addiff_env.evaluation.runs import write_items, write_provenance, write_verdicts
+from addiff_env.evaluation.report import html
+from addiff_env.evaluation.run.rows import append_rows, read_rows
+from addiff_env.evaluation.run.run_folder import write_items, write_provenance, write_verdicts
+from addiff_env.evaluation.statistics.hypotheses import Rules
+from addiff_env.evaluation.vlm_judge.client import Preference
+from addiff_env.evaluation.vlm_judge.judging import agreement, describe_judge, describe_pair, run_pairs
 
 LEVEL = {"agent": 200, "ddim-10": 100, "ddim-5": 10}  # brightness of each method's pictures
 

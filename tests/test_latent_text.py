@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import addiff_env
-from addiff_env import costs
-from addiff_env.config import LOOK_PARTS, EnvConfig
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.scorers import LatentTextReward, load_scorer, reads_latents
+from addiff_env.env import DiffusionDenoiseVectorEnv, costs
+from addiff_env.env.config import LOOK_PARTS, EnvConfig
+from addiff_env.perception.scorers import LatentTextReward, load_scorer, reads_latents
 from addiff_env.tiny import rule_front
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 from addiff_env.types import Action

@@ -112,13 +112,13 @@ def test_imports_point_downwards(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "source", "complaint"),
     [
-        ("addiff_env.reward", "from addiff_env.env import DiffusionDenoiseEnv", "not below"),
-        ("addiff_env.reward", "from addiff_env import env", "not below"),
-        ("addiff_env.reward", "from . import env", "not below"),
-        ("addiff_env.reward", "from .env import Vector", "not below"),
-        ("addiff_env.reward", "import addiff_env.tiny.checker as c", "not below"),
-        ("addiff_env.samplers", "def f():\n    from addiff_env import attention", "not below"),
-        ("addiff_env.backbones.flux", "from ..evaluation.judge import Judge", "not below"),
+        ("addiff_env.env.reward", "from addiff_env.env import DiffusionDenoiseEnv", "not below"),
+        ("addiff_env.env.reward", "from addiff_env import env", "not below"),
+        ("addiff_env.env.reward", "from . import env", "not below"),
+        ("addiff_env.env.reward", "from .env import Vector", "not below"),
+        ("addiff_env.env.reward", "import addiff_env.tiny.checker as c", "not below"),
+        ("addiff_env.diffusion.samplers", "def f():\n    from addiff_env import attention", "not below"),
+        ("addiff_env.diffusion.backbones.flux", "from ..evaluation.judge import Judge", "not below"),
         ("addiff_env.agent", "import stable_baselines3.common.utils", "only addiff_env.sb3"),
         ("addiff_env.agent", "def f():\n    from sb3_contrib import MaskablePPO", "only addiff_env.sb3"),
     ],
@@ -133,9 +133,12 @@ def test_a_forbidden_import_is_seen(module: str, source: str, complaint: str) ->
     [
         ("addiff_env.env", "from addiff_env import reward, types\nimport torch"),
         ("addiff_env.env", "from .backbones import stable_diffusion"),
-        ("addiff_env.backbones.flux", "from .base import Backbone\nfrom addiff_env.backbones import base"),
+        (
+            "addiff_env.diffusion.backbones.flux",
+            "from .base import Backbone\nfrom addiff_env.diffusion.backbones import base",
+        ),
         ("addiff_env.sb3", "from stable_baselines3 import PPO\nfrom addiff_env import __version__"),
-        ("addiff_env.samplers", "X = 'addiff_env.env:DiffusionDenoiseEnv'"),
+        ("addiff_env.diffusion.samplers", "X = 'addiff_env.env:DiffusionDenoiseEnv'"),
     ],
 )
 def test_an_allowed_import_passes(module: str, source: str) -> None:

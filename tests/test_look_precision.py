@@ -7,7 +7,7 @@ import torch
 
 import addiff_env
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.perception import Perception, look_precision
+from addiff_env.perception.features import Perception, look_precision
 
 PROMPTS = ["a red circle", "two blue squares", "a star above a green ring"]
 

@@ -20,16 +20,16 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
 import addiff_env
-from addiff_env.backbones import FluxBackbone, StableDiffusionBackbone, load_backbone
-from addiff_env.backbones.memory import bytes_per_pixel, in_slices
-from addiff_env.backbones.open import open_pipeline
-from addiff_env.backbones.prompt_cache import PromptCache
+from addiff_env.diffusion.backbones import FluxBackbone, StableDiffusionBackbone, load_backbone
+from addiff_env.diffusion.backbones.memory import bytes_per_pixel, in_slices
+from addiff_env.diffusion.backbones.open import open_pipeline
+from addiff_env.diffusion.backbones.prompt_cache import PromptCache
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.baselines import make_method
-from addiff_env.evaluation.benchmarks import Item
-from addiff_env.footprint import LAYOUTS, footprint, made_in, memory_table, peak_allocation
-from addiff_env.loading import resolve_dtype
-from addiff_env.previews import make_previewer
+from addiff_env.env.footprint import LAYOUTS, footprint, made_in, memory_table, peak_allocation
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods.registry import make_method
+from addiff_env.loading.weights import resolve_dtype
+from addiff_env.perception.previews import make_previewer
 
 KINDS = ("sd", "sdxl", "flux")
 GIB = 2**30
@@ -156,12 +156,12 @@ def test_allocations_are_counted_while_they_last() -> None:
 @pytest.mark.slow
 def test_the_table_of_expected_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """SD 1.5 has 860 million weights in its U-Net, 123 in its text encoder and 84 in its autoencoder."""
-    monkeypatch.setattr("addiff_env.footprint._LOOKERS", ())
+    monkeypatch.setattr("addiff_env.env.footprint._LOOKERS", ())
     one, four = (footprint("AdDiffusion-SD15-v0", "float16", lanes) for lanes in (1, 4))
     assert one.networks == pytest.approx(2 * (859.5e6 + 123.1e6 + 83.7e6), rel=2e-3) and one.networks == four.networks
     assert one.denoiser < four.denoiser < 4 * one.denoiser + 1e6 and one.peak < four.peak
     assert one.decode * 2 == footprint("AdDiffusion-SD15-v0", "float32", 1).decode == 3 * 256 * 4 * 512**2
-    monkeypatch.setattr("addiff_env.footprint.LAYOUTS", {one.env_id: LAYOUTS[one.env_id]})
+    monkeypatch.setattr("addiff_env.env.footprint.LAYOUTS", {one.env_id: LAYOUTS[one.env_id]})
     lines = memory_table([1, 4], ["float16"]).splitlines()
     assert len(lines) == 4 and all(line.count("|") == 9 for line in lines)
     with pytest.raises(ValueError, match="'AdDiffusion-Tiny-v0'"):

@@ -12,10 +12,9 @@ import torch
 from gymnasium.vector import AutoresetMode
 from PIL import Image
 
-from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.geneval import Detection, GenEval, judge_picture, open_geneval
-from addiff_env.evaluation.memory import peak_memory, watched
-from addiff_env.evaluation.metrics import (
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.metrics.geneval import Detection, GenEval, judge_picture, open_geneval
+from addiff_env.evaluation.metrics.registry import (
     Metric,
     columns_of,
     default_metrics,
@@ -28,7 +27,8 @@ from addiff_env.evaluation.metrics import (
     score_pictures,
     scores_of_all_methods,
 )
-from addiff_env.perception import Perception
+from addiff_env.evaluation.run.memory import peak_memory, watched
+from addiff_env.perception.features import Perception
 from addiff_env.types import ResultRow
 
 TINY = [Item("a red circle", 0, "colors"), Item("two blue stars", 1, "counting")]

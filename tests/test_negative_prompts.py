@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 import addiff_env
 from addiff_env.agent import Agent
-from addiff_env.backbones import load_backbone
-from addiff_env.baseline_cache import baseline_configuration, score_fixed_steps
+from addiff_env.diffusion.backbones import load_backbone
 from addiff_env.env import DiffusionDenoiseEnv, DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.baselines import make_method
-from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.policies import StopAt
-from addiff_env.evaluation.rows import append_rows, merge_rows, read_rows
-from addiff_env.evaluation.stamp import differing_values, environment_of
+from addiff_env.env.baseline_cache import baseline_configuration, score_fixed_steps
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods.registry import make_method
+from addiff_env.evaluation.methods.rule_policies import StopAt
+from addiff_env.evaluation.run.fingerprint import differing_values, environment_of
+from addiff_env.evaluation.run.rows import append_rows, merge_rows, read_rows
 from addiff_env.pipeline import AdaptivePipeline
 from addiff_env.types import ResultRow
 

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 from official import PROMPTS, as_tensor, built, run, textured
 
-from addiff_env.scorers import HPSv2, load_scorer
+from addiff_env.perception.scorers import HPSv2, load_scorer
 
 CONFIG = {  # ViT-H-14's in small: the published one takes 4 GB
     "embed_dim": 64,
@@ -36,7 +36,7 @@ def test_scores_equal_the_official_ones(tmp_path: Path, monkeypatch: pytest.Monk
 
     (tmp_path / "hps-of-a-test.json").write_text(json.dumps(CONFIG))
     open_clip.add_model_config(tmp_path / "hps-of-a-test.json")
-    monkeypatch.setattr("addiff_env.scorers.clip_based.HPS_ARCHITECTURE", "hps-of-a-test")
+    monkeypatch.setattr("addiff_env.perception.scorers.clip_based.HPS_ARCHITECTURE", "hps-of-a-test")
     scorer = load_scorer(f"hps:{tmp_path / 'HPS_v2.1_compressed.pt'}")
     assert isinstance(scorer, HPSv2)
     ours = np.array([float(scorer.score(as_tensor(tmp_path / name), [prompt])) for name, prompt in pairs])

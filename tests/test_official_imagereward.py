@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from official import PROMPTS, as_tensor, built, run, textured
 
-from addiff_env.scorers import ImageReward
+from addiff_env.perception.scorers import ImageReward
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from addiff_env.scorers import load_scorer
+from addiff_env.perception.scorers import load_scorer
 
 PICTURES = [textured(seed, *size) for seed, size in enumerate([(640, 480), (301, 517), (224, 224), (97, 64)])]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import addiff_env
-from addiff_env.config import EnvConfig
+from addiff_env.env.config import EnvConfig
 from addiff_env.tiny import calibration, finishes
 from addiff_env.tiny import optimal_stopping as dp
 from addiff_env.tiny.optimal_stopping import Refinement, Walks

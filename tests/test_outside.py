@@ -22,11 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from addiff_env.backbones import to_uint8
+from addiff_env.diffusion.backbones import to_uint8
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.baselines import make_method
-from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.outside import (
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods.diffusers_methods import (
     AttendAndExcite,
     DiffusersSolver,
     MethodOptions,
@@ -34,6 +33,7 @@ from addiff_env.evaluation.outside import (
     _AttendAndExcite,
     noun_tokens,
 )
+from addiff_env.evaluation.methods.registry import make_method
 from addiff_env.types import Generated
 
 ITEMS = [Item("a red circle", 3, "colors"), Item("a star above a green ring", 4, "position")]

@@ -24,11 +24,11 @@ from gymnasium.vector import AutoresetMode
 from rounding import assert_same_but_for_rounding
 
 import addiff_env
-from addiff_env.encoders import load_clip, load_dino
+from addiff_env.diffusion.samplers import SOLVERS, Level, Schedule, solver_step
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.loading import resolve_model
-from addiff_env.samplers import SOLVERS, Level, Schedule, solver_step
-from addiff_env.scorers import load_scorer
+from addiff_env.loading.weights import resolve_model
+from addiff_env.perception.encoders import load_clip, load_dino
+from addiff_env.perception.scorers import load_scorer
 
 PROMPTS, SEEDS = ["a red circle", "two blue squares and a star"], [3, 4]
 STEPS = [1, 4, 10, 50]
@@ -240,7 +240,7 @@ def test_the_bar_tells_a_wrong_coefficient(
             missed.append(name)
     envs.schedule = right
     if right.multistep:
-        monkeypatch.setattr("addiff_env.dynamics.solver_step", with_history_nudged)
+        monkeypatch.setattr("addiff_env.env.dynamics.solver_step", with_history_nudged)
         if is_same_but_for_rounding(roll_out(envs), expected):
             missed.append("history")
     assert not missed

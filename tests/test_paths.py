@@ -12,21 +12,21 @@ from omegaconf import OmegaConf
 
 from addiff_env import TINY
 from addiff_env.agent import Agent
-from addiff_env.bar import load_agent
-from addiff_env.baseline_cache import BaselineCache
-from addiff_env.encoders import load_clip, load_dino
-from addiff_env.evaluation import tune
-from addiff_env.evaluation.benchmarks import load_benchmark
-from addiff_env.evaluation.geneval import open_geneval
-from addiff_env.evaluation.planning import named_agents
-from addiff_env.evaluation.sets import References, SetOptions
-from addiff_env.evaluation.t2i import open_t2i
-from addiff_env.loading import resolve_model
-from addiff_env.prompts import load_prompts
+from addiff_env.env.baseline_cache import BaselineCache
+from addiff_env.env.prompts import load_prompts
+from addiff_env.evaluation.acceptance import load_agent
+from addiff_env.evaluation.benchmarks.items import load_benchmark
+from addiff_env.evaluation.methods import tuning as tune
+from addiff_env.evaluation.metrics.geneval import open_geneval
+from addiff_env.evaluation.metrics.sets import References, SetOptions
+from addiff_env.evaluation.metrics.t2i_compbench import open_t2i
+from addiff_env.evaluation.run.planning import named_agents
+from addiff_env.evaluation.share import measured, record
+from addiff_env.loading.weights import resolve_model
+from addiff_env.perception.encoders import load_clip, load_dino
+from addiff_env.perception.scorers import PixelTextReward, load_scorer
 from addiff_env.rllib.lanes import make_lanes
 from addiff_env.sb3 import search, zips
-from addiff_env.scorers import PixelTextReward, load_scorer
-from addiff_env.share import measured, record
 
 ID = "AdDiffusion-Tiny-v0"
 AGENT = "addiff_env:tiny/weights/agent"
@@ -177,7 +177,7 @@ def test_a_message_says_where_a_path_was_looked_for(elsewhere: Path, name: str, 
 
 
 def load_benchmark_item(category: str) -> Any:
-    from addiff_env.evaluation.benchmarks import Item
+    from addiff_env.evaluation.benchmarks.items import Item
 
     return [Item("a cat on the left of a dog", 0, category)]
 
@@ -199,7 +199,7 @@ def test_training_says_where_baselines_were_looked_for(elsewhere: Path) -> None:
     training = importlib.import_module("addiff_env.sb3.training")
     cfg = OmegaConf.create({"reward": {"baselines": "gone.jsonl", "weights": {}}, "prompts": {"source": None}})
     cfg.env = {"id": ID, "kwargs": {}}
-    lanes = type("Lanes", (), {"reward_config": importlib.import_module("addiff_env.reward").RewardConfig()})()
+    lanes = type("Lanes", (), {"reward_config": importlib.import_module("addiff_env.env.reward").RewardConfig()})()
     with pytest.raises(FileNotFoundError) as error:
         training.load_baselines(cfg, lanes)
     assert str(elsewhere / "gone.jsonl") in str(error.value)

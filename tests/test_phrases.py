@@ -2,7 +2,7 @@
 
 import pytest
 
-from addiff_env.evaluation.phrases import counted_noun, is_quality, noun_phrases, singular, without
+from addiff_env.evaluation.metrics.phrases import counted_noun, is_quality, noun_phrases, singular, without
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.agent import Agent, PolicyNet
-from addiff_env.evaluation.baselines import METHODS, make_method
-from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.hypotheses import Rules, control_names, decide
-from addiff_env.evaluation.outside import MethodOptions
-from addiff_env.evaluation.planning import (
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
+from addiff_env.evaluation.methods.registry import METHODS, make_method
+from addiff_env.evaluation.methods.tuning import AUTO
+from addiff_env.evaluation.run.fingerprint import keep_stamp, require_same, run_stamp
+from addiff_env.evaluation.run.planning import (
     ALL,
     all_methods,
     asked_methods,
@@ -27,10 +28,9 @@ from addiff_env.evaluation.planning import (
     named_agents,
     plan,
 )
-from addiff_env.evaluation.stamp import keep_stamp, require_same, run_stamp
-from addiff_env.evaluation.tune import AUTO
-from addiff_env.evaluation.version import model_revision
-from addiff_env.storage import keep_first, write_whole
+from addiff_env.evaluation.run.version import model_revision
+from addiff_env.evaluation.statistics.hypotheses import Rules, control_names, decide
+from addiff_env.storage.files import keep_first, write_whole
 from addiff_env.types import ResultRow
 
 ITEMS = [Item("a red circle", 3, "colors"), Item("a star above a green ring", 4, "position")]
@@ -103,7 +103,7 @@ def test_agents_of_one_run_share_an_environment() -> None:
 
 def test_of_processes_that_start_together_the_first_is_believed(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from addiff_env.storage import keep_first\n"
+        "import sys; from pathlib import Path; from addiff_env.storage.files import keep_first\n"
         "print('ready', flush=True); sys.stdin.readline(); keep_first(Path(sys.argv[1]), sys.argv[2] * 1_000_000)"
     )
     path, root = tmp_path / "stamp.json", Path(__file__).parent.parent

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from addiff_env.evaluation.benchmarks import SOURCES, T2I_CATEGORIES, load_benchmark
-from addiff_env.evaluation.tune import tuning_items
-from addiff_env.prompts import check_prompt, load_prompts
+from addiff_env.env.prompts import check_prompt, load_prompts
+from addiff_env.evaluation.benchmarks.items import SOURCES, T2I_CATEGORIES, load_benchmark
+from addiff_env.evaluation.methods.tuning import tuning_items
 from addiff_env.sb3.training import env_settings, held_out_prompts
 
 KINDS = (".txt", ".csv", ".tsv", ".json", ".jsonl")

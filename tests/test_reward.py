@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from addiff_env.reward import (
+from addiff_env.env.reward import (
     COMPONENTS,
     DualVariable,
     RewardConfig,

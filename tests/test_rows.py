@@ -10,8 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import addiff_env
-from addiff_env.evaluation.jsonl import append_objects, read_objects
-from addiff_env.evaluation.rows import (
+from addiff_env.evaluation.run.rows import (
     append_rows,
     launched_shard,
     merge_if_whole,
@@ -22,7 +21,8 @@ from addiff_env.evaluation.rows import (
     shard_path,
     write_rows,
 )
-from addiff_env.evaluation.version import code_version
+from addiff_env.evaluation.run.version import code_version
+from addiff_env.storage.jsonl import append_objects, read_objects
 from addiff_env.types import ResultRow
 
 PLACES = [(f"prompt {k} – ü\u2028", 100 + k) for k in range(7)]

@@ -13,15 +13,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_storage import everything, held
 
-from addiff_env import baseline_cache, cli, offline, share
+from addiff_env import cli, offline
 from addiff_env.cli import train as train_command
-from addiff_env.evaluation import html, judging
+from addiff_env.env import baseline_cache
+from addiff_env.evaluation import share
+from addiff_env.evaluation.report import html
 from addiff_env.evaluation.run import runner
+from addiff_env.evaluation.vlm_judge import judging
 from addiff_env.rllib import Settings
 from addiff_env.rllib import training as rllib_training
 from addiff_env.sb3 import search
 from addiff_env.sb3.training import sweep_folder
-from addiff_env.storage import FolderBusyError
+from addiff_env.storage.files import FolderBusyError
 
 PARSER = OverridesParser.create()
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rounding import assert_same_but_for_rounding
 
-from addiff_env.samplers import Level, Schedule, add_noise, ddim_between, make_schedule, solver_step, to_x0
+from addiff_env.diffusion.samplers import Level, Schedule, add_noise, ddim_between, make_schedule, solver_step, to_x0
 
 BASE: dict[str, Any] = {
     "num_train_timesteps": 1000,

@@ -10,8 +10,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 from addiff_env.agent import Agent
-from addiff_env.baseline_cache import compute_baselines
-from addiff_env.reward import quality
+from addiff_env.env.baseline_cache import compute_baselines
+from addiff_env.env.reward import quality
 from addiff_env.sb3 import (
     DenoisePolicy,
     DenoiseVecEnv,

@@ -18,12 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import addiff_env
-from addiff_env.encoders import CLIPEncoder, DINOEncoder, OpenCLIPEncoder, load_clip
-from addiff_env.loading import resolve_model
-from addiff_env.perception import Perception
-from addiff_env.preprocessing import OPENAI_CLIP
-from addiff_env.reward import RewardConfig, quality
-from addiff_env.scorers import (
+from addiff_env.env.reward import RewardConfig, quality
+from addiff_env.loading.weights import resolve_model
+from addiff_env.perception.encoders import CLIPEncoder, DINOEncoder, OpenCLIPEncoder, load_clip
+from addiff_env.perception.features import Perception
+from addiff_env.perception.preprocessing import OPENAI_CLIP
+from addiff_env.perception.scorers import (
     Aesthetic,
     CLIPScore,
     HPSv2,
@@ -33,8 +33,8 @@ from addiff_env.scorers import (
     Scorer,
     load_scorer,
 )
-from addiff_env.scorers.base import Source, find_checkpoint, load_exactly, read_checkpoint
-from addiff_env.scorers.image_reward import MEAN, STD, UNUSED, bert_tokenizer, rename_official
+from addiff_env.perception.scorers.base import Source, find_checkpoint, load_exactly, read_checkpoint
+from addiff_env.perception.scorers.image_reward import MEAN, STD, UNUSED, bert_tokenizer, rename_official
 from addiff_env.tiny.tokenizer import build_tokenizer
 
 TINY_CLIP = addiff_env.TINY["clip"]
@@ -309,7 +309,7 @@ def test_a_hps_checkpoint_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         torch.manual_seed(3)
         model = open_clip.create_model("small-hps-of-a-test").eval()
     torch.save({"state_dict": model.state_dict(), "epoch": 1}, tmp_path / "HPS_v2.1_compressed.pt")
-    monkeypatch.setattr("addiff_env.scorers.clip_based.HPS_ARCHITECTURE", "small-hps-of-a-test")
+    monkeypatch.setattr("addiff_env.perception.scorers.clip_based.HPS_ARCHITECTURE", "small-hps-of-a-test")
     scorer = load_scorer(f"hps:{tmp_path}")
     batch, prompts = pictures(2, 120, 300), ["a bird", "a castle by the sea " * 30]
     canvas = torch.zeros(2, 3, 224, 224)
@@ -480,7 +480,7 @@ def loaders(tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     """Of every kind of model with weights: the file that holds them, sound as it is, and what loads it."""
     (tmp_path / "small-clip-to-damage.json").write_text(json.dumps(SMALL_CLIP))
     open_clip.add_model_config(tmp_path / "small-clip-to-damage.json")
-    monkeypatch.setattr("addiff_env.scorers.clip_based.HPS_ARCHITECTURE", "small-clip-to-damage")
+    monkeypatch.setattr("addiff_env.perception.scorers.clip_based.HPS_ARCHITECTURE", "small-clip-to-damage")
     clip, dino, reward = (copied(addiff_env.TINY[name], tmp_path / name) for name in ("clip", "dino", "scorer"))
     hub, hps, head, official = tmp_path / "hub", tmp_path / "hps.pt", tmp_path / "head.pth", tmp_path / "official.pt"
     hub.mkdir()

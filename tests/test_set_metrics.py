@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from scipy import linalg
 
-from addiff_env.evaluation.set_metrics import (
+from addiff_env.evaluation.metrics.set_distances import (
     Stamp,
     clip_features,
     cmmd,
@@ -59,7 +59,7 @@ def test_cmmd_is_its_definition(rng, monkeypatch):
     assert expected > 1
     assert cmmd(x, y) == pytest.approx(expected, rel=1e-9)
     assert cmmd(7 * x, y) == pytest.approx(expected, rel=1e-9)  # only directions count
-    monkeypatch.setattr("addiff_env.evaluation.set_metrics._CHUNK", 4)
+    monkeypatch.setattr("addiff_env.evaluation.metrics.set_distances._CHUNK", 4)
     assert cmmd(x, y) == pytest.approx(expected, rel=1e-9)
 
 

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from addiff_env.evaluation import sets
-from addiff_env.evaluation.set_metrics import cmmd, frechet_distance, kernel_distance
-from addiff_env.evaluation.sets import References, SetOptions, describe_sets, pictures_in, set_scores
+from addiff_env.evaluation.metrics import sets
+from addiff_env.evaluation.metrics.set_distances import cmmd, frechet_distance, kernel_distance
+from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, pictures_in, set_scores
 from addiff_env.types import ResultRow
 
 CLIP = str(Path(__file__).resolve().parent.parent / "addiff_env/tiny/weights/clip")

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
-from addiff_env import cli, share
+from addiff_env import cli
 from addiff_env.agent import Agent, PolicyNet
-from addiff_env.evaluation.rows import append_rows
+from addiff_env.evaluation import share
+from addiff_env.evaluation.run.rows import append_rows
 from addiff_env.types import ResultRow
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from addiff_env.evaluation.significance import (
+from addiff_env.evaluation.statistics.significance import (
     Interval,
     Least,
     bootstrap_difference,
@@ -94,7 +94,7 @@ def test_interval_agrees_with_scipy(rng):
 def test_the_seed_fixes_everything_and_chunks_change_nothing(rng, monkeypatch):
     values = {"a": rng.random((2, 3, 50)), "b": rng.random((2, 1, 50))}
     whole = resampled_means(values, 200, seed=4)
-    monkeypatch.setattr("addiff_env.evaluation.significance._CELLS", 50 * 7)
+    monkeypatch.setattr("addiff_env.evaluation.statistics.significance._CELLS", 50 * 7)
     parts = resampled_means(values, 200, seed=4)
     for name in values:
         np.testing.assert_allclose(parts[name], whole[name])

@@ -17,23 +17,37 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from addiff_env import bar
-from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.exports import latex_table
-from addiff_env.evaluation.html import write_report
-from addiff_env.evaluation.hypotheses import NOT_SUPPORTED, SUPPORTED, UNDECIDED, Rules, agent_runs, decide, describe
-from addiff_env.evaluation.judge import Preference
-from addiff_env.evaluation.judging import agreement, describe_judge
-from addiff_env.evaluation.metrics import protocol_scores, reported_score, score_pictures, unmeasured
-from addiff_env.evaluation.progress import RunProgress
-from addiff_env.evaluation.report import plot_quality_against_compute, summary_table
-from addiff_env.evaluation.rows import append_rows
-from addiff_env.evaluation.rules import rules_of
+from addiff_env.evaluation import acceptance as bar
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.metrics.registry import protocol_scores, reported_score, score_pictures, unmeasured
+from addiff_env.evaluation.metrics.set_results import read_whole
+from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, set_scores
+from addiff_env.evaluation.report.exports import latex_table
+from addiff_env.evaluation.report.figures import plot_quality_against_compute, summary_table
+from addiff_env.evaluation.report.html import write_report
+from addiff_env.evaluation.report.summary import headline_metric, lead_with, score_value, tidy
 from addiff_env.evaluation.run import reporting, runner
-from addiff_env.evaluation.runs import read_verdicts, reported_rows, write_items, write_provenance, write_verdicts
-from addiff_env.evaluation.sets import References, SetOptions, describe_sets, set_scores
-from addiff_env.evaluation.summary import headline_metric, lead_with, score_value, tidy
-from addiff_env.evaluation.whole import read_whole
+from addiff_env.evaluation.run.progress import RunProgress
+from addiff_env.evaluation.run.rows import append_rows
+from addiff_env.evaluation.run.run_folder import (
+    read_verdicts,
+    reported_rows,
+    write_items,
+    write_provenance,
+    write_verdicts,
+)
+from addiff_env.evaluation.statistics.hypotheses import (
+    NOT_SUPPORTED,
+    SUPPORTED,
+    UNDECIDED,
+    Rules,
+    agent_runs,
+    decide,
+    describe,
+)
+from addiff_env.evaluation.statistics.rules import rules_of
+from addiff_env.evaluation.vlm_judge.client import Preference
+from addiff_env.evaluation.vlm_judge.judging import agreement, describe_judge
 from addiff_env.stats import clustered_wilson
 from addiff_env.tiny import auc as auc_command
 from addiff_env.types import ResultRow
@@ -249,7 +263,7 @@ def test_protocols_count_no_missing_score():
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_set_metrics_of_few_pictures(tmp_path, monkeypatch, number):
     pytest.importorskip("torch_fidelity")
-    from addiff_env.evaluation import sets
+    from addiff_env.evaluation.metrics import sets
 
     def colours(paths, *_, **__):
         return np.stack([np.asarray(Image.open(path), float).mean((0, 1)) for path in paths])
@@ -336,7 +350,12 @@ def test_aucs_of_few_pictures(number, right):
     assert auc_command.passes(result) in (True, False) and (both or not auc_command.passes(result))
 
 
-COMMANDS = ("addiff_env.bar", "addiff_env.evaluation.tune", "addiff_env.tiny.repair", "addiff_env.tiny.auc")
+COMMANDS = (
+    "addiff_env.evaluation.acceptance",
+    "addiff_env.evaluation.methods.tuning",
+    "addiff_env.tiny.repair",
+    "addiff_env.tiny.auc",
+)
 
 
 @pytest.mark.parametrize("module", COMMANDS)

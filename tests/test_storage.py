@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from addiff_env.evaluation.files import open_picture, read_picture
-from addiff_env.storage import (
+from addiff_env.storage.files import (
     FolderBusyError,
     claim,
     claim_file,
@@ -26,6 +25,7 @@ from addiff_env.storage import (
     read_yaml,
     write_whole,
 )
+from addiff_env.storage.pictures import open_picture, read_picture
 
 PARSER = OverridesParser.create()
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from addiff_env.evaluation.benchmarks import Item
-from addiff_env.evaluation.geneval import Detection
-from addiff_env.evaluation.phrases import _FINITE, _VERBS, NUMBERS, singular
-from addiff_env.evaluation.t2i import (
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.metrics.geneval import Detection
+from addiff_env.evaluation.metrics.phrases import _FINITE, _VERBS, NUMBERS, singular
+from addiff_env.evaluation.metrics.t2i_compbench import (
     RELATIONS,
     BlipVqa,
     DepthEstimator,
@@ -508,8 +508,8 @@ def test_the_benchmarks_lists_say_which_relations_a_prompt_has(tmp_path: Path) -
 def test_guessing_the_relations_of_complex_prompts_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blip: Path
 ) -> None:
-    monkeypatch.setattr("addiff_env.evaluation.t2i.load_scorer", lambda *_: Cosine())
-    monkeypatch.setattr("addiff_env.evaluation.t2i._open_detector", lambda *_: {"detector": None})
+    monkeypatch.setattr("addiff_env.evaluation.metrics.t2i_compbench.load_scorer", lambda *_: Cosine())
+    monkeypatch.setattr("addiff_env.evaluation.metrics.t2i_compbench._open_detector", lambda *_: {"detector": None})
     guessed, stated = Item("x", 0, "complex"), Item("y", 0, "complex", metadata={"relations": "both"})
     with pytest.warns(UserWarning, match="1 pictures of category 'complex'.*complex_val_action.txt"):
         open_t2i("three_in_one", f"blip={small_blip}", "cpu", [guessed, stated])

@@ -25,13 +25,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import addiff_env
-from addiff_env import baseline_cache
 from addiff_env.agent import Agent
-from addiff_env.baseline_cache import BaselineCache, compute_baselines
 from addiff_env.cli import train as train_command
-from addiff_env.filmstrips import record_trajectories
+from addiff_env.env import baseline_cache
+from addiff_env.env.baseline_cache import BaselineCache, compute_baselines
+from addiff_env.env.prompts import load_prompts
+from addiff_env.env.trajectories import record_trajectories
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
-from addiff_env.prompts import load_prompts
 from addiff_env.sb3 import callbacks
 from addiff_env.sb3.callbacks import HELD_OUT_SEED
 from addiff_env.sb3.checkpoint import FILE, load_checkpoint, random_state, save_checkpoint, set_random_state
@@ -200,7 +200,7 @@ def test_advantages_follow_the_lambda_of_their_rollout(small_kwargs, tmp_path):
 
 def test_a_complete_run_is_only_exported_again(whole, small_kwargs):
     before, agent = (whole / "progress.csv").read_text(), Agent.load(whole / "agent")
-    agent.config["results"] = {"tiny-test": {"success": 0.5}}  # as addiff_env.share leaves it
+    agent.config["results"] = {"tiny-test": {"success": 0.5}}  # as addiff_env.evaluation.share leaves it
     agent.save(whole / "agent")
     result = train(configure(small_kwargs, *EVERYTHING), whole, judge=lambda p, t: {"bright": p.mean()})
     assert result.timesteps == 90 and result.agent.fingerprint == agent.fingerprint
@@ -246,7 +246,7 @@ def test_two_processes_do_not_train_in_one_folder(small_kwargs, tmp_path):
         with pytest.raises(RuntimeError, match="another process") as error:
             train(configure(small_kwargs), tmp_path)
         assert str(tmp_path) in str(error.value)
-    code = "import sys, time; from pathlib import Path; from addiff_env.storage import alone_in\n"
+    code = "import sys, time; from pathlib import Path; from addiff_env.storage.files import alone_in\n"
     code += "with alone_in(Path(sys.argv[1])): print('held', flush=True), time.sleep(60)"
     holder = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(holder, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:

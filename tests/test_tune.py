@@ -13,13 +13,11 @@ import pytest
 from gymnasium.vector import AutoresetMode
 from omegaconf import OmegaConf
 
-from addiff_env.evaluation import tune as tuning_module
-from addiff_env.evaluation.baselines import PolicyMethod, make_method
-from addiff_env.evaluation.benchmarks import Item, load_benchmark
-from addiff_env.evaluation.metrics import open_metrics
-from addiff_env.evaluation.policies import RandomPolicy, StopAt
-from addiff_env.evaluation.run import runner
-from addiff_env.evaluation.tune import (
+from addiff_env.evaluation.benchmarks.items import Item, load_benchmark
+from addiff_env.evaluation.methods import tuning as tuning_module
+from addiff_env.evaluation.methods.registry import PolicyMethod, make_method
+from addiff_env.evaluation.methods.rule_policies import RandomPolicy, StopAt
+from addiff_env.evaluation.methods.tuning import (
     AUTO,
     MATCHED,
     Measured,
@@ -33,6 +31,8 @@ from addiff_env.evaluation.tune import (
     tune,
     tuning_items,
 )
+from addiff_env.evaluation.metrics.registry import open_metrics
+from addiff_env.evaluation.run import runner
 from addiff_env.types import Action
 
 ROOT = Path(__file__).parent.parent

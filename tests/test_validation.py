@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 
 from addiff_env import TINY, rllib
 from addiff_env.agent import Agent, PolicyNet
-from addiff_env.baseline_cache import compute_baselines
-from addiff_env.config import EnvConfig
 from addiff_env.env import DiffusionDenoiseEnv, DiffusionDenoiseVectorEnv
+from addiff_env.env.baseline_cache import compute_baselines
+from addiff_env.env.config import EnvConfig
+from addiff_env.env.reward import RewardConfig
+from addiff_env.env.validation import check_seed, plain
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
-from addiff_env.reward import RewardConfig
 from addiff_env.sb3 import PromptOrder
-from addiff_env.validation import check_seed, plain
 
 ID = "AdDiffusion-Tiny-v0"
 Kwargs = dict[str, Any]

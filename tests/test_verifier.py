@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import addiff_env
-from addiff_env.backbones import denoise, initial_noise
-from addiff_env.config import EnvConfig
-from addiff_env.scorers import LatentTextReward
+from addiff_env.diffusion.backbones import denoise, initial_noise
+from addiff_env.env.config import EnvConfig
+from addiff_env.perception.scorers import LatentTextReward
 from addiff_env.tiny import auc as auc_command
 from addiff_env.tiny import calibration
 from addiff_env.tiny.recipes import endings, lookers, verifier
@@ -243,7 +243,7 @@ def test_the_whole_recipe_and_its_measurement(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Record, train from scratch, measure: on a small model, with few prompts."""
-    from addiff_env.loading import resolve_model
+    from addiff_env.loading.weights import resolve_model
 
     make = LatentTextReward
 

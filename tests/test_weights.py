@@ -19,13 +19,13 @@ from test_isolation import head
 
 import addiff_env
 from addiff_env.agent import Agent, PolicyNet
-from addiff_env.backbones import load_backbone
-from addiff_env.encoders import load_clip, load_dino
-from addiff_env.evaluation.geneval import GENEVAL_CLASSES, BoxDetector, ClipColors, InstanceDetector
-from addiff_env.evaluation.t2i import BlipVqa, DepthEstimator, WordDetector
-from addiff_env.loading import quiet_loading, resolve_model
-from addiff_env.previews import load_tiny_decoder
-from addiff_env.scorers import load_scorer
+from addiff_env.diffusion.backbones import load_backbone
+from addiff_env.evaluation.metrics.geneval import GENEVAL_CLASSES, BoxDetector, ClipColors, InstanceDetector
+from addiff_env.evaluation.metrics.t2i_compbench import BlipVqa, DepthEstimator, WordDetector
+from addiff_env.loading.weights import quiet_loading, resolve_model
+from addiff_env.perception.encoders import load_clip, load_dino
+from addiff_env.perception.previews import load_tiny_decoder
+from addiff_env.perception.scorers import load_scorer
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
 Open = Callable[[Path], Any]

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from addiff_env.paths import configs_folder
+from addiff_env.storage.paths import configs_folder
 
 
 def run_hydra(task: Callable[[DictConfig], None], name: str, argv: Sequence[str] | None = None) -> int:

@@ -8,9 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from addiff_env.commands import interruptible, json_argument
 from addiff_env.rllib.settings import Settings
 from addiff_env.rllib.training import check_numbers, describe_kept, require_ray, train, wait_for_nodes
+from addiff_env.storage.commands import interruptible, json_argument
 
 
 def build_parser() -> argparse.ArgumentParser:

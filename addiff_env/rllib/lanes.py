@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 import addiff_env  # noqa: F401, registers the ids in the worker
 from addiff_env.agent import CALIBRATION_SHARES, PartNorm, describe_backbone
-from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 
 
 def make_lanes(context: Mapping[str, Any]) -> gym.vector.VectorEnv:

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 
 import gymnasium as gym
 
-from addiff_env.inputs import FILE_SETTINGS, differing, fingerprints
+from addiff_env.env.validation import Rule, above, at_least, at_most, below, check_fields, checked, shown
 from addiff_env.rllib import checkpoint
-from addiff_env.storage import read_json, write_whole
-from addiff_env.validation import Rule, above, at_least, at_most, below, check_fields, checked, shown
+from addiff_env.storage.files import read_json, write_whole
+from addiff_env.storage.inputs import FILE_SETTINGS, differing, fingerprints
 
 FILE, INPUTS = "settings.json", "inputs"
 

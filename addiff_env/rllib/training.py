@@ -14,12 +14,12 @@ from typing import Annotated, Any
 import gymnasium as gym
 import torch
 
-from addiff_env import storage
 from addiff_env.agent import Agent, PolicyNet, shareable
+from addiff_env.env.validation import at_least, checked
 from addiff_env.rllib import checkpoint
 from addiff_env.rllib.lanes import Survey, make_lanes, survey
 from addiff_env.rllib.settings import Settings, claim, share_gpus
-from addiff_env.validation import at_least, checked
+from addiff_env.storage import files as storage
 
 ENV_NAME = "addiff"
 PROGRESS = "progress.jsonl"

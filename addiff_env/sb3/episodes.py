@@ -9,7 +9,7 @@ from typing import Any
 
 from gymnasium.utils import seeding
 
-from addiff_env.validation import check_seed
+from addiff_env.env.validation import check_seed
 
 _SEPARATORS = re.compile(
     r",\s*(?:and\s+)?|\b(?:and|with|beside|behind|above|below|under|over|near|inside|in front of|on top of|next to"

@@ -29,13 +29,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
-from addiff_env.commands import command_line, interruptible, override, spelled
-from addiff_env.inputs import fingerprints
-from addiff_env.paths import looked_at, resolve_model
 from addiff_env.sb3.callbacks import HeldOut
 from addiff_env.sb3.checkpoint import FILE
 from addiff_env.sb3.training import Result, differing_values, input_settings, resolved, train
-from addiff_env.storage import claim, read_yaml
+from addiff_env.storage.commands import command_line, interruptible, override, spelled
+from addiff_env.storage.files import claim, read_yaml
+from addiff_env.storage.inputs import fingerprints
+from addiff_env.storage.paths import looked_at, resolve_model
 
 Trainer = Callable[..., Result]
 HELD_OUT = 128  # prompts that a trial is judged on; the 32 of a single training are too few to tell trials apart

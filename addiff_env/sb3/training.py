@@ -23,13 +23,11 @@ from stable_baselines3.common.vec_env import VecMonitor
 
 import addiff_env
 from addiff_env.agent import CALIBRATION_SHARES, Agent, describe_backbone, shareable
-from addiff_env.baseline_cache import BaselineCache
-from addiff_env.commands import command_line
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.inputs import FILE_SETTINGS, differing, fingerprints
-from addiff_env.paths import looked_at, resolve_model
-from addiff_env.prompts import load_prompts
-from addiff_env.reward import check_undiscounted
+from addiff_env.env.baseline_cache import BaselineCache
+from addiff_env.env.prompts import load_prompts
+from addiff_env.env.reward import check_undiscounted
+from addiff_env.env.validation import at_least, below, checked
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.sb3.callbacks import (
     Clock,
     CollapseAlarm,
@@ -47,8 +45,10 @@ from addiff_env.sb3.episodes import PromptOrder, Stage
 from addiff_env.sb3.policies import ALGORITHMS, calibrate
 from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
 from addiff_env.stats import spread
-from addiff_env.storage import claim, file_name, write_whole
-from addiff_env.validation import at_least, below, checked
+from addiff_env.storage.commands import command_line
+from addiff_env.storage.files import claim, file_name, write_whole
+from addiff_env.storage.inputs import FILE_SETTINGS, differing, fingerprints
+from addiff_env.storage.paths import looked_at, resolve_model
 
 CONFIG_FILE = "config.yaml"
 WANDB_FILE = "wandb-id.txt"

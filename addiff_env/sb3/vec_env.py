@@ -12,11 +12,11 @@ import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 
-from addiff_env.baseline_cache import BaselineCache
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.reward import COLUMNS, COMPONENTS, RewardConfig, relative_to_baseline
+from addiff_env.env.baseline_cache import BaselineCache
+from addiff_env.env.reward import COLUMNS, COMPONENTS, RewardConfig, relative_to_baseline
+from addiff_env.env.validation import check_seed
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.sb3.episodes import PromptOrder
-from addiff_env.validation import check_seed
 
 _TRIES = 3  # of a lane whose numbers are not finite before the first decision
 _SCALARS = ("seed", "nfe", "net_flops", "step_index", "action_taken", "clip_score", "reward_score", "fault")

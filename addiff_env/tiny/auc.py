@@ -23,10 +23,10 @@ import torch
 from scipy.stats import rankdata
 
 import addiff_env
-from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone
-from addiff_env.config import EnvConfig
-from addiff_env.encoders import ContrastiveEncoder, load_clip
-from addiff_env.scorers import LatentScorer, load_latent_text_reward, load_scorer
+from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone
+from addiff_env.env.config import EnvConfig
+from addiff_env.perception.encoders import ContrastiveEncoder, load_clip
+from addiff_env.perception.scorers import LatentScorer, load_latent_text_reward, load_scorer
 from addiff_env.stats import at_least_one
 from addiff_env.tiny.calibration import Group, calibration_table, groups, load_or_record
 from addiff_env.tiny.checker import judge

@@ -31,11 +31,11 @@ from tqdm import tqdm
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 import addiff_env
-from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
-from addiff_env.costs import best_seconds
-from addiff_env.encoders import CLIPEncoder
-from addiff_env.loading import DTYPES, quiet_loading, resolve_dtype
-from addiff_env.scorers import PixelTextReward
+from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
+from addiff_env.env.costs import best_seconds
+from addiff_env.loading.weights import DTYPES, quiet_loading, resolve_dtype
+from addiff_env.perception.encoders import CLIPEncoder
+from addiff_env.perception.scorers import PixelTextReward
 from addiff_env.stats import at_least_one, wilson_interval
 from addiff_env.tiny.checker import MIN_CHROMA, Found, Verdict, judge, match_objects
 from addiff_env.tiny.scenes import (

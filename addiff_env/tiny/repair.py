@@ -16,8 +16,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 import addiff_env
-from addiff_env.attention import MASKS
-from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.diffusion.attention import MASKS
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.stats import at_least_one
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.scenes import balanced, load_split

@@ -1,1 +1,1 @@
-"""Running an evaluation: from its configuration to rows, and from rows to what is reported of them."""
+"""A run folder: planned, made, kept, merged."""

@@ -13,22 +13,22 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from addiff_env.agent import Agent
-from addiff_env.commands import this_program
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.benchmarks import Item, benchmark_record
-from addiff_env.evaluation.html import write_report
-from addiff_env.evaluation.hypotheses import UNDECIDED, Verdict, decide, describe
-from addiff_env.evaluation.metrics import missing, protocol_scores, reported_score
-from addiff_env.evaluation.planning import ALL, left_out
-from addiff_env.evaluation.report import plot_quality_against_compute, summary_table
-from addiff_env.evaluation.rules import rules_of
-from addiff_env.evaluation.runs import Strip, save_strips, write_items, write_provenance, write_verdicts
-from addiff_env.evaluation.sets import References, SetOptions, describe_sets, set_scores
-from addiff_env.evaluation.summary import counted, lead_with, score_value
-from addiff_env.evaluation.whole import PROTOCOLS, SET_METRICS, pictures_of
-from addiff_env.filmstrips import filmstrip_figure, record_trajectories
+from addiff_env.env.trajectories import filmstrip_figure, record_trajectories
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.evaluation.benchmarks.items import Item, benchmark_record
+from addiff_env.evaluation.metrics.registry import missing, protocol_scores, reported_score
+from addiff_env.evaluation.metrics.set_results import PROTOCOLS, SET_METRICS, pictures_of
+from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, set_scores
+from addiff_env.evaluation.report.figures import plot_quality_against_compute, summary_table
+from addiff_env.evaluation.report.html import write_report
+from addiff_env.evaluation.report.summary import counted, lead_with, score_value
+from addiff_env.evaluation.run.planning import ALL, left_out
+from addiff_env.evaluation.run.run_folder import Strip, save_strips, write_items, write_provenance, write_verdicts
+from addiff_env.evaluation.statistics.hypotheses import UNDECIDED, Verdict, decide, describe
+from addiff_env.evaluation.statistics.rules import rules_of
 from addiff_env.pipeline import make_agent_env
-from addiff_env.storage import write_whole
+from addiff_env.storage.commands import this_program
+from addiff_env.storage.files import write_whole
 from addiff_env.types import Action, ResultRow
 
 

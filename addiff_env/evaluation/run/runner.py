@@ -19,12 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from addiff_env.agent import Agent
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.baselines import MatchedSteps, Method, PolicyMethod, Replay, make_method
-from addiff_env.evaluation.benchmarks import Item, load_benchmark
-from addiff_env.evaluation.hypotheses import control_names
-from addiff_env.evaluation.memory import watched
-from addiff_env.evaluation.metrics import (
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.evaluation.benchmarks.items import Item, load_benchmark
+from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
+from addiff_env.evaluation.methods.registry import MatchedSteps, Method, PolicyMethod, Replay, make_method
+from addiff_env.evaluation.methods.tuning import AUTO, resolve, stamp_of, tune, tuning_items
+from addiff_env.evaluation.metrics.registry import (
     Metric,
     columns_of,
     default_metrics,
@@ -34,8 +34,9 @@ from addiff_env.evaluation.metrics import (
     score_pictures,
     unmeasured,
 )
-from addiff_env.evaluation.outside import MethodOptions
-from addiff_env.evaluation.planning import (
+from addiff_env.evaluation.run.fingerprint import CONTROL, keep_stamp, require_same, run_stamp
+from addiff_env.evaluation.run.memory import watched
+from addiff_env.evaluation.run.planning import (
     ALL,
     DISTILLED,
     Plan,
@@ -45,8 +46,9 @@ from addiff_env.evaluation.planning import (
     named_agents,
     plan,
 )
-from addiff_env.evaluation.progress import RunProgress
-from addiff_env.evaluation.rows import (
+from addiff_env.evaluation.run.progress import RunProgress
+from addiff_env.evaluation.run.reporting import measure_whole, open_references, plain, report
+from addiff_env.evaluation.run.rows import (
     append_rows,
     merge_if_whole,
     merge_shards,
@@ -55,14 +57,12 @@ from addiff_env.evaluation.rows import (
     shard_path,
     write_rows,
 )
-from addiff_env.evaluation.rules import rules_of
-from addiff_env.evaluation.run.reporting import measure_whole, open_references, plain, report
-from addiff_env.evaluation.runs import is_reported, mark_reported
-from addiff_env.evaluation.stamp import CONTROL, keep_stamp, require_same, run_stamp
-from addiff_env.evaluation.tune import AUTO, resolve, stamp_of, tune, tuning_items
-from addiff_env.evaluation.version import code_version, model_revision
+from addiff_env.evaluation.run.run_folder import is_reported, mark_reported
+from addiff_env.evaluation.run.version import code_version, model_revision
+from addiff_env.evaluation.statistics.hypotheses import control_names
+from addiff_env.evaluation.statistics.rules import rules_of
 from addiff_env.pipeline import make_agent_env
-from addiff_env.storage import alone_in, file_name, write_whole
+from addiff_env.storage.files import alone_in, file_name, write_whole
 from addiff_env.types import Generated, ResultRow
 
 
@@ -209,7 +209,7 @@ def plan_run(
 
 
 def tuned_specs(cfg: DictConfig, specs: Sequence[str], evaluation: Evaluation, agent: Agent, metric: str) -> list[str]:
-    """What those of ``specs`` stand for that are tuned to the agent; see `addiff_env.evaluation.tune`.
+    """What those of ``specs`` stand for that are tuned to the agent; see `addiff_env.evaluation.methods.tuning`.
 
     No prompt of the whole benchmark is tuned on, whatever its limit: a later run with a larger one keeps the tuning.
 

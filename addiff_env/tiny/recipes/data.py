@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from addiff_env.commands import command_line
+from addiff_env.storage.commands import command_line
 from addiff_env.tiny.recipes import common
 from addiff_env.tiny.scenes import CATEGORIES, render, sample_scene, sample_train_prompt
 

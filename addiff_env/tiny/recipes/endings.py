@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 import addiff_env
-from addiff_env.attention import refinement_mask
-from addiff_env.backbones import to_uint8
-from addiff_env.config import EnvConfig
-from addiff_env.refine import RefinableLanes
+from addiff_env.diffusion.attention import refinement_mask
+from addiff_env.diffusion.backbones import to_uint8
+from addiff_env.env.config import EnvConfig
+from addiff_env.env.refine import RefinableLanes
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.generate import hold_configuration, save_arrays, unet_fingerprint

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
-from addiff_env.samplers import add_noise
+from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
+from addiff_env.diffusion.samplers import add_noise
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.quality import latent_shape
 from addiff_env.tiny.recipes import common, pairs

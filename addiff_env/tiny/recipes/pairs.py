@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from addiff_env.commands import command_line
+from addiff_env.storage.commands import command_line
 from addiff_env.tiny.checker import Found
 from addiff_env.tiny.recipes import data
 from addiff_env.tiny.scenes import (

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from addiff_env.scorers import PixelTextReward
+from addiff_env.perception.scorers import PixelTextReward
 from addiff_env.tiny.auc import auc
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.pairs import Pairs, Samples
