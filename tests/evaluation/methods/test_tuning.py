@@ -35,7 +35,7 @@ from addiff_env.evaluation.metrics.registry import open_metrics
 from addiff_env.evaluation.run import runner
 from addiff_env.types import Action
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 TUNING_SPECS = ("threshold:5:0.5", "random:0.8:0.1:0.1", "words-7.5", "best-of-2:ddim-5")
 TUNING = Tuning(*TUNING_SPECS, "success", {"agent": "a"}, [])
 

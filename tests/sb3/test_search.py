@@ -15,7 +15,7 @@ from addiff_env.sb3.callbacks import HeldOut  # noqa: E402
 from addiff_env.sb3.checkpoint import FILE  # noqa: E402
 from addiff_env.sb3.training import Result  # noqa: E402
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 SPACE = {
     "algorithm.learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
     "algorithm.n_epochs": {"low": 2, "high": 5, "int": True},

@@ -414,7 +414,7 @@ def test_the_box_detector_gives_boxes_in_the_picture(tmp_path, rng):
 
 def test_clip_names_colors_by_the_nearest_text(tiny_kwargs):
     # The packaged CLIP knows the embedded world's colours, though not the words "photo" and "object".
-    folder = tiny_kwargs.get("clip") or str(Path(__file__).parent.parent / "addiff_env/tiny/weights/clip")
+    folder = tiny_kwargs.get("clip") or str(Path(__file__).parents[3] / "addiff_env/tiny/weights/clip")
     colors = ClipColors(folder)
     picture = Image.new("RGB", (64, 64), (235, 235, 235))
     picture.paste((220, 30, 30), (16, 16, 48, 48))

@@ -82,7 +82,7 @@ def test_cmmd_refuses_what_has_no_direction(rng):
 
 
 def test_clip_features_come_from_files_of_any_size(tmp_path, rng, tiny_kwargs):
-    folder = tiny_kwargs.get("clip") or str(Path(__file__).parent.parent / "addiff_env/tiny/weights/clip")
+    folder = tiny_kwargs.get("clip") or str(Path(__file__).parents[3] / "addiff_env/tiny/weights/clip")
     paths = [*pictures(tmp_path / "a", rng, 2), *pictures(tmp_path / "b", rng, 1, size=(64, 48))]
     features = clip_features(paths, folder, batch_size=2)
     assert features.shape[0] == 3 and np.linalg.norm(features, axis=1) == pytest.approx([1, 1, 1], abs=1e-5)

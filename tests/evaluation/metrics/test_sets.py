@@ -15,7 +15,7 @@ from addiff_env.evaluation.metrics.set_distances import cmmd, frechet_distance, 
 from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, pictures_in, set_scores
 from addiff_env.types import ResultRow
 
-CLIP = str(Path(__file__).resolve().parent.parent / "addiff_env/tiny/weights/clip")
+CLIP = str(Path(__file__).resolve().parents[3] / "addiff_env/tiny/weights/clip")
 
 
 def pictures(folder: Path, rng: np.random.Generator, number: int, shift: int = 0) -> list[Path]:

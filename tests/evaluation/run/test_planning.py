@@ -106,7 +106,7 @@ def test_of_processes_that_start_together_the_first_is_believed(tmp_path: Path) 
         "import sys; from pathlib import Path; from addiff_env.storage.files import keep_first\n"
         "print('ready', flush=True); sys.stdin.readline(); keep_first(Path(sys.argv[1]), sys.argv[2] * 1_000_000)"
     )
-    path, root = tmp_path / "stamp.json", Path(__file__).parent.parent
+    path, root = tmp_path / "stamp.json", Path(__file__).parents[3]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": root}
     started = [subprocess.Popen([sys.executable, "-c", code, str(path), letter], **pipes) for letter in "ab"]
     assert all(process.stdout.readline() == "ready\n" for process in started)

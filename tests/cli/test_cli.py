@@ -20,7 +20,7 @@ from addiff_env import cli
 from addiff_env.storage.paths import configs_folder
 from addiff_env.tiny.recipes import RECIPES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

@@ -419,7 +419,7 @@ def test_a_picture_without_a_finite_score_is_no_row_of_other_metrics(tmp_path):
 
 def test_the_default_run_is_a_demo_of_a_few_minutes():
     """48 prompts, and of each at most 115 evaluations: at 34 ms an evaluation that is less than 200 s."""
-    cfg = OmegaConf.load(Path(__file__).parent.parent / "configs" / "evaluate.yaml")
+    cfg = OmegaConf.load(Path(__file__).parents[3] / "configs" / "evaluate.yaml")
     assert {"agent", "ddim-10", "ddim-50", "best-of-2:ddim-5"} <= set(cfg.methods)
     assert any(name.startswith("threshold:") for name in cfg.methods) and cfg.controls
     fixed = {"ddim-10": 10, "ddim-50": 50, "best-of-2:ddim-5": 10}

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from PIL import Image
-from test_judge import KEY, brighter, server  # noqa: F401 (the fixture)
+from test_client import KEY, brighter, server  # noqa: F401 (the fixture)
 from test_report import ITEMS, VERDICTS, Page, rows_of
 
 from addiff_env import cli

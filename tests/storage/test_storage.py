@@ -28,7 +28,7 @@ from addiff_env.storage.files import (
 from addiff_env.storage.pictures import open_picture, read_picture
 
 PARSER = OverridesParser.create()
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys, time
 from contextlib import ExitStack

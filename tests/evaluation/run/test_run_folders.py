@@ -27,7 +27,7 @@ from addiff_env.sb3.training import sweep_folder
 from addiff_env.storage.files import FolderBusyError
 
 PARSER = OverridesParser.create()
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(verb, monkeypatch, *overrides):

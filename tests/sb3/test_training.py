@@ -39,7 +39,7 @@ from addiff_env.sb3.training import CONFIG_FILE, alone_in, train, weights_and_bi
 from addiff_env.sb3.vec_env import make_lanes
 from addiff_env.stats import spread
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a star", "a blue square and a green star", "a red star, a pink circle and a green cross"]
 LITTLE = [
     "num_envs=3",
