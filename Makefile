@@ -21,6 +21,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy addiff_env
+	$(BIN)/lint-imports
 
 tiny: $(READY)  ## train the embedded world's models anew; resumes where it was stopped
 	$(BIN)/addiff world train

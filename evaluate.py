@@ -1,4 +1,4 @@
-"""``python evaluate.py ...`` is ``addiff evaluate ...``, for launchers; see `addiff_env.cli.evaluate`."""
+"""``python evaluate.py ...`` is ``addiff evaluate ...``, for launchers; see `addiff_env.evaluation.run.command`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``python train_sb3.py ...`` is ``addiff train ...``; see `addiff_env.cli.train`."""
+"""``python train_sb3.py ...`` is ``addiff train ...``; see `addiff_env.sb3.command`."""
 
 import sys
 

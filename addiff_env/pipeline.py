@@ -58,12 +58,11 @@ class _Episode:
 class AdaptivePipeline:
     """An agent on its environment, most likely action first; anything with an agent's ``act`` and ``flops`` will do.
 
-    Net FLOPs are what the environment charges, and the policy's own. Whoever has ``sees(obs) -> (B,) bool`` (the rules
-    of `addiff_env.evaluation.methods.rule_policies`) pays for the looks that it reads only, and of those for preview and reward
-    model only, as a program of that rule alone would; its seconds are still those of looking at everything.
-
-    ``negative_prompt`` is what guidance leads away from in pictures that are not asked for with another one; None: as
-    the environment's setting says.
+    Net FLOPs are what the environment charges, and the policy's own. Whoever has ``sees(obs) -> (B,) bool`` (the
+    rules of `addiff_env.evaluation.methods.rule_policies`) pays for the looks that it reads only, and of those for
+    preview and reward model only, as a program of that rule alone would; its seconds are still those of looking at
+    everything. ``negative_prompt`` is what guidance leads away from in pictures that are not asked for with another
+    one; None: as the environment's setting says.
 
     Raises:
         ValueError: lanes that restart by themselves or are cut short, an agent that sees other observations than

@@ -17,8 +17,8 @@ import gymnasium as gym
 import addiff_env
 
 VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does
-    "train": ("addiff_env.cli.train", "train an agent with Stable-Baselines3 (Hydra overrides)"),
-    "evaluate": ("addiff_env.cli.evaluate", "compare an agent with fixed-step inference (Hydra overrides)"),
+    "train": ("addiff_env.sb3.command", "train an agent with Stable-Baselines3 (Hydra overrides)"),
+    "evaluate": ("addiff_env.evaluation.run.command", "compare an agent with fixed-step inference (Hydra overrides)"),
     "report": ("addiff_env.evaluation.report.html", "make a finished evaluation's report again, without any model"),
     "judge": (
         "addiff_env.evaluation.vlm_judge.judging",
@@ -35,7 +35,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does
     "profile": ("addiff_env.env.costs", "measure FLOPs and milliseconds of encoders, scorers and a denoiser step"),
     "world data": ("addiff_env.tiny.recipes.data", "render the embedded world's training pictures"),
     "world splits": ("addiff_env.tiny.make_splits", "write the embedded world's prompt splits"),
-    "world train": ("addiff_env.cli.world", "train the embedded world's models, all of them or one"),
+    "world train": ("addiff_env.tiny.recipes.command", "train the embedded world's models, all of them or one"),
     "world quality": ("addiff_env.tiny.quality", "measure every quality bar of the embedded world's models"),
     "world auc": ("addiff_env.tiny.auc", "measure how well each scorer foretells the exact checker"),
     "world repair": ("addiff_env.tiny.repair", "measure what a refinement repairs, for each kind of mask"),

@@ -11,9 +11,9 @@ from addiff_env.diffusion.backbones.offload import OFFLOADS
 from addiff_env.diffusion.samplers import SOLVERS
 from addiff_env.env.validation import above, at_least, below, check_fields, multiple_of, one_of
 from addiff_env.loading.weights import DTYPES
+from addiff_env.perception.features import LOOK_PARTS
 from addiff_env.perception.previews import PREVIEWS
 
-LOOK_PARTS = ("clip_image", "clip_text", "dino", "reward")  # of a look, what ``reads`` may name
 # Of a picture's height or width, pixels: what every diffusers pipeline asks for. Many models need more.
 Side = Annotated[int, at_least(8), multiple_of(8)]
 # What `addiff_env.diffusion.backbones.load_backbone` takes of the settings.

@@ -95,7 +95,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
     | attention_entropy | 1 | [0, 1] | mean entropy of the content tokens' maps |
 
     ``reads`` names what is looked at: ``clip_image``, ``clip_text``, ``dino``, ``reward``. The slots of what is left
-    out are 0 (dino_similarity: 1), and it costs nothing. A scorer of latents (`addiff_env.perception.scorers.LatentScorer`) scores
+    out are 0 (dino_similarity: 1), and it costs nothing. A scorer of latents (`addiff_env.scorers.LatentScorer`) scores
     what *stopping* here would give and needs no picture: with ``reads=["clip_text", "reward"]`` nothing is decoded.
 
     ## Rewards
@@ -145,7 +145,8 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
     it gives alone, bit for bit; one environment belongs to one thread at a time. A shared model serves one thread after
     the other, so threads save nothing of the denoiser's own time: lanes of one vector environment do. While a model is
     loaded, no environment steps. The caller's default dtype and device, autocast, inference mode and gradient mode
-    change no result (`addiff_env.loading.isolation`); what changes arithmetic itself (TF32, threads of an operation) is his.
+    change no result (`addiff_env.loading.isolation`); what changes arithmetic itself (TF32, threads of an operation) is
+    his.
 
     ## Version history
     v0: first version.

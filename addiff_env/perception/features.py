@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from addiff_env.diffusion.backbones import count_flops
-from addiff_env.env.config import LOOK_PARTS
 from addiff_env.loading.isolation import isolated
 from addiff_env.perception.encoders import load_clip, load_dino
 from addiff_env.perception.preprocessing import vouched_pictures
@@ -30,6 +29,7 @@ QUALITY = (
     "attention_entropy",
 )
 TIMESTEP_WIDTH = 128
+LOOK_PARTS = ("clip_image", "clip_text", "dino", "reward")  # of a look, what ``reads`` may name
 
 
 def timestep_embedding(timesteps: torch.Tensor, width: int = TIMESTEP_WIDTH) -> torch.Tensor:

@@ -130,7 +130,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
 
 
 def test_all_recipes_run_in_order_until_one_fails(monkeypatch):
-    world, calls = import_module("addiff_env.cli.world"), []
+    world, calls = import_module("addiff_env.tiny.recipes.command"), []
 
     def run(command):
         calls.append(command[command.index("train") + 1 :])
@@ -143,7 +143,9 @@ def test_all_recipes_run_in_order_until_one_fails(monkeypatch):
 
 @pytest.mark.parametrize("words", [["nose"], ["--steps", "3"], ["--seed", "x"]])
 def test_what_not_every_recipe_takes_is_refused_before_the_first_runs(monkeypatch, capsys, words):
-    monkeypatch.setattr(import_module("addiff_env.cli.world").subprocess, "run", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr(
+        import_module("addiff_env.tiny.recipes.command").subprocess, "run", lambda *_: pytest.fail("ran")
+    )
     with pytest.raises(SystemExit) as left:
         cli.main(["world", "train", *words])
     assert left.value.code == 2 and words[-1] in capsys.readouterr().err

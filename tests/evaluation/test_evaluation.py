@@ -5,8 +5,8 @@ import pytest
 
 from addiff_env.evaluation.benchmarks.items import load_benchmark
 from addiff_env.evaluation.report.figures import plot_quality_against_compute, summary_table
-from addiff_env.evaluation.report.summary import action_shares, estimate, lead_with
 from addiff_env.evaluation.run.rows import append_rows, read_rows
+from addiff_env.evaluation.statistics.summary import action_shares, estimate, lead_with
 from addiff_env.stats import effective_size, wilson_interval
 from addiff_env.types import ResultRow
 

@@ -12,7 +12,8 @@ import torch
 
 import addiff_env
 from addiff_env.env import DiffusionDenoiseVectorEnv, costs
-from addiff_env.env.config import LOOK_PARTS, EnvConfig
+from addiff_env.env.config import EnvConfig
+from addiff_env.perception.features import LOOK_PARTS
 from addiff_env.perception.scorers import LatentTextReward, load_scorer, reads_latents
 from addiff_env.tiny import rule_front
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer

@@ -26,13 +26,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import addiff_env
 from addiff_env.agent import Agent
-from addiff_env.cli import train as train_command
 from addiff_env.env import baseline_cache
 from addiff_env.env.baseline_cache import BaselineCache, compute_baselines
 from addiff_env.env.prompts import load_prompts
 from addiff_env.env.trajectories import record_trajectories
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
 from addiff_env.sb3 import callbacks
+from addiff_env.sb3 import command as train_command
 from addiff_env.sb3.callbacks import HELD_OUT_SEED
 from addiff_env.sb3.checkpoint import FILE, load_checkpoint, random_state, save_checkpoint, set_random_state
 from addiff_env.sb3.training import CONFIG_FILE, alone_in, train, weights_and_biases

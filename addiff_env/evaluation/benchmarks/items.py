@@ -86,7 +86,8 @@ def load_benchmark(
     """Load a benchmark by name, or a file of prompts by path.
 
     Args:
-        name: ``tiny-dev``, ``tiny-test``, a name in `SOURCES`, or the path of a file that `addiff_env.env.prompts` reads.
+        name: ``tiny-dev``, ``tiny-test``, a name in `SOURCES`, or the path of a file that
+            `addiff_env.env.prompts` reads.
         limit: keep the first prompts, categories in turn; None keeps all.
         root: folder of the public lists; by default the environment variable ``ADDIFF_DATA``.
         images_per_prompt: by default the benchmark's own protocol (GenEval 4, T2I-CompBench 10, others 1).

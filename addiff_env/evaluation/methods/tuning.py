@@ -27,16 +27,14 @@ from addiff_env.agent import Agent
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import SOURCES, Item, categories_in_turn, id_list_hash, load_benchmark
 from addiff_env.evaluation.methods.registry import BestOf, FixedSteps, Method, make_method
+from addiff_env.evaluation.metrics.base import Metric, columns_of, score_pictures
 from addiff_env.evaluation.metrics.registry import (
-    Metric,
     ModelScore,
-    columns_of,
     default_metrics,
     margins_of,
     open_metrics,
     primary_score,
     reward_score,
-    score_pictures,
 )
 from addiff_env.pipeline import make_agent_env
 from addiff_env.stats import at_least_one

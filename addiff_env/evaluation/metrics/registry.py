@@ -9,25 +9,25 @@
 | ``blip_vqa``, ``spatial``, ``spatial_3d``, ``numeracy``, ``non_spatial``, ``three_in_one`` | same | T2I-CompBench |
 | ``t2i_compbench`` | t2i_compbench, and the one of the above that is its category's own | T2I-CompBench |
 
-Behind a colon follows what `addiff_env.perception.scorers.load_scorer` takes, or the model of `addiff_env.evaluation.metrics.geneval` and
-`addiff_env.evaluation.metrics.t2i_compbench`: ``imagereward:<file>``, ``geneval:<detector>,colors=<CLIP>``.
+Behind a colon follows what `addiff_env.scorers.load_scorer` takes, or the model of
+`addiff_env.evaluation.metrics.geneval` and `addiff_env.evaluation.metrics.t2i_compbench`: ``imagereward:<file>``,
+``geneval:<detector>,colors=<CLIP>``.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.report.summary import NO_SCORE, score_value, scores_of
+from addiff_env.evaluation.metrics.base import Metric, Scored, as_tensor
 from addiff_env.evaluation.statistics.rules import MARGINS as MARGINS
 from addiff_env.evaluation.statistics.rules import SHARE as SHARE
 from addiff_env.evaluation.statistics.rules import margins_of as margins_of
+from addiff_env.evaluation.statistics.summary import NO_SCORE, score_value, scores_of
 from addiff_env.loading.isolation import isolated
 from addiff_env.perception.features import Perception
 from addiff_env.perception.scorers import Scorer, load_scorer
@@ -35,52 +35,8 @@ from addiff_env.tiny.checker import judge
 from addiff_env.tiny.scenes import parse_caption
 from addiff_env.types import ResultRow
 
-Scored = tuple[dict[str, float], str]  # a picture's scores, and words about them
-_CHUNK = 16  # pictures that a model sees at a time
 SCORERS = {name: name for name in ("imagereward", "aesthetic", "pickscore", "clipscore")} | {"hpsv2.1": "hps"}
 EASY = ("clip_score", "reward_score")  # what policies look at or are paid by: no headline where anything else is there
-
-
-class Metric(Protocol):
-    """Scores pictures one by one."""
-
-    name: str
-
-    def columns(self, item: Item) -> tuple[str, ...]:
-        """Names of the scores that a picture of ``item`` gets; none where the metric does not apply."""
-
-    def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
-        """Scores of pictures, uint8 (B, H, W, 3), of items that it applies to."""
-
-
-def score_pictures(metrics: Sequence[Metric], pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
-    """Every metric's scores, and joined words, of pictures uint8 (B, H, W, 3).
-
-    A score that is not finite is none: the words say so (`unmeasured`).
-    """
-    scores: list[dict[str, float]] = [{} for _ in items]
-    words: list[list[str]] = [[] for _ in items]
-    for metric in metrics:
-        rows = [row for row, item in enumerate(items) if metric.columns(item)]
-        for start in range(0, len(rows), _CHUNK):
-            part = rows[start : start + _CHUNK]
-            found = metric.score(pictures[part], [items[row] for row in part])
-            for row, (values, said) in zip(part, found, strict=True):
-                finite = {name: value for name, value in values.items() if math.isfinite(value)}
-                scores[row] |= finite
-                words[row] += [said] if said else []
-                words[row] += [f"{unmeasured(name)} ({values[name]})" for name in values if name not in finite]
-    return [(values, "; ".join(said)) for values, said in zip(scores, words, strict=True)]
-
-
-def unmeasured(name: str) -> str:
-    """What a row's words say where its picture got no finite score."""
-    return f"no finite {name}"
-
-
-def columns_of(metrics: Sequence[Metric], item: Item) -> tuple[str, ...]:
-    """Names of all scores that a picture of ``item`` gets."""
-    return tuple(dict.fromkeys(name for metric in metrics for name in metric.columns(item)))
 
 
 # --------------------------------------------------------------------------- the metrics
@@ -118,11 +74,6 @@ class ModelScore:
         """Scores without words."""
         values = self._score(as_tensor(pictures, self.device), [item.prompt for item in items])
         return [({self.name: value}, "") for value in values.float().tolist()]
-
-
-def as_tensor(pictures: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """Pictures uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [0, 1] on ``device``."""
-    return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255).to(device)
 
 
 def clip_score(perception: Perception) -> Callable[[torch.Tensor, list[str]], torch.Tensor]:

@@ -25,9 +25,9 @@ from PIL import Image
 
 from addiff_env.env.prompts import load_prompts
 from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.metrics.base import as_tensor
 from addiff_env.evaluation.metrics.geneval import BoxDetector, Detection
 from addiff_env.evaluation.metrics.phrases import NounPhrase, counted_noun, is_quality, noun_phrases, without
-from addiff_env.evaluation.metrics.registry import as_tensor
 from addiff_env.loading.isolation import frozen_call
 from addiff_env.loading.weights import fetching, load_network, quiet_loading
 from addiff_env.perception.scorers import Scorer, load_scorer

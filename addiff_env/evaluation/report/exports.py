@@ -8,7 +8,7 @@ from pathlib import Path
 
 from addiff_env.evaluation.metrics.set_results import SPREAD, Whole
 from addiff_env.evaluation.report.figures import shares_text
-from addiff_env.evaluation.report.summary import (
+from addiff_env.evaluation.statistics.summary import (
     COSTS,
     NOT_AVAILABLE,
     Estimate,

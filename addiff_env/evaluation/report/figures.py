@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from addiff_env.env.trajectories import ACCENT, INK
-from addiff_env.evaluation.report.summary import (
+from addiff_env.evaluation.statistics.hypotheses import solver_families
+from addiff_env.evaluation.statistics.significance import front_quality
+from addiff_env.evaluation.statistics.summary import (
     COSTS,
     NOT_AVAILABLE,
     Estimate,
@@ -35,8 +37,6 @@ from addiff_env.evaluation.report.summary import (
     share_metrics,
     summarise,
 )
-from addiff_env.evaluation.statistics.hypotheses import solver_families
-from addiff_env.evaluation.statistics.significance import front_quality
 from addiff_env.types import ACTIONS, Action, ResultRow
 
 GRID, AGENT = "#c9ced6", ACCENT

@@ -38,7 +38,20 @@ from addiff_env.evaluation.report.figures import (
     quality_figure,
     shares_text,
 )
-from addiff_env.evaluation.report.summary import (
+from addiff_env.evaluation.run.run_folder import (
+    SETTINGS,
+    Strip,
+    read_items,
+    read_provenance,
+    read_strips,
+    read_verdicts,
+    reported_rows,
+    write_verdicts,
+)
+from addiff_env.evaluation.statistics.hypotheses import LEAST_PROMPTS, Rules, Verdict, agent_runs, decide, describe
+from addiff_env.evaluation.statistics.rules import configured_rules, read_rules
+from addiff_env.evaluation.statistics.significance import compare_methods, on_common_pictures
+from addiff_env.evaluation.statistics.summary import (
     COSTS,
     NOT_AVAILABLE,
     Estimate,
@@ -57,19 +70,6 @@ from addiff_env.evaluation.report.summary import (
     share_metrics,
     summarise,
 )
-from addiff_env.evaluation.run.run_folder import (
-    SETTINGS,
-    Strip,
-    read_items,
-    read_provenance,
-    read_strips,
-    read_verdicts,
-    reported_rows,
-    write_verdicts,
-)
-from addiff_env.evaluation.statistics.hypotheses import LEAST_PROMPTS, Rules, Verdict, agent_runs, decide, describe
-from addiff_env.evaluation.statistics.rules import configured_rules, read_rules
-from addiff_env.evaluation.statistics.significance import compare_methods, on_common_pictures
 from addiff_env.evaluation.vlm_judge.client import JUDGEMENT, OUTCOMES
 from addiff_env.storage.files import claim, read_json
 from addiff_env.storage.paths import looked_at

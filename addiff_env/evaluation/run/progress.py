@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from tqdm import tqdm
 
-from addiff_env.evaluation.report.summary import counted
+from addiff_env.evaluation.statistics.summary import counted
 from addiff_env.types import ResultRow
 
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} gone, about {remaining} left"

@@ -21,11 +21,11 @@ from addiff_env.evaluation.metrics.set_results import PROTOCOLS, SET_METRICS, pi
 from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, set_scores
 from addiff_env.evaluation.report.figures import plot_quality_against_compute, summary_table
 from addiff_env.evaluation.report.html import write_report
-from addiff_env.evaluation.report.summary import counted, lead_with, score_value
 from addiff_env.evaluation.run.planning import ALL, left_out
 from addiff_env.evaluation.run.run_folder import Strip, save_strips, write_items, write_provenance, write_verdicts
 from addiff_env.evaluation.statistics.hypotheses import UNDECIDED, Verdict, decide, describe
 from addiff_env.evaluation.statistics.rules import rules_of
+from addiff_env.evaluation.statistics.summary import counted, lead_with, score_value
 from addiff_env.pipeline import make_agent_env
 from addiff_env.storage.commands import this_program
 from addiff_env.storage.files import write_whole

@@ -1,4 +1,4 @@
-"""One evaluation, from Hydra's configuration to a reported run folder; `addiff_env.cli.evaluate` is its command.
+"""One evaluation, from Hydra's configuration to a reported run folder; `command` beside it is its command.
 
 Rows are appended to <run folder>/rows.jsonl as they are made; the same configuration goes on where it was stopped, and
 may add methods. With other settings than the folder's rows were made with it is refused.
@@ -24,15 +24,12 @@ from addiff_env.evaluation.benchmarks.items import Item, load_benchmark
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.registry import MatchedSteps, Method, PolicyMethod, Replay, make_method
 from addiff_env.evaluation.methods.tuning import AUTO, resolve, stamp_of, tune, tuning_items
+from addiff_env.evaluation.metrics.base import Metric, columns_of, score_pictures, unmeasured
 from addiff_env.evaluation.metrics.registry import (
-    Metric,
-    columns_of,
     default_metrics,
     is_embedded_world,
     open_metrics,
     primary_score,
-    score_pictures,
-    unmeasured,
 )
 from addiff_env.evaluation.run.fingerprint import CONTROL, keep_stamp, require_same, run_stamp
 from addiff_env.evaluation.run.memory import watched

@@ -32,7 +32,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy import stats
 
-from addiff_env.evaluation.report.summary import counted, score_value, share_metrics
 from addiff_env.evaluation.statistics.significance import (
     Interval,
     Least,
@@ -53,6 +52,7 @@ from addiff_env.evaluation.statistics.significance import (
     score_of,
     spearman_test,
 )
+from addiff_env.evaluation.statistics.summary import counted, score_value, share_metrics
 from addiff_env.types import Action, ResultRow
 
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy import stats
 
-from addiff_env.evaluation.report.summary import score_value, scores_of
+from addiff_env.evaluation.statistics.summary import score_value, scores_of
 from addiff_env.types import ResultRow
 
 __all__ = [

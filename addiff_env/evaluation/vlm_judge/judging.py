@@ -27,8 +27,8 @@ from typing import Any
 from tqdm import tqdm
 
 from addiff_env.evaluation.report.html import write_report
-from addiff_env.evaluation.report.summary import by_method
 from addiff_env.evaluation.run.run_folder import read_items, read_verdicts, reported_rows
+from addiff_env.evaluation.statistics.summary import by_method
 from addiff_env.evaluation.vlm_judge.client import (
     ANSWERS,
     JUDGEMENT,

@@ -13,10 +13,9 @@ from gymnasium.vector import AutoresetMode
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.metrics.base import Metric, columns_of, score_pictures
 from addiff_env.evaluation.metrics.geneval import Detection, GenEval, judge_picture, open_geneval
 from addiff_env.evaluation.metrics.registry import (
-    Metric,
-    columns_of,
     default_metrics,
     margins_of,
     open_metric,
@@ -24,7 +23,6 @@ from addiff_env.evaluation.metrics.registry import (
     primary_score,
     protocol_scores,
     reported_score,
-    score_pictures,
     scores_of_all_methods,
 )
 from addiff_env.evaluation.run.memory import peak_memory, watched

@@ -18,7 +18,6 @@ from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.metrics.set_results import pictures_of
 from addiff_env.evaluation.report.exports import latex_escape, latex_table, write_csv
 from addiff_env.evaluation.report.html import MAX_SIDE, main, png_uri, write_report
-from addiff_env.evaluation.report.summary import by_facts, decision_counts, estimate, headline_metric, summarise, tidy
 from addiff_env.evaluation.run.rows import append_rows
 from addiff_env.evaluation.run.run_folder import (
     Strip,
@@ -33,6 +32,14 @@ from addiff_env.evaluation.run.run_folder import (
 )
 from addiff_env.evaluation.statistics.hypotheses import SUPPORTED, UNDECIDED, Part, Rules, Verdict
 from addiff_env.evaluation.statistics.rules import read_rules
+from addiff_env.evaluation.statistics.summary import (
+    by_facts,
+    decision_counts,
+    estimate,
+    headline_metric,
+    summarise,
+    tidy,
+)
 from addiff_env.stats import wilson_interval
 from addiff_env.types import Action, ResultRow
 

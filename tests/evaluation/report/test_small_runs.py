@@ -19,13 +19,13 @@ from PIL import Image
 
 from addiff_env.evaluation import acceptance as bar
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.metrics.registry import protocol_scores, reported_score, score_pictures, unmeasured
+from addiff_env.evaluation.metrics.base import score_pictures, unmeasured
+from addiff_env.evaluation.metrics.registry import protocol_scores, reported_score
 from addiff_env.evaluation.metrics.set_results import read_whole
 from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, set_scores
 from addiff_env.evaluation.report.exports import latex_table
 from addiff_env.evaluation.report.figures import plot_quality_against_compute, summary_table
 from addiff_env.evaluation.report.html import write_report
-from addiff_env.evaluation.report.summary import headline_metric, lead_with, score_value, tidy
 from addiff_env.evaluation.run import reporting, runner
 from addiff_env.evaluation.run.progress import RunProgress
 from addiff_env.evaluation.run.rows import append_rows
@@ -46,6 +46,7 @@ from addiff_env.evaluation.statistics.hypotheses import (
     describe,
 )
 from addiff_env.evaluation.statistics.rules import rules_of
+from addiff_env.evaluation.statistics.summary import headline_metric, lead_with, score_value, tidy
 from addiff_env.evaluation.vlm_judge.client import Preference
 from addiff_env.evaluation.vlm_judge.judging import agreement, describe_judge
 from addiff_env.stats import clustered_wilson

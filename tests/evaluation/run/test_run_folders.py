@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from test_storage import everything, held
 
 from addiff_env import cli, offline
-from addiff_env.cli import train as train_command
 from addiff_env.env import baseline_cache
 from addiff_env.evaluation import share
 from addiff_env.evaluation.report import html
@@ -22,6 +21,7 @@ from addiff_env.evaluation.run import runner
 from addiff_env.evaluation.vlm_judge import judging
 from addiff_env.rllib import Settings
 from addiff_env.rllib import training as rllib_training
+from addiff_env.sb3 import command as train_command
 from addiff_env.sb3 import search
 from addiff_env.sb3.training import sweep_folder
 from addiff_env.storage.files import FolderBusyError

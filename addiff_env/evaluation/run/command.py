@@ -23,11 +23,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from addiff_env.cli.hydra_app import run_hydra
 from addiff_env.evaluation.run import runner
 from addiff_env.evaluation.run.rows import count_rows, launched_shard, shard_path
 from addiff_env.storage.commands import interruptible
 from addiff_env.storage.files import claim
+from addiff_env.storage.hydra_app import run_hydra
 
 
 def evaluate(cfg: DictConfig) -> None:
