@@ -12,28 +12,41 @@ from huggingface_hub import try_to_load_from_cache
 import addiff_env
 from addiff_env.storage.paths import PACKAGE_PREFIX
 
-CODE = ("addiff_env", "configs", "evaluate.py")  # what can change a row; documentation and tests cannot
+CODE = ("addiff_env", "configs")  # what can change a row; documentation and tests cannot
 
 
 def code_version(root: Path | None = None) -> str:
-    """``0.1.0``, in a checkout ``0.1.0+<commit>``, with uncommitted edits ``0.1.0+<commit>.dirty-<hash>``.
+    """In a checkout ``0.1.0+<commit>``, with edits ``0.1.0+<commit>.dirty-<hash>``, installed ``0.1.0+files-<hash>``.
 
     The hash covers the edits' content (changed, deleted and new files that git does not ignore), so rows made before
-    and after another edit do not pass as one measurement. A package installed elsewhere, even inside somebody else's
-    repository, is named by its release alone.
+    and after another edit do not pass as one measurement. Of a package installed elsewhere, even inside somebody else's
+    repository, it covers every file, the configuration and the weights among them.
 
     Args:
         root: the checkout; by default the one this package lies in.
     """
     root = root or Path(addiff_env.__file__).resolve().parent.parent
-    if _git(root, "ls-files", "--error-unmatch", "addiff_env/__init__.py") is None:
-        return addiff_env.__version__
-    commit = _git(root, "rev-parse", "--short=10", "HEAD")
+    is_checkout = _git(root, "ls-files", "--error-unmatch", "addiff_env/__init__.py") is not None
+    commit = _git(root, "rev-parse", "--short=10", "HEAD") if is_checkout else None
     if commit is None:
-        return addiff_env.__version__
+        return f"{addiff_env.__version__}+files-{_content(root)}"
     version = f"{addiff_env.__version__}+{commit.decode().strip()}"
     edits = _edits(root)
     return f"{version}.dirty-{hashlib.sha256(edits).hexdigest()[:10]}" if edits else version
+
+
+@cache
+def _content(root: Path) -> str:
+    """Fingerprint of every file of the package, but for the interpreter's byte code.
+
+    A package unpacked without git has its configuration beside it; beside an installed one lies what is not ours.
+    """
+    digest, is_installed = hashlib.sha256(), (root / "addiff_env" / "configs").exists()
+    for path in sorted(path for name in CODE[: 1 if is_installed else None] for path in (root / name).rglob("*")):
+        if path.is_file() and path.suffix != ".pyc":
+            content = hashlib.sha256(path.read_bytes()).digest()
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + content)
+    return digest.hexdigest()[:10]
 
 
 def _edits(root: Path) -> bytes:

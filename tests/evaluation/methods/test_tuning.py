@@ -13,6 +13,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 from omegaconf import OmegaConf
 
+from addiff_env.env.config import EnvConfig
 from addiff_env.evaluation.benchmarks.items import Item, load_benchmark
 from addiff_env.evaluation.methods import tuning as tuning_module
 from addiff_env.evaluation.methods.registry import PolicyMethod, make_method
@@ -155,7 +156,7 @@ def test_the_embedded_world_is_tuned_on_dev_prompts_that_test_does_not_share(
         return Tuning(*TUNING_SPECS, metric, stamp_of(agent, env, items, metric), [])
 
     monkeypatch.setattr(runner, "tune", tuned)
-    env = SimpleNamespace(config=small_kwargs)
+    env = SimpleNamespace(config=EnvConfig(**small_kwargs, prompts=["a red circle"]))
     evaluation: Any = SimpleNamespace(folder=tmp_path, env=env, metrics=[])
     cfg = OmegaConf.load(ROOT / "configs" / "evaluate.yaml")  # at its default limits
     agent: Any = SimpleNamespace(fingerprint="a")
@@ -168,13 +169,14 @@ def test_the_embedded_world_is_tuned_on_dev_prompts_that_test_does_not_share(
 
 
 def test_lists_of_any_length_are_evaluated_and_tuned_on_where_that_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_kwargs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, text in (("drawbench/drawbench.txt", "a cat\n"), ("coco/coco_8k_captions.txt", "a cat\na cow\n")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(runner, "resolve", lambda specs, path, stamp, make: stamp)
-    evaluation: Any = SimpleNamespace(folder=tmp_path, env=SimpleNamespace(config={}), metrics=[])
+    env = SimpleNamespace(config=EnvConfig(**small_kwargs, prompts=["a red circle"]))
+    evaluation: Any = SimpleNamespace(folder=tmp_path, env=env, metrics=[])
     agent: Any = SimpleNamespace(fingerprint="a")
     cfg = OmegaConf.load(ROOT / "configs" / "evaluate.yaml")
     cfg.merge_with_dotlist([f"benchmark.root={tmp_path}", "benchmark.name=drawbench", "tune.benchmark=coco-8k"])

@@ -1,6 +1,7 @@
 """Rows that are split, torn, killed and put together again; the code version that marks them."""
 
 import json
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -219,7 +220,8 @@ def git(folder, *arguments):
 def checkout(tmp_path) -> Path:
     (tmp_path / "addiff_env").mkdir()
     (tmp_path / "addiff_env" / "__init__.py").write_text("")
-    (tmp_path / "evaluate.py").write_text("print()\n")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "evaluate.yaml").write_text("agents: []\n")
     (tmp_path / "README.md").write_text("words\n")
     git(tmp_path, "init")
     git(tmp_path, "add", ".")
@@ -241,7 +243,7 @@ def test_uncommitted_edits_show_in_the_code_version(checkout):
     for content in ("y = 1\n", "y = 2\n"):
         (checkout / "addiff_env" / "new.py").write_text(content)
         seen.add(code_version(checkout))
-    (checkout / "evaluate.py").unlink()
+    (checkout / "configs" / "evaluate.yaml").unlink()
     seen.add(code_version(checkout))
     assert len(seen) == 6 and sum(version.startswith(clean + ".dirty-") for version in seen) == 5
     git(checkout, "add", "-A")
@@ -249,6 +251,16 @@ def test_uncommitted_edits_show_in_the_code_version(checkout):
     assert "dirty" not in code_version(checkout) and code_version(checkout) != clean
 
 
-def test_outside_of_a_checkout_the_release_stands_alone(tmp_path):
-    git(tmp_path, "init")  # somebody else's repository around an installed package
-    assert code_version(tmp_path) == addiff_env.__version__
+def test_outside_of_a_checkout_the_files_are_the_version(tmp_path):
+    """Whatever a repository of somebody else's says, which the package lies in."""
+    git(tmp_path, "init")
+    seen = []
+    for number, content in enumerate(("x = 1\n", "x = 2\n", "x = 1\n")):
+        package = tmp_path / f"place{number}" / "addiff_env"
+        (package / "configs").mkdir(parents=True)
+        (package / "__pycache__").mkdir()
+        (package / "__init__.py").write_text(content)
+        (package / "__pycache__" / "env.pyc").write_text(str(number))
+        seen.append(code_version(package.parent))
+    assert seen[0] == seen[2] != seen[1]
+    assert all(re.fullmatch(re.escape(addiff_env.__version__) + r"\+files-[0-9a-f]{10}", version) for version in seen)
