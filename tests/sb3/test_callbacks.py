@@ -56,7 +56,7 @@ class StandIn(VecEnv):
                 "nfe": 3 + int(action),
                 "reward_score": float(hit),
                 "prompt": "a red circle",
-                "reward": reward,
+                "reward_components": reward,
                 "terminal_observation": observations[lane],
             }
             for lane, (action, hit) in enumerate(zip(self._actions, right, strict=True))
@@ -218,7 +218,7 @@ def test_lanes_that_did_not_act_are_not_counted():
     log.init_callback(alarm.model)
     for actions in ([-1, -1, 0, 1], [-1]):
         log.locals = {
-            "infos": [{"action_taken": a, "reward": reward} for a in actions],
+            "infos": [{"action_taken": a, "reward_components": reward} for a in actions],
             "dones": [False] * len(actions),
         }
         log._on_step()

@@ -246,8 +246,8 @@ def test_two_processes_do_not_train_in_one_folder(small_kwargs, tmp_path):
         with pytest.raises(RuntimeError, match="another process") as error:
             train(configure(small_kwargs), tmp_path)
         assert str(tmp_path) in str(error.value)
-    code = "import sys, time; from pathlib import Path; from addiff_env.storage.files import alone_in\n"
-    code += "with alone_in(Path(sys.argv[1])): print('held', flush=True), time.sleep(60)"
+    code = "import sys, time; from pathlib import Path; from addiff_env.storage.files import claim\n"
+    code += "with claim(Path(sys.argv[1]), 'a training'): print('held', flush=True), time.sleep(60)"
     holder = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(holder, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"

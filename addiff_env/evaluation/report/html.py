@@ -183,7 +183,7 @@ def _rules(rules: Rules) -> dict[str, Any]:
 @cache
 def _template() -> Template:
     environment = Environment(
-        loader=PackageLoader("addiff_env.evaluation"),
+        loader=PackageLoader("addiff_env.evaluation.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -429,7 +429,7 @@ def test_a_finished_run_is_reported_again_without_a_model(run):
     before = (run / "report.html").read_text(encoding="utf-8")
     (run / "report.html").unlink()
     code = (
-        "import sys; from addiff_env.evaluation import html; html.main(sys.argv[1:]); "
+        "import sys; from addiff_env.evaluation.report import html; html.main(sys.argv[1:]); "
         "print('torch' in sys.modules or 'diffusers' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
