@@ -151,33 +151,32 @@ def test_what_not_every_recipe_takes_is_refused_before_the_first_runs(monkeypatc
     assert left.value.code == 2 and words[-1] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", [["-m", "addiff_env.cli", "train"], [str(ROOT / "train_sb3.py")]])
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("env.kwargs.colour=red", "Could not override 'env.kwargs.colour'"),
-        ("env=nowhere", "Could not find 'env/nowhere'"),
+        ("env.kwargs.colour=red", "Could not override 'env.kwargs"),
+        ("+prompts=nowhere", "nowhere"),
         ("a=b=[", "a=b=["),
-        ("+env.kwargs.mask=nose", "'nose'"),
+        ("num_envs=${nothing}", "nothing"),
+        ("agent=/nowhere/agent", "agent"),
     ],
 )
-def test_mistakes_of_a_configuration_are_told_without_a_traceback(tmp_path, program, override, said):
-    words = [sys.executable, *program, override, "hydra.run.dir=run"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 1 and said in result.stderr and "addiff train: " in result.stderr
-    assert "Traceback" not in result.stderr
+def test_mistakes_of_a_configuration_are_told_without_a_traceback(tmp_path, monkeypatch, capsys, verb, override, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as the command sets it, for this test alone
+    assert cli.main([verb, override, "hydra.run.dir=run"]) == 1
+    told = capsys.readouterr().err
+    assert said in told and f"addiff {verb}: " in told and "Traceback" not in told
 
 
-def test_hydra_keeps_its_syntax(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+def test_hydra_keeps_its_syntax(tmp_path, monkeypatch, capsys):
     shutil.copytree(configs_folder() / "env", tmp_path / "mine" / "env")
     shutil.copy(tmp_path / "mine" / "env" / "tiny.yaml", tmp_path / "mine" / "env" / "own.yaml")
-    words = ["train", "--config-dir", "mine", "env=own", "seed=7", "--cfg", "job"]
-    command = [sys.executable, "-m", "addiff_env.cli", *words]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "seed: 7\n" in result.stdout and "id: AdDiffusion-Tiny-v0" in result.stdout
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--config-dir", "mine", "env=own", "seed=7", "--cfg", "job"]) == 0
+    printed = capsys.readouterr().out
+    assert "seed: 7\n" in printed and "id: AdDiffusion-Tiny-v0" in printed
     assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
 
 

@@ -38,6 +38,7 @@ from addiff_env.sb3.checkpoint import FILE, load_checkpoint, random_state, save_
 from addiff_env.sb3.training import CONFIG_FILE, alone_in, train, weights_and_biases
 from addiff_env.sb3.vec_env import make_lanes
 from addiff_env.stats import spread
+from addiff_env.storage import FolderBusyError
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a star", "a blue square and a green star", "a red star, a pink circle and a green cross"]
@@ -243,7 +244,7 @@ def test_the_filmstrips_are_of_prompts_from_all_over_the_list(small_kwargs, tmp_
 
 def test_two_processes_do_not_train_in_one_folder(small_kwargs, tmp_path):
     with alone_in(tmp_path):
-        with pytest.raises(RuntimeError, match="another process") as error:
+        with pytest.raises(FolderBusyError, match="another process") as error:
             train(configure(small_kwargs), tmp_path)
         assert str(tmp_path) in str(error.value)
     code = "import sys, time; from pathlib import Path; from addiff_env.storage.files import claim\n"
@@ -251,7 +252,7 @@ def test_two_processes_do_not_train_in_one_folder(small_kwargs, tmp_path):
     holder = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(holder, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(RuntimeError, match="another process"), alone_in(tmp_path):
+        with pytest.raises(FolderBusyError, match="another process"), alone_in(tmp_path):
             pass
         process.send_signal(signal.SIGKILL)
     with alone_in(tmp_path):  # a killed process lets go
