@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,16 +63,25 @@ def json_argument(text: str) -> dict[str, Any]:
 
 def this_command(*further: str) -> str:
     """The command that started this process, with ``further`` words."""
-    python, *rest = sys.orig_argv
-    return command_line(Path(python).name, *rest, *further)
+    return command_line(*_started_by(), *further)
 
 
 def this_program() -> list[str]:
     """The words that started this process, up to its own arguments, as one can give them again from here."""
+    words = _started_by()
+    words = words[: len(words) - len(sys.argv[1:])]
+    if words[0].startswith("python") and Path(sys.executable).is_relative_to(Path.cwd()):
+        words[0] = os.path.relpath(sys.executable)
+    return words
+
+
+def _started_by() -> list[str]:
+    """The words of this process; the installed command needs no interpreter, nor a folder where a shell finds it."""
     python, *rest = sys.orig_argv
-    number = len(rest) - len(sys.argv[1:])
-    here = Path(sys.executable).is_relative_to(Path.cwd())
-    return [os.path.relpath(sys.executable) if here else Path(python).name, *rest[:number]]
+    if not rest or Path(rest[0]).name != "addiff":
+        return [Path(python).name, *rest]
+    program, *rest = rest
+    return ["addiff" if shutil.which("addiff") == program else program, *rest]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from addiff_env.storage.commands import command_line, interruptible, override, spelled, this_command
+from addiff_env.storage.commands import command_line, interruptible, override, spelled, this_command, this_program
 
 PARSER = OverridesParser.create()
 TEXT = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\x00"), max_size=30)
@@ -59,3 +59,21 @@ def test_an_interruption_says_what_is_kept_and_how_to_go_on(monkeypatch, capsys)
     assert shlex.split(this_command()) == ["python3", *words[1:]]
     with pytest.raises(ValueError, match="another"), interruptible(lambda: "nothing"):
         raise ValueError("another")
+
+
+@pytest.mark.parametrize(
+    ("started", "arguments", "said"),
+    [
+        (["/usr/bin/python3", "evaluate.py", "seed=1"], ["seed=1"], ["python3", "evaluate.py"]),
+        (["/usr/bin/python3", "-m", "addiff_env.cli", "evaluate"], [], ["python3", "-m", "addiff_env.cli", "evaluate"]),
+        (["/usr/bin/python3", "/opt/bin/addiff", "evaluate", "a=1"], ["a=1"], ["addiff", "evaluate"]),
+        (["/usr/bin/python3", "/other/bin/addiff", "evaluate", "a=1"], ["a=1"], ["/other/bin/addiff", "evaluate"]),
+    ],
+)
+def test_a_program_is_named_as_one_starts_it_again(monkeypatch, tmp_path, started, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "orig_argv", started)
+    monkeypatch.setattr(sys, "argv", ["program", *arguments])
+    monkeypatch.setattr("addiff_env.storage.commands.shutil.which", lambda name: f"/opt/bin/{name}")
+    assert this_program() == said
+    assert shlex.split(this_command("x=2")) == [*said, *arguments, "x=2"]

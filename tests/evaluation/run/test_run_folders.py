@@ -231,7 +231,7 @@ def test_an_interrupted_training_says_how_to_go_on(resume, folder, monkeypatch, 
     assert run("train", monkeypatch, *given) == 130
     said = capsys.readouterr().err
     again = shlex.split(said.partition("go on with: ")[2])
-    assert again == ["python", "bin/addiff", "train", *given, *([] if resume else ["resume=true"])]
+    assert again == ["bin/addiff", "train", *given, *([] if resume else ["resume=true"])]
     assert f"no checkpoint yet in {folder}" in said and "Traceback" not in said
 
 
@@ -245,5 +245,5 @@ def test_an_interrupted_evaluation_says_what_it_kept(folder, monkeypatch, capsys
     assert run("evaluate", monkeypatch, in_folder(folder)) == 130
     said = capsys.readouterr().err
     assert f"2 rows are kept in {folder / 'rows.jsonl'}" in said and "Traceback" not in said
-    assert shlex.split(said.partition("go on with: ")[2]) == ["python", "bin/addiff", "evaluate", in_folder(folder)]
+    assert shlex.split(said.partition("go on with: ")[2]) == ["bin/addiff", "evaluate", in_folder(folder)]
     assert [path for path in os.listdir(folder) if "held" in path] == []
