@@ -33,9 +33,9 @@ HOLD = """
 import sys, time
 from contextlib import ExitStack
 from pathlib import Path
-from addiff_env import storage
+from addiff_env.storage import files
 with ExitStack() as held:
-    held.enter_context(getattr(storage, sys.argv[1])(Path(sys.argv[2]), *sys.argv[4:]))
+    held.enter_context(getattr(files, sys.argv[1])(Path(sys.argv[2]), *sys.argv[4:]))
     print("held", flush=True)
     time.sleep(float(sys.argv[3]))
 """
