@@ -38,7 +38,7 @@ from addiff_env.sb3.checkpoint import FILE, load_checkpoint, random_state, save_
 from addiff_env.sb3.training import CONFIG_FILE, alone_in, train, weights_and_biases
 from addiff_env.sb3.vec_env import make_lanes
 from addiff_env.stats import spread
-from addiff_env.storage import FolderBusyError
+from addiff_env.storage.files import FolderBusyError
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a star", "a blue square and a green star", "a red star, a pink circle and a green cross"]
