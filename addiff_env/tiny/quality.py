@@ -36,7 +36,7 @@ from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, l
 from addiff_env.costs import best_seconds
 from addiff_env.encoders import CLIPEncoder
 from addiff_env.loading import DTYPES, quiet_loading, resolve_dtype
-from addiff_env.scorers import PixelTextReward
+from addiff_env.scorers import LatentTextReward, PixelTextReward
 from addiff_env.stats import at_least_one, wilson_interval
 from addiff_env.tiny.checker import MIN_CHROMA, Found, Verdict, judge, match_objects
 from addiff_env.tiny.scenes import (
@@ -57,7 +57,7 @@ from addiff_env.tiny.scenes import (
 )
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-MODELS = ("pipeline", "clip", "dino", "reward")
+MODELS = ("pipeline", "clip", "dino", "reward", "verifier")
 SECTIONS = ("checker", "autoencoder", "generation", "preview", "speed", "attention", "size")
 LEAST_SUCCESS = {
     "single_object": 0.97,
@@ -333,6 +333,7 @@ _LOADERS: dict[str, Callable[[Path], Any]] = {
     "clip": CLIPModel.from_pretrained,
     "dino": AutoModel.from_pretrained,
     "reward": PixelTextReward.from_pretrained,
+    "verifier": LatentTextReward.from_pretrained,
 }
 
 

@@ -34,7 +34,7 @@ MAX_REFINES = 6
 
 @dataclass(frozen=True)
 class Rule:
-    """Refine below a chance of going on, ``early`` in the first half of the grid, then ``late``; stop above ``enough``."""
+    """Refine below a chance of going on, ``early`` in the grid's first half, then ``late``; stop above ``enough``."""
 
     early: float
     late: float
