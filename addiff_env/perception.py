@@ -111,10 +111,9 @@ class Perception:
         self.device, self.precision, self.reads = device, precision, frozenset(reads)
         self.clip = load_clip(resolve_model(clip), str(device))
         self.dino = load_dino(resolve_model(dino), str(device))
-        self.scorer: Any = load_scorer(scorer, str(device))
-        self.reads_latents = reads_latents(self.scorer)
-        if self.reads_latents and encode is not None:
-            self.scorer = ScorerOfLatents(self.scorer, encode)
+        loaded: Any = load_scorer(scorer, str(device))
+        self.reads_latents = reads_latents(loaded)
+        self.scorer: Any = ScorerOfLatents(loaded, encode) if self.reads_latents and encode else loaded
         scores_pictures = "reward" in self.reads and not self.reads_latents
         self.reads_pictures = scores_pictures or bool({"clip_image", "dino"} & self.reads)
         self.score_limit = float(self.scorer.limit)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -68,9 +68,8 @@ class Walks:
         keep = np.flatnonzero(np.isin(self.row, rows))
         place = np.full(len(self), -1)
         place[keep] = np.arange(len(keep))
-        source = np.where(self.source[keep] >= 0, place[self.source[keep]], -1)
-        arrays = (getattr(self, name)[keep] for name in ("row", "refines", "stop", "go_on", "stopped", "ended"))
-        return Walks(*arrays, source, self.left_at[keep], self.finish_steps, self.first)
+        kept = {name: value[keep] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, **kept | {"source": np.where(kept["source"] >= 0, place[kept["source"]], -1)})
 
 
 def walks_of(table: dict[str, np.ndarray], scorer: LatentScorer, finish_steps: int = 2) -> Walks:

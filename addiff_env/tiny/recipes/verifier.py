@@ -99,8 +99,14 @@ def _questions(
     objects: np.ndarray,
 ) -> Questions:
     captions = [str(prompt) for prompt in chunk["prompt"][rows]]
-    numbers = (torch.from_numpy(np.ascontiguousarray(values)) for values in (timesteps, evaluations, labels))
-    return Questions(torch.from_numpy(chunk[latents]), captions, *numbers, torch.from_numpy(objects).float())
+    return Questions(
+        torch.from_numpy(chunk[latents]),
+        captions,
+        torch.from_numpy(np.array(timesteps)),
+        torch.from_numpy(evaluations),
+        torch.from_numpy(labels),
+        torch.from_numpy(objects).float(),
+    )
 
 
 def load_questions(work: Path) -> tuple[Questions, Questions]:
