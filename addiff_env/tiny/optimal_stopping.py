@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +69,9 @@ class Walks:
         keep = np.flatnonzero(np.isin(self.row, rows))
         place = np.full(len(self), -1)
         place[keep] = np.arange(len(keep))
-        kept = {name: value[keep] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        kept: dict[str, Any] = {
+            name: value[keep] for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
         return replace(self, **kept | {"source": np.where(kept["source"] >= 0, place[kept["source"]], -1)})
 
 
