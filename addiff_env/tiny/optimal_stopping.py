@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,9 +69,10 @@ class Walks:
         keep = np.flatnonzero(np.isin(self.row, rows))
         place = np.full(len(self), -1)
         place[keep] = np.arange(len(keep))
-        source = np.where(self.source[keep] >= 0, place[self.source[keep]], -1)
-        names = ("row", "refines", "stop", "go_on", "stopped", "ended", "left_at")
-        return replace(self, source=source, **{name: getattr(self, name)[keep] for name in names})
+        kept: dict[str, Any] = {
+            name: value[keep] for name, value in vars(self).items() if isinstance(value, np.ndarray)
+        }
+        return replace(self, **kept | {"source": np.where(kept["source"] >= 0, place[kept["source"]], -1)})
 
 
 def walks_of(table: dict[str, np.ndarray], scorer: LatentScorer, finish_steps: int = 2) -> Walks:

@@ -35,7 +35,7 @@ from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initia
 from addiff_env.env.costs import best_seconds
 from addiff_env.loading.weights import DTYPES, quiet_loading, resolve_dtype
 from addiff_env.perception.encoders import CLIPEncoder
-from addiff_env.perception.scorers import PixelTextReward
+from addiff_env.perception.scorers import LatentTextReward, PixelTextReward
 from addiff_env.stats import at_least_one, wilson_interval
 from addiff_env.tiny.checker import MIN_CHROMA, Found, Verdict, judge, match_objects
 from addiff_env.tiny.scenes import (
@@ -56,7 +56,7 @@ from addiff_env.tiny.scenes import (
 )
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-MODELS = ("pipeline", "clip", "dino", "reward")
+MODELS = ("pipeline", "clip", "dino", "reward", "verifier")
 SECTIONS = ("checker", "autoencoder", "generation", "preview", "speed", "attention", "size")
 LEAST_SUCCESS = {
     "single_object": 0.97,
@@ -332,6 +332,7 @@ _LOADERS: dict[str, Callable[[Path], Any]] = {
     "clip": CLIPModel.from_pretrained,
     "dino": AutoModel.from_pretrained,
     "reward": PixelTextReward.from_pretrained,
+    "verifier": LatentTextReward.from_pretrained,
 }
 
 

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = LatentTextReward(len(tokenizer), MAX_LENGTH, width=16, layers=1, heads=2, channels=4, stem=8)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-    model.config |= {"scale": 1.5, "bias": 0.25}
+    model.config |= {"scale": 1.5, "bias": 0.25, "finished_bias": -0.5}
     model.save_pretrained(path, tokenizer)
     return path
 
@@ -57,10 +57,10 @@ def test_a_folder_opens_as_what_its_configuration_says(folder: Path, verifier: L
     assert (verifier.config["scale"], verifier.config["bias"]) == (1.5, 0.25)
     latents, timesteps, evaluations = questions()
     raw = LatentTextReward.from_pretrained(folder)
-    raw.config |= {"scale": 1.0, "bias": 0.0}
+    raw.config |= {"scale": 1.0, "bias": 0.0, "finished_bias": 0.0}
     scores = verifier.score_latents(latents, PROMPTS, timesteps, evaluations)
     plain = raw.score_latents(latents, PROMPTS, timesteps, evaluations)
-    torch.testing.assert_close(scores, 1.5 * plain + 0.25)
+    torch.testing.assert_close(scores, 1.5 * plain + torch.tensor([[-0.5], [0.25], [0.25]]))  # the first is finished
     assert scores.dtype == torch.float32 and scores.shape == (3, 2) and not scores.requires_grad
 
 

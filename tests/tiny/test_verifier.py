@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import addiff_env
@@ -215,7 +215,7 @@ def test_only_satisfied_endings_get_a_wrong_caption_and_the_label_of_it() -> Non
     batch = Questions(torch.zeros(number), ["a red circle"] * number, *[torch.zeros(number)] * 2, labels, labels)
     told = verifier.mislabel(batch, torch.Generator().manual_seed(0))
     changed = torch.tensor([caption != "a red circle" for caption in told.captions])
-    assert not changed[satisfied == 0].any() and 0.1 < float(changed[satisfied == 1].float().mean()) < 0.3
+    assert not changed[satisfied == 0].any() and 0.01 < float(changed[satisfied == 1].float().mean()) < 0.15
     assert torch.equal(told.labels[:, 0], (satisfied.bool() & ~changed).float())
     assert torch.equal(batch.labels[:, 0], satisfied.float())  # what it came from is as it was
 
@@ -227,12 +227,13 @@ def test_what_was_not_tried_is_not_learned_from() -> None:
     assert float(verifier.verdict_loss(logits, labels)) == pytest.approx(by_hand)
 
 
-@given(st.floats(0.3, 3), st.floats(-2, 2))
-def test_calibration_finds_scale_and_bias(scale: float, bias: float) -> None:
-    logits = torch.linspace(-3, 3, 401)
-    chances = torch.sigmoid(scale * logits + bias)
-    found = verifier.calibrate(logits, chances)
-    assert found == pytest.approx((scale, bias), abs=0.02)
+@settings(max_examples=50)
+@given(st.floats(0.3, 3), st.floats(-2, 2), st.floats(-2, 2))
+def test_calibration_finds_scale_and_biases(scale: float, bias: float, finished_bias: float) -> None:
+    logits, finished = torch.linspace(-3, 3, 401), torch.arange(401) % 3 == 0
+    chances = torch.sigmoid(scale * logits + torch.where(finished, finished_bias, bias))
+    found = verifier.calibrate(logits, chances, finished)
+    assert found == pytest.approx((scale, bias, finished_bias), abs=0.02)
 
 
 def test_the_whole_recipe_and_its_measurement(

@@ -32,7 +32,7 @@ class LatentTextReward(JointReader):
         stem: channels of the stem at full latent resolution.
         max_evaluations: questions about more evaluations than these are answered as if for these.
         training_timesteps: of the diffusion model; timestep 0 means a finished picture.
-        scale, bias: calibration: the logit is scale * raw + bias.
+        scale, bias, finished_bias: calibration: the logit is scale * raw + bias, or + finished_bias at timestep 0.
     """
 
     model_type = MODEL_TYPE
@@ -52,6 +52,7 @@ class LatentTextReward(JointReader):
         training_timesteps: int = 1000,
         scale: float = 1.0,
         bias: float = 0.0,
+        finished_bias: float = 0.0,
     ) -> None:
         config = {
             "vocab_size": vocab_size,
@@ -66,6 +67,7 @@ class LatentTextReward(JointReader):
             "training_timesteps": training_timesteps,
             "scale": scale,
             "bias": bias,
+            "finished_bias": finished_bias,
         }
         stages = nn.Sequential(
             nn.Conv2d(channels, stem, 3, padding=1),
@@ -95,10 +97,9 @@ class LatentTextReward(JointReader):
         return self.level(torch.cat([angles.cos(), angles.sin()], 1).to(dtype))
 
     def read_out(self, mixed: torch.Tensor, evaluations: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of the mixed tokens' read-out for ``evaluations`` (B, K) to come."""
+        """Logits (B, K) of the mixed tokens' read-out for ``evaluations`` (B, K) to come, not calibrated."""
         asked = self.evaluations(evaluations.clamp(0, self.config["max_evaluations"]))
-        raw = self.head(mixed[:, :1] + asked).squeeze(-1)
-        return self.config["scale"] * raw + self.config["bias"]
+        return self.head(mixed[:, :1] + asked).squeeze(-1)
 
     def forward(
         self,
@@ -109,7 +110,9 @@ class LatentTextReward(JointReader):
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """Logits (B, K); arguments as of `score_latents`, ``ids`` and ``mask`` as `tokenize` gives them."""
-        return self.read_out(self.mix(self.see(latents, timesteps), ids, mask), evaluations)
+        raw = self.read_out(self.mix(self.see(latents, timesteps), ids, mask), evaluations)
+        bias = torch.where(timesteps == 0, self.config["finished_bias"], self.config["bias"])
+        return self.config["scale"] * raw + bias.to(raw.dtype)[:, None]
 
     @frozen_call
     def score_latents(

@@ -27,7 +27,10 @@ from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
 HELD_OUT = 12  # one in so many captions is held out, with all its trajectories
 FINISHED_SHARE = 0.25  # of a batch: endings, looked at as finished pictures
-WRONG_CAPTIONS = 0.2  # of the satisfied endings in a batch
+STOPPED_SHARE = 0.4  # of a batch: states in which stopping was tried, too; what is left are states of all kinds
+WRONG_CAPTIONS = (
+    0.05  # of the satisfied endings in a batch; more of them make finished pictures look worse than they are
+)
 UNASKED = -1.0  # label of a question that was not tried
 
 
@@ -99,9 +102,13 @@ def _questions(
     objects: np.ndarray,
 ) -> Questions:
     captions = [str(prompt) for prompt in chunk["prompt"][rows]]
-    told, asked, answers = (torch.from_numpy(np.ascontiguousarray(v)) for v in (timesteps, evaluations, labels))
     return Questions(
-        torch.from_numpy(chunk[latents]), captions, told, asked, answers, torch.from_numpy(objects).float()
+        torch.from_numpy(chunk[latents]),
+        captions,
+        torch.from_numpy(np.array(timesteps)),
+        torch.from_numpy(evaluations),
+        torch.from_numpy(labels),
+        torch.from_numpy(objects).float(),
     )
 
 
@@ -202,12 +209,14 @@ def train(args: argparse.Namespace, states: Questions, endings: Questions) -> co
     modules = {"model": model, "detector": detector, "grounder": grounder, "ema": ema.model}
     loop = common.Loop("verifier", args, modules, args.lr)
     state_rows, ending_rows = split(states)[0], split(endings)[0]
-    finished = round(FINISHED_SHARE * args.batch)
+    stopped_rows = state_rows[states.labels[state_rows, 1] != UNASKED]
+    finished, stopped = (round(share * args.batch) for share in (FINISHED_SHARE, STOPPED_SHARE))
 
     def loss_at(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        along = draw(states, state_rows, args.batch - finished, generator)
+        along = draw(states, state_rows, args.batch - finished - stopped, generator)
+        stops = draw(states, stopped_rows, stopped, generator)
         done = mislabel(draw(endings, ending_rows, finished, generator), generator)
-        batch = Questions.join([along, done])
+        batch = Questions.join([along, stops, done])
         ids, mask = (tokens.to(args.device) for tokens in model.tokenize(list(batch.captions)))
         seen = model.see(_to_input(batch.latents, args.device), batch.timesteps.to(args.device))
         mixed = model.mix(seen, ids, mask)
@@ -243,16 +252,16 @@ def logits_of(model: LatentTextReward, questions: Questions, batch: int = 256) -
     return torch.cat(parts)
 
 
-def calibrate(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Scale and bias of a logit that make it most likely (Platt 1999)."""
-    x, y = logits.double().numpy(), labels.double().numpy()
+def calibrate(logits: torch.Tensor, labels: torch.Tensor, finished: torch.Tensor) -> tuple[float, float, float]:
+    """Scale of logits (N,), bias of unfinished and of ``finished`` pictures that make them likeliest (Platt 1999)."""
+    x, y, done = (values.double().numpy() for values in (logits, labels, finished))
 
     def loss(parameters: np.ndarray) -> float:
-        z = parameters[0] * x + parameters[1]
+        z = parameters[0] * x + np.where(done, parameters[2], parameters[1])
         return float((np.logaddexp(0, z) - y * z).mean())
 
-    found = minimize(loss, (1.0, 0.0), method="BFGS").x
-    return float(found[0]), float(found[1])
+    scale, bias, finished_bias = minimize(loss, (1.0, 0.0, 0.0), method="BFGS").x
+    return float(scale), float(bias), float(finished_bias)
 
 
 def report(logits: torch.Tensor, questions: Questions) -> dict[str, float]:
@@ -291,9 +300,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = train(args, states, endings).model
     held = Questions.join([states.take(split(states)[1]), endings.take(split(endings)[1])])
     logits, tried = logits_of(model, held), held.labels != UNASKED
-    scale, bias = calibrate(logits[tried], held.labels[tried])
-    model.config |= {"scale": scale, "bias": bias}
-    result = report(scale * logits + bias, held)
+    finished = (held.timesteps == 0)[:, None].expand_as(tried)
+    scale, bias, finished_bias = calibrate(logits[tried], held.labels[tried], finished[tried])
+    model.config |= {"scale": scale, "bias": bias, "finished_bias": finished_bias}
+    result = report(scale * logits + torch.where(finished, finished_bias, bias), held)
     model.save_pretrained(args.out / "verifier", build_tokenizer())
     (args.work / "verifier.json").write_text(json.dumps(result, indent=2) + "\n")
     for key, value in result.items():
