@@ -135,7 +135,7 @@ def _endings(env: DiffusionDenoiseVectorEnv, walk: Policy, look_at: int, items: 
     mask = np.arange(env.num_envs) < len(items)
     options = {"prompt": [item.prompt for item in items], "seed": [item.seed for item in items]}
     observation, info = env.reset(options=options | {"reset_mask": mask})
-    env.done[~mask] = True  # lanes without an item wait
+    env.park(~mask)  # lanes without an item wait
     while (running := ~env.done).any():
         actions = walk.act(observation, info["action_mask"])
         seen = quality_slot(observation, "reward_score")
@@ -155,7 +155,7 @@ def _try_stops(env: DiffusionDenoiseVectorEnv, walks: list[_Walk], lanes: np.nda
     if len(lanes) == 0:
         return
     state = env.state_dict()
-    env.done[np.setdiff1d(np.arange(env.num_envs), lanes)] = True  # the others wait
+    env.park(np.setdiff1d(np.arange(env.num_envs), lanes))  # the others wait
     _, reward, _, _, info = env.step(np.full(env.num_envs, int(Action.STOP)))
     for lane in lanes.tolist():
         walks[lane].branch(lane, reward, info).note(float(seen[lane]), env, lane)
