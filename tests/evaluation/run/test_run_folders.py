@@ -23,8 +23,8 @@ from addiff_env.rllib import Settings
 from addiff_env.rllib import training as rllib_training
 from addiff_env.sb3 import command as train_command
 from addiff_env.sb3 import search
-from addiff_env.sb3.training import sweep_folder
 from addiff_env.storage.files import FolderBusyError
+from addiff_env.storage.hydra_app import sweep_folder
 
 PARSER = OverridesParser.create()
 ROOT = Path(__file__).resolve().parents[3]
