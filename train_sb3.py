@@ -1,75 +1,8 @@
-"""Train a policy with Stable-Baselines3 and save it as a safe agent bundle.
+"""``python train_sb3.py ...`` is ``addiff train ...``; see `addiff_env.sb3.command`."""
 
-python train_sb3.py                               the embedded world, with configs/train.yaml
-python train_sb3.py env=sd15 seed=1               another preset; anything can be overridden
-python train_sb3.py algorithm=maskable_ppo prompts=curriculum reward.target_nfe=15
-python train_sb3.py --cfg job                     show the configuration without running it
+import sys
 
-The same command, given again after an interruption, goes on from the last checkpoint.
-"""
-
-from __future__ import annotations
-
-import warnings
-from collections.abc import Sequence
-from pathlib import Path
-
-import gymnasium as gym
-import hydra
-import numpy as np
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from addiff_env.commands import command_line, interruptible
-from addiff_env.sb3.callbacks import Judge
-from addiff_env.sb3.training import describe_kept, env_settings, held_out_prompts, train
-from addiff_env.tiny.checker import judge
-from addiff_env.tiny.scenes import SIZE, parse_caption
-
-
-def success_share(pictures: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
-    """Share of pictures uint8 (B, H, W, 3) that the embedded world's exact checker accepts."""
-    verdicts = [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-    return {"success": float(np.mean([verdict.satisfied for verdict in verdicts]))}
-
-
-def find_judge(cfg: DictConfig) -> Judge | None:
-    """The embedded world's checker, where it can judge every held-out picture; says why not before hours of training.
-
-    Other environments have none, and nothing to be said about.
-    """
-    if not cfg.env.id.startswith("AdDiffusion-Tiny-"):
-        return None
-    prompts, settings = held_out_prompts(cfg), gym.spec(cfg.env.id).kwargs | env_settings(cfg)
-    if reason := _beyond_the_checker(prompts, settings["height"], settings["width"]):
-        warnings.warn(f"held-out pictures are not judged, there will be no held_out/success: {reason}", stacklevel=2)
-        return None
-    return success_share
-
-
-def _beyond_the_checker(prompts: Sequence[str], height: int, width: int) -> str | None:
-    if prompts and (height, width) != (SIZE, SIZE):
-        return f"the checker reads pictures of {SIZE}x{SIZE}, these have {height}x{width}, e.g. of {prompts[0]!r}"
-    for prompt in prompts:
-        try:
-            parse_caption(prompt)
-        except ValueError as error:
-            return str(error)  # which quotes the prompt
-    return None
-
-
-@hydra.main(version_base="1.3", config_path="configs", config_name="train")
-def main(cfg: DictConfig) -> None:
-    """Train, save, say where."""
-    run = Path(HydraConfig.get().runtime.output_dir)
-    with interruptible(lambda: describe_kept(run), [] if cfg.resume else ["resume=true"]):
-        result = train(cfg, run, find_judge(cfg))
-    if result.collapsed:
-        print(f"stopped after {result.timesteps} decisions: {result.collapsed}")
-    out = cfg.out or run / "agent"
-    look = command_line("tensorboard", "--logdir", run)
-    print(f"agent {result.agent.fingerprint} -> {out}   (TensorBoard: {look})")
-
+from addiff_env.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["train", *sys.argv[1:]]))

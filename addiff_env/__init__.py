@@ -49,7 +49,7 @@ SD15: dict[str, Any] = HUB | {
     "width": 512,
     "num_inference_steps": 50,
     "guidance_scale": 7.5,
-    "batch_size": 16,  # python -m addiff_env.costs --memory: what a call of so many lanes takes
+    "batch_size": 16,  # addiff profile --memory: what a call of so many lanes takes
 }
 
 SDXL: dict[str, Any] = HUB | {

@@ -20,15 +20,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import addiff_env
-from addiff_env.config import EnvConfig
-from addiff_env.isolation import exclusive, isolated
-from addiff_env.loading import gated_advice
-from addiff_env.paths import looked_at, resolve_model
+from addiff_env.env.config import EnvConfig
+from addiff_env.env.validation import plain
+from addiff_env.loading.isolation import exclusive, isolated
+from addiff_env.loading.weights import gated_advice
+from addiff_env.storage.paths import looked_at, resolve_model
 from addiff_env.types import Action
-from addiff_env.validation import plain
 
 if TYPE_CHECKING:
-    from addiff_env.env import DiffusionDenoiseVectorEnv
+    from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 
 FORMAT_VERSION = 1
 PART_NORM = 2.0  # root-mean-square length of every normalised part

@@ -1,7 +1,7 @@
 """Recorded trajectories as Minari datasets, for offline reinforcement learning (``pip install 'addiff-env[offline]'``).
 
-    python -m addiff_env.offline addiff/tiny-random-v0 --episodes 200
-    python -m addiff_env.offline addiff/tiny-agent-v0 --episodes 200 --agent addiff_env:tiny/weights/agent
+    addiff record addiff/tiny-random-v0 --episodes 200
+    addiff record addiff/tiny-agent-v0 --episodes 200 --agent addiff_env:tiny/weights/agent
 
 An episode holds observations (T + 1, width), actions (T,) as carried out, rewards (T,), and per step its prompt, seed,
 NFE and action mask in ``infos``. Read one back with ``minari.load_dataset`` or `read_episodes`; its
@@ -22,9 +22,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.agent import Agent
-from addiff_env.commands import interruptible
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.storage import claim_file
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.storage.commands import interruptible
+from addiff_env.storage.files import claim_file
 
 RANDOM_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine of the random policy
 Act = Callable[[Any, np.ndarray], np.ndarray]  # observations (B, width), masks (B, 3) -> actions (B,)
@@ -199,16 +199,16 @@ def _minari() -> Any:
     return minari
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Record trajectories into a Minari dataset.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Record; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="addiff record", description="Record trajectories into a Minari dataset.")
     parser.add_argument("name", help="<namespace>/<dataset>-v<N>")
     parser.add_argument("--env", default="AdDiffusion-Tiny-v0", help="environment id, where no agent is given")
     parser.add_argument("--agent", default=None, help="folder of an agent bundle; without one actions are random")
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--num-envs", type=int, default=16, help="lanes denoised in one batch")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, initial noises and random actions")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     check_free(options.name)
     with (
         interruptible(lambda: "a dataset is written whole, nothing is kept"),
@@ -216,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         check_free(options.name)  # another recording may have ended just now
         _record(options)
+    return 0
 
 
 def _record(options: argparse.Namespace) -> None:
@@ -231,7 +232,3 @@ def _record(options: argparse.Namespace) -> None:
     episodes = list(collect(env, agent.act if agent else random_policy(rng), pairs))
     write_dataset(options.name, env, episodes, agent.fingerprint if agent else "random")
     print(f"{len(episodes)} episodes, {sum(len(e.actions) for e in episodes)} decisions -> {options.name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,10 +15,10 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.agent import Agent, flat_observation
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.prompts import check_prompt
+from addiff_env.env.prompts import check_prompt
+from addiff_env.env.validation import as_list, check_seed
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.types import Generated
-from addiff_env.validation import as_list, check_seed
 
 
 def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDenoiseVectorEnv:
@@ -58,12 +58,11 @@ class _Episode:
 class AdaptivePipeline:
     """An agent on its environment, most likely action first; anything with an agent's ``act`` and ``flops`` will do.
 
-    Net FLOPs are what the environment charges, and the policy's own. Whoever has ``sees(obs) -> (B,) bool`` (the rules
-    of `addiff_env.evaluation.policies`) pays for the looks that it reads only, and of those for preview and reward
-    model only, as a program of that rule alone would; its seconds are still those of looking at everything.
-
-    ``negative_prompt`` is what guidance leads away from in pictures that are not asked for with another one; None: as
-    the environment's setting says.
+    Net FLOPs are what the environment charges, and the policy's own. Whoever has ``sees(obs) -> (B,) bool`` (the
+    rules of `addiff_env.evaluation.methods.rule_policies`) pays for the looks that it reads only, and of those for
+    preview and reward model only, as a program of that rule alone would; its seconds are still those of looking at
+    everything. ``negative_prompt`` is what guidance leads away from in pictures that are not asked for with another
+    one; None: as the environment's setting says.
 
     Raises:
         ValueError: lanes that restart by themselves or are cut short, an agent that sees other observations than
@@ -107,14 +106,15 @@ class AdaptivePipeline:
 
         Args:
             prompts: one, or any number of them.
-            seeds: as many, each in [0, 2**63); None: drawn at random. A `numpy.random.Generator` draws them, too.
+            seeds: as many, each in [0, 2**63); None: drawn at random, as a `numpy.random.Generator` draws them, too.
             negative_prompt: one for all pictures, or one per prompt; None: the pipeline's own.
 
         Several threads may call: each waits for its turn.
 
         Raises:
             ValueError: different numbers of prompts, seeds and negative prompts, what is no seed, or a negative prompt
-                for a model without guidance; TypeError: a prompt that is no string.
+                for a model without guidance.
+            TypeError: a prompt that is no string.
         """
         texts = [check_prompt(prompt) for prompt in _items(prompts)]
         if seeds is None:

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from addiff_env import agent as module
 from addiff_env import offline
 from addiff_env.agent import CONFIG, WEIGHTS, Agent, PolicyNet
-from addiff_env.bar import load_agent
+from addiff_env.evaluation.acceptance import load_agent
 from addiff_env.pipeline import make_agent_env
 from addiff_env.sb3 import zips
 
@@ -227,7 +227,7 @@ def test_a_bundle_does_not_choose_what_is_imported(
         with pytest.raises(ValueError, match="acts on") as error:
             use(Agent.load(bundle), 1)
         assert repr(name) in str(error.value)
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="acts on"):
         zips.main(["export", str(bundle), str(tmp_path / "a.zip")])
     with pytest.raises(ValueError, match="acts on"):
         offline.main(["addiff/test-v0", "--agent", str(bundle), "--episodes", "1"])

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from addiff_env.agent import Agent
-from addiff_env.evaluation.rows import append_rows, read_rows, shard_path
-from addiff_env.evaluation.rules import read_rules
-from addiff_env.evaluation.runs import read_strips, reported_rows
+from addiff_env.evaluation.run.rows import append_rows, read_rows, shard_path
+from addiff_env.evaluation.run.run_folder import read_strips, reported_rows
+from addiff_env.evaluation.statistics.rules import read_rules
 from addiff_env.types import ResultRow
 
 ROOT = Path(__file__).parent.parent

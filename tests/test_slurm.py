@@ -193,7 +193,7 @@ def test_a_search_is_an_array_of_workers_on_one_study(cluster, tmp_path):
     _, lines = cluster("sweep", "3", "env=tiny", ADDIFF_TRIALS="5")
     assert "--array=0-2" in calls(lines, "sbatch")[0]
     assert calls(lines, "python") == [
-        f"-m addiff_env.sb3.search {tmp_path}/runs/sweep/sweep --trials 5 --seed {task} env=tiny" for task in range(3)
+        f"-m addiff_env.cli search {tmp_path}/runs/sweep/sweep --trials 5 --seed {task} env=tiny" for task in range(3)
     ]
 
 

@@ -1,7 +1,7 @@
 """RLlib's PPO on Ray, for several GPUs or nodes: every env runner holds its own diffusion model on its own GPU.
 
-    python -m addiff_env.rllib runs/ray/tiny --num-env-runners 2 --iterations 20
-    python -m addiff_env.rllib runs/ray/sd15 --env AdDiffusion-SD15-v0 --num-env-runners 8
+    addiff train-rllib runs/ray/tiny --num-env-runners 2 --iterations 20
+    addiff train-rllib runs/ray/sd15 --env AdDiffusion-SD15-v0 --num-env-runners 8
 
 The agent that `evaluate.py` reads is in the run's folder, under ``agent``. Ray pins an older Gymnasium than this
 package is tested with: give it an environment of its own (``pip install 'addiff-env[rllib]'``). ``slurm/ray.sbatch``

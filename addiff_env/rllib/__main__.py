@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from addiff_env.commands import interruptible, json_argument
 from addiff_env.rllib.settings import Settings
 from addiff_env.rllib.training import check_numbers, describe_kept, require_ray, train, wait_for_nodes
+from addiff_env.storage.commands import interruptible, json_argument
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options; every one that is a field of `Settings` has its default."""
-    parser = argparse.ArgumentParser(prog="python -m addiff_env.rllib", description="PPO by RLlib on Ray.")
+    parser = argparse.ArgumentParser(prog="addiff train-rllib", description="PPO by RLlib on Ray.")
     parser.add_argument("folder", type=Path, help="agent, checkpoint and progress; the same folder goes on")
     parser.add_argument("--env", dest="env_id", default=Settings.env_id, help="environment id")
     settings = 'environment settings as JSON, e.g. \'{"mask": "full"}\''
@@ -40,9 +41,9 @@ def _add(
     parser.add_argument("--" + name.replace("_", "-"), default=default, help=text, **kind)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Train as the options say."""
-    options = build_parser().parse_args(arguments)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the options say; returns the exit status."""
+    options = build_parser().parse_args(argv)
     settings = Settings(**{knob.name: getattr(options, knob.name) for knob in fields(Settings)})
     check_numbers(options.iterations, options.checkpoint_every)
     ray = require_ray()  # says what is missing before anything is started
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train(settings, options.folder, options.iterations, options.checkpoint_every)
     finally:
         ray.shutdown()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,29 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.vector import AutoresetMode, VectorWrapper
+from gymnasium.vector import AutoresetMode
 
 import addiff_env  # noqa: F401, registers the ids in the worker
 from addiff_env.agent import CALIBRATION_SHARES, PartNorm, describe_backbone
-from addiff_env.env import DiffusionDenoiseVectorEnv
-
-
-class LeanInfo(VectorWrapper):
-    """Only what is a plain array per lane stays in ``info``: RLlib splits it into one dictionary per lane."""
-
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Reset; see the environment."""
-        observation, info = self.env.reset(**kwargs)
-        return observation, _lean(info)
-
-    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Step; see the environment."""
-        *result, info = self.env.step(actions)
-        return (*result, _lean(info))
-
-
-def _lean(info: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in info.items() if not isinstance(value, dict) and name != "_reward_components"}
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 
 
 def make_lanes(context: Mapping[str, Any]) -> gym.vector.VectorEnv:
@@ -42,13 +24,12 @@ def make_lanes(context: Mapping[str, Any]) -> gym.vector.VectorEnv:
     Lanes restart in the step after the one that ended them (Gymnasium's default), which RLlib relies on.
     """
     with _standing_in(context.get("folder")):
-        lanes = gym.make_vec(
+        return gym.make_vec(
             context["id"],
             num_envs=context.get("num_envs", 1),
             autoreset_mode=AutoresetMode.NEXT_STEP,
             **context["kwargs"],
         )
-    return LeanInfo(lanes)
 
 
 @contextmanager

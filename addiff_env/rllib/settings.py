@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 
-from addiff_env.inputs import FILE_SETTINGS, differing, fingerprints
+from addiff_env.env.validation import Rule, above, at_least, at_most, below, check_fields, checked, shown
 from addiff_env.rllib import checkpoint
-from addiff_env.storage import read_json, write_whole
+from addiff_env.storage.files import read_json, write_whole
+from addiff_env.storage.inputs import FILE_SETTINGS, differing, fingerprints
 
 FILE, INPUTS = "settings.json", "inputs"
 
@@ -22,29 +23,51 @@ def _knob(default: Any, text: str, read: Callable[[str], Any] | None = None) -> 
     return field(default=default, metadata={"help": text, "read": read})
 
 
+Number = Annotated[int, at_least(1)]
+Seed = Annotated[int, at_least(0), below(2**32)]  # NumPy's, which RLlib seeds, takes no more
+PerAction = Annotated[Sequence[float], Rule("of three finite numbers", lambda bias: len(bias) == 3)]
+
+
 @dataclass(frozen=True)
 class Settings:
-    """One run; what is not said here is RLlib's default. Every field from the third on is a command line option."""
+    """One run; what is not said here is RLlib's default. Every field from the third on is a command line option.
+
+    Raises:
+        ValueError: a value that is not allowed; the message names the setting and shows the value.
+    """
 
     env_id: str = "AdDiffusion-Tiny-v0"
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    num_env_runners: int = _knob(2, "processes that play, each with its own model; 0: in the main process")
-    num_envs_per_runner: int = _knob(16, "lanes denoised in one batch")
-    gpus_per_runner: float | None = _knob(None, "default: the cluster's GPUs, shared out evenly, at most one each")
-    steps_per_lane: int = _knob(24, "decisions of every lane per iteration")
-    minibatch_size: int = _knob(192, "decisions")
-    num_epochs: int = _knob(8, "passes over an iteration's decisions")
-    learning_rate: float = _knob(1e-3, "Adam's")
-    clip_param: float = _knob(0.2, "how far the new policy's ratio to the old may leave 1")
-    gae_lambda: float = _knob(0.95, "of the generalised advantage estimate")
-    entropy_coeff: float = _knob(0.01, "weight of the entropy bonus")
-    hidden: int = _knob(128, "width of both layers, of policy and value")
-    action_bias: Sequence[float] = _knob((1.9, -0.3, -0.5), "initial logits of continue, stop, refine")
+    num_env_runners: Annotated[int, at_least(0)] = _knob(
+        2, "processes that play, each with its own model; 0: in the main process"
+    )
+    num_envs_per_runner: Number = _knob(16, "lanes denoised in one batch")
+    gpus_per_runner: Annotated[float, at_least(0)] | None = _knob(
+        None, "default: the cluster's GPUs, shared out evenly, at most one each"
+    )
+    steps_per_lane: Number = _knob(24, "decisions of every lane per iteration")
+    minibatch_size: Number = _knob(192, "decisions")
+    num_epochs: Number = _knob(8, "passes over an iteration's decisions")
+    learning_rate: Annotated[float, above(0)] = _knob(1e-3, "Adam's")
+    clip_param: Annotated[float, above(0)] = _knob(0.2, "how far the new policy's ratio to the old may leave 1")
+    gae_lambda: Annotated[float, at_least(0), at_most(1)] = _knob(0.95, "of the generalised advantage estimate")
+    entropy_coeff: Annotated[float, at_least(0)] = _knob(0.01, "weight of the entropy bonus")
+    hidden: Number = _knob(128, "width of both layers, of policy and value")
+    action_bias: PerAction = _knob((1.9, -0.3, -0.5), "initial logits of continue, stop, refine")
     gains: Mapping[str, float] | None = _knob(
         None, 'parts of the observation that weigh more or less, as JSON, e.g. {"clip_image": 0.1}', json.loads
     )
-    calibration_steps: int = _knob(24, "random steps per lane that fix the observation's normalisation")
-    seed: int = _knob(0, "of weights, prompts, noise and exploration")
+    calibration_steps: Number = _knob(24, "random steps per lane that fix the observation's normalisation")
+    seed: Seed = _knob(0, "of weights, prompts, noise and exploration")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for bias in self.action_bias:
+            checked("each of action_bias", bias, float)
+        try:
+            json.dumps([self.env_kwargs, self.gains])
+        except TypeError as error:
+            raise ValueError(f"env_kwargs must be JSON-able, got {shown(self.env_kwargs)}: {error}") from error
 
     @property
     def train_batch_size(self) -> int:

@@ -9,16 +9,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 import torch
 
-from addiff_env import storage
 from addiff_env.agent import Agent, PolicyNet, shareable
+from addiff_env.env.validation import at_least, checked
 from addiff_env.rllib import checkpoint
 from addiff_env.rllib.lanes import Survey, make_lanes, survey
 from addiff_env.rllib.settings import Settings, claim, share_gpus
+from addiff_env.storage import files as storage
 
 ENV_NAME = "addiff"
 PROGRESS = "progress.jsonl"
@@ -117,14 +118,13 @@ def check_numbers(iterations: int, checkpoint_every: int) -> None:
     """Before Ray is started.
 
     Raises:
-        ValueError: one of them is below 1.
+        ValueError: one of them is no integer of at least 1.
     """
     for name, value in (("iterations", iterations), ("checkpoint_every", checkpoint_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        checked(name, value, Annotated[int, at_least(1)])
 
 
-def train(settings: Settings, folder: Path, iterations: int, checkpoint_every: int = 5) -> list[float]:
+def train(settings: Settings, folder: str | Path, iterations: int, checkpoint_every: int = 5) -> list[float]:
     """Train in ``folder`` up to ``iterations`` and leave the agent bundle in ``folder/agent``.
 
     A run that was killed goes on from its last checkpoint, with new episodes. Starts a local Ray where none is running.
@@ -138,7 +138,7 @@ def train(settings: Settings, folder: Path, iterations: int, checkpoint_every: i
     """
     check_numbers(iterations, checkpoint_every)
     require_ray()
-    folder = folder.resolve()  # Ray's storage takes absolute paths only
+    folder = Path(folder).resolve()  # Ray's storage takes absolute paths only
     with storage.claim(folder, "an RLlib training"):
         return _train(settings, folder, iterations, checkpoint_every)
 

@@ -19,10 +19,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Figure
 
 from addiff_env.agent import Agent
-from addiff_env.config import EnvConfig
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.filmstrips import filmstrip_figure, record_trajectories
-from addiff_env.reward import COMPONENTS, DualVariable, RunningScores, quality
+from addiff_env.env.config import EnvConfig
+from addiff_env.env.reward import COMPONENTS, DualVariable, RunningScores, quality
+from addiff_env.env.trajectories import filmstrip_figure, record_trajectories
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.sb3.episodes import COMPLEXITIES, complexity_group
 from addiff_env.sb3.vec_env import DenoiseVecEnv
 from addiff_env.stats import spread
@@ -191,7 +191,7 @@ class Progress(BaseCallback):
 
 
 class RunningNormalisation(Remembering):
-    """Learn the scales of the scores from the training's own pictures; see `addiff_env.reward.RunningScores`."""
+    """Learn the scales of the scores from the training's own pictures; see `addiff_env.env.reward.RunningScores`."""
 
     def __init__(self, env: DenoiseVecEnv) -> None:
         super().__init__()

@@ -9,6 +9,8 @@ from typing import Any
 
 from gymnasium.utils import seeding
 
+from addiff_env.env.validation import check_seed
+
 _SEPARATORS = re.compile(
     r",\s*(?:and\s+)?|\b(?:and|with|beside|behind|above|below|under|over|near|inside|in front of|on top of|next to"
     r"|(?:to the )?(?:left|right) of|on|in)\b"
@@ -76,8 +78,8 @@ class PromptOrder:
         return next((k for k, stage in enumerate(self.stages) if self.progress < stage.until), len(self.stages) - 1)
 
     def seed(self, seed: int | None) -> None:
-        """Start the stream anew."""
-        self._rng = seeding.np_random(seed)[0]
+        """Start the stream anew; ValueError: no seed."""
+        self._rng = seeding.np_random(None if seed is None else check_seed(seed))[0]
 
     def draw(self) -> tuple[str, int]:
         """The next episode's prompt and seed."""

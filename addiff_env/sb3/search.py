@@ -1,6 +1,6 @@
 """Hyperparameter search with Optuna: any number of workers share one journal file, which needs no server.
 
-    python -m addiff_env.sb3.search runs/sweep/tiny --trials 20 env=tiny algorithm.total_timesteps=20000
+    addiff search runs/sweep/tiny --trials 20 env=tiny algorithm.total_timesteps=20000
 
 A trial is a whole training in a folder of its own. It is judged on the held-out prompts by quality less a fixed price
 per evaluation (of the reward only its own price may be among what is searched, and its scales are fixed), and given up
@@ -29,13 +29,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
-from addiff_env.commands import command_line, interruptible, override, spelled
-from addiff_env.inputs import fingerprints
-from addiff_env.paths import looked_at, resolve_model
 from addiff_env.sb3.callbacks import HeldOut
 from addiff_env.sb3.checkpoint import FILE
 from addiff_env.sb3.training import Result, differing_values, input_settings, resolved, train
-from addiff_env.storage import claim, read_yaml
+from addiff_env.storage.commands import command_line, interruptible, override, spelled
+from addiff_env.storage.files import claim, read_yaml
+from addiff_env.storage.inputs import fingerprints
+from addiff_env.storage.paths import looked_at, resolve_model
 
 Trainer = Callable[..., Result]
 HELD_OUT = 128  # prompts that a trial is judged on; the 32 of a single training are too few to tell trials apart
@@ -256,9 +256,9 @@ def read_space(path: str | Path) -> dict[str, Any]:
     return {str(name): value for name, value in OmegaConf.to_container(space).items()}  # type: ignore[union-attr]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: one worker."""
-    parser = argparse.ArgumentParser(description="One worker of a hyperparameter search.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one worker; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="addiff search", description="One worker of a hyperparameter search.")
     parser.add_argument("folder", type=Path, help="the study's folder; workers that name the same one share the study")
     parser.add_argument("--trials", type=int, default=20, help="trainings that this worker runs")
     parser.add_argument("--space", default="addiff_env:configs/search/ppo.yaml", help="file of what may vary")
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--price", type=float, default=0.002, help="quality that one evaluation has to be worth")
     parser.add_argument("--seed", type=int, default=None, help="of this worker's draws, and its name: all differ")
     parser.add_argument("overrides", nargs="*", help="as for train_sb3.py, for every trial")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(argv)
     configs = _find_configs(options.configs)
 
     def configure(drawn: list[str]) -> DictConfig:
@@ -284,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         claim(options.folder, f"a search's worker (--seed {options.seed})", "workers", name, instead),
     ):
         _work(options, configure, settings | study_inputs(cfg, space))
+    return 0
 
 
 def _work(options: argparse.Namespace, configure: Callable[[list[str]], DictConfig], settings: dict[str, Any]) -> None:
@@ -304,7 +305,3 @@ def _work(options: argparse.Namespace, configure: Callable[[list[str]], DictConf
     print(f"best of {len(study.trials)} trials: {best.value:.4f} ({options.folder / folder_name(best)})")
     for name, value in best.params.items():
         print(f"  {command_line(override(name, value))}")
-
-
-if __name__ == "__main__":
-    main()

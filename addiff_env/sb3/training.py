@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 import torch
@@ -23,13 +23,11 @@ from stable_baselines3.common.vec_env import VecMonitor
 
 import addiff_env
 from addiff_env.agent import CALIBRATION_SHARES, Agent, describe_backbone, shareable
-from addiff_env.baseline_cache import BaselineCache
-from addiff_env.commands import command_line
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.inputs import FILE_SETTINGS, differing, fingerprints
-from addiff_env.paths import looked_at, resolve_model
-from addiff_env.prompts import load_prompts
-from addiff_env.reward import check_undiscounted
+from addiff_env.env.baseline_cache import BaselineCache
+from addiff_env.env.prompts import load_prompts
+from addiff_env.env.reward import check_undiscounted
+from addiff_env.env.validation import at_least, below, checked
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.sb3.callbacks import (
     Clock,
     CollapseAlarm,
@@ -47,7 +45,10 @@ from addiff_env.sb3.episodes import PromptOrder, Stage
 from addiff_env.sb3.policies import ALGORITHMS, calibrate
 from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
 from addiff_env.stats import spread
-from addiff_env.storage import claim, file_name, write_whole
+from addiff_env.storage.commands import command_line
+from addiff_env.storage.files import claim, file_name, write_whole
+from addiff_env.storage.inputs import FILE_SETTINGS, differing, fingerprints
+from addiff_env.storage.paths import looked_at, resolve_model
 
 CONFIG_FILE = "config.yaml"
 WANDB_FILE = "wandb-id.txt"
@@ -84,6 +85,7 @@ def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Seq
         RuntimeError: another process trains in the folder, or is to write its agent to the same ``cfg.out``.
     """
     check_numbers(cfg)
+    run = Path(run)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     with ExitStack() as held:
@@ -129,8 +131,9 @@ def check_numbers(cfg: DictConfig) -> None:
     """Before any model is loaded; what depends on the environment is checked with it.
 
     Raises:
-        ValueError: no decision to train for, or a target that is no number.
+        ValueError: no seed, no decision to train for, or a target that is no number.
     """
+    checked("seed", cfg.seed, Annotated[int, at_least(0), below(2**32)])  # NumPy's global stream takes no more
     total, target = cfg.algorithm.total_timesteps, cfg.reward.target_nfe
     if not (_is_number(total) and 1 <= total < float("inf")):
         raise ValueError(f"algorithm.total_timesteps must be a number of at least 1, got {total!r}")
@@ -325,7 +328,7 @@ def _scoring_command(cfg: DictConfig, *options: str) -> str:
     """What scores every prompt of this configuration, in its own environment."""
     kwargs = {name: value for name, value in env_settings(cfg).items() if name != "reward"}
     environment = ["--env", cfg.env.id, "--kwargs", json.dumps(kwargs)]
-    return command_line("python", "-m", "addiff_env.baseline_cache", cfg.reward.baselines, *environment, *options)
+    return command_line("addiff", "baselines", cfg.reward.baselines, *environment, *options)
 
 
 def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
@@ -363,7 +366,7 @@ def build_held_out(cfg: DictConfig, judge: Judge | None) -> HeldOut | None:
     if not prompts:
         return None
     settings = {"batch_size": cfg.num_envs} | env_settings(cfg)  # no more at once than training takes
-    lanes = make_lanes(cfg.env.id, len(prompts), **settings)
+    lanes = make_lanes(cfg.env.id, len(prompts), **settings | {"max_episode_steps": None})  # to their ends
     return HeldOut(lanes, prompts, cfg.logging.held_out_every, cfg.logging.filmstrips, judge)
 
 

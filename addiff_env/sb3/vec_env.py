@@ -12,11 +12,11 @@ import torch
 from gymnasium.vector import AutoresetMode
 from stable_baselines3.common.vec_env import VecEnv
 
-from addiff_env.baseline_cache import BaselineCache
-from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.reward import COMPONENTS, RewardConfig, relative_to_baseline
+from addiff_env.env.baseline_cache import BaselineCache
+from addiff_env.env.reward import COLUMNS, COMPONENTS, RewardConfig, relative_to_baseline
+from addiff_env.env.validation import check_seed
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.sb3.episodes import PromptOrder
-from addiff_env.validation import check_seed
 
 _TRIES = 3  # of a lane whose numbers are not finite before the first decision
 _SCALARS = ("seed", "nfe", "net_flops", "step_index", "action_taken", "clip_score", "reward_score", "fault")
@@ -99,7 +99,7 @@ class DenoiseVecEnv(VecEnv):
         for left in reversed(range(_TRIES)):
             started = self._draw(lanes, options)
             broken = self.env.done[lanes] | self.env.fault[lanes]
-            again = [row for row in np.flatnonzero(broken) if "seed" not in options[row]]
+            again = [row for row in np.flatnonzero(broken).tolist() if "seed" not in options[row]]
             lanes, options = lanes[again], [options[row] for row in again]
             if len(lanes) == 0:
                 return started
@@ -137,12 +137,13 @@ class DenoiseVecEnv(VecEnv):
 
     def _reward(self, info: dict[str, Any], terminated: np.ndarray) -> dict[str, np.ndarray]:
         """Components (B,) each, the terminal one relative to the baselines if there are any."""
-        parts: dict[str, np.ndarray] = info["reward_components"]
+        parts = {name: info["reward_components"][name] for name in COLUMNS}
         if self.baselines is None or not terminated.any():
             return parts
         baseline = np.full(self.num_envs, np.nan)
         ended = np.flatnonzero(terminated)
-        baseline[ended] = self.baselines.quality(info["prompt"][ended], info["seed"][ended], self.reward_config)
+        prompts = [self.env.prompt[lane] for lane in ended]
+        baseline[ended] = self.baselines.quality(prompts, info["seed"][ended], self.reward_config)
         return relative_to_baseline(self.reward_config, parts, baseline, terminated)
 
     def _restart(self, ended: np.ndarray, last: np.ndarray, infos: list[dict[str, Any]]) -> np.ndarray:
@@ -152,12 +153,11 @@ class DenoiseVecEnv(VecEnv):
             self.reset_infos[lane] = self._lane_info(info, info["reward_components"], lane)
         return observations
 
-    @staticmethod
-    def _lane_info(info: dict[str, Any], parts: dict[str, np.ndarray], lane: int) -> dict[str, Any]:
+    def _lane_info(self, info: dict[str, Any], parts: Any, lane: int) -> dict[str, Any]:
         scalars = {name: info[name][lane].item() for name in _SCALARS}
         reward = {name: float(parts[name][lane]) for name in COMPONENTS}
         mask = info["action_mask"][lane].copy()
-        return scalars | {"prompt": info["prompt"][lane], "action_mask": mask, "reward_components": reward}
+        return scalars | {"prompt": self.env.prompt[lane], "action_mask": mask, "reward_components": reward}
 
     def close(self) -> None:
         """Close the environment."""

@@ -1,7 +1,7 @@
 """Agents as Stable-Baselines3 zips, for those who want them. Such a zip holds pickled objects, which may run any code.
 
-    python -m addiff_env.sb3.zips export addiff_env:tiny/weights/agent agent.zip
-    python -m addiff_env.sb3.zips import agent.zip my-agent --env AdDiffusion-Tiny-v0 --trust-pickle
+    addiff convert export addiff_env:tiny/weights/agent agent.zip
+    addiff convert import agent.zip my-agent --env AdDiffusion-Tiny-v0 --trust-pickle
 
 Agent bundles (`addiff_env.agent`) hold the same policy and run nothing; nothing else in this package opens a zip.
 """
@@ -17,10 +17,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
 from addiff_env.agent import Agent
-from addiff_env.loading import reason
-from addiff_env.paths import looked_at
+from addiff_env.loading.weights import reason
 from addiff_env.sb3.policies import ALGORITHMS, DenoisePolicy
 from addiff_env.sb3.vec_env import make_vec_env
+from addiff_env.storage.paths import looked_at
 
 
 def export_zip(agent: Agent, env: VecEnv, path: str | Path) -> None:
@@ -69,9 +69,9 @@ def import_zip(path: str | Path, config: dict[str, Any], trust_pickle: bool = Fa
     return Agent(net, {**config, "observation": dict(net.norm.parts), "hidden": net.head.in_features})
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Agents to and from Stable-Baselines3 zips.")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="addiff convert", description="Agents to and from Stable-Baselines3 zips.")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="agent bundle to SB3 zip")
     export.add_argument("agent", help="folder of an agent bundle")
@@ -82,11 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     importing.add_argument("--env", required=True, help="the environment id that the policy was trained on")
     importing.add_argument("--algorithm", default="ppo", choices=list(ALGORITHMS))
     importing.add_argument("--trust-pickle", action="store_true", help="open the zip, which may run any code")
-    options = parser.parse_args(arguments)
-    try:
-        _export(options) if options.command == "export" else _import(options)
-    except (ValueError, FileNotFoundError) as error:
-        parser.exit(1, f"{error}\n")
+    options = parser.parse_args(argv)
+    _export(options) if options.command == "export" else _import(options)
+    return 0
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -101,7 +99,3 @@ def _import(options: argparse.Namespace) -> None:
     agent = import_zip(options.zip, config, options.trust_pickle, options.algorithm)
     agent.save(options.agent)
     print(f"agent {agent.fingerprint} -> {options.agent}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """How well each scorer foretells the checker's verdict, on finished pictures and on previews along the way.
 
-``python -m addiff_env.tiny.auc`` denoises ``dev`` prompts with the environment's own schedule, decodes the clean
+``addiff world auc`` denoises ``dev`` prompts with the environment's own schedule, decodes the clean
 prediction at 20%, 40%, 60%, 80% and 100% of it, and prints the area under the ROC curve of every scorer for the verdict
 on the *finished* picture. What the prompt alone tells a linear probe is listed beside them (`probe` states its limits).
 Where all pictures have the same verdict there is no such area: n/a.
@@ -23,10 +23,10 @@ import torch
 from scipy.stats import rankdata
 
 import addiff_env
-from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone
-from addiff_env.config import EnvConfig
-from addiff_env.encoders import ContrastiveEncoder, load_clip
-from addiff_env.scorers import LatentScorer, load_latent_text_reward, load_scorer
+from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone
+from addiff_env.env.config import EnvConfig
+from addiff_env.perception.encoders import ContrastiveEncoder, load_clip
+from addiff_env.perception.scorers import LatentScorer, load_latent_text_reward, load_scorer
 from addiff_env.stats import at_least_one
 from addiff_env.tiny.calibration import (
     Group,
@@ -235,9 +235,10 @@ def _cell(found: dict[str, float | None]) -> str:
     return "n/a" if found["auc"] is None else f"{found['auc']:.3f} ({found['low']:.2f}-{found['high']:.2f})"
 
 
-def main() -> None:
-    """Command line; exits with 1 unless the reward model and the verifier meet their bars."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; returns the exit status: 1 unless the reward model and the verifier meet their bars."""
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="addiff world auc", description=__doc__, formatter_class=defaults)
     parser.add_argument("--split", choices=("dev", "test"), default="dev")
     parser.add_argument("--number", type=at_least_one, default=512, help="prompts, categories in turn")
     parser.add_argument("--steps", type=at_least_one, default=addiff_env.TINY["num_inference_steps"])
@@ -246,11 +247,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     result = measure(args)
     print(json.dumps(result, indent=2) if args.json else table(result))
-    raise SystemExit(0 if passes(result) else 1)
-
-
-if __name__ == "__main__":
-    main()
+    return 0 if passes(result) else 1

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from addiff_env.config import EnvConfig
-from addiff_env.scorers import LatentScorer
+from addiff_env.env.config import EnvConfig
+from addiff_env.perception.scorers import LatentScorer
 from addiff_env.tiny.recipes.endings import FreeLanes, Recorder
 from addiff_env.tiny.recipes.generate import save_arrays
 from addiff_env.tiny.scenes import CATEGORIES

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 import addiff_env
-from addiff_env.backbones import to_uint8
-from addiff_env.config import EnvConfig
+from addiff_env.diffusion.backbones import to_uint8
+from addiff_env.env.config import EnvConfig
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.recipes.endings import FreeLanes
 from addiff_env.tiny.scenes import balanced, load_split

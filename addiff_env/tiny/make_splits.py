@@ -1,4 +1,4 @@
-"""Write the shipped prompt files: ``python -m addiff_env.tiny.make_splits``.
+"""Write the shipped prompt files: ``addiff world splits``.
 
 ``splits/dev.jsonl`` and ``splits/test.jsonl`` are the evaluation splits; ``splits/train.txt`` lists
 distinct training captions, one a line, for training agents.
@@ -6,7 +6,9 @@ distinct training captions, one a line, for training agents.
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +29,13 @@ def train_captions(number: int = 6000, seed: int = 0) -> list[str]:
     return list(captions)
 
 
-def main() -> None:
-    """Command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write them; returns the exit status."""
+    text = "Write the shipped prompt files, splits/{dev,test}.jsonl and splits/train.txt."
+    argparse.ArgumentParser(prog="addiff world splits", description=text).parse_args(argv)
     SPLITS.mkdir(exist_ok=True)
     for name in ("dev", "test"):
         text = "".join(json.dumps(row) + "\n" for row in build_split(name))
         (SPLITS / f"{name}.jsonl").write_text(text)
     (SPLITS / "train.txt").write_text("".join(caption + "\n" for caption in train_captions()))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

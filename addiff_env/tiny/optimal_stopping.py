@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from addiff_env.scorers import LatentScorer, load_latent_text_reward
+from addiff_env.perception.scorers import LatentScorer, load_latent_text_reward
 from addiff_env.tiny.calibration import foretold_of_states, probability
 from addiff_env.tiny.quality import WEIGHTS
 from addiff_env.types import Action

@@ -1,6 +1,6 @@
 """Measure the embedded world's quality bars: its checker, autoencoder, pictures, previews, attention, speed and size.
 
-``python -m addiff_env.tiny.quality`` measures the shipped weights over the whole ``test`` split, prints
+``addiff world quality`` measures the shipped weights over the whole ``test`` split, prints
 every bar and exits with 1 if one fails; ``--only`` names sections. ``--guidance-sweep 2,3,4,5,6``
 measures the success over guidance scales on the ``dev`` split instead: how the shipped scale was chosen.
 """
@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,11 +31,11 @@ from tqdm import tqdm
 from transformers import AutoModel, CLIPModel, CLIPTokenizer
 
 import addiff_env
-from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
-from addiff_env.costs import best_seconds
-from addiff_env.encoders import CLIPEncoder
-from addiff_env.loading import DTYPES, quiet_loading, resolve_dtype
-from addiff_env.scorers import LatentTextReward, PixelTextReward
+from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
+from addiff_env.env.costs import best_seconds
+from addiff_env.loading.weights import DTYPES, quiet_loading, resolve_dtype
+from addiff_env.perception.encoders import CLIPEncoder
+from addiff_env.perception.scorers import LatentTextReward, PixelTextReward
 from addiff_env.stats import at_least_one, wilson_interval
 from addiff_env.tiny.checker import MIN_CHROMA, Found, Verdict, judge, match_objects
 from addiff_env.tiny.scenes import (
@@ -513,7 +512,8 @@ def _sections(text: str) -> list[str]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="addiff world quality", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--only", type=_sections, default=SECTIONS, help=f"comma-separated sections of {','.join(SECTIONS)}")
     add("--per-category", type=at_least_one, help="cases per category (default: 200 scenes, all rows of the split)")
@@ -559,22 +559,15 @@ def measure(measurements: Measurements) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns 1 if a bar fails."""
+    """Measure; returns the exit status: 1 if a bar fails."""
     args = _parse(argv)
     print(f"DDIM-{args.steps} in {args.dtype}, guidance {args.guidance_sweep or args.guidance}, {args.split} split")
     measurements = Measurements(args)
-    try:
-        scales = args.guidance_sweep
-        result: dict[str, Any] = {"sweep": sweep(measurements, scales)} if scales else measure(measurements)
-    except FileNotFoundError as error:
-        sys.exit(f"quality: {error}")
+    scales = args.guidance_sweep
+    result: dict[str, Any] = {"sweep": sweep(measurements, scales)} if scales else measure(measurements)
     if args.json:
         args.json.write_text(json.dumps(_conditions(args) | result, indent=2) + "\n")
     failed = [bar["name"] for bar in result.get("bars", []) if bar["passed"] is False]
     if failed:
         print(f"{len(failed)} bar(s) FAILED: {', '.join(failed)}")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

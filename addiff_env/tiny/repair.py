@@ -1,6 +1,6 @@
 """What a refinement is worth: how often it repairs a failed picture, and how often it keeps a good one.
 
-``python -m addiff_env.tiny.repair`` denoises dev prompts to the last decision of the schedule, judges the
+``addiff world repair`` denoises dev prompts to the last decision of the schedule, judges the
 picture there, refines once, denoises to the same point again and judges again, for every kind of mask.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 import addiff_env
-from addiff_env.attention import MASKS
-from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.diffusion.attention import MASKS
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.stats import at_least_one
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.scenes import balanced, load_split
@@ -68,15 +68,16 @@ def _rate(share: float) -> str:
     return "n/a" if np.isnan(share) else f"{share:.2f}"
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; returns the exit status."""
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="addiff world repair", description=__doc__, formatter_class=defaults)
     parser.add_argument("--number", type=at_least_one, default=192, help="dev items, categories in turn")
     parser.add_argument("--masks", nargs="+", default=list(MASKS))
     parser.add_argument("--renoise", nargs="+", default=["0.85"], help="levels to go back to")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="other settings of the environment")
     parser.add_argument("--num-envs", type=at_least_one, default=64)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = balanced(load_split("dev"), args.number)
     extra = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
     print(f"{addiff_env.TINY['num_inference_steps']} steps, {len(rows)} dev prompts, settings {extra}")
@@ -86,7 +87,4 @@ def main() -> None:
             m = measure(rows, args.num_envs, mask=mask, renoise=float(renoise), **extra)
             rates = f"{_rate(m['success']):>9}{_rate(m['repair']):>8}{_rate(m['keep']):>7}{m['failed']:>8}"
             print(f"{mask:<18}{renoise:>8}{rates}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 import addiff_env
-from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.tiny.calibration import probability
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.quality import WEIGHTS

@@ -1,9 +1,11 @@
 """Train the autoencoder (diffusers `AutoencoderTiny`, 64x64 pictures to 16x16 latents of 8 channels).
 
-``python -m addiff_env.tiny.recipes.autoencoder`` writes ``<out>/pipeline/vae``.
+``addiff world train autoencoder`` writes ``<out>/pipeline/vae``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +46,9 @@ def losses(model: AutoencoderTiny, pictures: torch.Tensor, noise: torch.Tensor) 
     return {"loss": l1 + 5 * l2 + 0.02 * statistics, "l1": l1, "l2": l2, "statistics": statistics}
 
 
-def main() -> None:
-    """Command line."""
-    args = common.arguments(__doc__ or "", steps=2900, batch=32, lr=1.5e-3)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train and export; returns the exit status."""
+    args = common.arguments("world train autoencoder", __doc__ or "", argv, steps=2900, batch=32, lr=1.5e-3)
     data.prepare(args.work)
     pictures, _ = data.load(args.work)
     torch.manual_seed(args.seed)
@@ -62,7 +64,4 @@ def main() -> None:
     loop.run(loss_at, ema.update)
     ema.model.half().save_pretrained(args.out / "pipeline" / "vae")
     print(f"autoencoder: {loop.step} steps in {loop.seconds:.0f} s -> {args.out / 'pipeline' / 'vae'}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,11 +1,12 @@
 """Train CLIP (Radford et al. 2021) on the world's pictures, clean and degraded, with hard negatives.
 
-``python -m addiff_env.tiny.recipes.clip`` needs `generate`'s previews and writes ``<out>/clip``.
+``addiff world train clip`` needs `generate`'s previews and writes ``<out>/clip``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -91,9 +92,9 @@ def export(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     build_processor(tokenizer).save_pretrained(folder)
 
 
-def main() -> None:
-    """Command line."""
-    args = common.arguments(__doc__ or "", steps=600, batch=128, lr=1e-3, warm_start=0)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train and export; returns the exit status."""
+    args = common.arguments("world train clip", __doc__ or "", argv, steps=600, batch=128, lr=1e-3, warm_start=0)
     scenes = pairs.load_scenes(args.work, args.seed)
     previews = pairs.load_previews(args.work, scenes)
     tokenizer = build_tokenizer()
@@ -122,7 +123,4 @@ def main() -> None:
     loop.run(loss_at, ema.update)
     export(ema.model, tokenizer, args.out / "clip")
     print(f"clip: {loop.step} steps in {loop.seconds:.0f} s -> {args.out / 'clip'}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,25 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 CHECKPOINT_SECONDS = 120
 
 
-def arguments(description: str, **defaults: Any) -> argparse.Namespace:
-    """Parse a recipe's command line: ``--out``, ``--seed``, and one flag per default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def arguments(verb: str, description: str, argv: Sequence[str] | None, **defaults: Any) -> argparse.Namespace:
+    """Parse a recipe's command line: what all of them take, and one flag per default."""
+    parser = argparse.ArgumentParser(
+        prog=f"addiff {verb}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_shared(parser)
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    return parser.parse_args(argv)
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every recipe takes."""
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="data, checkpoints and TensorBoard logs")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that receives the exported weights")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, batches and noise")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name, value in defaults.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    return parser.parse_args()
 
 
 class Loop:

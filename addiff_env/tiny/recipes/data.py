@@ -1,6 +1,6 @@
 """The training set: scenes of training prompts, rendered once.
 
-``python -m addiff_env.tiny.recipes.data`` writes ``<work>/pictures.npy`` (N, 64, 64, 3) uint8 and
+``addiff world train data`` writes ``<work>/pictures.npy`` (N, 64, 64, 3) uint8 and
 ``<work>/captions.json``.
 """
 
@@ -10,12 +10,13 @@ import argparse
 import json
 import multiprocessing
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from addiff_env.commands import command_line
+from addiff_env.storage.commands import command_line
 from addiff_env.tiny.recipes import common
 from addiff_env.tiny.scenes import CATEGORIES, render, sample_scene, sample_train_prompt
 
@@ -59,17 +60,14 @@ def load(work: Path) -> tuple[torch.Tensor, list[str]]:
         FileNotFoundError: the set was not rendered yet.
     """
     if not (work / "captions.json").exists():
-        make = command_line("python", "-m", "addiff_env.tiny.recipes.data", "--work", work)
+        make = command_line("addiff", "world", "data", "--work", work)
         raise FileNotFoundError(f"{work / 'captions.json'}; run: {make}")
     pictures = np.load(work / "pictures.npy", mmap_mode="c")
     return torch.from_numpy(pictures), json.loads((work / "captions.json").read_text())
 
 
-def main() -> None:
-    """Command line."""
-    args: argparse.Namespace = common.arguments(__doc__ or "", number=80_000)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make them; returns the exit status."""
+    args: argparse.Namespace = common.arguments("world data", __doc__ or "", argv, number=80_000)
     prepare(args.work, args.number, args.seed)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,12 +1,13 @@
 """Train the text encoder and the U-Net together, classifier-free guidance and EMA included.
 
-``python -m addiff_env.tiny.recipes.diffusion`` needs the autoencoder and writes the rest of
+``addiff world train diffusion`` needs the autoencoder and writes the rest of
 ``<out>/pipeline``, an ordinary `StableDiffusionPipeline` folder. Latents are encoded once.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -224,10 +225,12 @@ class TrainingSet:
         return torch.where(chosen, self.focused[common.batch_indices(generator, len(self.focused), args.batch)], index)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     return common.arguments(
+        "world train diffusion",
         __doc__ or "",
+        argv,
         steps=4200,
         batch=64,
         lr=8e-4,
@@ -243,9 +246,9 @@ def arguments() -> argparse.Namespace:
     )
 
 
-def main() -> None:
-    """Train, export."""
-    args, tokenizer = arguments(), build_tokenizer()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train and export; returns the exit status."""
+    args, tokenizer = arguments(argv), build_tokenizer()
     scenes = TrainingSet(args, tokenizer)
     torch.manual_seed(args.seed)
     unet = build_unet().to(args.device, memory_format=torch.channels_last)
@@ -284,7 +287,4 @@ def main() -> None:
     loop.run(loss_at, after)
     export(ema_unet.model, ema_text.model, tokenizer, args.out / "pipeline")
     print(f"diffusion: {loop.step} steps in {loop.seconds:.0f} s -> {args.out / 'pipeline'}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

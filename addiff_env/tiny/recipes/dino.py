@@ -1,11 +1,12 @@
 """Train DINO (self-distillation with no labels, Caron et al. 2021) on the world's pictures.
 
-``python -m addiff_env.tiny.recipes.dino`` writes the teacher, a `ViTModel`, to ``<out>/dino``.
+``addiff world train dino`` writes the teacher, a `ViTModel`, to ``<out>/dino``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -102,9 +103,9 @@ def retrieval(backbone: ViTModel, pictures: torch.Tensor, generator: torch.Gener
     return float((nearest == torch.arange(len(pictures))).float().mean())
 
 
-def main() -> None:
-    """Command line."""
-    args = common.arguments(__doc__ or "", steps=250, batch=96, lr=1e-3, warm_start=0)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train and export; returns the exit status."""
+    args = common.arguments("world train dino", __doc__ or "", argv, steps=250, batch=96, lr=1e-3, warm_start=0)
     pictures, _ = data.load(args.work)
     torch.manual_seed(args.seed)
     student = Student().to(args.device)
@@ -129,7 +130,4 @@ def main() -> None:
     backbone.half().save_pretrained(args.out / "dino")
     common.edit_json(args.out / "dino" / "config.json", dtype="float32")  # fp16 on disk, float32 once loaded
     print(f"dino: {loop.step} steps in {loop.seconds:.0f} s, retrieval among 512: {found:.3f} -> {args.out / 'dino'}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

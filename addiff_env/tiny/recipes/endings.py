@@ -1,6 +1,6 @@
 """Record how the diffusion model's pictures come about and how they end: what the verifier learns from.
 
-``python -m addiff_env.tiny.recipes.endings`` denoises training prompts with the environment's own dynamics. Every
+``addiff world train endings`` denoises training prompts with the environment's own dynamics. Every
 trajectory is recorded step by step; some of its states are stopped at, some refined, and every picture that comes out
 of it is judged by the exact checker. ``<work>/endings/chunk_*.npz`` hold the record (see `Record`); a killed run
 continues at the first missing chunk.
@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 import addiff_env
-from addiff_env.attention import refinement_mask
-from addiff_env.backbones import to_uint8
-from addiff_env.config import EnvConfig
-from addiff_env.refine import RefinableLanes
+from addiff_env.diffusion.attention import refinement_mask
+from addiff_env.diffusion.backbones import to_uint8
+from addiff_env.env.config import EnvConfig
+from addiff_env.env.refine import RefinableLanes
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.generate import hold_configuration, save_arrays, unet_fingerprint
@@ -267,9 +267,11 @@ def make_chunk(args: argparse.Namespace, lanes: FreeLanes, chunk: int) -> dict[s
     return {"grid": np.asarray(grid), "prompt": np.asarray(captions), "seed": np.asarray(seeds), **record.arrays()}
 
 
-def main() -> None:
-    """Command line."""
-    args = common.arguments(__doc__ or "", number=8_192, batch=64, stops=3, dense_every=4, dtype="auto")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Record what is missing; returns the exit status."""
+    args = common.arguments(
+        "world train endings", __doc__ or "", argv, number=8_192, batch=64, stops=3, dense_every=4, dtype="auto"
+    )
     pairs.needs(args, "pipeline/vae", "pipeline/unet")
     model = {"model": str(args.out / "pipeline"), "device": args.device, "dtype": args.dtype}
     lanes = {}
@@ -289,6 +291,4 @@ def main() -> None:
         rate = arrays["ending_satisfied"].mean()
         print(f"chunk {chunk}  {time.monotonic() - started:.0f} s  satisfied {rate:.3f}", flush=True)
 
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,6 +1,6 @@
 """Make what CLIP and the reward model learn from: the diffusion model's previews and generated pictures.
 
-``python -m addiff_env.tiny.recipes.generate --guidance 4`` writes ``<work>/previews.npz`` and
+``addiff world train generate --guidance 4`` writes ``<work>/previews.npz`` and
 ``<work>/samples/chunk_*.npz``; a killed run continues at the first missing chunk.
 """
 
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from addiff_env.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
-from addiff_env.samplers import add_noise
+from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
+from addiff_env.diffusion.samplers import add_noise
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.quality import latent_shape
 from addiff_env.tiny.recipes import common, pairs
@@ -159,16 +160,21 @@ def save_arrays(path: Path, arrays: dict[str, Any], compress: bool = True) -> No
     os.replace(partial, path)
 
 
-def main() -> None:
-    """Command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make them; returns the exit status."""
     args = common.arguments(
-        __doc__ or "", guidance=4.0, number=5_000, previews=10_000, steps=10, batch=64, dtype="auto"
+        "world train generate",
+        __doc__ or "",
+        argv,
+        guidance=4.0,
+        number=5_000,
+        previews=10_000,
+        steps=10,
+        batch=64,
+        dtype="auto",
     )
     pairs.needs(args, "pipeline/vae", "pipeline/unet")
     model = load_backbone(str(args.out / "pipeline"), device=args.device, dtype=args.dtype, attention_stride=2)
     previews(args, model)
     samples(args, model)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,4 +1,4 @@
-"""Make everything that looks at pictures anew, in order: ``python -m addiff_env.tiny.recipes.lookers``.
+"""Make everything that looks at pictures anew, in order: ``addiff world train lookers``.
 
 CLIP, DINO, the reward model and the verifier, from what the present diffusion model draws. Every recipe resumes where
 it was; ``<work>/lookers.json`` says how long each took (the last time it ran) and with which options.
@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from addiff_env.tiny.recipes import common
@@ -28,12 +29,12 @@ RECIPES: dict[str, tuple[str, ...]] = {
 def command(recipe: str, work: Path, out: Path, seed: int) -> list[str]:
     """The command line of one recipe."""
     shared = ("--work", str(work), "--out", str(out), "--seed", str(seed))
-    return [sys.executable, "-m", f"addiff_env.tiny.recipes.{recipe}", *shared, *RECIPES[recipe]]
+    return [sys.executable, "-m", "addiff_env.cli", "world", "train", recipe, *shared, *RECIPES[recipe]]
 
 
-def main() -> None:
-    """Command line."""
-    args = common.arguments(__doc__ or "", only="")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipes; returns the exit status."""
+    args = common.arguments("world train lookers", __doc__ or "", argv, only="")
     chosen = args.only.split(",") if args.only else list(RECIPES)
     if unknown := sorted(set(chosen) - set(RECIPES)):
         raise SystemExit(f"unknown recipes {', '.join(unknown)}; known: {', '.join(RECIPES)}")
@@ -47,6 +48,4 @@ def main() -> None:
         times[recipe] = {"seconds": seconds, "seed": args.seed, "options": list(RECIPES[recipe])}
         path.write_text(json.dumps(times, indent=2) + "\n")
 
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from addiff_env.commands import command_line
+from addiff_env.storage.commands import command_line
 from addiff_env.tiny.checker import Found
 from addiff_env.tiny.recipes import data
 from addiff_env.tiny.scenes import (
@@ -286,4 +286,4 @@ def needs(args: argparse.Namespace, *parts: str) -> None:
 
 
 def _generating(work: Path) -> str:
-    return command_line("python", "-m", "addiff_env.tiny.recipes.generate", "--work", work)
+    return command_line("addiff", "world", "train", "generate", "--work", work)

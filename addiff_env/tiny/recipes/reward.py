@@ -1,6 +1,6 @@
 """Train the reward model: which generated pictures satisfy their prompt, as the checker sees it.
 
-``python -m addiff_env.tiny.recipes.reward`` needs `generate`'s previews and samples and writes ``<out>/reward``.
+``addiff world train reward`` needs `generate`'s previews and samples and writes ``<out>/reward``.
 First it learns to read pictures (rendered scenes and previews against right and wrong captions), then what
 the diffusion model gets wrong (its samples with the checker's verdicts).
 """
@@ -11,12 +11,13 @@ import argparse
 import json
 import zlib
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from addiff_env.scorers import PixelTextReward
+from addiff_env.perception.scorers import PixelTextReward
 from addiff_env.tiny.auc import auc
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.pairs import Pairs, Samples
@@ -151,10 +152,12 @@ def train(args: argparse.Namespace, scenes: Pairs, previews: Pairs, samples: Sam
     return ema
 
 
-def main() -> None:
-    """Command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train and export; returns the exit status."""
     args = common.arguments(
+        "world train reward",
         __doc__ or "",
+        argv,
         steps=1300,
         batch=96,
         lr=1.2e-3,
@@ -172,7 +175,4 @@ def main() -> None:
     for key, value in result.items():
         print(f"  {key:20s} {value:.4f}")
     print(f"reward -> {args.out / 'reward'}")
-
-
-if __name__ == "__main__":
-    main()
+    return 0

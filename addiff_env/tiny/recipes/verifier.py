@@ -1,6 +1,6 @@
 """Train the verifier: from a clean prediction in latents, does the picture satisfy its prompt after so many more steps?
 
-``python -m addiff_env.tiny.recipes.verifier`` needs `endings`' chunks and writes ``<out>/verifier``. What the recipe
+``addiff world train verifier`` needs `endings`' chunks and writes ``<out>/verifier``. What the recipe
 asks is what was tried: every state with the evaluations that the grid had left, and with those that finished a stop.
 """
 
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 
-from addiff_env.backbones import load_backbone
-from addiff_env.scorers import PixelTextReward
-from addiff_env.scorers.latent_text import LatentTextReward
+from addiff_env.diffusion.backbones import load_backbone
+from addiff_env.perception.scorers import PixelTextReward
+from addiff_env.perception.scorers.latent_text import LatentTextReward
 from addiff_env.tiny.auc import auc
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
@@ -121,7 +121,7 @@ def load_questions(work: Path) -> tuple[Questions, Questions]:
     paths = sorted((work / "endings").glob("chunk_*.npz"))
     if not paths:
         place = work / "endings" / "chunk_*.npz"
-        raise FileNotFoundError(f"{place}; run: python -m addiff_env.tiny.recipes.endings --work {work}")
+        raise FileNotFoundError(f"{place}; run: addiff world train endings --work {work}")
     states, endings = [], []
     for path in paths:
         with np.load(path) as archive:
@@ -280,10 +280,20 @@ def report(logits: torch.Tensor, questions: Questions) -> dict[str, float]:
     return result
 
 
-def main() -> None:
-    """Command line."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, calibrate and export; returns the exit status."""
     args = common.arguments(
-        __doc__ or "", steps=2000, batch=128, lr=1e-3, layers=4, warm_start=1, stem_steps=300, dense=1.0, dtype="auto"
+        "world train verifier",
+        __doc__ or "",
+        argv,
+        steps=2000,
+        batch=128,
+        lr=1e-3,
+        layers=4,
+        warm_start=1,
+        stem_steps=300,
+        dense=1.0,
+        dtype="auto",
     )
     states, endings = load_questions(args.work)
     print(f"{len(states)} states, {len(endings)} endings of {len(set(states.captions))} prompts", flush=True)
@@ -300,6 +310,4 @@ def main() -> None:
         print(f"  {key:20s} {value:.4f}")
     print(f"verifier -> {args.out / 'verifier'}")
 
-
-if __name__ == "__main__":
-    main()
+    return 0

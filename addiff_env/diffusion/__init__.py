@@ -1,0 +1,1 @@
+"""Models and solvers: what denoises; no policy."""

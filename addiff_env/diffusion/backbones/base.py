@@ -1,0 +1,429 @@
+"""What an environment needs of a text-to-image model, and what all of them share."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from addiff_env.diffusion.backbones.memory import activation_ceiling, bytes_per_pixel, in_slices
+from addiff_env.diffusion.backbones.offload import attach_offload, load_now
+from addiff_env.diffusion.backbones.prompt_cache import PromptCache
+from addiff_env.diffusion.samplers import Level, Schedule, make_schedule, solver_step
+from addiff_env.loading.isolation import exclusive, frozen_call, isolated
+from addiff_env.loading.weights import DTYPES
+
+_RECOMPILE_LIMIT = 256  # of one function: a network's blocks share their code, and each shape is a graph of its own
+
+
+@dataclass
+class Conditioning:
+    """Encoded prompts of B lanes; what a model does not use is None."""
+
+    embeddings: torch.Tensor  # (B, tokens, width) of the prompt
+    content: torch.Tensor  # (B, tokens) bool: the prompt's own words, without BOS, EOS and padding
+    negative: torch.Tensor | None = None  # (B, tokens, width) of the negative prompt
+    pooled: torch.Tensor | None = None  # (B, width) of the prompt (SDXL, Flux)
+    negative_pooled: torch.Tensor | None = None  # (B, width) of the negative prompt (SDXL)
+
+    def __getitem__(self, lanes: torch.Tensor) -> Conditioning:
+        """The conditioning of some lanes, by index."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return Conditioning(*(None if value is None else value[lanes] for value in values))
+
+    def put(self, lanes: torch.Tensor, other: Conditioning) -> None:
+        """Overwrite some lanes."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None:
+                value[lanes] = getattr(other, f.name)
+
+    @classmethod
+    def stack(cls, rows: Sequence[Conditioning]) -> Conditioning:
+        """One batch of single-lane encodings, each without the lane dimension."""
+        columns = ([getattr(row, f.name) for row in rows] for f in fields(cls))
+        return cls(*(None if column[0] is None else torch.stack(column) for column in columns))
+
+    def to(self, device: torch.device) -> Conditioning:
+        """The same on ``device``."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return Conditioning(*(None if value is None else value.to(device) for value in values))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        values = (getattr(self, f.name) for f in fields(self))
+        return sum(value.nbytes for value in values if value is not None)
+
+
+@dataclass
+class Prediction:
+    """One denoiser evaluation of B lanes."""
+
+    x0: torch.Tensor  # (B, C, h, w) clean prediction, latents' dtype
+    maps: torch.Tensor  # (B, tokens, h', w') float32 cross-attention of the conditional half; no tokens if not captured
+    features: torch.Tensor  # (B, channels) float32, pooled activations of the network's middle
+
+
+class Backbone(ABC):
+    """A frozen model; its conventions (prediction type, scaling, packing, guidance) end here.
+
+    Environments share it, also between threads: subclasses set the attributes below and write the methods marked
+    abstract, `predict` as a `frozen_call`.
+    """
+
+    name: str
+    revision: str | None
+    device: torch.device
+    dtype: torch.dtype
+    dtype_name: str
+    tokenizer: Any  # whose positions the attention maps have
+    scheduler_config: dict[str, Any]  # of the pipeline's folder, without values that are diffusers' own defaults
+    latent_channels: int
+    spatial_factor: int  # picture pixels per latent cell
+    size_multiple: int  # height and width must be divisible by this, pixels
+    feature_width: int  # channels of the network's middle
+    attention_stride: int  # latent cells per attention cell
+    solver: str  # the one used unless another is asked for
+    encodes_negative: bool = False  # whether guidance encodes the empty prompt where no negative one is given
+    vae: Any  # the autoencoder
+
+    def __init__(
+        self,
+        name: str,
+        revision: str | None,
+        device: str,
+        dtype_name: str,
+        decode_memory: float | None = None,
+        offload: str = "none",
+    ) -> None:
+        self.name, self.revision = name, revision
+        self.device, self.dtype, self.dtype_name = torch.device(device), DTYPES[dtype_name], dtype_name
+        self.decode_memory, self.offload = decode_memory, offload
+        self._prompts: PromptCache[Conditioning] = PromptCache(self.device)
+        self._warned: set[str] = set()
+        self._flops: dict[tuple[Any, ...], float] = {}
+
+    def _frozen(self, module: Any) -> Any:
+        """A network that is not trained: on the device, or on the host for as long as it is not called."""
+        module = module.eval().requires_grad_(False)
+        return module if self.offload != "none" else module.to(self.device)
+
+    def _attach_offload(self, *modules: Any) -> None:
+        attach_offload(modules, self.device, self.offload)
+
+    # ----------------------------------------------------------------- shapes, grids
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of a picture's latents.
+
+        Raises:
+            ValueError: the size is not divisible by what the model needs.
+        """
+        if height % self.size_multiple or width % self.size_multiple or min(height, width) < 1:
+            raise ValueError(
+                f"height and width must be divisible by {self.size_multiple} for {self.name!r}, got {height} x {width}"
+            )
+        return self.latent_channels, height // self.spatial_factor, width // self.spatial_factor
+
+    def schedule(
+        self, num_inference_steps: int, shape: tuple[int, int, int], solver: str | None = None, eta: float = 0.0
+    ) -> Schedule:
+        """The grid of ``solver`` for latents of ``shape`` (C, h, w); raises as `make_schedule`."""
+        tokens = self.image_tokens(shape)
+        return make_schedule(
+            self.scheduler_config, num_inference_steps, self.device, solver or self.solver, eta, tokens
+        )
+
+    def image_tokens(self, shape: tuple[int, int, int]) -> int | None:
+        """The transformer's sequence length for latents of ``shape``, where the schedule depends on it."""
+        return None
+
+    @abstractmethod
+    def passes(self, guidance_scale: float) -> int:
+        """Network passes of one evaluation."""
+
+    # ----------------------------------------------------------------- text
+
+    @frozen_call
+    def encode_prompts(
+        self, prompts: Sequence[str], negative_prompt: str | Sequence[str | None] | None = None
+    ) -> Conditioning:
+        """Encode texts as the model's pipeline does; what is too long is truncated, with one warning.
+
+        Args:
+            prompts: one per lane.
+            negative_prompt: what guidance leads away from: one for all lanes, or one per lane; None is what the model's
+                pipeline takes where none is given: the empty prompt, or zeros.
+
+        Raises:
+            ValueError: the model takes no negative prompt, or there is not one per lane.
+        """
+        one = negative_prompt is None or isinstance(negative_prompt, str)
+        negatives: list[Any] = [negative_prompt] * len(prompts) if one else list(negative_prompt or [])
+        if len(negatives) != len(prompts):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(prompts)} prompts")
+        rows = []
+        for prompt, text in zip(prompts, negatives, strict=True):
+            row = self._encoded(prompt)
+            negative = self._negative(text, row)
+            rows.append(row if negative is None else with_negative(row, negative))
+        return Conditioning.stack(rows)
+
+    def _encoded(self, text: str) -> Conditioning:
+        """One text's encoding, without the lane dimension."""
+        return self._prompts.get(text, self._encode)
+
+    @abstractmethod
+    def _encode(self, text: str) -> Conditioning:
+        """One text's embeddings, without the lane dimension and without a negative."""
+
+    def _negative(self, text: str | None, prompt: Conditioning) -> Conditioning | None:
+        """The encoding that guidance leads away from in a lane of ``prompt``; None where there is no such thing.
+
+        Raises:
+            ValueError: a text for a model without an unconditional pass.
+        """
+        if text is not None:
+            raise ValueError(f"{self.name!r} has no unconditional pass and takes no negative_prompt, got {text!r}")
+        return None
+
+    def check_negative_prompt(self, text: str | None, guidance_scale: float) -> None:
+        """Refuse a negative prompt that would have no effect.
+
+        Raises:
+            ValueError: one for a model, or a ``guidance_scale``, without an unconditional pass.
+        """
+        if text is not None and self.passes(guidance_scale) == 1:
+            raise ValueError(
+                f"negative_prompt {text!r} needs an unconditional pass, which {self.name!r} with guidance_scale "
+                f"{guidance_scale:g} has not"
+            )
+
+    def texts_encoded(self, guidance_scale: float, negative_prompt: str | None = None) -> int:
+        """Texts that the encoder reads for one lane: its prompt, and with guidance what this leads away from."""
+        guided = self.passes(guidance_scale) == 2
+        return 2 if guided and (self.encodes_negative or negative_prompt is not None) else 1
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+    # ----------------------------------------------------------------- denoiser, pictures
+
+    @abstractmethod
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        level: Level,
+        conditioning: Conditioning,
+        guidance_scale: float,
+        capture: bool = True,
+    ) -> Prediction:
+        """Evaluate the denoiser for lanes (B, C, h, w), each at its own ``timesteps`` (B,) and ``level``.
+
+        Without ``capture`` no attention is recorded and the maps have no tokens.
+        """
+
+    @frozen_call
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Full decode of latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1].
+
+        As many at a time as ``decode_memory`` has room for.
+        """
+        return in_slices(self._decode, latents, self._at_once(latents.shape[2:].numel() * self.spatial_factor**2))
+
+    @frozen_call
+    def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [0, 1], by the autoencoder's mean; sliced as `decode`."""
+        return in_slices(self._encode_pictures, pictures, self._at_once(pictures.shape[2:].numel()))
+
+    def _at_once(self, pixels: int) -> int:
+        """Pictures of so many ``pixels`` that the autoencoder takes in one call."""
+        load_now(self.vae)
+        return self.pictures_at_once(self.vae, pixels)
+
+    def pictures_at_once(self, decoder: Any, pixels: int) -> int:
+        """How many pictures of so many ``pixels`` a ``decoder`` on this device may work on: at least one."""
+        ceiling = activation_ceiling(self.device, self.decode_memory)
+        return int(min(max(1, ceiling // (bytes_per_pixel(decoder) * pixels)), 2**31))
+
+    @abstractmethod
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """`decode` in one call."""
+
+    @abstractmethod
+    def _encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        """`encode_pictures` in one call."""
+
+    # ----------------------------------------------------------------- cost
+
+    def flops(self, component: str, shape: tuple[int, ...]) -> float:
+        """FLOPs per lane of ``denoiser`` (one pass), ``decode`` or ``text`` (one prompt); measured once per shape."""
+        key = (component, shape)
+        if key not in self._flops:
+            self._flops[key] = count_flops(self._one_lane(component, shape), self.device)
+        return self._flops[key]
+
+    @abstractmethod
+    def _one_lane(self, component: str, shape: tuple[int, ...]) -> Callable[[], Any]:
+        """A call that runs ``component`` once, for `flops`."""
+
+
+# --------------------------------------------------------------------------- noise, plain denoising
+
+
+@isolated()
+def draw_noise(backbone: Backbone, shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Noise (B, C, h, w) of ``shape`` (C, h, w), each lane's drawn by its own generator.
+
+    It is drawn on the CPU, as diffusers does with CPU generators, and sent to the device in one piece.
+    """
+    noise = [torch.randn(1, *shape, generator=generator, dtype=backbone.dtype) for generator in generators]
+    return torch.cat(noise).to(backbone.device, non_blocking=True)
+
+
+def initial_noise(backbone: Backbone, shape: tuple[int, ...], seeds: Sequence[int]) -> torch.Tensor:
+    """Initial latents (B, C, h, w) of ``seeds``: the same for every method, whatever batch they travel in."""
+    return draw_noise(backbone, shape, [torch.Generator().manual_seed(int(seed)) for seed in seeds])
+
+
+@isolated()
+def denoise(
+    backbone: Backbone,
+    schedule: Schedule,
+    prompts: list[str],
+    latents: torch.Tensor,
+    guidance_scale: float,
+    watch: Callable[[int, torch.Tensor, Prediction], None] | None = None,
+    capture: Sequence[int] = (),
+    negative_prompt: str | None = None,
+) -> torch.Tensor:
+    """The whole schedule without decisions, all lanes in step: initial to final latents (B, C, h, w).
+
+    ``watch(index, latents, prediction)`` sees every evaluation and the latents it was made at; attention is
+    captured at the steps of ``capture``. Stochastic solvers (eta > 0) are refused.
+
+    Raises:
+        ValueError: the schedule needs fresh noise.
+    """
+    if schedule.needs_noise:
+        raise ValueError(f"denoise() runs deterministic solvers, got eta {schedule.eta}")
+    conditioning = backbone.encode_prompts(prompts, negative_prompt)
+    before = torch.zeros_like(latents)
+    known = torch.zeros(len(latents), dtype=torch.bool, device=latents.device)
+    for index in range(schedule.num_inference_steps):
+        at = torch.full((len(latents),), index, device=latents.device)
+        now = backbone.predict(
+            latents, schedule.timesteps[at], schedule.here.at(at), conditioning, guidance_scale, index in capture
+        )
+        if watch is not None:
+            watch(index, latents, now)
+        latents = solver_step(schedule, latents, now.x0, at, before, known)
+        before, known = now.x0, torch.ones_like(known)
+    return latents
+
+
+def to_uint8(pictures: torch.Tensor) -> np.ndarray:
+    """Pictures (B, 3, H, W) in [0, 1] to uint8 (B, H, W, 3)."""
+    return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+# --------------------------------------------------------------------------- for the subclasses
+
+
+def with_negative(prompt: Conditioning, negative: Conditioning) -> Conditioning:
+    """``prompt`` with the embeddings of ``negative`` to lead away from; they are shared, not copied."""
+    return Conditioning(prompt.embeddings, prompt.content, negative.embeddings, prompt.pooled, negative.pooled)
+
+
+def compile_block(module: Any) -> None:
+    """Compile a module in place, once for all batch sizes (``torch.compile``).
+
+    PyTorch gives up on a function after eight graphs and runs it uncompiled from then on. The count is a function's,
+    which a network's blocks share, and blocks of other widths are other graphs.
+    """
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        module.compile(dynamic=True, recompile_limit=_RECOMPILE_LIMIT)
+        return
+    torch._dynamo.config.recompile_limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    module.compile(dynamic=True)
+
+
+def count_flops(call: Callable[[], Any], device: torch.device | str) -> float:
+    """FLOPs of one call on ``device``, by `torch.utils.flop_counter` (matrix products, convolutions, attention)."""
+    # The counter knows CUDA's fused attention, but not the CPU's: there attention is written out while it counts.
+    written_out = sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
+    # Which kernels attention uses is a setting of the process, and the counter watches all of its modules.
+    with exclusive(), _plain_multihead_attention(), written_out, FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
+@contextmanager
+def _plain_multihead_attention() -> Iterator[None]:
+    """Keep `nn.MultiheadAttention` (open_clip's towers) from its fused inference path, which counts as no FLOPs."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def scheduler_settings(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's configuration as its file has it: values that its class filled in are left out.
+
+    diffusers does the same when another scheduler class is made of it (``from_config``).
+    """
+    config = dict(scheduler.config)
+    filled = set(config.pop("_use_default_values", [])) - {"clip_sample"}  # diffusers clips unless told not to
+    kept = {name: value for name, value in config.items() if name not in filled}
+    return kept | {"_class_name": type(scheduler).__name__}
+
+
+def content_tokens(tokenizer: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Which ``tokens`` (L,) are the prompt's own, (L,) bool; an empty prompt keeps one, so that maps exist."""
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    special |= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    content = torch.tensor([int(token) not in special for token in tokens])
+    if not content.any():
+        content[min(1, len(content) - 1)] = True
+    return content
+
+
+def truncated_words(tokenizer: Any, prompt: str, limit: int) -> str:
+    """The end of ``prompt`` that does not fit into ``limit`` tokens, special ones included; "" if it fits."""
+    special = tokenizer.num_special_tokens_to_add()
+    pieces = tokenizer.tokenize(prompt)
+    if len(pieces) <= limit - special:
+        return ""
+    return tokenizer.convert_tokens_to_string(pieces[limit - special :]).replace("</w>", " ").strip()
+
+
+def spelled_out_words(tokenizer: Any, prompt: str) -> list[str]:
+    """Words of ``prompt`` that the tokenizer does not know: at least half of their pieces are single letters."""
+    words = re.findall(r"[^\W\d_]{2,}", prompt)
+    return [word for word in words if _is_spelled_out(tokenizer.tokenize(word))]
+
+
+def _is_spelled_out(pieces: list[str]) -> bool:
+    return 2 * sum(len(piece.removesuffix("</w>")) == 1 for piece in pieces) >= len(pieces)
+
+
+def guide(output: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022, eq. 6) of (2B, ...), the unconditional half first."""
+    unconditional, text = output.chunk(2)
+    return unconditional + guidance_scale * (text - unconditional)

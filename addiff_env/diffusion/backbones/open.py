@@ -1,0 +1,139 @@
+"""Opening a diffusers pipeline, from the Hub or a local folder, with errors that say what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from addiff_env.loading.weights import (
+    check_finite,
+    gated_advice,
+    load_network,
+    looked_at,
+    quiet_loading,
+    resolve_model,
+    some,
+)
+
+_OPTIONS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
+
+
+def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: str | None = None) -> Any:
+    """Load a pipeline without its safety checker; a LoRA is fused into the weights.
+
+    The safety checker replaces pictures by black ones, which an agent must not be rewarded or blamed for: whoever
+    shows pictures to others runs one on what comes out. Only safetensors are read, so nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: the model or the LoRA is not there; the message says how to get it.
+        ValueError: a file of it is damaged, lacks weights or holds others. ImportError: a LoRA needs peft.
+    """
+    folder = resolve_model(model)
+    try:
+        with quiet_loading():
+            pipeline = _load_pipeline(folder, revision, dtype)
+    except Exception as error:
+        there = Path(folder).exists()
+        where = f"folder {folder}" if there else f"model {looked_at(model)}, neither a local folder nor loadable"
+        hint = "retrain it with: make tiny" if folder != model else "download it, or pass model=<pipeline folder>"
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) or not there else ValueError
+        advice = "" if there else gated_advice(error, model)
+        raise kind(f"cannot load a diffusers pipeline from {where}: {error}; {hint}{advice}") from error
+    if lora is not None:
+        _fuse_lora(pipeline, lora)
+    return pipeline
+
+
+def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Any:
+    """A pipeline all of whose networks' weights are the files'; diffusers itself would only warn."""
+    folder = model if Path(model).is_dir() else DiffusionPipeline.download(model, revision=revision, **_OPTIONS)
+    networks = {
+        name: load_network(kind, part, dtype=dtype, use_safetensors=True) for name, kind, part in _parts(folder)
+    }
+    return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **networks, **_OPTIONS)
+
+
+def _parts(folder: str) -> Iterator[tuple[str, Any, Path]]:
+    """Name, class and folder of a pipeline's networks, as its index lists them; the safety checker is left out."""
+    for name, entry in DiffusionPipeline.load_config(folder).items():
+        part = Path(folder, name)
+        if not isinstance(entry, (list, tuple)) or entry[0] not in ("diffusers", "transformers") or not part.is_dir():
+            continue
+        kind = getattr(importlib.import_module(entry[0]), entry[1], None)
+        if name not in _OPTIONS and isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+            yield name, kind, part
+
+
+def _fuse_lora(pipeline: Any, lora: str) -> None:
+    """Add a LoRA to the weights for good (Hu et al. 2022), if all of it applies."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"lora={lora!r} needs peft: pip install 'addiff-env[lora]'") from error
+    place = resolve_model(lora)
+    try:
+        with quiet_loading():
+            state = _lora_state(pipeline, place)
+            check_finite(state, place)
+            pipeline.load_lora_weights(place, use_safetensors=True)
+            _check_lora(pipeline, state)
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
+    except Exception as error:
+        kind = ValueError if Path(place).exists() else FileNotFoundError
+        advice = gated_advice(error, "" if Path(lora).exists() else lora)
+        hint = f"pass a Hub id or a .safetensors file{advice}"
+        raise kind(f"cannot load the LoRA {looked_at(lora)}: {error}; {hint}") from error
+
+
+def _lora_state(pipeline: Any, lora: str) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA, in diffusers' names."""
+    blocks = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
+    loaded = pipeline.lora_state_dict(lora, use_safetensors=True, **blocks)
+    state = loaded[0] if isinstance(loaded, tuple) else loaded
+    return {name: value for name, value in state.items() if not name.endswith("alpha")}
+
+
+def _check_lora(pipeline: Any, state: dict[str, torch.Tensor]) -> None:
+    """Compare what the adapters hold with what was read: both libraries leave out what fits nowhere, with a warning.
+
+    Values are compared, not names: files have half a dozen ways to name them.
+
+    Raises:
+        ValueError: tensors that went nowhere, or layers that got only a part of theirs; the message names them.
+    """
+    adapters = dict(_adapters(pipeline))
+    dtypes = {value.dtype for value in adapters.values()}
+    read = {_content(value.to(dtype)) for value in state.values() for dtype in dtypes}
+    held = {_content(value) for value in adapters.values() if not value.is_meta}
+    unused = [name for name, value in state.items() if not any(_content(value.to(d)) in held for d in dtypes)]
+    drawn = [name for name, value in adapters.items() if value.is_meta or _content(value) not in read]
+    if unused:
+        raise ValueError(f"{len(unused)} of its {len(state)} tensors fit nowhere in this model: {some(unused)}")
+    if drawn:
+        raise ValueError(f"it lacks {len(drawn)} tensors of the layers that it changes: {some(drawn)}")
+
+
+def _adapters(pipeline: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and value of every tensor that a LoRA added to a pipeline's networks."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for part, network in pipeline.components.items():
+        if not isinstance(network, torch.nn.Module):
+            continue
+        for name, module in network.named_modules():
+            for kind in module.adapter_layer_names if isinstance(module, BaseTunerLayer) else ():
+                for leaf, value in getattr(module, kind).named_parameters():
+                    yield f"{part}.{name}.{kind}.{leaf}", value.detach()
+
+
+def _content(value: torch.Tensor) -> tuple[torch.Size, bytes]:
+    """Shape and digest of a tensor's values."""
+    data = value.cpu().contiguous().view(torch.uint8).numpy()
+    return value.shape, hashlib.sha256(data).digest()

@@ -1,0 +1,1 @@
+"""Whatever makes a picture of a prompt and a seed."""

@@ -1,0 +1,82 @@
+"""What a way to make pictures offers, and what those share that make them batch by batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from addiff_env.diffusion.backbones import Backbone, initial_noise
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.loading.isolation import isolated
+from addiff_env.types import Generated
+
+
+class Method(Protocol):
+    """A way to make pictures; `make` yields them in groups, so that finished ones can be written down."""
+
+    name: str
+    solver: str
+    policy: str
+    backbone: Backbone  # whose pictures they are
+    expected_nfe: float  # denoiser evaluations of a picture; a guess where they are not known beforehand
+
+    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
+        """Make one picture per item."""
+
+
+class Batched:
+    """What methods share that make their pictures batch by batch: the environment's ``batch_size`` unless told."""
+
+    def __init__(self, env: DiffusionDenoiseVectorEnv, name: str, batch_size: int | None = None) -> None:
+        self.env, self.batch_size = env, env.config.batch_size if batch_size is None else batch_size
+        self.name = self.solver = self.policy = name
+        self.backbone = env.backbone
+        self.expected_nfe = float(env.config.num_inference_steps)
+
+    def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
+        """Make one picture per item."""
+        for start in range(0, len(items), self.batch_size):
+            part = items[start : start + self.batch_size]
+            began = time.perf_counter()
+            with isolated():
+                made = self._batch(part)
+            for result in made:
+                result.seconds = (time.perf_counter() - began) / len(part)
+            yield list(zip(part, made, strict=True))
+
+    def _batch(self, items: list[Item]) -> list[Generated]:
+        raise NotImplementedError
+
+    def _noise(self, seeds: Sequence[int]) -> torch.Tensor:
+        return initial_noise(self.env.backbone, self.env.latent_shape, seeds)
+
+    def _generated(
+        self, item: Item, picture: np.ndarray, passes: float, decodes: int = 1, verdicts: int = 0
+    ) -> Generated:
+        """A result whose cost is that of `bill`."""
+        nfe = round(passes / self.env.passes_per_nfe)
+        bill = self.bill(passes, decodes, verdicts)
+        return Generated(item.prompt, item.seed, picture, [], nfe, round(passes), bill)
+
+    def bill(self, passes: float, decodes: int = 1, verdicts: int = 0) -> float:
+        """Net FLOPs of ``passes`` of the network, ``decodes``, and ``verdicts`` of the reward model, with the texts.
+
+        Nobody else looks at these pictures: of the encoders that the environment's policies see with none is charged.
+        """
+        price, perception, config = self.env.price, self.env.perception, self.env.config
+        flops = passes * price["denoiser"] + decodes * price["decode"] + price["start"] - self._text_flops
+        if not verdicts:
+            return flops
+        return (
+            flops + verdicts * perception.verdict_flops(config.height, config.width) + perception.verdict_text_flops()
+        )
+
+    @cached_property
+    def _text_flops(self) -> float:
+        return self.env.perception.text_flops()

@@ -1,0 +1,288 @@
+"""What an evaluation says: the table and the plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # pictures go to files; no display is needed
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from addiff_env.env.trajectories import ACCENT, INK
+from addiff_env.evaluation.statistics.hypotheses import solver_families
+from addiff_env.evaluation.statistics.significance import front_quality
+from addiff_env.evaluation.statistics.summary import (
+    COSTS,
+    NOT_AVAILABLE,
+    Estimate,
+    MethodSummary,
+    by_facts,
+    by_method,
+    categories_of,
+    counted,
+    decision_counts,
+    estimate,
+    headline_metric,
+    number_text,
+    score_value,
+    share_metrics,
+    summarise,
+)
+from addiff_env.types import ACTIONS, Action, ResultRow
+
+GRID, AGENT = "#c9ced6", ACCENT
+FAMILIES = ("#1c7ed6", "#2b8a3e", "#7048e8", "#c2255c", "#0b7285", "#846800")  # solvers, best-of-N, single methods
+ACTION_COLORS = ("#4c8ed9", "#7a8494", "#e8590c")  # continue, stop, refine
+_LOOK: dict[Any, Any] = {
+    "text.parse_math": False,  # method names are shown as they are
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "font.size": 9.5,
+}
+
+
+def summary_table(rows: Sequence[ResultRow]) -> str:
+    """A table with one line per method; success (or `headline_metric`) with its 95% interval, shares in percent.
+
+    What the rows do not tell is `NOT_AVAILABLE`; lines below the table say why.
+    """
+    metric, shares, categories = headline_metric(rows), share_metrics(rows), categories_of(rows)
+    parts = {name: [row for row in rows if row.category == name] for name in categories}
+    by_category = {name: {s.method: s for s in summarise(part, shares)} for name, part in parts.items()}
+    head = ["method", "n", metric, "95% interval", "NFE", "NFE sd", "GFLOPs", "s/image", "cont/stop/refine"]
+    lines = [head + [_short(category) for category in categories]]
+    for summary in summarise(rows, shares):
+        cells = [by_category[name].get(summary.method) for name in categories]
+        line = _table_line(summary, metric, metric in shares)
+        lines.append(line + [_cell(cell, metric, metric in shares) for cell in cells])
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    text = [
+        "  ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], *absences(rows)])
+
+
+def absences(rows: Sequence[ResultRow]) -> list[str]:
+    """Why the headline metric of a method stands for fewer pictures than it has, or for none; nothing where none is."""
+    metric = headline_metric(rows)
+    found = []
+    for method, group in by_method(rows).items():
+        if lacking := [row for row in group if score_value(row, metric) is None]:
+            of = f"{len(lacking)} of its {len(group)} pictures" if len(lacking) < len(group) else "none of its pictures"
+            verb = "lack one" if len(lacking) < len(group) else "has one"
+            found.append(f"{metric} of {method}: {of} {verb}")
+    return found
+
+
+def _short(category: str) -> str:
+    return category.replace("_objects", "").replace("_object", "").replace("color_attribution", "attrib.")
+
+
+def _table_line(summary: MethodSummary, metric: str, is_share: bool) -> list[str]:
+    quality, costs = summary.scores.get(metric), summary.costs
+    digits, scale = (1, 100) if is_share else (3, 1)
+    return [
+        summary.method,
+        str(summary.number),
+        NOT_AVAILABLE if quality is None else number_text(scale * quality.mean, digits),
+        "-" if quality is None else interval_text(quality, scale, digits),
+        _mean(costs.get("nfe"), 1),
+        _deviation(costs.get("nfe"), 1),
+        _mean(costs.get("net_flops"), 1, 1e9),
+        _mean(costs.get("seconds"), 3),
+        shares_text(summary.actions),
+    ]
+
+
+def _mean(found: Estimate | None, digits: int, unit: float = 1) -> str:
+    return NOT_AVAILABLE if found is None else f"{found.mean / unit:.{digits}f}"
+
+
+def _deviation(found: Estimate | None, digits: int) -> str:
+    return NOT_AVAILABLE if found is None else f"{found.deviation:.{digits}f}"
+
+
+def _cell(summary: MethodSummary | None, metric: str, is_share: bool) -> str:
+    if summary is None:
+        return "-"
+    found = summary.scores.get(metric)
+    if found is None:
+        return NOT_AVAILABLE
+    return number_text(100 * found.mean, 0) if is_share else number_text(found.mean, 2)
+
+
+def interval_text(found: Estimate, scale: float = 1, digits: int = 3) -> str:
+    """Ends of an interval, or a dash where there is none."""
+    if found.low is None or found.high is None:
+        return "-"
+    low, high = (number_text(scale * end, digits) for end in (found.low, found.high))
+    return f"{low} to {high}" if {"-", "e"} & set(low + high) else f"{low}-{high}"
+
+
+def shares_text(shares: np.ndarray | None) -> str:
+    """Shares of continue, stop and refine in percent, or a dash where nobody decided."""
+    return "-" if shares is None else "/".join(f"{100 * share:.0f}" for share in shares)
+
+
+# --------------------------------------------------------------------------- plots
+
+
+@contextmanager
+def _figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+    """An empty figure in the report's look, inches; its axes share their vertical scale."""
+    with plt.rc_context(_LOOK):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, list(figure.subplots(1, columns, sharey=True, squeeze=False)[0])
+
+
+def plot_quality_against_compute(rows: Sequence[ResultRow], path: Path) -> None:
+    """Quality with 95% intervals against mean net FLOPs and mean NFE; solvers form lines."""
+    figure = quality_figure(rows, ("net_flops", "nfe"), (10.5, 4.8))
+    number = len({(row.prompt, row.seed) for row in rows})
+    figure.suptitle(f"Quality against compute, {counted(number, 'held-out picture')}, 95% intervals", color=INK)
+    figure.savefig(path, dpi=130)
+
+
+def quality_figure(rows: Sequence[ResultRow], costs: Sequence[str], size: tuple[float, float] = (5.4, 4.4)) -> Figure:
+    """The headline metric against each of ``costs``, with the interpolated front of all fixed methods.
+
+    Methods without the metric or the cost have no point.
+    """
+    metric, shares = headline_metric(rows), share_metrics(rows)
+    scale = 100.0 if metric in shares else 1.0
+    summaries = {summary.method: summary for summary in summarise(rows, shares)}
+    with _figure(*size, len(costs)) as (figure, axes):
+        for axis, name in zip(axes, costs, strict=True):
+            cost = next(cost for cost in COSTS if cost.name == name)
+            drawn = {
+                m: summary for m, summary in summaries.items() if metric in summary.scores and name in summary.costs
+            }
+            _draw_front(axis, drawn, metric, name, cost.unit, scale)
+            for label, members, color, marker in _series(list(summaries)):
+                points = [drawn[member] for member in members if member in drawn]
+                if points:
+                    _draw_points(axis, points, (metric, scale), (name, cost.unit), label, color, marker)
+            if not drawn:
+                axis.text(0.5, 0.5, f"no picture has {metric}", transform=axis.transAxes, ha="center", color=INK)
+            axis.set_xlabel(f"{cost.label} per picture")
+        axes[0].set_ylabel("prompts satisfied (%)" if metric == "success" else metric + (" (%)" if scale > 1 else ""))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=max(2, int(size[0] / 2)))
+    return figure
+
+
+def _series(methods: list[str]) -> list[tuple[str, list[str], str, str]]:
+    """Label, methods, colour and marker of each line or point: solver families first, the agent last."""
+    families = solver_families(methods)
+    single = [name for name in methods if name not in sum(families.values(), [])]
+    colors = [FAMILIES[k % len(FAMILIES)] for k in range(len(families) + len(single))]
+    found = [(label, members, colors[k], "o-") for k, (label, members) in enumerate(families.items())]
+    for k, name in enumerate(name for name in single if name != "agent"):
+        found.append((name, [name], colors[len(families) + k], "sDv^P"[k % 5]))
+    return found + [("agent", ["agent"], AGENT, "*")] * ("agent" in single)
+
+
+def _draw_points(
+    axis: Axes,
+    points: Sequence[MethodSummary],
+    quality: tuple[str, float],
+    cost: tuple[str, float],
+    label: str,
+    color: str,
+    marker: str,
+) -> None:
+    """Means with both intervals, in the order of their cost; members of a family carry what tells them apart."""
+    (metric, scale), (name, unit) = quality, cost
+    points = sorted(points, key=lambda point: point.costs[name].mean)
+    x = [point.costs[name].mean / unit for point in points]
+    y = [point.scores[metric].mean * scale for point in points]
+    bounds: dict[str, Any] = {
+        "xerr": _lengths([point.costs[name] for point in points], 1 / unit),
+        "yerr": _lengths([point.scores[metric] for point in points], scale),
+    }
+    size = 13 if marker == "*" else 5
+    thin: dict[str, Any] = {"capsize": 2.5, "linewidth": 0.8, "elinewidth": 0.9}
+    axis.errorbar(x, y, fmt=marker, color=color, label=label, markersize=size, **thin, **bounds)
+    for point, px, py in zip(points, x, y, strict=True):
+        mark = _mark(point.method) if marker == "o-" else ""
+        axis.annotate(mark, (px, py), textcoords="offset points", xytext=(5, 5), fontsize=8.5, color=color)
+
+
+def _mark(method: str) -> str:
+    """What tells members of a family apart: the number of steps, or of pictures that the best is taken of."""
+    head, _, tail = method.partition(":")
+    return f"×{head.rpartition('-')[2]}" if tail else head.rpartition("-")[2]
+
+
+def _lengths(found: Sequence[Estimate], scale: float) -> list[list[float]]:
+    """Lengths of error bars, below and above; none where there is no interval."""
+    ends = [(e.mean - e.low, e.high - e.mean) if e.low is not None and e.high is not None else (0, 0) for e in found]
+    return [[max(0.0, scale * end[side]) for end in ends] for side in (0, 1)]
+
+
+def _draw_front(
+    axis: Axes, summaries: Mapping[str, MethodSummary], metric: str, cost: str, unit: float, scale: float
+) -> None:
+    """What fixed methods reach at each cost, tossing coins between them: the null hypothesis of H2."""
+    fixed = sum(solver_families(list(summaries)).values(), [])
+    if len(fixed) < 2:
+        return
+    costs = np.array([summaries[name].costs[cost].mean for name in fixed])
+    values = np.array([summaries[name].scores[metric].mean for name in fixed])
+    at = np.linspace(costs.min(), costs.max(), 200)
+    shape = (at.size, costs.size)
+    front = front_quality(np.broadcast_to(costs, shape), np.broadcast_to(values, shape), at)
+    axis.plot(at / unit, scale * front, "--", color=INK, linewidth=1.2, zorder=3, label="front of fixed methods")
+
+
+def actions_figure(rows: Sequence[ResultRow]) -> Figure:
+    """Share of all pictures that took each action at their first, second, ... decision; what is left has ended."""
+    counts = decision_counts(rows)  # (decisions, 3)
+    at = np.arange(1, len(counts) + 1)
+    below = np.zeros(len(counts))
+    with _figure(5.4, 3.6) as (figure, (axis,)):
+        for action in (Action.CONTINUE, Action.REFINE, Action.STOP):
+            share = 100 * counts[:, action] / len(rows)
+            axis.bar(at, share, bottom=below, width=0.9, color=ACTION_COLORS[action], label=ACTIONS[action])
+            below += share
+        axis.set(xlabel="decision", ylabel="pictures (%)", ylim=(0, 100))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def complexity_figure(rows: Sequence[ResultRow], facts: Mapping[tuple[str, int], int]) -> Figure:
+    """NFE against what a picture must get right: discs sized by the number of pictures, means with 95% intervals."""
+    levels = by_facts(rows, facts)
+    spent = {level: [row.nfe for row in group] for level, group in levels.items()}
+    found = [estimate(spent[level], [row.prompt for row in group]) for level, group in levels.items()]
+    discs = [(level, nfe, values.count(nfe)) for level, values in spent.items() for nfe in sorted(set(values))]
+    x, y, number = (np.array(column, float) for column in zip(*discs, strict=True))
+    with _figure(5.4, 3.6) as (figure, (axis,)):
+        area = 12 + 260 * number / number.max()
+        axis.scatter(x, y, s=area, color=FAMILIES[0], alpha=0.35, linewidths=0, label="pictures")
+        means = [e.mean for e in found]
+        axis.errorbar(list(levels), means, yerr=_lengths(found, 1), fmt="o-", color=AGENT, capsize=2.5, label="mean")
+        axis.set(xlabel="facts that the prompt states", ylabel="NFE")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(loc="outside lower center", ncols=2, markerscale=0.6)
+    return figure

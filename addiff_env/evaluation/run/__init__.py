@@ -1,0 +1,1 @@
+"""A run folder: planned, made, kept, merged."""

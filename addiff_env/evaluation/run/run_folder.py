@@ -1,0 +1,192 @@
+"""What a finished run keeps beside its rows, so that its report can be made again without any model.
+
+| file | what |
+|---|---|
+| ``items.jsonl`` | prompt, seed, category and complexity of every picture |
+| ``verdicts.json`` | H1-H4 with their parts, and the rules that they were reached by |
+| ``provenance.json`` | benchmark, agent, environment, libraries |
+| ``filmstrips/`` | a folder per recorded trajectory: its frames and masks as PNG, and ``strip.json`` |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.run.rows import CONFIGURATION, read_rows
+from addiff_env.evaluation.statistics.hypotheses import Part, Rules, Verdict
+from addiff_env.evaluation.statistics.summary import lead_with
+from addiff_env.storage.files import read_json, write_whole
+from addiff_env.storage.jsonl import read_objects
+from addiff_env.storage.pictures import read_picture
+from addiff_env.types import ResultRow
+
+T = TypeVar("T")
+REPORTED = ".reported"  # what the latest report was about
+ITEMS, VERDICTS, PROVENANCE, STRIPS = "items.jsonl", "verdicts.json", "provenance.json", "filmstrips"
+LIBRARIES = ("torch", "diffusers", "transformers", "gymnasium", "numpy")
+SETTINGS = (*CONFIGURATION, "code_version")  # of a method's rows
+_KEPT = ("prompt", "seed", "category", "id", "facts", "complexity")  # of an item
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A recorded trajectory: frames as `filmstrips.record_trajectories` gives them, and the checker's words."""
+
+    item: Item
+    reason: str
+    frames: list[dict[str, Any]]
+
+    @property
+    def actions(self) -> list[int]:
+        """Decisions taken, in order."""
+        return [frame["action"] for frame in self.frames if frame["action"] is not None]
+
+
+# --------------------------------------------------------------------------- who reports
+
+
+def is_reported(folder: Path, settings: str, rows: Sequence[ResultRow]) -> bool:
+    """Whether another process has reported the same rows with the same settings; see `mark_reported`."""
+    path = folder / REPORTED
+    return path.exists() and path.read_text() == _digest(settings, rows)
+
+
+def mark_reported(folder: Path, settings: str, rows: Sequence[ResultRow]) -> None:
+    """Say that ``rows`` were reported with ``settings``, for the processes of one launch that end after this one."""
+    write_whole(folder / REPORTED, _digest(settings, rows))
+
+
+def _digest(settings: str, rows: Sequence[ResultRow]) -> str:
+    digest = hashlib.sha256(settings.encode())
+    for row in rows:
+        digest.update(json.dumps(asdict(row)).encode() + b"\n")
+    return digest.hexdigest()
+
+
+# --------------------------------------------------------------------------- items, verdicts, provenance
+
+
+def write_items(folder: Path, items: Iterable[Item]) -> None:
+    """Keep what the report needs to know of the benchmark."""
+    lines = (json.dumps({name: getattr(item, name) for name in _KEPT}) + "\n" for item in items)
+    write_whole(folder / ITEMS, "".join(lines))
+
+
+def read_items(folder: Path) -> list[Item]:
+    """The run's items, without the benchmark's own metadata."""
+    return [_made(Item, values, f"{folder / ITEMS}:{k}") for k, values in enumerate(read_objects(folder / ITEMS), 1)]
+
+
+def _made(kind: type[T], values: dict[str, Any], place: str) -> T:
+    """An object of a kept line's ``values``; raises ValueError with its ``place`` where they do not fit."""
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{place} is damaged: {error}") from error
+
+
+def write_verdicts(folder: Path, verdicts: Sequence[Verdict], rules: Rules) -> None:
+    """Keep the verdicts with the numbers behind them, and the rules that they were reached by."""
+    kept = {"rules": asdict(rules), "verdicts": [asdict(verdict) for verdict in verdicts]}
+    write_whole(folder / VERDICTS, json.dumps(kept, indent=2) + "\n")
+
+
+def read_verdicts(folder: Path) -> list[Verdict]:
+    """The run's verdicts; none where no agent was evaluated."""
+    if not (folder / VERDICTS).exists():
+        return []
+    path = folder / VERDICTS
+    found = read_json(path, object)
+    try:
+        found = found["verdicts"] if isinstance(found, dict) else found  # earlier releases kept no rules
+        return [Verdict(**{**values, "parts": tuple(Part(**part) for part in values["parts"])}) for values in found]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no verdicts: {type(error).__name__}: {error}") from error
+
+
+def write_provenance(folder: Path, rows: Sequence[ResultRow], **facts: Any) -> None:
+    """Keep JSON-able ``facts``, the settings of each method, and the versions of the libraries that ran them."""
+    settings = {row.method: {part: getattr(row, part) for part in SETTINGS} for row in rows}
+    libraries = {"python": python_version(), **{name: version(name) for name in LIBRARIES}}
+    kept = {**facts, "libraries": libraries, "methods": settings}
+    write_whole(folder / PROVENANCE, json.dumps(kept, indent=2) + "\n")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """What `write_provenance` kept; empty where nothing was."""
+    path = folder / PROVENANCE
+    return read_json(path) if path.exists() else {}
+
+
+def reported_rows(folder: Path) -> list[ResultRow]:
+    """The rows that the run's last report was about: its file may hold those of other methods, items and code too.
+
+    Raises:
+        ValueError: some of them are not there; a damaged file.
+    """
+    rows, kept = read_rows(folder / "rows.jsonl"), read_provenance(folder)
+    methods = kept.get("methods")
+    if methods is None:
+        return rows
+    found = {(row.prompt, row.seed, row.method, *(getattr(row, part) for part in SETTINGS)): row for row in rows}
+    wanted = [
+        (item.prompt, item.seed, name, *(settings[part] for part in SETTINGS))
+        for name, settings in methods.items()
+        for item in read_items(folder)
+    ]
+    missing = [key for key in wanted if key not in found]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(wanted)} reported rows are not in {folder}, e.g. {missing[0]}")
+    rows = [found[key] for key in wanted]
+    return lead_with(rows, kept["metric"]) if "metric" in kept else rows
+
+
+# --------------------------------------------------------------------------- filmstrips
+
+
+def save_strips(folder: Path, strips: Sequence[Strip]) -> None:
+    """Keep trajectories as pictures and numbers; those of an earlier report are replaced."""
+    shutil.rmtree(folder / STRIPS, ignore_errors=True)
+    for number, strip in enumerate(strips):
+        _save_strip(folder / STRIPS / f"{number:03d}", strip)
+
+
+def _save_strip(folder: Path, strip: Strip) -> None:
+    folder.mkdir(parents=True)
+    kept = []
+    for number, frame in enumerate(strip.frames):
+        Image.fromarray(frame["picture"]).save(folder / f"{number:03d}.png")
+        if frame["mask"] is not None:
+            levels = np.rint(255 * np.asarray(frame["mask"], float)).astype(np.uint8)  # (h, w)
+            Image.fromarray(levels).save(folder / f"{number:03d}-mask.png")
+        kept.append({name: value for name, value in frame.items() if name not in ("picture", "mask")})
+    item = {name: getattr(strip.item, name) for name in _KEPT}
+    (folder / "strip.json").write_text(json.dumps({"item": item, "reason": strip.reason, "frames": kept}, indent=2))
+
+
+def read_strips(folder: Path) -> list[Strip]:
+    """The run's trajectories, in the order they were chosen; masks in [0, 1] to the nearest 1/255."""
+    return [_read_strip(path.parent) for path in sorted((folder / STRIPS).glob("*/strip.json"))]
+
+
+def _read_strip(folder: Path) -> Strip:
+    kept = read_json(folder / "strip.json")
+    frames = []
+    for number, frame in enumerate(kept["frames"]):
+        picture = read_picture(folder / f"{number:03d}.png")  # (H, W, 3)
+        path = folder / f"{number:03d}-mask.png"
+        mask = read_picture(path, "L") / 255.0 if path.exists() else None  # (h, w)
+        frames.append({**frame, "picture": picture, "mask": mask})
+    return Strip(Item(**kept["item"]), kept["reason"], frames)

@@ -1,0 +1,568 @@
+"""A vision-language model as judge of pairs of pictures, through the OpenAI-compatible chat protocol.
+
+Every pair is asked in both orders and a preference counts only where both orders agree, so a judge that prefers
+whatever comes first decides nothing (Zheng et al. 2023, section 3.4). Answers are kept on disk with what they cost, the
+unusable ones too, so that nothing is paid for twice and the ceiling holds over interrupted runs together. Before the
+first call the cost is estimated, and a run that would cost more than its ceiling is refused. What models bill for a
+picture differs several times over, so from the first answer on the estimate is of what answers really cost.
+
+`addiff_env.evaluation.vlm_judge.judging` is the command that judges a finished run.
+
+The endpoint, the model and its prices come from environment variables, see `JudgeSettings.from_environment`. The key is
+read when the client is made and goes into the client alone: never into settings, rows, the cache, logs or messages.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from addiff_env.storage.jsonl import append_objects, read_objects
+
+FIRST, SECOND, TIE = "first", "second", "tie"
+OUTCOMES = ("a", "tie", "b")  # of a pair: a preferred, neither, b preferred
+ANSWERS, JUDGEMENT = "judge-answers.jsonl", "judge.json"  # of a judged run folder
+_QUESTION = (
+    "Two pictures were made for the prompt below. Which one follows the prompt better (objects, counts, colours, "
+    "relations)? Where both follow it equally well, prefer the one with fewer visible defects. Answer 'tie' if neither "
+    "is better. Do not let the order of the pictures influence you.\n\nPrompt: {prompt}"
+)
+_SCHEMA = {
+    "name": "preference",
+    "strict": True,
+    "schema": {
+        "type": "object",
+        "properties": {"reason": {"type": "string"}, "winner": {"type": "string", "enum": [FIRST, SECOND, TIE]}},
+        "required": ["reason", "winner"],
+        "additionalProperties": False,
+    },
+}
+_KEPT = 2000  # characters of what a judge said
+_DEARER = 1.1  # times the estimate: more than what prompts differ by
+_SHOWN = 200  # characters of what is no completion
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds before asking again, doubling, as the client's own
+_PROTOCOL = hashlib.sha256(json.dumps([_QUESTION, _SCHEMA]).encode()).hexdigest()[:12]  # a new wording asks anew
+
+
+class JudgeError(RuntimeError):
+    """The judge could not be asked; answers so far are kept, and the same call goes on from there."""
+
+
+class CostCeilingError(JudgeError):
+    """Asking would cost more than allowed."""
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Which model to ask and what it may cost. Holds no key."""
+
+    model: str
+    usd_per_million_input: float  # price of input tokens
+    usd_per_million_output: float
+    base_url: str | None = None  # None: the client's own default
+    key_variable: str = "ADDIFF_JUDGE_API_KEY"  # environment variable that holds the key
+    max_usd: float = 10.0  # ceiling of all calls that the cache knows of, those of earlier runs included
+    image_tokens: int = 1500  # assumed per picture until an answer tells what was billed
+    answer_tokens: int = 300  # most tokens of an answer
+    temperature: float | None = 0.0  # None: not sent, as models that think before they answer allow their own only
+    # After 408, 409, 429, 5xx, a lost connection, a timeout or what is no completion, with exponential back-off.
+    retries: int = 6
+    malformed_retries: int = 2  # after an answer that is not what was asked for
+    timeout: float = 120.0  # seconds per call
+
+    @classmethod
+    def from_environment(cls, name: str = "", **overrides: Any) -> JudgeSettings:
+        """Read ``ADDIFF_JUDGE_{MODEL,USD_IN,USD_OUT,BASE_URL,MAX_USD,ANSWER_TOKENS,IMAGE_TOKENS,TEMPERATURE}``.
+
+        With a name they are ``ADDIFF_JUDGE_<NAME>_...``. ``USD_IN`` and ``USD_OUT`` are dollars per million tokens; a
+        model that thinks before it answers needs more ``ANSWER_TOKENS`` than the default, and mostly ``TEMPERATURE``
+        none. ``IMAGE_TOKENS`` are what the model bills for a picture, for the first estimate. The key stays in
+        ``..._API_KEY``.
+
+        Raises:
+            ValueError: a variable that is missing or no number, by name.
+        """
+        prefix = f"ADDIFF_JUDGE_{name.upper()}_" if name else "ADDIFF_JUDGE_"
+        required = [f"{prefix}{part}" for part in ("MODEL", "USD_IN", "USD_OUT", "API_KEY")]
+        absent = [variable for variable in required if not os.environ.get(variable)]
+        if absent:
+            raise ValueError(f"a judge needs the environment variables {', '.join(absent)}")
+        values: dict[str, Any] = {
+            "model": os.environ[f"{prefix}MODEL"],
+            "usd_per_million_input": _number(f"{prefix}USD_IN"),
+            "usd_per_million_output": _number(f"{prefix}USD_OUT"),
+            "base_url": os.environ.get(f"{prefix}BASE_URL"),
+            "key_variable": f"{prefix}API_KEY",
+        }
+        if os.environ.get(f"{prefix}MAX_USD"):
+            values["max_usd"] = _number(f"{prefix}MAX_USD")
+        for part in ("ANSWER_TOKENS", "IMAGE_TOKENS"):
+            if os.environ.get(f"{prefix}{part}"):
+                values[part.lower()] = int(_number(f"{prefix}{part}"))
+        if told := os.environ.get(f"{prefix}TEMPERATURE"):
+            values["temperature"] = None if told.lower() == "none" else _number(f"{prefix}TEMPERATURE")
+        return cls(**{**values, **overrides})
+
+
+def _number(variable: str) -> float:
+    try:
+        return float(os.environ[variable])
+    except ValueError as error:
+        raise ValueError(f"{variable} must be a number, got {os.environ[variable]!r}") from error
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two methods' pictures of one prompt and seed."""
+
+    prompt: str
+    seed: int
+    method_a: str
+    method_b: str
+    image_a: Path  # PNG or JPEG
+    image_b: Path
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A judge's answer on a pair, both orders taken together."""
+
+    prompt: str
+    seed: int
+    method_a: str
+    method_b: str
+    winner: str | None  # "a", "b", "tie"; None: no usable answer, which is no tie
+    consistent: bool  # whether both orders said the same
+    judge: str  # the model
+
+
+@dataclass(frozen=True)
+class _Question:
+    prompt: str
+    first: Path
+    second: Path
+    key: str
+    is_trivial: bool  # both pictures are the same
+
+
+def combine_orders(ab: str | None, ba: str | None) -> tuple[str | None, bool]:
+    """Winner and consistency from the answers with A first and with B first: a win needs both, all else is a tie.
+
+    None, where one of them is no answer.
+    """
+    if ab is None or ba is None:
+        return None, False
+    in_ab = {FIRST: "a", SECOND: "b", TIE: "tie"}[ab]
+    in_ba = {FIRST: "b", SECOND: "a", TIE: "tie"}[ba]
+    return (in_ab, True) if in_ab == in_ba else ("tie", False)
+
+
+class Judge:
+    """Asks one model about pairs; answers live in ``cache``, a JSONL file keyed by what was asked.
+
+    Args:
+        settings: model, prices, ceiling.
+        cache: file of answers, made if absent; the same file serves several judges.
+        again: ask anew what was asked before as often as allowed without a usable answer.
+    """
+
+    def __init__(self, settings: JudgeSettings, cache: Path, again: bool = False) -> None:
+        self.settings, self.cache = settings, cache
+        self.endpoint = _hash([settings.base_url, settings.model])[:12]
+        kept = read_objects(cache)
+        self.answers: dict[str, str] = {row["key"]: row["winner"] for row in kept if row["winner"]}
+        self.unusable = Counter() if again else Counter(row["key"] for row in kept if not row["winner"])
+        self.spent_usd = sum(row.get("usd", 0.0) for row in kept if row.get("endpoint") == self.endpoint)
+        self._billed: tuple[int, int] | None = None  # tokens of a picture and of an answer, the most so far
+        for row in kept:
+            if row.get("endpoint") == self.endpoint:
+                self._learn(row)
+        self._client: Any = None
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the connections go; a later call opens new ones."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def estimate_usd(self, pairs: Iterable[Pair]) -> float:
+        """About what asking the pairs costs without repeats, cached answers being free."""
+        return sum(self._price_estimate(question) for question in self._pending(pairs))
+
+    def compare(self, pairs: Sequence[Pair], watch: Callable[[list[Any]], Iterable[Any]] = iter) -> list[Preference]:
+        """Preferences in the order of the pairs.
+
+        Args:
+            pairs: what is asked, both ways round; two equal pictures are a tie without being asked.
+            watch: wraps the list of questions as they are asked, e.g. a progress bar.
+
+        Raises:
+            CostCeilingError: the estimate exceeds the ceiling (before any call, and before the next one where an answer
+                cost more than estimated), or what was spent reaches it.
+            JudgeError: the endpoint refuses, stays unreachable or sends no completions, with its words but without the
+                key.
+            FileNotFoundError: a picture that is not there.
+        """
+        pending = self._pending(pairs)
+        self._refuse_dear(pending)
+        for question in watch(pending):
+            self._ask_and_keep(question, pending)
+        return [self._preference(pair) for pair in pairs]
+
+    def _refuse_dear(self, questions: Sequence[_Question]) -> None:
+        estimate = sum(self._price_estimate(question) for question in questions)
+        if questions and self.spent_usd + estimate > self.settings.max_usd:
+            raise CostCeilingError(
+                f"{len(questions)} questions to {self.settings.model} cost about ${estimate:.2f}, "
+                f"${self.spent_usd:.2f} is spent, the ceiling is ${self.settings.max_usd:.2f}"
+            )
+
+    def _pending(self, pairs: Iterable[Pair]) -> list[_Question]:
+        asked = {q.key: q for pair in pairs for q in self._questions(pair)}
+        return [question for question in asked.values() if self._is_open(question)]
+
+    def _is_open(self, question: _Question) -> bool:
+        """Whether it is to be asked: not answered, not given up, and between two different pictures."""
+        if question.key in self.answers or question.is_trivial:
+            return False
+        return self.unusable[question.key] <= self.settings.malformed_retries
+
+    def _questions(self, pair: Pair) -> tuple[_Question, _Question]:
+        a, b = pair.image_a, pair.image_b
+        return self._question(pair.prompt, a, b), self._question(pair.prompt, b, a)
+
+    def _question(self, prompt: str, first: Path, second: Path) -> _Question:
+        digests = [_digest(first), _digest(second)]
+        key = _hash([_PROTOCOL, self.settings.base_url, self.settings.model, prompt, *digests])
+        return _Question(prompt, first, second, key, digests[0] == digests[1])
+
+    def _preference(self, pair: Pair) -> Preference:
+        asked = self._questions(pair)
+        answers = [TIE if question.is_trivial else self.answers.get(question.key) for question in asked]
+        winner, consistent = combine_orders(*answers)
+        names = (pair.prompt, pair.seed, pair.method_a, pair.method_b)
+        return Preference(*names, winner, consistent, self.settings.model)
+
+    # ----------------------------------------------------------------- one question
+
+    def _ask_and_keep(self, question: _Question, pending: Sequence[_Question]) -> None:
+        """Ask until the answer is well-formed; one that never is stays unanswered, by a rerun as well.
+
+        Where its answer tells that questions cost more than estimated, what is left of the ``pending`` ones, it among
+        them, has to be within the ceiling still.
+        """
+        while self._is_open(question):
+            estimate = self._price_estimate(question)
+            if self.spent_usd + estimate > self.settings.max_usd:
+                raise CostCeilingError(f"${self.spent_usd:.2f} of ${self.settings.max_usd:.2f} are spent")
+            self._ask_once(question)
+            if self._price_estimate(question) > _DEARER * estimate:
+                self._refuse_dear([other for other in pending if self._is_open(other)])
+
+    def _ask_once(self, question: _Question) -> None:
+        completion = self._call(question)
+        text, tokens = _content(completion), _tokens(completion)
+        usd = self._dollars(*tokens) if tokens else self._price_estimate(question)
+        winner, reason = parse_answer(text) or (None, text or "")
+        record = {"key": question.key, "model": self.settings.model, "endpoint": self.endpoint, "usd": usd}
+        said = {"prompt": question.prompt, "winner": winner, "reason": self._without_key(reason)[:_KEPT]}
+        row = {**record, "tokens": tokens, **said}
+        append_objects(self.cache, [row])
+        self.spent_usd += usd
+        self._learn(row)
+        if winner is None:
+            self.unusable[question.key] += 1
+        else:
+            self.answers[question.key] = winner
+
+    def _call(self, question: _Question) -> dict[str, Any]:
+        """The endpoint's completion; whatever else it sends is waited out."""
+        for attempt in range(self.settings.retries + 1):
+            if attempt:
+                time.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT))
+            sent = self._post(question)
+            if completion := _completion(sent):
+                return completion
+        raise JudgeError(self._no_completion(sent))
+
+    def _post(self, question: _Question) -> str:
+        """The body of the endpoint's answer, unparsed: the client makes of it whatever was expected."""
+        import openai
+
+        try:
+            response = self._connected().chat.completions.with_raw_response.create(
+                model=self.settings.model,
+                messages=_messages(question),
+                response_format={"type": "json_schema", "json_schema": _SCHEMA},
+                max_completion_tokens=self.settings.answer_tokens,
+                **({} if self.settings.temperature is None else {"temperature": self.settings.temperature}),
+            )
+        except openai.OpenAIError as error:
+            # Not chained: the original holds the request and with it the key.
+            raise JudgeError(self._without_key(f"{self.settings.model}: {type(error).__name__}: {error}")) from None
+        return str(response.http_response.text)
+
+    def _no_completion(self, sent: str) -> str:
+        """What to say of it: its error, or how it begins. The key goes before anything is cut, lest a part stays."""
+        body = _parsed(sent)
+        said = sent if body is None else str((isinstance(body, dict) and body.get("error")) or body)
+        shown = " ".join(self._without_key(said).split())[:_SHOWN]
+        hint = "" if isinstance(body, dict) else " (is that the base URL of its API, mostly one that ends in /v1?)"
+        place = self._without_key(self.settings.base_url or "the default base URL")
+        return f"{self.settings.model}: no completion from {place}{hint}: {shown}"
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            self._client = _connect(self.settings)
+        return self._client
+
+    def _without_key(self, text: str) -> str:
+        key = os.environ.get(self.settings.key_variable)
+        return text.replace(key, "<key>") if key else text
+
+    # ----------------------------------------------------------------- money
+
+    def _price_estimate(self, question: _Question) -> float:
+        pictures, answer = self._billed or (self.settings.image_tokens, self.settings.answer_tokens)
+        return self._dollars(2 * pictures + _text_tokens(question.prompt), answer)
+
+    def _learn(self, row: Mapping[str, Any]) -> None:
+        """Estimate from now on with what this judge's kept answer was billed for."""
+        if not row.get("tokens"):
+            return
+        tokens_in, tokens_out = row["tokens"]
+        picture = math.ceil(max(tokens_in - _text_tokens(row["prompt"]), 0) / 2)
+        most = self._billed or (0, self.settings.answer_tokens)
+        self._billed = max(picture, most[0]), max(tokens_out, most[1])
+
+    def _dollars(self, tokens_in: int, tokens_out: int) -> float:
+        settings = self.settings
+        return (tokens_in * settings.usd_per_million_input + tokens_out * settings.usd_per_million_output) / 1e6
+
+
+def _text_tokens(prompt: str) -> int:
+    characters = len(_QUESTION) + len(prompt) + len(json.dumps(_SCHEMA))
+    return math.ceil(characters / 3)  # about four characters a token; three, to be safe
+
+
+def _connect(settings: JudgeSettings) -> Any:
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise JudgeError("the judge needs the package `openai`: pip install 'addiff-env[judge]'") from error
+    key = os.environ.get(settings.key_variable)
+    if not key:
+        raise JudgeError(f"no key in the environment variable {settings.key_variable}")
+    # The client backs off exponentially with jitter and honours Retry-After.
+    return OpenAI(api_key=key, base_url=settings.base_url, max_retries=settings.retries, timeout=settings.timeout)
+
+
+def _messages(question: _Question) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": _QUESTION.format(prompt=question.prompt)}]
+    for name, path in (("First picture:", question.first), ("Second picture:", question.second)):
+        content += [{"type": "text", "text": name}, {"type": "image_url", "image_url": {"url": _data_url(path)}}]
+    return [{"role": "user", "content": content}]
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _completion(sent: str) -> dict[str, Any] | None:
+    """A completion from its JSON; None where it is none, e.g. a web page, or an error that came with status 200."""
+    body = _parsed(sent)
+    if not isinstance(body, dict) or body.get("error") or not isinstance(body.get("choices"), list):
+        return None
+    return body if body["choices"] else None
+
+
+def _content(completion: Mapping[str, Any]) -> str | None:
+    """What the judge says; None where a filter or the like left nothing."""
+    choice = completion["choices"][0]
+    message = choice.get("message") if isinstance(choice, dict) else None
+    content = message.get("content") if isinstance(message, dict) else None
+    return content if isinstance(content, str) else None
+
+
+def _tokens(completion: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Tokens in and out; None where they are not both told."""
+    usage = completion.get("usage")
+    told: dict[str, Any] = usage if isinstance(usage, dict) else {}
+    counts: list[Any] = [told.get("prompt_tokens"), told.get("completion_tokens")]
+    whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
+    return (counts[0], counts[1]) if whole else None
+
+
+def _data_url(path: Path) -> str:
+    kind = "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _hash(parts: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def parse_answer(text: str | None) -> tuple[str, str] | None:
+    """Winner and reason from a structured answer; None where it is not one."""
+    try:
+        values = json.loads(text or "")
+        winner, reason = values["winner"], values["reason"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (winner, str(reason)) if winner in (FIRST, SECOND, TIE) else None
+
+
+# --------------------------------------------------------------------------- agreement
+
+
+def cohens_kappa(one: Sequence[Preference], other: Sequence[Preference]) -> float:
+    """Agreement of two judges on the same pairs beyond chance, over a, b and tie (Cohen 1960).
+
+    Pairs that either left unanswered are left out.
+
+    Raises:
+        ValueError: other pairs, none answered by both, or both judges always gave one and the same answer, where
+            agreement by chance is certain and kappa is undefined.
+    """
+    if [_place(p) for p in one] != [_place(p) for p in other]:
+        raise ValueError("the judges were asked about other pairs, or in another order")
+    answered = [(p.winner, q.winner) for p, q in zip(one, other, strict=True) if p.winner and q.winner]
+    if not answered:
+        raise ValueError(f"none of {len(one)} pairs has an answer of both judges")
+    kinds = ("a", "b", "tie")
+    table = np.array([[answered.count((r, c)) for c in kinds] for r in kinds]) / len(answered)
+    chance = float(table.sum(0) @ table.sum(1))
+    if chance >= 1:
+        raise ValueError(f"both judges always answered {answered[0][0]!r}: kappa is undefined")
+    return (float(np.trace(table)) - chance) / (1 - chance)
+
+
+def _place(preference: Preference) -> tuple[str, int, str, str]:
+    return preference.prompt, preference.seed, preference.method_a, preference.method_b
+
+
+# --------------------------------------------------------------------------- Bradley-Terry
+
+
+@dataclass(frozen=True)
+class Strength:
+    """A method's Bradley-Terry log-strength (the methods' mean is 0) with a 95% bootstrap interval."""
+
+    method: str
+    estimate: float
+    low: float
+    high: float
+
+
+def bradley_terry(wins: np.ndarray, prior: float = 0.5, tolerance: float = 1e-8, steps: int = 10_000) -> np.ndarray:
+    """Log-strengths (M,) from wins (M, M), row over column, a tie being half a win for each (Hunter 2004, eq. 3).
+
+    Args:
+        wins: ``wins[i, j]`` times that i beat j.
+        prior: wins added both ways to every pair that met, so that a method that never lost stays finite.
+        tolerance: on the largest change of a log-strength.
+        steps: most iterations.
+
+    Raises:
+        ValueError: methods that no chain of comparisons connects, or no convergence.
+    """
+    met = (wins + wins.T) > 0
+    _refuse_islands(met)
+    wins = wins + prior * met
+    games, own = wins + wins.T, wins.sum(1)
+    strength = np.zeros(len(wins))
+    for _ in range(steps):
+        weight = np.exp(strength)
+        updated = np.log(own) - np.log((games / (weight[:, None] + weight)).sum(1))
+        updated -= updated.mean()
+        if np.abs(updated - strength).max() < tolerance:
+            return updated
+        strength = updated
+    raise ValueError(f"Bradley-Terry did not converge in {steps} steps")
+
+
+def _refuse_islands(met: np.ndarray) -> None:
+    reached = np.linalg.matrix_power(met.astype(float) + np.eye(len(met)), len(met))[0] > 0
+    if not reached.all():
+        raise ValueError(f"methods {np.flatnonzero(~reached).tolist()} never met method 0, not even through others")
+
+
+def rank_methods(preferences: Sequence[Preference], draws: int = 1000, seed: int = 0) -> list[Strength]:
+    """Methods by Bradley-Terry strength, strongest first; intervals by bootstrap over prompts.
+
+    Unanswered pairs are left out. All pairs of a prompt stay together in the bootstrap.
+
+    Raises:
+        ValueError: no answered pair, or methods that never met.
+    """
+    answered = [p for p in preferences if p.winner]
+    if not answered:
+        raise ValueError(f"none of {len(preferences)} pairs has an answer")
+    names = sorted({name for p in answered for name in (p.method_a, p.method_b)})
+    per_prompt = _wins_per_prompt(answered, names)  # (prompts, M, M)
+    estimate = bradley_terry(per_prompt.sum(0))
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(len(per_prompt), np.full(len(per_prompt), 1 / len(per_prompt)), size=draws)
+    met = (per_prompt.sum(0) + per_prompt.sum(0).T) > 0
+    tables = np.einsum("dp,pij->dij", counts, per_prompt) + 1e-9 * met  # a replicate keeps every pair that met
+    low, high = np.quantile([bradley_terry(table) for table in tables], [0.025, 0.975], axis=0)
+    found = [Strength(*values) for values in zip(names, estimate.tolist(), low.tolist(), high.tolist(), strict=True)]
+    return sorted(found, key=lambda strength: -strength.estimate)
+
+
+def _wins_per_prompt(preferences: Sequence[Preference], names: Sequence[str]) -> np.ndarray:
+    prompts = {prompt: k for k, prompt in enumerate(dict.fromkeys(p.prompt for p in preferences))}
+    place = {name: k for k, name in enumerate(names)}
+    wins = np.zeros((len(prompts), len(names), len(names)))
+    for p in preferences:
+        a, b = place[p.method_a], place[p.method_b]
+        share = {"a": 1.0, "b": 0.0, "tie": 0.5}[str(p.winner)]
+        wins[prompts[p.prompt], a, b] += share
+        wins[prompts[p.prompt], b, a] += 1 - share
+    return wins
+
+
+def pairs_of(pictures: Mapping[str, Mapping[tuple[str, int], Path]], places: Sequence[tuple[str, int]]) -> list[Pair]:
+    """Every pair of methods on every (prompt, seed).
+
+    Args:
+        pictures: per method, the picture of each (prompt, seed).
+        places: (prompt, seed) to judge.
+
+    Raises:
+        ValueError: a picture that a method did not keep.
+    """
+    for method, kept in pictures.items():
+        absent = [place for place in places if place not in kept]
+        if absent:
+            raise ValueError(f"{method!r} has no picture of {len(absent)} places, e.g. {absent[0]}")
+    return [
+        Pair(prompt, seed, a, b, pictures[a][prompt, seed], pictures[b][prompt, seed])
+        for prompt, seed in places
+        for a, b in combinations(pictures, 2)
+    ]

@@ -1,0 +1,1 @@
+"""Where frozen models come from, and what shields them from their surroundings."""

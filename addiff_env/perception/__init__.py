@@ -1,0 +1,1 @@
+"""What can be seen of a half-made picture: previews, encoders, scorers."""

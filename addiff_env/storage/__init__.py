@@ -1,0 +1,1 @@
+"""Files: paths, locks, whole writes, contents."""
