@@ -28,7 +28,15 @@ from addiff_env.env.config import EnvConfig
 from addiff_env.perception.encoders import ContrastiveEncoder, load_clip
 from addiff_env.perception.scorers import LatentScorer, load_latent_text_reward, load_scorer
 from addiff_env.stats import at_least_one
-from addiff_env.tiny.calibration import Group, calibration_table, groups, load_or_record
+from addiff_env.tiny.calibration import (
+    Group,
+    calibration_table,
+    groups,
+    load_or_record,
+    paid_for_endings,
+    probability,
+    reliability,
+)
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.quality import WEIGHTS, latent_shape
 from addiff_env.tiny.scenes import balanced, load_split
@@ -160,7 +168,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     found["prompt alone (CLIP text, ridge)"] = {f"{share:g}": entry(told, labels) for share in SHARES}
     result = {"split": args.split, "number": len(rows), "satisfied": float(labels.mean()), "auc": found}
     if verifier is not None:
-        result["calibration"] = [asdict(group) for group in calibrated(args, verifier, rows)]
+        result |= calibrated(args, verifier, rows)
     return result
 
 
@@ -170,12 +178,14 @@ def verifier_of(args: argparse.Namespace) -> LatentScorer | None:
     return load_latent_text_reward(str(folder), args.device) if folder.is_dir() else None
 
 
-def calibrated(args: argparse.Namespace, verifier: LatentScorer, rows: Sequence[dict[str, Any]]) -> list[Group]:
-    """What the verifier says of stops, refinements and categories, beside what is so."""
+def calibrated(args: argparse.Namespace, verifier: LatentScorer, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the verifier says of stops, refinements and categories, and of all pictures by what it says."""
     settings = {"model": str(args.weights / "pipeline"), "device": args.device, "dtype": args.dtype}
     config = EnvConfig(**addiff_env.TINY | settings | {"num_inference_steps": args.steps})
     kept = load_or_record(args.record, config, rows)
-    return groups(verifier, kept, [row["category"] for row in rows])
+    found = groups(verifier, kept, [row["category"] for row in rows])
+    by_chance = reliability(probability(paid_for_endings(verifier, kept)), kept["ending_satisfied"])
+    return {"calibration": [asdict(group) for group in found], "reliability": by_chance}
 
 
 def entry(scores: np.ndarray, labels: np.ndarray) -> dict[str, float | None]:
@@ -216,6 +226,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{name}: {words}")
     if "calibration" in result:
         lines += ["", calibration_table([Group(**group) for group in result["calibration"]])]
+        lines += ["", "finished pictures by what is paid for them: mean, satisfied, number"]
+        lines += [f"{paid:.3f}  {satisfied:.3f}  {number:>5}" for paid, satisfied, number in result["reliability"]]
     return "\n".join(lines)
 
 

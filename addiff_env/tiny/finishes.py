@@ -1,6 +1,6 @@
 """How well a picture does that is stopped early: success by grid, step and number of finishing steps.
 
-``python -m addiff_env.tiny.finishes`` denoises dev prompts on each grid, stops every lane after each of its steps,
+``addiff world finishes`` denoises dev prompts on each grid, stops every lane after each of its steps,
 finishes it in each number of steps, and judges what comes of it. Stopped with as many finishing steps as the grid has
 left a lane ends where it would have ended anyway.
 """
@@ -50,15 +50,16 @@ def outcomes(
     return {key: np.array(values) for key, values in found.items()}
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="addiff world finishes", description=__doc__, formatter_class=defaults)
     parser.add_argument("--number", type=int, default=192, help="dev items, categories in turn")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 8, 7, 6], help="grids")
     parser.add_argument("--finish", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of finishing steps")
     parser.add_argument("--first", type=int, default=2, help="the first step to stop after")
     parser.add_argument("--dtype", default="auto")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = balanced(load_split("dev"), args.number)
     print(f"{len(rows)} dev prompts\n{'grid':>5}{'stop':>6}{'finish':>8}{'NFE':>5}{'success':>9}")
     for grid in args.steps:
@@ -66,7 +67,4 @@ def main() -> None:
         found = outcomes(EnvConfig(**addiff_env.TINY | settings), rows, args.first, args.finish)
         for (step, steps), values in sorted(found.items(), key=lambda item: (sum(item[0]), item[0])):
             print(f"{grid:>5}{step:>6}{steps:>8}{step + steps:>5}{values.mean():>9.3f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return 0

@@ -1,6 +1,6 @@
 """What could be earned with the verifier's answers: dynamic programming over recorded trajectories, beside plain rules.
 
-``python -m addiff_env.tiny.optimal_stopping --record dev.npz`` reads what `addiff_env.tiny.auc --record` kept: pictures
+``addiff world optimal --record dev.npz`` reads what `addiff world auc --record` kept: pictures
 stopped after every step and refined up to three times. A state is what the verifier says in it (stopping, going on) and
 the step; continuation values are least-squares regressions of what was realised (Longstaff & Schwartz 2001). What a
 refinement leads to is regressed on the state that it left, as it was tried in one state of a trajectory only. Policies
@@ -269,17 +269,15 @@ def table(walks: Walks, prices: Sequence[float] = PRICES) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--record", type=Path, required=True, help="file that addiff_env.tiny.auc --record wrote")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="addiff world optimal", description=__doc__, formatter_class=defaults)
+    parser.add_argument("--record", type=Path, required=True, help="file that addiff world auc --record wrote")
     parser.add_argument("--verifier", type=Path, default=WEIGHTS / "verifier")
     parser.add_argument("--prices", type=float, nargs="+", default=list(PRICES))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with np.load(args.record) as archive:
         record = dict(archive)
     print(table(walks_of(record, load_latent_text_reward(str(args.verifier))), args.prices))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

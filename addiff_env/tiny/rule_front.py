@@ -1,6 +1,6 @@
 """Which grid serves a policy best? Success and evaluations of plain rules, played on several grids.
 
-``python -m addiff_env.tiny.rule_front --steps 10 8 7 6`` plays dev prompts through the environment with the verifier
+``addiff world rules --steps 10 8 7 6`` plays dev prompts through the environment with the verifier
 alone (nothing is decoded but final pictures): refine where going on is likely to fail, else go on, or stop where
 stopping is likely enough to do. One line a rule and grid; looks are not counted as evaluations.
 """
@@ -79,9 +79,10 @@ def make(steps: int, warmup: int, finish: int, num_envs: int, **settings: Any) -
     return env
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(prog="addiff world rules", description=__doc__, formatter_class=defaults)
     parser.add_argument("--number", type=int, default=192, help="dev items, categories in turn")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 8, 7, 6], help="grids")
     parser.add_argument("--warmup", type=int, default=2)
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--scorer", default=str(WEIGHTS / "verifier"))
     parser.add_argument("--num-envs", type=int, default=64)
     parser.add_argument("--price", type=float, default=addiff_env.TINY["reward"]["efficiency"])
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = balanced(load_split("dev"), args.number)
     print(f"{len(rows)} dev prompts, return at a price of {args.price:g}")
     print(f"{'grid':>5}  {'rule':<22}{'success':>9}{'NFE':>7}{'return':>9}")
@@ -99,7 +100,4 @@ def main() -> None:
             success, evaluations = play(env, rule, rows).mean(0)
             worth = success - args.price * evaluations
             print(f"{steps:>5}  {name:<22}{success:>9.3f}{evaluations:>7.2f}{worth:>9.4f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return 0
