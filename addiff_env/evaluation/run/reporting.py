@@ -23,7 +23,8 @@ from addiff_env.evaluation.report.figures import plot_quality_against_compute, s
 from addiff_env.evaluation.report.html import write_report
 from addiff_env.evaluation.run.planning import ALL, left_out
 from addiff_env.evaluation.run.run_folder import Strip, save_strips, write_items, write_provenance, write_verdicts
-from addiff_env.evaluation.statistics.hypotheses import UNDECIDED, Verdict, decide, describe
+from addiff_env.evaluation.statistics.decide import decide
+from addiff_env.evaluation.statistics.decision import UNDECIDED, Verdict, describe
 from addiff_env.evaluation.statistics.rules import rules_of
 from addiff_env.evaluation.statistics.summary import counted, lead_with, score_value
 from addiff_env.pipeline import make_agent_env

@@ -25,7 +25,7 @@ from PIL import Image
 
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.run.rows import CONFIGURATION, read_rows
-from addiff_env.evaluation.statistics.hypotheses import Part, Rules, Verdict
+from addiff_env.evaluation.statistics.decision import Part, Rules, Verdict
 from addiff_env.evaluation.statistics.summary import lead_with
 from addiff_env.storage.files import read_json, write_whole
 from addiff_env.storage.jsonl import read_objects

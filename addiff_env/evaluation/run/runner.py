@@ -25,12 +25,7 @@ from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.registry import MatchedSteps, Method, PolicyMethod, Replay, make_method
 from addiff_env.evaluation.methods.tuning import AUTO, resolve, stamp_of, tune, tuning_items
 from addiff_env.evaluation.metrics.base import Metric, columns_of, score_pictures, unmeasured
-from addiff_env.evaluation.metrics.registry import (
-    default_metrics,
-    is_embedded_world,
-    open_metrics,
-    primary_score,
-)
+from addiff_env.evaluation.metrics.registry import default_metrics, is_embedded_world, open_metrics, primary_score
 from addiff_env.evaluation.run.fingerprint import CONTROL, keep_stamp, require_same, run_stamp
 from addiff_env.evaluation.run.memory import watched
 from addiff_env.evaluation.run.planning import (
@@ -56,7 +51,7 @@ from addiff_env.evaluation.run.rows import (
 )
 from addiff_env.evaluation.run.run_folder import is_reported, mark_reported
 from addiff_env.evaluation.run.version import code_version, model_revision
-from addiff_env.evaluation.statistics.hypotheses import control_names
+from addiff_env.evaluation.statistics.families import control_names
 from addiff_env.evaluation.statistics.rules import rules_of
 from addiff_env.pipeline import make_agent_env
 from addiff_env.storage.files import alone_in, file_name, write_whole

@@ -17,7 +17,8 @@ from PIL import Image
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.metrics.set_results import pictures_of
 from addiff_env.evaluation.report.exports import latex_escape, latex_table, write_csv
-from addiff_env.evaluation.report.html import MAX_SIDE, main, png_uri, write_report
+from addiff_env.evaluation.report.gallery import MAX_SIDE, png_uri
+from addiff_env.evaluation.report.html import main, write_report
 from addiff_env.evaluation.run.rows import append_rows
 from addiff_env.evaluation.run.run_folder import (
     Strip,
@@ -30,7 +31,7 @@ from addiff_env.evaluation.run.run_folder import (
     write_provenance,
     write_verdicts,
 )
-from addiff_env.evaluation.statistics.hypotheses import SUPPORTED, UNDECIDED, Part, Rules, Verdict
+from addiff_env.evaluation.statistics.decision import SUPPORTED, UNDECIDED, Part, Rules, Verdict
 from addiff_env.evaluation.statistics.rules import read_rules
 from addiff_env.evaluation.statistics.summary import (
     by_facts,

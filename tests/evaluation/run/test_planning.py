@@ -29,7 +29,9 @@ from addiff_env.evaluation.run.planning import (
     plan,
 )
 from addiff_env.evaluation.run.version import model_revision
-from addiff_env.evaluation.statistics.hypotheses import Rules, control_names, decide
+from addiff_env.evaluation.statistics.decide import decide
+from addiff_env.evaluation.statistics.decision import Rules
+from addiff_env.evaluation.statistics.families import control_names
 from addiff_env.storage.files import keep_first, write_whole
 from addiff_env.types import ResultRow
 

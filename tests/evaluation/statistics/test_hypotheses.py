@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from addiff_env.evaluation.statistics.hypotheses import (
-    BEST_OF,
-    CONTINUED,
-    FULL_IMAGE,
+from addiff_env.evaluation.statistics.bootstrap import interval
+from addiff_env.evaluation.statistics.decide import all_verdicts
+from addiff_env.evaluation.statistics.decision import (
     NOT_APPLICABLE,
     NOT_SUPPORTED,
     SUPPORTED,
@@ -18,18 +17,19 @@ from addiff_env.evaluation.statistics.hypotheses import (
     Judge,
     Part,
     Rules,
-    agent_runs,
-    all_verdicts,
     conclude,
     describe,
-    h1_efficiency,
-    h2_quality,
-    h3_adaptivity,
-    h4_refinement,
+)
+from addiff_env.evaluation.statistics.families import (
+    BEST_OF,
+    CONTINUED,
+    FULL_IMAGE,
+    agent_runs,
     solver_families,
     solver_fronts,
 )
-from addiff_env.evaluation.statistics.significance import Least, interval
+from addiff_env.evaluation.statistics.front import Least
+from addiff_env.evaluation.statistics.hypotheses import h1_efficiency, h2_quality, h3_adaptivity, h4_refinement
 from addiff_env.types import Action, ResultRow
 
 QUICK = Rules(draws=400)
