@@ -32,7 +32,15 @@ from addiff_env.agent import Agent
 from addiff_env.env.baseline_cache import baseline_configuration
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item, load_benchmark
-from addiff_env.evaluation.methods.rollouts import TAUS, Choice, Episode, Play, choose_rule, constants, play
+from addiff_env.evaluation.methods.rollouts import (
+    TAUS,
+    Episode,
+    PolicyRun,
+    RuleChoice,
+    choose_rule,
+    constants,
+    run_policy,
+)
 from addiff_env.evaluation.methods.rule_policies import RandomPolicy, ThresholdRule
 from addiff_env.evaluation.statistics.bootstrap import Interval, interval, resampled_means
 from addiff_env.pipeline import make_agent_env
@@ -78,7 +86,9 @@ def difference(ours: np.ndarray, theirs: np.ndarray, prompts: Sequence[str]) -> 
     return interval(float(np.mean(ours - theirs)), draws[:, 0] / draws[:, 1])
 
 
-def conditions(agent: Play, constant: Sequence[Play], rule: Play, prompts: Sequence[str]) -> list[Condition]:
+def conditions(
+    agent: PolicyRun, constant: Sequence[PolicyRun], rule: PolicyRun, prompts: Sequence[str]
+) -> list[Condition]:
     """What the agent has to meet, and whether it does."""
     shares, spread = agent.shares, float(agent.nfe.std())
     used = [
@@ -108,14 +118,14 @@ def _with_ends(estimate: float, low: float | None, high: float | None) -> str:
 
 
 @dataclass(frozen=True)
-class Report:
+class AcceptanceReport:
     """Everything that was found out about one agent."""
 
     agent: str
     fingerprint: str
     dtype: str
-    rule: Choice
-    plays: Sequence[Play]  # the agent's first
+    rule: RuleChoice
+    policy_runs: Sequence[PolicyRun]  # the agent's first
     prompts: Sequence[str]
     conditions: Sequence[Condition]
 
@@ -126,18 +136,18 @@ class Report:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row of numbers per policy."""
-        return [self._row(play) for play in self.plays]
+        return [self._row(run) for run in self.policy_runs]
 
-    def _row(self, play: Play) -> dict[str, Any]:
-        ahead = difference(self.plays[0].values, play.values, self.prompts)
+    def _row(self, run: PolicyRun) -> dict[str, Any]:
+        ahead = difference(self.policy_runs[0].values, run.values, self.prompts)
         return {
-            "policy": play.name,
-            "return": float(play.values.mean()),
+            "policy": run.name,
+            "return": float(run.values.mean()),
             "agent_ahead": [ahead.estimate, *_ends(ahead)],
-            "success": play.success,
-            "nfe_mean": float(play.nfe.mean()),
-            "nfe_std": float(play.nfe.std()),
-            "shares": dict(zip(ACTIONS, play.shares.tolist(), strict=True)),
+            "success": run.success,
+            "nfe_mean": float(run.nfe.mean()),
+            "nfe_std": float(run.nfe.std()),
+            "shares": dict(zip(ACTIONS, run.shares.tolist(), strict=True)),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -187,15 +197,15 @@ def _aligned(lines: list[list[str]]) -> str:
 class Opponents:
     """What an agent is compared with; the same for every agent of an environment."""
 
-    choice: Choice
-    constant: Sequence[Play]
-    rule: Play
+    choice: RuleChoice
+    constant: Sequence[PolicyRun]
+    rule: PolicyRun
 
 
 # --------------------------------------------------------------------------- command line
 
 
-class Bar:
+class AcceptanceTest:
     """Measures agents on the same items; what does not depend on the agent is measured once per environment."""
 
     def __init__(
@@ -205,7 +215,7 @@ class Bar:
         self.file = opponents
         self._known: dict[str, tuple[DiffusionDenoiseVectorEnv, Opponents]] = {}
 
-    def measure(self, folder: Path, agent: Agent) -> Report:
+    def measure(self, folder: Path, agent: Agent) -> AcceptanceReport:
         """Run the agent of ``folder`` against everything.
 
         Raises:
@@ -213,28 +223,28 @@ class Bar:
         """
         env, others = self._opponents(agent)
         choice, rule = others.choice, others.rule
-        own = play(env, agent, self.items, "agent")
-        constant = [*others.constant, play(env, RandomPolicy(own.shares, self.seed), self.items, "random")]
+        own = run_policy(env, agent, self.items, "agent")
+        constant = [*others.constant, run_policy(env, RandomPolicy(own.shares, self.seed), self.items, "random")]
         prompts = [item.prompt for item in self.items]
         found = conditions(own, constant, rule, prompts)
-        dtype, plays = env.backbone.dtype_name, [own, rule, *constant]
-        return Report(str(folder), agent.fingerprint, dtype, choice, plays, prompts, found)
+        dtype, policy_runs = env.backbone.dtype_name, [own, rule, *constant]
+        return AcceptanceReport(str(folder), agent.fingerprint, dtype, choice, policy_runs, prompts, found)
 
     def _opponents(self, agent: Agent) -> tuple[DiffusionDenoiseVectorEnv, Opponents]:
         reward = agent.config.get("reward")  # as training left it: price and scales may have moved
         key = json.dumps([agent.environment, reward], sort_keys=True)
         if key not in self._known:
             env = make_agent_env(agent, self.num_envs, **({"reward": reward} if reward else {}))
-            self._known[key] = env, self._play_opponents(env)
+            self._known[key] = env, self._measure_opponents(env)
         return self._known[key]
 
-    def _play_opponents(self, env: DiffusionDenoiseVectorEnv) -> Opponents:
+    def _measure_opponents(self, env: DiffusionDenoiseVectorEnv) -> Opponents:
         stamp = self._stamp(env)
         if self.file and self.file.is_file():
             return read_opponents(self.file, stamp)
         choice = choose_rule(env, tuning_items(env, self.tuning, self.seed))
         rule = ThresholdRule(choice.look_at, choice.tau, env.config.num_inference_steps)
-        found = Opponents(choice, constants(env, self.items), play(env, rule, self.items, rule.fingerprint))
+        found = Opponents(choice, constants(env, self.items), run_policy(env, rule, self.items, rule.fingerprint))
         if self.file:
             write_opponents(self.file, stamp, found)
         return found
@@ -254,9 +264,11 @@ def settings_of(env: DiffusionDenoiseVectorEnv) -> dict[str, Any]:
 
 def write_opponents(path: Path, stamp: dict[str, Any], found: Opponents) -> None:
     """Keep what the opponents made, as JSON."""
-    plays = [{"name": p.name, "episodes": [astuple(e) for e in p.episodes]} for p in (found.rule, *found.constant)]
+    policy_runs = [
+        {"name": p.name, "episodes": [astuple(e) for e in p.episodes]} for p in (found.rule, *found.constant)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({"stamp": stamp, "choice": asdict(found.choice), "plays": plays}))
+    write_whole(path, json.dumps({"stamp": stamp, "choice": asdict(found.choice), "plays": policy_runs}))
 
 
 def read_opponents(path: Path, stamp: dict[str, Any]) -> Opponents:
@@ -267,9 +279,9 @@ def read_opponents(path: Path, stamp: dict[str, Any]) -> Opponents:
     """
     try:
         kept = json.loads(path.read_text())
-        theirs, choice = kept["stamp"], Choice(**kept["choice"])
+        theirs, choice = kept["stamp"], RuleChoice(**kept["choice"])
         rule, *constant = (
-            Play(p["name"], [Episode(v, s, n, tuple(a)) for v, s, n, a in p["episodes"]]) for p in kept["plays"]
+            PolicyRun(p["name"], [Episode(v, s, n, tuple(a)) for v, s, n, a in p["episodes"]]) for p in kept["plays"]
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no opponents of the bar ({error}); remove it") from error
@@ -295,8 +307,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Decide; returns the exit status: 1 where an agent misses the bar."""
     options = _parser().parse_args(argv)
     items = load_benchmark("tiny-dev", options.limit)
-    bar = Bar(items, options.tuning, options.num_envs, options.seed, options.opponents)
-    reports: list[Report] = []
+    bar = AcceptanceTest(items, options.tuning, options.num_envs, options.seed, options.opponents)
+    reports: list[AcceptanceReport] = []
     try:
         agents = [load_agent(folder) for folder in options.agents]  # all of them before the first is measured
         for folder, agent in zip(options.agents, agents, strict=True):

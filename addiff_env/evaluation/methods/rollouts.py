@@ -40,7 +40,7 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Ending:
+class StopOutcome:
     """How an episode ends if it is stopped at a look; ``score`` is what the policy sees there."""
 
     score: float  # the reward model's; infinite at the end that leaves nothing to decide
@@ -48,7 +48,7 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Play:
+class PolicyRun:
     """One policy's episodes, in the items' order."""
 
     name: str
@@ -76,50 +76,52 @@ class Play:
         return np.bincount(taken, minlength=len(ACTIONS)) / len(taken)
 
 
-def play(env: DiffusionDenoiseVectorEnv, policy: Policy, items: Sequence[Item], name: str) -> Play:
+def run_policy(env: DiffusionDenoiseVectorEnv, policy: Policy, items: Sequence[Item], name: str) -> PolicyRun:
     """Run ``policy`` once on every item."""
     method, episodes = PolicyMethod(env, policy, name), {}
     for group in _counted(method.make(list(items)), len(items), name):
         for item, made in group:
             success = float(judge(made.picture, item.prompt).satisfied)
             episodes[item] = Episode(made.reward, success, made.nfe, tuple(made.actions))
-    return Play(name, [episodes[item] for item in items])
+    return PolicyRun(name, [episodes[item] for item in items])
 
 
-def endings(
-    env: DiffusionDenoiseVectorEnv, walk: Policy, look_at: int, items: Sequence[Item], name: str
-) -> list[list[Ending]]:
-    """Follow ``walk``, and from ``look_at`` steps on see at every decision how stopping there would end.
+def stop_outcomes(
+    env: DiffusionDenoiseVectorEnv, policy: Policy, look_at: int, items: Sequence[Item], name: str
+) -> list[list[StopOutcome]]:
+    """Follow ``policy``, and from ``look_at`` steps on see at every decision how stopping there would end.
 
-    One walk that always continues tells what stopping after k steps is worth for every k; one that refines while the
-    score is under tau tells it for every smaller tau too. The last ending of each item is the walk's own.
+    One that always continues tells what stopping after k steps is worth for every k; one that refines while the
+    score is under tau tells it for every smaller tau too. The last outcome of each item is the policy's own.
     """
     size = env.num_envs
-    batches = (_endings(env, walk, look_at, items[at : at + size]) for at in range(0, len(items), size))
+    batches = (_stop_outcomes(env, policy, look_at, items[at : at + size]) for at in range(0, len(items), size))
     return [found for batch in _counted(batches, len(items), name) for found in batch]
 
 
-def _endings(env: DiffusionDenoiseVectorEnv, walk: Policy, look_at: int, items: Sequence[Item]) -> list[list[Ending]]:
-    walks = [_Walk(item) for item in items]
+def _stop_outcomes(
+    env: DiffusionDenoiseVectorEnv, policy: Policy, look_at: int, items: Sequence[Item]
+) -> list[list[StopOutcome]]:
+    rollouts = [Rollout(item) for item in items]
     mask = np.arange(env.num_envs) < len(items)
     options = {"prompt": [item.prompt for item in items], "seed": [item.seed for item in items]}
     observation, info = env.reset(options=options | {"reset_mask": mask})
     env.done[~mask] = True  # lanes without an item wait
     while (running := ~env.done).any():
-        actions = walk.act(observation, info["action_mask"])
+        actions = policy.act(observation, info["action_mask"])
         seen = quality_slot(observation, "reward_score")
         looking = running & (steps_done(observation, env.config.num_inference_steps) >= look_at)
         could_stop = info["action_mask"][:, Action.STOP].astype(bool) & (actions != Action.STOP)
-        _try_stops(env, walks, np.flatnonzero(looking & could_stop), seen)
+        _try_stops(env, rollouts, np.flatnonzero(looking & could_stop), seen)
         observation, reward, _, _, info = env.step(actions)
         for lane in np.flatnonzero(running).tolist():
-            walks[lane].step(lane, reward, info)
+            rollouts[lane].step(lane, reward, info)
             if env.done[lane]:
-                walks[lane].note(math.inf, env, lane)
-    return [walk.found for walk in walks]
+                rollouts[lane].note(math.inf, env, lane)
+    return [rollout.found for rollout in rollouts]
 
 
-def _try_stops(env: DiffusionDenoiseVectorEnv, walks: list[_Walk], lanes: np.ndarray, seen: np.ndarray) -> None:
+def _try_stops(env: DiffusionDenoiseVectorEnv, rollouts: list[Rollout], lanes: np.ndarray, seen: np.ndarray) -> None:
     """Note how stopping ``lanes`` now would end, and put everything back."""
     if len(lanes) == 0:
         return
@@ -127,25 +129,26 @@ def _try_stops(env: DiffusionDenoiseVectorEnv, walks: list[_Walk], lanes: np.nda
     env.done[np.setdiff1d(np.arange(env.num_envs), lanes)] = True  # the others wait
     _, reward, _, _, info = env.step(np.full(env.num_envs, int(Action.STOP)))
     for lane in lanes.tolist():
-        walks[lane].branch(lane, reward, info).note(float(seen[lane]), env, lane)
+        rollouts[lane].branch(lane, reward, info).note(float(seen[lane]), env, lane)
     env.load_state_dict(state)
 
 
-class _Walk:
-    """One item's way so far, and the endings found along it."""
+class Rollout:
+    """One item's episode so far, and the outcomes found along it."""
 
     def __init__(self, item: Item, value: float = 0.0, actions: Sequence[int] = ()) -> None:
         self.item, self.value, self.actions = item, value, list(actions)
-        self.found: list[Ending] = []
+        self.found: list[StopOutcome] = []
 
     def step(self, lane: int, reward: np.ndarray, info: dict[str, Any]) -> None:
+        """Add what the lane did and got."""
         self.value += float(reward[lane])
         if info["action_taken"][lane] >= 0:  # else it broke down in its warm-up
             self.actions.append(int(info["action_taken"][lane]))
 
-    def branch(self, lane: int, reward: np.ndarray, info: dict[str, Any]) -> _Walk:
-        """This way with another last step; what is found there is kept here."""
-        other = _Walk(self.item, self.value, self.actions)
+    def branch(self, lane: int, reward: np.ndarray, info: dict[str, Any]) -> Rollout:
+        """This episode with another last step; what is found there is kept here."""
+        other = Rollout(self.item, self.value, self.actions)
         other.found = self.found
         other.step(lane, reward, info)
         return other
@@ -154,7 +157,7 @@ class _Walk:
         """The lane has ended."""
         success = float(judge(env.final_image(lane), self.item.prompt).satisfied)
         episode = Episode(self.value, success, int(env.nfe[lane]), tuple(self.actions))
-        self.found.append(Ending(score, episode))
+        self.found.append(StopOutcome(score, episode))
 
 
 def _counted(groups: Iterable[list[Any]], total: int, name: str) -> Iterator[list[Any]]:
@@ -165,7 +168,7 @@ def _counted(groups: Iterable[list[Any]], total: int, name: str) -> Iterator[lis
 
 
 @dataclass(frozen=True)
-class Choice:
+class RuleChoice:
     """The threshold rule with the highest mean return on training prompts."""
 
     look_at: int
@@ -175,33 +178,33 @@ class Choice:
     rules: int  # how many were compared
 
 
-def choose_rule(env: DiffusionDenoiseVectorEnv, items: Sequence[Item], taus: Sequence[float] = TAUS) -> Choice:
+def choose_rule(env: DiffusionDenoiseVectorEnv, items: Sequence[Item], taus: Sequence[float] = TAUS) -> RuleChoice:
     """Try every n and every tau on ``items``; of equal ones the first counts."""
     steps, first = env.config.num_inference_steps, max(1, env.config.warmup_steps)
     table: dict[tuple[int, float], float] = {}
     for look_at in range(first, steps):
-        walk = ThresholdRule(look_at, max(taus), steps)
-        found = endings(env, walk, look_at, items, f"looking after {look_at} steps")
+        policy = ThresholdRule(look_at, max(taus), steps)
+        found = stop_outcomes(env, policy, look_at, items, f"looking after {look_at} steps")
         table |= {(look_at, tau): float(np.mean([_stopped(own, tau).value for own in found])) for tau in taus}
     (look_at, tau), value = max(table.items(), key=lambda entry: entry[1])
-    return Choice(look_at, tau, value, len(items), len(table))
+    return RuleChoice(look_at, tau, value, len(items), len(table))
 
 
-def _stopped(found: Sequence[Ending], tau: float) -> Episode:
+def _stopped(found: Sequence[StopOutcome], tau: float) -> Episode:
     """The episode of a rule that stops at the first score of at least ``tau``."""
-    return next(ending.episode for ending in found if ending.score >= tau)
+    return next(outcome.episode for outcome in found if outcome.score >= tau)
 
 
-def constants(env: DiffusionDenoiseVectorEnv, items: Sequence[Item]) -> list[Play]:
+def constants(env: DiffusionDenoiseVectorEnv, items: Sequence[Item]) -> list[PolicyRun]:
     """Stop after k steps for every k, always continue, refine always."""
     steps = env.config.num_inference_steps
-    found = endings(env, StopAt(steps, steps), 0, items, "stop-k")
+    found = stop_outcomes(env, StopAt(steps, steps), 0, items, "stop-k")
     numbers = range(max(1, env.config.warmup_steps), steps)
-    stops = [Play(f"stop-{k}", [_after(own, k - numbers.start) for own in found]) for k in numbers]
-    continued = Play("always-continue", [own[-1].episode for own in found])
-    return [*stops, continued, play(env, RefineAlways(), items, "refine-always")]
+    stops = [PolicyRun(f"stop-{k}", [_after(own, k - numbers.start) for own in found]) for k in numbers]
+    continued = PolicyRun("always-continue", [own[-1].episode for own in found])
+    return [*stops, continued, run_policy(env, RefineAlways(), items, "refine-always")]
 
 
-def _after(found: Sequence[Ending], decisions: int) -> Episode:
+def _after(found: Sequence[StopOutcome], decisions: int) -> Episode:
     """Stopped after so many decisions; a lane that ended before (its numbers were not finite) keeps its own end."""
     return found[min(decisions, len(found) - 1)].episode

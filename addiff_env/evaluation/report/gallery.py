@@ -14,7 +14,7 @@ from PIL import Image
 from addiff_env.env.trajectories import overlay
 from addiff_env.evaluation.benchmarks.items import categories_in_turn
 from addiff_env.evaluation.report.tables import subject_of
-from addiff_env.evaluation.run.run_folder import Strip
+from addiff_env.evaluation.run.run_folder import Trajectory
 from addiff_env.evaluation.statistics.summary import (
     NOT_AVAILABLE,
     by_method,
@@ -74,15 +74,15 @@ class Cards:
         for row in rows:
             self.by_place.setdefault((row.prompt, row.seed), []).append(row)
 
-    def trajectory(self, strip: Strip) -> dict[str, Any]:
+    def trajectory(self, trajectory: Trajectory) -> dict[str, Any]:
         """A recorded trajectory, and the final pictures of every method for the same prompt and noise."""
-        place = strip.item.prompt, strip.item.seed
+        place = trajectory.item.prompt, trajectory.item.seed
         own = [row for row in self.by_place.get(place, []) if row.method == self.subject]
         return {
-            "item": strip.item,
-            "reason": strip.reason,
-            "frames": [_frame(frame) for frame in strip.frames],
-            "differs": any(row.actions != strip.actions for row in own),
+            "item": trajectory.item,
+            "reason": trajectory.reason,
+            "frames": [_frame(frame) for frame in trajectory.frames],
+            "differs": any(row.actions != trajectory.actions for row in own),
             "made": self.made(place),
         }
 

@@ -17,8 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.metrics.set_results import read_whole
-from addiff_env.evaluation.report.exports import latex_table, write_csv, write_whole_csv
+from addiff_env.evaluation.metrics.set_results import read_set_results
+from addiff_env.evaluation.report.exports import latex_table, write_csv, write_set_results_csv
 from addiff_env.evaluation.report.figures import absences, actions_figure, quality_figure
 from addiff_env.evaluation.report.gallery import Cards
 from addiff_env.evaluation.report.svg import DARK, css_variable, inline_svg
@@ -38,13 +38,13 @@ from addiff_env.evaluation.run.run_folder import (
     SETTINGS,
     read_items,
     read_provenance,
-    read_strips,
+    read_trajectories,
     read_verdicts,
     reported_rows,
     write_verdicts,
 )
 from addiff_env.evaluation.statistics.decide import decide
-from addiff_env.evaluation.statistics.decision import Rules, Verdict, describe
+from addiff_env.evaluation.statistics.decision import Decision, Rules, describe
 from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.evaluation.statistics.rules import configured_rules, read_rules
 from addiff_env.evaluation.statistics.summary import by_method, counted, decision_counts, headline_metric
@@ -63,7 +63,7 @@ CLAIMS = {
 
 
 def write_report(
-    folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdicts: Sequence[Verdict]
+    folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdicts: Sequence[Decision]
 ) -> list[Path]:
     """Write ``report.html``, ``table.tex`` and ``table.csv`` into a run folder; returns their paths.
 
@@ -82,14 +82,14 @@ def write_report(
     if not rows:
         raise ValueError(f"no rows to report on in {folder}")
     page, tex, table, further = (folder / name for name in WRITTEN)
-    whole = read_whole(folder, rows, items)
+    whole = read_set_results(folder, rows, items)
     write_csv(rows, table)
     tex.write_text(latex_table(rows, _caption(rows, read_provenance(folder)), whole), encoding="utf-8")
     page.write_text(render(folder, rows, items, verdicts), encoding="utf-8")
     further.unlink(missing_ok=True)  # of an earlier report
     if not whole:
         return [page, tex, table]
-    write_whole_csv(whole, further)
+    write_set_results_csv(whole, further)
     return [page, tex, table, further]
 
 
@@ -98,7 +98,7 @@ def _caption(rows: Sequence[ResultRow], provenance: Mapping[str, Any]) -> str:
     return f"{name}, {counted(number, 'picture')}, {distinct_text(rows, 'backbone')}, {distinct_text(rows, 'dtype')}"
 
 
-def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdicts: Sequence[Verdict]) -> str:
+def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdicts: Sequence[Decision]) -> str:
     """The page as text, see `write_report`. Everything read from files is escaped by the template."""
     own = by_method(rows).get(subject_of(rows), [])
     facts = {(item.prompt, item.seed): item.facts for item in items}
@@ -119,14 +119,14 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         methods=method_table(rows),
         absences=absences(rows),
         metrics=metric_table(rows),
-        whole=whole_tables(read_whole(folder, rows, items)),
+        whole=whole_tables(read_set_results(folder, rows, items)),
         comparisons=comparison_tables(rows) if own and len(own) < len(rows) else None,
         judged=judge_tables(folder),
         plots=[inline_svg(quality_figure(rows, [name]), f"quality-{name}") for name in ("net_flops", "nfe")],
         actions=_actions(own),
         complexity=complexity_table(own, facts) if own else None,
         categories=category_tables(rows),
-        gallery=[cards.trajectory(strip) for strip in read_strips(folder)],
+        gallery=[cards.trajectory(strip) for strip in read_trajectories(folder)],
         failures=cards.failures() if own else None,
         provenance=_provenance(folder, rows, provenance),
     )
@@ -201,7 +201,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
     return found
 
 
-def decide_again(folder: Path) -> list[Verdict]:
+def decide_again(folder: Path) -> list[Decision]:
     """H1-H4 anew from a finished run's rows, by the rules of its ``config.yaml``; kept in ``verdicts.json``.
 
     Raises:

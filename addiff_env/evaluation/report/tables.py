@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from addiff_env.evaluation.metrics.set_results import SPREAD, Whole
+from addiff_env.evaluation.metrics.set_results import SPREAD, SetResults
 from addiff_env.evaluation.report.figures import complexity_figure, shares_text
 from addiff_env.evaluation.report.svg import inline_svg
 from addiff_env.evaluation.statistics.comparisons import compare_methods
@@ -113,7 +113,7 @@ def metric_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
     return {"names": [name + " (%)" * (name in shares) for name in names], "lines": lines}
 
 
-def whole_tables(whole: Whole) -> dict[str, Any] | None:
+def whole_tables(whole: SetResults) -> dict[str, Any] | None:
     """Protocols and set metrics as tables of text; None where there are none."""
     if not whole:
         return None

@@ -165,7 +165,7 @@ def merge_rows(
     _refuse_duplicates(rows)
     found = {(row.method, row.prompt, row.seed): row for row in rows}
     wanted = [(name, prompt, seed) for name in names for prompt, seed in places]
-    _refuse_strangers(found, set(wanted))
+    _refuse_unexpected(found, set(wanted))
     _refuse_gaps(wanted, found)
     return [found[key] for key in wanted]
 
@@ -188,11 +188,11 @@ def _refuse_duplicates(rows: Sequence[ResultRow]) -> None:
         raise ValueError(f"{len(twice)} measurements appear more than once (method, prompt, seed): {_some(twice)}")
 
 
-def _refuse_strangers(found: Mapping[tuple, ResultRow], wanted: set[tuple]) -> None:
-    strangers = [key for key in found if key not in wanted]
-    if strangers:
+def _refuse_unexpected(found: Mapping[tuple, ResultRow], wanted: set[tuple]) -> None:
+    unexpected = [key for key in found if key not in wanted]
+    if unexpected:
         raise ValueError(
-            f"{len(strangers)} rows belong to no item of the benchmark (method, prompt, seed): {_some(strangers)}"
+            f"{len(unexpected)} rows belong to no item of the benchmark (method, prompt, seed): {_some(unexpected)}"
         )
 
 

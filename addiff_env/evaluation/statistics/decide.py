@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from addiff_env.evaluation.statistics.decision import UNDECIDED, Part, Rules, Verdict, conclude
+from addiff_env.evaluation.statistics.decision import UNDECIDED, Decision, Part, Rules, conclude
 from addiff_env.evaluation.statistics.families import (
     BEST_OF,
     CONTINUED,
@@ -27,12 +27,12 @@ from addiff_env.evaluation.statistics.summary import score_value
 from addiff_env.types import ResultRow, SampleKey
 
 
-def all_verdicts(
+def decide_all(
     rows: Sequence[ResultRow],
     complexity: Mapping[SampleKey, float],
     agent: Sequence[str] | None = None,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
-) -> list[Verdict]:
+) -> list[Decision]:
     """H1-H4, as far as the rows allow; a hypothesis whose methods are missing is undecided.
 
     Args:
@@ -53,12 +53,12 @@ def all_verdicts(
     families = solver_families(methods)
     solvers = {name: members for name, members in families.items() if name != BEST_OF}
 
-    def h1(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Verdict:
+    def h1(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         if reference not in others:
             return _undecided("H1", f"50-step inference ({' or '.join(wanted)}) was not run", _prompts(paired))
         return h1_efficiency(paired, own, reference, _known(solvers, others), rules)
 
-    def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Verdict:
+    def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         if not others:
             return _undecided("H2", "no solver was run", _prompts(paired))
         return h2_quality(paired, own, _known(families, others), rules)
@@ -82,7 +82,7 @@ def _known(fronts: Groups, names: Sequence[str]) -> dict[str, list[str]]:
     return {front: members for front, members in kept.items() if members}
 
 
-Decide = Callable[[Sequence[ResultRow], list[str], list[str]], Verdict]  # rows, the agent's runs, other methods
+Decide = Callable[[Sequence[ResultRow], list[str], list[str]], Decision]  # rows, the agent's runs, other methods
 
 
 def _on_common(
@@ -92,7 +92,7 @@ def _on_common(
     agent: Sequence[str],
     others: Sequence[str],
     rules: Rules,
-) -> Verdict:
+) -> Decision:
     """What ``decided`` makes of the pictures that the agent and ``others`` have in common, with the rules' metric."""
     names = list(dict.fromkeys([*agent, *others]))
     known = [row for row in rows if row.method not in names or score_value(row, rules.metric) is not None]
@@ -104,22 +104,22 @@ def _on_common(
     paired, notes = on_common_pictures(known, [*own, *compared])
     if not paired:
         return _undecided(hypothesis, f"its methods have no picture in common: {'; '.join(notes)}", 0)
-    verdict = decided(paired, own, compared)
+    decision = decided(paired, own, compared)
     mute = [Part(f"{name} has no {rules.metric}", UNDECIDED) for name in names if name not in having]
-    return _noting(verdict, mute, notes)
+    return _noting(decision, mute, notes)
 
 
-def _noting(verdict: Verdict, further: Sequence[Part], notes: Sequence[str]) -> Verdict:
-    """The verdict with further parts, and with words on what was left out."""
+def _noting(decision: Decision, further: Sequence[Part], notes: Sequence[str]) -> Decision:
+    """The decision with further parts, and with words on what was left out."""
     if further:
-        known = verdict.parts or (Part(verdict.reason, verdict.outcome),)
-        verdict = conclude(verdict.hypothesis, verdict.prompts, [*known, *further])
-    return replace(verdict, reason="; ".join([verdict.reason, *notes]))
+        known = decision.parts or (Part(decision.reason, decision.outcome),)
+        decision = conclude(decision.hypothesis, decision.prompts, [*known, *further])
+    return replace(decision, reason="; ".join([decision.reason, *notes]))
 
 
 def _h3_on_common(
     rows: Sequence[ResultRow], agent: Sequence[str], complexity: Mapping[SampleKey, float], rules: Rules
-) -> Verdict:
+) -> Decision:
     """H3 on the pictures that all training runs have; it asks for no quality."""
     having = {row.method for row in rows}
     own = [name for name in agent if name in having]
@@ -130,11 +130,11 @@ def _h3_on_common(
     return _noting(h3_adaptivity(paired, own, complexity, rules), lacking, notes)
 
 
-def _h4_on_common(rows: Sequence[ResultRow], agent: Sequence[str], controls: Groups, rules: Rules) -> Verdict:
+def _h4_on_common(rows: Sequence[ResultRow], agent: Sequence[str], controls: Groups, rules: Rules) -> Decision:
     """H4 with the controls of the agent's training runs, by the control's name."""
     names = members_of(controls)
 
-    def h4(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Verdict:
+    def h4(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         if len(controls) < 2 or len(own) < len(agent) or set(others) != set(names):
             return _undecided("H4", "its controls were not run", _prompts(paired))
         return h4_refinement(paired, own, controls, rules)
@@ -147,7 +147,7 @@ def decide(
     complexity: Mapping[SampleKey, float],
     rules: Rules = Rules(),  # noqa: B008 (frozen)
     agents: Sequence[str] = ("agent",),
-) -> list[Verdict]:
+) -> list[Decision]:
     """Verdicts on H1-H4 from any rows; none without rows of ``agents``, which are training runs of one group.
 
     Of several the first alone has H4's controls, so that H4 is about that one.
@@ -155,10 +155,10 @@ def decide(
     if not {row.method for row in rows} & set(agents):
         return []
     if len(agents) == 1:
-        return all_verdicts(rows, complexity, agent=agents, rules=rules)
+        return decide_all(rows, complexity, agent=agents, rules=rules)
     controls = control_names(agents[0])
     others = [row for row in rows if row.method not in controls]
-    *verdicts, last = all_verdicts(others, complexity, agent=agents, rules=rules)
+    *verdicts, last = decide_all(others, complexity, agent=agents, rules=rules)
     if set(controls) <= {row.method for row in rows}:
         last = _h4_on_common(rows, agents[:1], {name: [name] for name in controls}, rules)
     return [*verdicts, last]
@@ -176,5 +176,5 @@ def _controls(methods: Sequence[str], agent: Sequence[str]) -> dict[str, list[st
     return {name: own for name, own in named.items() if own and set(own) <= set(methods)}
 
 
-def _undecided(hypothesis: str, reason: str, prompts: int) -> Verdict:
-    return Verdict(hypothesis, UNDECIDED, reason, prompts)
+def _undecided(hypothesis: str, reason: str, prompts: int) -> Decision:
+    return Decision(hypothesis, UNDECIDED, reason, prompts)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from scipy import stats
 
 from addiff_env.evaluation.statistics.bootstrap import Interval
-from addiff_env.evaluation.statistics.front import Least
+from addiff_env.evaluation.statistics.front import MinDifference
 from addiff_env.evaluation.statistics.power import required_prompts, required_runs
 from addiff_env.evaluation.statistics.summary import counted
 
@@ -69,7 +69,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """What the rows say of a hypothesis."""
 
     hypothesis: str
@@ -91,21 +91,21 @@ class Verdict:
         return max(numbers) if self.outcome == UNDECIDED and numbers else None
 
 
-def conclude(hypothesis: str, prompts: int, parts: Sequence[Part]) -> Verdict:
+def conclude(hypothesis: str, prompts: int, parts: Sequence[Part]) -> Decision:
     """Join the parts of a conjunction."""
     against = [part for part in parts if part.outcome == NOT_SUPPORTED]
     open_ = [part for part in parts if part.outcome == UNDECIDED]
     if against:
-        return Verdict(
+        return Decision(
             hypothesis, NOT_SUPPORTED, "fails: " + "; ".join(p.condition for p in against), prompts, (*parts,)
         )
     if open_:
-        return Verdict(hypothesis, UNDECIDED, "open: " + "; ".join(p.condition for p in open_), prompts, (*parts,))
-    return Verdict(hypothesis, SUPPORTED, "every condition holds", prompts, (*parts,))
+        return Decision(hypothesis, UNDECIDED, "open: " + "; ".join(p.condition for p in open_), prompts, (*parts,))
+    return Decision(hypothesis, SUPPORTED, "every condition holds", prompts, (*parts,))
 
 
 @dataclass(frozen=True)
-class Judge:
+class ConditionTester:
     """Makes parts of differences."""
 
     prompts: int
@@ -113,13 +113,13 @@ class Judge:
     runs: int = 1  # training runs of the agent
     critical: float | None = None  # of bounds that refute, see `critical_value`; None: the intervals' own ends
 
-    def above(self, condition: str, found: Interval | Least, bound: float, worthwhile: float = 0.0) -> Part:
+    def above(self, condition: str, found: Interval | MinDifference, bound: float, worthwhile: float = 0.0) -> Part:
         """Is the true value above ``bound``? Not supported where it is surely less than ``worthwhile`` above it."""
         high = found.high if self.critical is None else found.ceiling(self.critical)
         p = found.p_below(bound)  # at most alpha just where the lower bound lies above
         outcome = SUPPORTED if p <= self.rules.alpha else NOT_SUPPORTED if high < bound + worthwhile else UNDECIDED
         part = Part(condition, outcome, found.estimate, found.low, high, p)
-        note = f"nearest: {found.nearest}" if isinstance(found, Least) else ""
+        note = f"nearest: {found.nearest}" if isinstance(found, MinDifference) else ""
         return self.needing(replace(part, note=note), found, bound, worthwhile)
 
     def at_most(self, condition: str, found: Interval, bound: float) -> Part:
@@ -129,7 +129,7 @@ class Judge:
         outcome = SUPPORTED if enough else NOT_SUPPORTED if low > bound + found.rounding else UNDECIDED
         return self.needing(Part(condition, outcome, found.estimate, low, found.high), found.negated(), -bound)
 
-    def needing(self, part: Part, found: Interval | Least, bound: float, worthwhile: float = 0.0) -> Part:
+    def needing(self, part: Part, found: Interval | MinDifference, bound: float, worthwhile: float = 0.0) -> Part:
         """The part with the prompts, or else the training runs, that would decide it, whichever way takes fewer.
 
         It is supported once every comparison lies above ``bound`` that does not yet, and refuted once a single one
@@ -137,7 +137,7 @@ class Judge:
         """
         if part.outcome != UNDECIDED:
             return part
-        everything = list(found.differences.values()) if isinstance(found, Least) else [found]
+        everything = list(found.differences.values()) if isinstance(found, MinDifference) else [found]
         open_ = [one for one in everything if one.p_below(bound) > self.rules.alpha] or everything
         joint = self.rules.alpha if self.critical is None else float(stats.norm.sf(self.critical))
         above = [self._needed(one.estimate - bound, one, self.rules.alpha) for one in open_]
@@ -163,13 +163,13 @@ def _fewest(numbers: Sequence[int | None]) -> int | None:
     return min((number for number in numbers if number is not None), default=None)
 
 
-def describe(verdict: Verdict) -> str:
-    """A verdict as text: one line, and one for each condition with its numbers."""
-    needed = f"; about {verdict.required:,} prompts would decide" if verdict.required else ""
-    needed += f"; at least {verdict.runs:,} training runs are needed" if verdict.runs else ""
-    prompts = counted(verdict.prompts, "prompt")
-    lines = [f"{verdict.hypothesis}: {verdict.outcome} ({prompts}; {verdict.reason}{needed})"]
-    for part in verdict.parts:
+def describe(decision: Decision) -> str:
+    """A decision as text: one line, and one for each condition with its numbers."""
+    needed = f"; about {decision.required:,} prompts would decide" if decision.required else ""
+    needed += f"; at least {decision.runs:,} training runs are needed" if decision.runs else ""
+    prompts = counted(decision.prompts, "prompt")
+    lines = [f"{decision.hypothesis}: {decision.outcome} ({prompts}; {decision.reason}{needed})"]
+    for part in decision.parts:
         numbers = "" if part.estimate is None else f": {part.estimate:.4g}"
         numbers += "" if part.low is None else f" [{part.low:.4g}, {part.high:.4g}]"
         p = "" if part.p is None else f", p = {part.p:.2g}"

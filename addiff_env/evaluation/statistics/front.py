@@ -11,7 +11,7 @@ from addiff_env.evaluation.statistics.bootstrap import Interval, Resampled, crit
 
 
 @dataclass(frozen=True)
-class Least:
+class MinDifference:
     """The smallest of several differences: how far something lies above all of them.
 
     It lies above a bound where every difference does, so that neither the lower bound, the smallest one, nor p, the
@@ -87,7 +87,7 @@ def front_quality(costs: np.ndarray, qualities: np.ndarray, at: np.ndarray) -> n
     return np.where(cheap.any(1), best, cheapest)
 
 
-def above_front(found: Resampled, agent: str, front: Sequence[str]) -> Least:
+def above_front(found: Resampled, agent: str, front: Sequence[str]) -> MinDifference:
     """How far a group's quality lies above the front of others at its own mean cost, see `front_quality`.
 
     Measure 0 is the quality and measure 1 the cost. The group is compared with every method that costs no more,
@@ -106,7 +106,7 @@ def above_front(found: Resampled, agent: str, front: Sequence[str]) -> Least:
     members = cheap or [min(front, key=lambda name: found.means[name][1])]
     differences = {name: found.difference(agent, name) for name in members}
     chords = {f"{left} with {right}": _above_chord(found, agent, left, right) for left in cheap for right in dear}
-    return Least({**differences, **chords}, found.level)
+    return MinDifference({**differences, **chords}, found.level)
 
 
 def _above_chord(found: Resampled, agent: str, left: str, right: str) -> Interval:

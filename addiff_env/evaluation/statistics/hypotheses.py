@@ -2,7 +2,7 @@
 
 Each hypothesis is a conjunction of parts, and each part is a one-sided test at level ``alpha``. A conjunction is
 supported where every part is (an intersection-union test; Berger 1982), which needs no correction for their number.
-One part that is not supported refutes it; otherwise the verdict is undecided, and the part that needs most prompts says
+One part that is not supported refutes it; otherwise it is undecided, and the part that needs most prompts says
 how many. What was not run leaves its part undecided: no number of prompts decides that.
 
 A part is *not supported* only where the data speak against it: where even the favourable end of its interval falls
@@ -36,14 +36,14 @@ from addiff_env.evaluation.statistics.decision import (
     NOT_SUPPORTED,
     SUPPORTED,
     UNDECIDED,
-    Judge,
+    ConditionTester,
+    Decision,
     Part,
     Rules,
-    Verdict,
     conclude,
 )
 from addiff_env.evaluation.statistics.families import BEST_OF, Groups, members_of
-from addiff_env.evaluation.statistics.front import Least, above_front
+from addiff_env.evaluation.statistics.front import MinDifference, above_front
 from addiff_env.evaluation.statistics.pairing import costs_of, paired_values, score_of
 from addiff_env.evaluation.statistics.replicates import AGENT, read_paired, resample_means
 from addiff_env.types import Action, ResultRow, SampleKey
@@ -51,8 +51,8 @@ from addiff_env.types import Action, ResultRow, SampleKey
 LEAST_PROMPTS = 10  # with fewer the percentile bootstrap is far from its level
 
 
-def _too_few(hypothesis: str, rows: Sequence[ResultRow], agent: Sequence[str]) -> Verdict | None:
-    """The verdict where there are not enough prompts to resample."""
+def _too_few(hypothesis: str, rows: Sequence[ResultRow], agent: Sequence[str]) -> Decision | None:
+    """The decision where there are not enough prompts to resample."""
     prompts = len({row.prompt for row in rows if row.method in set(agent)})
     if prompts >= LEAST_PROMPTS or not prompts:  # rows of nobody are refused where they are read
         return None
@@ -70,9 +70,9 @@ def _flatten(agent: Sequence[str], fronts: Groups, *others: str) -> dict[str, li
     return {AGENT: list(agent), **{name: [name] for name in names}}
 
 
-def _comparisons(found: Iterable[Interval | Least]) -> list[Interval]:
+def _comparisons(found: Iterable[Interval | MinDifference]) -> list[Interval]:
     """Every single comparison, for `critical_value`."""
-    parts = [list(one.differences.values()) if isinstance(one, Least) else [one] for one in found]
+    parts = [list(one.differences.values()) if isinstance(one, MinDifference) else [one] for one in found]
     return [one for part in parts for one in part]
 
 
@@ -114,7 +114,7 @@ def h1_efficiency(
     reference: str,
     fronts: Groups,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
-) -> Verdict:
+) -> Decision:
     """H1: the quality of 50-step inference at <= 30 mean NFE, which fixed inference does not have at that compute.
 
     Parts: mean NFE within ``max_nfe``; quality not inferior to the reference; at the agent's net FLOPs quality not
@@ -141,17 +141,17 @@ def h1_efficiency(
     cheaper = [name for name in members_of(fronts) if found.means[name][1] <= found.means[AGENT][1]]
     rivals = {name: found.difference(AGENT, name) for name in cheaper}
     everything = _comparisons([spent.negated(), behind, *distances.values(), *rivals.values()])
-    judge = Judge(read.prompts, rules, len(agent), critical_value(everything, rules.alpha))
+    tester = ConditionTester(read.prompts, rules, len(agent), critical_value(everything, rules.alpha))
     parts = [
-        judge.at_most(f"mean NFE at most {rules.max_nfe:g}", spent, rules.max_nfe),
-        judge.above(f"quality not inferior to {reference}", behind, -rules.margin),
+        tester.at_most(f"mean NFE at most {rules.max_nfe:g}", spent, rules.max_nfe),
+        tester.above(f"quality not inferior to {reference}", behind, -rules.margin),
     ]
     for solver, distance in distances.items():
         condition = f"not inferior to the front of {solver} at equal net FLOPs"
-        parts.append(_reaching(judge.above(condition, distance, -rules.margin), solver, fronts[solver], found))
+        parts.append(_reaching(tester.above(condition, distance, -rules.margin), solver, fronts[solver], found))
     for name, rival in rivals.items():
-        parts.append(judge.above(f"better than {name}, which costs no more", rival, 0.0, rules.margin))
-    return conclude("H1", judge.prompts, [*parts, *_not_run(fronts, best_of=False)])
+        parts.append(tester.above(f"better than {name}, which costs no more", rival, 0.0, rules.margin))
+    return conclude("H1", tester.prompts, [*parts, *_not_run(fronts, best_of=False)])
 
 
 # --------------------------------------------------------------------------- H2
@@ -162,7 +162,7 @@ def h2_quality(
     agent: Sequence[str],
     fronts: Groups,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
-) -> Verdict:
+) -> Decision:
     """H2: at the agent's mean net FLOPs its quality lies above every interpolated front.
 
     The null hypothesis is every solver at every N, and best-of-N: where a second solver or best-of-N was not run, or a
@@ -183,13 +183,13 @@ def h2_quality(
     families = {**fronts, "all fixed methods": members_of(fronts)} if len(fronts) > 1 else dict(fronts)
     distances = {family: above_front(found, AGENT, members) for family, members in families.items()}
     critical = critical_value(_comparisons(distances.values()), rules.alpha)
-    judge = Judge(read.prompts, rules, len(agent), critical)
+    tester = ConditionTester(read.prompts, rules, len(agent), critical)
     parts = []
     for family, distance in distances.items():
         condition = f"above the front of {family} at equal net FLOPs"
-        part = judge.above(condition, distance, 0.0, rules.worthwhile)
+        part = tester.above(condition, distance, 0.0, rules.worthwhile)
         parts.append(_reaching(part, family, families[family], found))
-    return conclude("H2", judge.prompts, [*parts, *_not_run(fronts, best_of=True)])
+    return conclude("H2", tester.prompts, [*parts, *_not_run(fronts, best_of=True)])
 
 
 # --------------------------------------------------------------------------- H3
@@ -203,7 +203,7 @@ def h3_adaptivity(
     agent: Sequence[str],
     complexity: Mapping[SampleKey, float],
     rules: Rules = Rules(),  # noqa: B008 (frozen)
-) -> Verdict:
+) -> Decision:
     """H3: complex prompts get more denoiser evaluations than simple ones.
 
     Parts: Spearman's correlation of a prompt's mean NFE with its complexity is positive by the bootstrap and against a
@@ -242,12 +242,12 @@ def _correlation_parts(level: np.ndarray, nfe: np.ndarray, rules: Rules) -> list
         found = spearman_test(level, nfe, level=rules.level, draws=rules.fewer(2000), seed=rules.seed)
     except TooFewReplicates as error:
         return [Part(f"NFE grows with complexity ({error})", UNDECIDED)]
-    rho, p, judge = found.rho, found.p_permutation, Judge(level.size, rules, len(nfe))
-    bootstrap = judge.above("NFE grows with complexity", rho, 0.0, rules.correlation)
+    rho, p, tester = found.rho, found.p_permutation, ConditionTester(level.size, rules, len(nfe))
+    bootstrap = tester.above("NFE grows with complexity", rho, 0.0, rules.correlation)
     outcome = SUPPORTED if p <= rules.alpha else NOT_SUPPORTED if bootstrap.outcome == NOT_SUPPORTED else UNDECIDED
     condition = "more than when complexities are dealt out at random"
     # The bootstrap's bounds belong to the other part: this one's p comes from another test and may differ from them.
-    return [bootstrap, judge.needing(Part(condition, outcome, rho.estimate, p=p), rho, 0.0, rules.correlation)]
+    return [bootstrap, tester.needing(Part(condition, outcome, rho.estimate, p=p), rho, 0.0, rules.correlation)]
 
 
 def _partial_parts(rows: Sequence[ResultRow], complexity: Mapping[SampleKey, float], rules: Rules) -> list[Part]:
@@ -268,8 +268,8 @@ def _partial_parts(rows: Sequence[ResultRow], complexity: Mapping[SampleKey, flo
         found = _resampled_partial(rhos, (level, nfe, seeds), owner, rules)
     except TooFewReplicates as error:
         return [Part(f"also among pictures of one seed ({error})", UNDECIDED)]
-    judge = Judge(len(prompts), rules, len(methods))
-    return [judge.above("also among pictures of one seed", found, 0.0, rules.correlation)]
+    tester = ConditionTester(len(prompts), rules, len(methods))
+    return [tester.above("also among pictures of one seed", found, 0.0, rules.correlation)]
 
 
 def _resampled_partial(
@@ -297,7 +297,7 @@ def h4_refinement(
     refining: Sequence[str],
     controls: Sequence[str] | Groups,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
-) -> Verdict:
+) -> Decision:
     """H4: refining regions beats the same NFE spent on full-image steps.
 
     A control that spent less NFE than the agent is none, and leaves its part undecided.
@@ -326,8 +326,8 @@ def h4_refinement(
     found = resample_means(read.against(), rules)
     spent = float(mean_over_pictures(read.values[AGENT][1], read.pictures).mean())
     gains = {name: found.mean(name) for name in named}
-    judge = Judge(prompts, rules, len(refining), critical_value(gains.values(), rules.alpha))
-    parts = [judge.above(f"better than {name} at equal NFE", gains[name], 0.0, rules.worthwhile) for name in named]
+    tester = ConditionTester(prompts, rules, len(refining), critical_value(gains.values(), rules.alpha))
+    parts = [tester.above(f"better than {name} at equal NFE", gains[name], 0.0, rules.worthwhile) for name in named]
     return conclude(
         "H4",
         prompts,

@@ -11,7 +11,7 @@ from scipy import optimize, stats
 from addiff_env.evaluation.statistics.bootstrap import Interval, critical_value, interval, resample, resampled_means
 from addiff_env.evaluation.statistics.comparisons import cohens_dz, compare_methods, holm, wilcoxon_p
 from addiff_env.evaluation.statistics.correlation import partial_spearman, spearman_test
-from addiff_env.evaluation.statistics.front import Least, above_front, front_quality
+from addiff_env.evaluation.statistics.front import MinDifference, above_front, front_quality
 from addiff_env.evaluation.statistics.pairing import costs_of, paired_values, picture_counts, score_of
 from addiff_env.evaluation.statistics.power import minimum_detectable_effect, required_prompts, required_runs
 from addiff_env.types import ResultRow
@@ -445,7 +445,7 @@ def test_simultaneous_bounds_by_hand(rng):
     assert critical_value([interval(1.0, np.ones(50))], 0.05) == 0.0
     rounded = interval(28.0, 28.0 + 1e-15 * rng.normal(size=20_000))  # a constant cost, as sums of floats give it
     assert critical_value([*tens, rounded], 0.05) == critical_value(tens, 0.05)
-    least = Least({"a": tens[0], "b": Interval(-1.0, -1.5, -0.5, tens[1].draws - 1)}, 0.9)
+    least = MinDifference({"a": tens[0], "b": Interval(-1.0, -1.5, -0.5, tens[1].draws - 1)}, 0.9)
     assert (least.nearest, least.estimate, least.low) == ("b", -1.0, -1.5)
     assert least.high == pytest.approx(-1 + 0.5 * stats.norm.ppf(math.sqrt(0.95)), abs=0.03)
     assert least.p_below(-2.0) == max(one.p_below(-2.0) for one in least.differences.values())
