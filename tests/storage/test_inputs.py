@@ -19,7 +19,7 @@ from addiff_env.env.baseline_cache import BaselineCache, baseline_configuration,
 from addiff_env.evaluation.benchmarks.items import load_benchmark
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.tuning import PACKAGED
-from addiff_env.evaluation.run.fingerprint import keep_stamp, require_same, run_stamp
+from addiff_env.evaluation.run.fingerprint import keep_fingerprint, require_same, run_fingerprint
 from addiff_env.rllib.settings import claim
 from addiff_env.sb3 import search
 from addiff_env.sb3.checkpoint import FILE
@@ -276,7 +276,7 @@ def test_baselines_know_the_whole_of_the_weights_and_not_their_place(model, tmp_
 
 def stamp(overrides, benchmark, metrics=("checker",)):
     agents = {"agent": Agent.load(PACKAGED)}
-    return run_stamp(agents, overrides, metrics, load_benchmark(str(benchmark)), MethodOptions(), str(benchmark))
+    return run_fingerprint(agents, overrides, metrics, load_benchmark(str(benchmark)), MethodOptions(), str(benchmark))
 
 
 def test_an_evaluation_does_not_go_on_with_other_contents(model, tmp_path):
@@ -285,7 +285,7 @@ def test_an_evaluation_does_not_go_on_with_other_contents(model, tmp_path):
     head = tmp_path / "head.pt"
     head.write_text("1")
     begin = {"overrides": {"model": str(model)}, "benchmark": prompts, "metrics": [f"aesthetic:{head}"]}
-    keep_stamp(tmp_path / "run", stamp(**begin), "1")
+    keep_fingerprint(tmp_path / "run", stamp(**begin), "1")
     for path in (*model.rglob("*"), prompts):
         os.utime(path, (1, 1))
     (tmp_path / "elsewhere").mkdir()

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from addiff_env.evaluation.metrics.set_results import SPREAD, Whole
+from addiff_env.evaluation.metrics.set_results import SPREAD, SetResults
 from addiff_env.evaluation.report.figures import shares_text
 from addiff_env.evaluation.statistics.summary import (
     COSTS,
@@ -44,7 +44,7 @@ def write_csv(rows: Sequence[ResultRow], path: Path) -> None:
             writer.writerow([method, metric, category, e.number, e.mean, e.deviation, _blank(e.low), _blank(e.high)])
 
 
-def write_whole_csv(whole: Whole, path: Path) -> None:
+def write_set_results_csv(whole: SetResults, path: Path) -> None:
     """One line per method, protocol or set metric, and category."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -61,7 +61,7 @@ def latex_escape(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def latex_table(rows: Sequence[ResultRow], caption: str, whole: Whole = Whole()) -> str:  # noqa: B008 (frozen)
+def latex_table(rows: Sequence[ResultRow], caption: str, whole: SetResults = SetResults()) -> str:  # noqa: B008 (frozen)
     r"""Tables of each method's quality and cost, its quality by category, and what was measured of ``whole`` sets.
 
     They need ``\usepackage{booktabs}``.
@@ -135,7 +135,7 @@ def _category_table(rows: Sequence[ResultRow], metric: str, shares: frozenset[st
     return _tabular(["method", *(latex_escape(category) for category in categories)], body)
 
 
-def _whole_tables(whole: Whole, caption: str) -> list[str]:
+def _whole_tables(whole: SetResults, caption: str) -> list[str]:
     """A table per protocol, and one of the set metrics."""
     tables = []
     for metric, methods in whole.protocols.items():

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from addiff_env.env.trajectories import ACCENT, INK
-from addiff_env.evaluation.statistics.hypotheses import solver_families
-from addiff_env.evaluation.statistics.significance import front_quality
+from addiff_env.evaluation.statistics.families import solver_families
+from addiff_env.evaluation.statistics.front import front_quality
 from addiff_env.evaluation.statistics.summary import (
     COSTS,
     NOT_AVAILABLE,

@@ -23,7 +23,7 @@ from addiff_env.evaluation.methods.registry import (
     make_method,
 )
 from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
-from addiff_env.evaluation.statistics.hypotheses import CONTINUED, FULL_IMAGE
+from addiff_env.evaluation.statistics.families import CONTINUED, FULL_IMAGE
 from addiff_env.perception.features import QUALITY
 from addiff_env.types import Action, Generated, ResultRow
 
