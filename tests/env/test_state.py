@@ -111,8 +111,10 @@ def change(value: Any) -> None:
         value[:] = 1 - value.astype(np.int64)
     elif isinstance(value[0], torch.Generator):
         value[0].manual_seed(77)
-    else:
+    elif any(isinstance(item, np.ndarray) for item in value):
         value.reverse()
+    else:
+        value[0] = "a cyan ring"
 
 
 @pytest.mark.parametrize("spoil", ["format_version", "missing", "size", "lanes", "features"])
