@@ -42,6 +42,7 @@ from addiff_env.evaluation.methods.rollouts import (
     run_policy,
 )
 from addiff_env.evaluation.methods.rule_policies import RandomPolicy, ThresholdRule
+from addiff_env.evaluation.report.text import aligned
 from addiff_env.evaluation.statistics.bootstrap import Interval, interval, resampled_means
 from addiff_env.pipeline import make_agent_env
 from addiff_env.stats import at_least_one
@@ -185,12 +186,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [
-        [cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))]
-        for line in lines
-    ]
-    return "\n".join("  ".join(row).rstrip() for row in rows)
+    return "\n".join(line.rstrip() for line in aligned(lines))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from addiff_env.env.trajectories import overlay
 from addiff_env.evaluation.benchmarks.items import categories_in_turn
-from addiff_env.evaluation.report.tables import subject_of
+from addiff_env.evaluation.report.sections import subject_of
 from addiff_env.evaluation.run.run_folder import Trajectory
 from addiff_env.evaluation.statistics.summary import (
     NOT_AVAILABLE,

@@ -19,21 +19,22 @@ from markupsafe import Markup
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.metrics.set_results import read_set_results
 from addiff_env.evaluation.report.exports import latex_table, write_csv, write_set_results_csv
-from addiff_env.evaluation.report.figures import absences, actions_figure, quality_figure
+from addiff_env.evaluation.report.figures import actions_figure, quality_figure
 from addiff_env.evaluation.report.gallery import Cards
-from addiff_env.evaluation.report.svg import DARK, css_variable, inline_svg
-from addiff_env.evaluation.report.tables import (
-    category_tables,
+from addiff_env.evaluation.report.sections import (
+    category_section,
     comparison_tables,
     complexity_table,
     distinct_text,
-    fixed_text,
     judge_tables,
-    method_table,
-    metric_table,
+    main_section,
+    metric_section,
+    set_section,
     subject_of,
-    whole_tables,
 )
+from addiff_env.evaluation.report.svg import DARK, css_variable, inline_svg
+from addiff_env.evaluation.report.tables import fixed_text
+from addiff_env.evaluation.report.text import absences
 from addiff_env.evaluation.run.run_folder import (
     SETTINGS,
     read_items,
@@ -116,16 +117,16 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         rules=_rules(rules),
         left_out=provenance.get(LEFT_OUT, []),
         subject=subject_of(rows),
-        methods=method_table(rows),
+        methods=main_section(rows),
         absences=absences(rows),
-        metrics=metric_table(rows),
-        whole=whole_tables(read_set_results(folder, rows, items)),
+        metrics=metric_section(rows),
+        whole=set_section(read_set_results(folder, rows, items)),
         comparisons=comparison_tables(rows) if own and len(own) < len(rows) else None,
         judged=judge_tables(folder),
         plots=[inline_svg(quality_figure(rows, [name]), f"quality-{name}") for name in ("net_flops", "nfe")],
         actions=_actions(own),
         complexity=complexity_table(own, facts) if own else None,
-        categories=category_tables(rows),
+        categories=category_section(rows),
         gallery=[cards.trajectory(strip) for strip in read_trajectories(folder)],
         failures=cards.failures() if own else None,
         provenance=_provenance(folder, rows, provenance),

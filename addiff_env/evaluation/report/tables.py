@@ -1,77 +1,73 @@
-"""The numbers of the page: tables of rows, comparisons and judges."""
+"""Tables of an evaluation: numbers first, and the styles in which text, LaTeX and HTML show them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from addiff_env.evaluation.metrics.set_results import SPREAD, SetResults
-from addiff_env.evaluation.report.figures import complexity_figure, shares_text
-from addiff_env.evaluation.report.svg import inline_svg
-from addiff_env.evaluation.statistics.comparisons import compare_methods
-from addiff_env.evaluation.statistics.families import agent_runs
-from addiff_env.evaluation.statistics.hypotheses import LEAST_PROMPTS
-from addiff_env.evaluation.statistics.pairing import on_common_pictures
 from addiff_env.evaluation.statistics.summary import (
-    COSTS,
     NOT_AVAILABLE,
+    Cost,
     Estimate,
     MethodSummary,
-    by_facts,
     by_method,
     categories_of,
-    estimate,
-    headline_metric,
-    metric_names,
     number_text,
-    score_value,
-    scores_of,
     share_metrics,
     summarise,
 )
-from addiff_env.evaluation.vlm_judge.client import JUDGEMENT, OUTCOMES
-from addiff_env.storage.files import read_json
-from addiff_env.types import ResultRow, SampleKey
-
-SUBJECT = "agent"  # whose comparisons are shown, all its training runs together; decisions and failures: the first's
-
-
-def distinct_text(rows: Sequence[ResultRow], name: str) -> str:
-    """What the rows' field holds, each value once."""
-    return ", ".join(dict.fromkeys(str(getattr(row, name)) for row in rows))
-
-
-def subject_of(rows: Sequence[ResultRow]) -> str:
-    """The agent's first training run among the methods; `SUBJECT` where there is none."""
-    return next(iter(agent_runs(by_method(rows))), SUBJECT)
-
-
-# --------------------------------------------------------------------------- tables
+from addiff_env.types import ResultRow
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An estimate as shown: percent where it is a share."""
+    """A number in the unit shown, percent where it is a share, with what else is known of it."""
 
-    mean: str
-    interval: str = ""
+    value: float
+    digits: int  # behind the point
+    low: float | None = None
+    high: float | None = None
+    spread: float | None = None  # standard deviation
     note: str = ""  # e.g. how many pictures, where not all have the metric
     level: float | None = None  # in [0, 1], for shading; None: not shaded
 
 
-def _cell(found: Estimate | None, is_share: bool, number: int) -> Cell:
-    """An estimate over some of ``number`` pictures; not available where none of them has it."""
-    if found is None:
-        return Cell(NOT_AVAILABLE)
-    scale, digits = (100, 1) if is_share else (1, 3)
-    note = "" if found.number == number else f"n = {found.number:,}"
-    interval = ""
-    if found.low is not None and found.high is not None:
-        interval = f"{fixed_text(scale * found.low, digits)} to {fixed_text(scale * found.high, digits)}"
-    return Cell(fixed_text(scale * found.mean, digits), interval, note, found.mean if is_share else None)
+Entry = Cell | str | None  # str: words as they stand; None: nothing to say
+
+
+@dataclass(frozen=True)
+class Table:
+    """Methods by columns."""
+
+    columns: Sequence[str]
+    lines: Sequence[tuple[str, Sequence[Entry]]]  # method, an entry per column
+
+
+@dataclass(frozen=True)
+class Style:
+    """How numbers are written."""
+
+    dash: str  # where there is nothing to say
+    number: Callable[[float, int], str]  # value, digits
+    between: Callable[[str, str], str]  # the ends of an interval
+    spread: str  # around a standard deviation
+
+    def value(self, entry: Entry, missing: str | None = None) -> str:
+        """The entry without its interval; ``missing`` stands where there is nothing to say, by default the dash."""
+        if entry is None:
+            return self.dash if missing is None else missing
+        if isinstance(entry, str):
+            return entry
+        spread = "" if entry.spread is None else self.spread.format(self.number(entry.spread, entry.digits))
+        return self.number(entry.value, entry.digits) + spread
+
+    def interval(self, entry: Entry, missing: str | None = None) -> str:
+        """Both ends of the entry's interval; ``missing``, by default the dash, where it has none."""
+        if not isinstance(entry, Cell) or entry.low is None or entry.high is None:
+            return self.dash if missing is None else missing
+        return self.between(self.number(entry.low, entry.digits), self.number(entry.high, entry.digits))
 
 
 def fixed_text(value: float, digits: int) -> str:
@@ -83,175 +79,103 @@ def fixed_text(value: float, digits: int) -> str:
     return (f"{value:,.{digits}f}" if abs(value) < 1e9 else number_text(value, digits)).replace("-", "−")
 
 
-def method_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """The main table: quality, costs and actions of each method."""
-    metric, shares, summaries = headline_metric(rows), share_metrics(rows), summarise(rows)
-    costs = [cost for cost in COSTS if any(cost.name in summary.costs for summary in summaries)]
-    lines = []
-    for summary in summaries:
-        shown = [_cost_text(summary, cost.name, cost.unit, cost.digits) for cost in costs]
-        quality = _cell(summary.scores.get(metric), metric in shares, summary.number)
-        lines.append((summary.method, summary.number, quality, shown, shares_text(summary.actions)))
-    return {"costs": [cost.label for cost in costs], "lines": lines, "percent": metric in shares}
+def _plain_interval(low: str, high: str) -> str:
+    return f"{low} to {high}" if {"-", "e"} & set(low + high) else f"{low}-{high}"
 
 
-def _cost_text(summary: MethodSummary, name: str, unit: float, digits: int) -> str:
-    found = summary.costs.get(name)
+TEXT = Style("-", number_text, _plain_interval, " ({})")
+LATEX = Style("--", lambda value, digits: number_text(value, digits).replace("-", "$-$"), "[{}, {}]".format, " ({})")
+HTML = Style("–", fixed_text, "{} to {}".format, " ± {}")
+
+
+# --------------------------------------------------------------------------- what tables hold
+
+
+def score_cell(found: Estimate | None, is_share: bool, number: int, digits: tuple[int, int] = (1, 3)) -> Entry:
+    """A mean over some of ``number`` pictures; `NOT_AVAILABLE` where none of them has it.
+
+    ``digits`` are those of percentages and of other numbers.
+    """
     if found is None:
-        return "–"
-    spread = f" ± {fixed_text(found.deviation, 1)}" if name == "nfe" else ""
-    return fixed_text(found.mean / unit, digits) + spread
+        return NOT_AVAILABLE
+    scale = 100 if is_share else 1
+    low, high = (None if end is None else scale * end for end in (found.low, found.high))
+    note = "" if found.number == number else f"n = {found.number:,}"
+    level = found.mean if is_share else None
+    return Cell(scale * found.mean, digits[0] if is_share else digits[1], low, high, note=note, level=level)
 
 
-def metric_table(rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """Every per-image metric of every method."""
-    names, shares = metric_names(rows), share_metrics(rows)
-    lines = [
-        (summary.method, [_cell(summary.scores.get(name), name in shares, summary.number) for name in names])
-        for summary in summarise(rows)
-    ]
-    return {"names": [name + " (%)" * (name in shares) for name in names], "lines": lines}
-
-
-def whole_tables(whole: SetResults) -> dict[str, Any] | None:
-    """Protocols and set metrics as tables of text; None where there are none."""
-    if not whole:
+def cost_cell(summary: MethodSummary, cost: Cost) -> Entry:
+    """A method's mean cost, of NFE with the standard deviation; None where no row says it."""
+    found = summary.costs.get(cost.name)
+    if found is None:
         return None
-    tables = []
-    for metric, methods in whole.protocols.items():
-        names = whole.categories(metric)
-        lines = [(name, [_digits(means.get(key)) for key in names]) for name, means in methods.items()]
-        tables.append({"title": f"{metric}, by its own protocol", "names": names, "lines": lines})
-    if whole.sets:
-        names = whole.set_names()
-        lines = [
-            (name, [f"{values['pictures']:,}", *(_set_value(values, key) for key in names)])
-            for name, values in whole.sets.items()
-        ]
-        tables.append({"title": "set metrics", "names": ["pictures", *names], "lines": lines})
-    return {"tables": tables, "references": list(whole.references.items()), "notes": whole.notes}
+    return Cell(found.mean / cost.unit, cost.digits, spread=found.deviation if cost.name == "nfe" else None)
 
 
-def _set_value(values: Mapping[str, float], name: str) -> str:
-    spread = values.get(SPREAD.get(name, ""))
-    return _digits(values.get(name)) + ("" if spread is None else f" ± {_digits(spread)}")
+def shares_text(summary: MethodSummary) -> str | None:
+    """Shares of continue, stop and refine in percent; None where nobody decided."""
+    return None if summary.actions is None else "/".join(f"{100 * share:.0f}" for share in summary.actions)
 
 
-def _digits(value: float | None) -> str:
-    return NOT_AVAILABLE if value is None else fixed_text(value, 4)
+def method_table(rows: Sequence[ResultRow], metric: str, costs: Sequence[Cost]) -> Table:
+    """Quality, costs and decisions of each method: pictures, the metric, every cost, shares of the actions."""
+    shares = share_metrics(rows)
+    lines = [
+        (
+            summary.method,
+            [
+                Cell(summary.number, 0),
+                score_cell(summary.scores.get(metric), metric in shares, summary.number),
+                *(cost_cell(summary, cost) for cost in costs),
+                shares_text(summary),
+            ],
+        )
+        for summary in summarise(rows, shares)
+    ]
+    return Table(["n", metric, *(cost.label for cost in costs), "continue/stop/refine"], lines)
 
 
-def category_tables(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
-    """One table per metric, methods by categories; the headline metric first."""
-    shares, categories, headline = share_metrics(rows), categories_of(rows), headline_metric(rows)
+def metric_table(rows: Sequence[ResultRow], names: Sequence[str]) -> Table:
+    """Metrics of each method."""
+    shares = share_metrics(rows)
+    lines = [
+        (s.method, [score_cell(s.scores.get(name), name in shares, s.number) for name in names])
+        for s in summarise(rows)
+    ]
+    return Table([name + " (%)" * (name in shares) for name in names], lines)
+
+
+def category_tables(rows: Sequence[ResultRow], metrics: Iterable[str], digits: tuple[int, int] = (1, 3)) -> list[Table]:
+    """A table for each metric, methods by categories; None where a method has no picture of one."""
+    shares, categories = share_metrics(rows), categories_of(rows)
     parts = [[row for row in rows if row.category == category] for category in categories]
     found = [{summary.method: summary for summary in summarise(part, shares)} for part in parts]
-    numbers = [len({(row.prompt, row.seed) for row in part}) for part in parts]
-    tables = []
-    for name in sorted(metric_names(rows), key=lambda name: name != headline):
-        lines = [(method, [_of(summaries, method, name, shares) for summaries in found]) for method in by_method(rows)]
-        tables.append({"metric": name + " (%)" * (name in shares), "lines": lines})
-    return [{**table, "categories": list(zip(categories, numbers, strict=True))} for table in tables]
+
+    def entry(summary: MethodSummary | None, metric: str) -> Entry:
+        if summary is None:
+            return None
+        return score_cell(summary.scores.get(metric), metric in shares, summary.number, digits)
+
+    return [
+        Table(categories, [(name, [entry(summaries.get(name), m) for summaries in found]) for name in by_method(rows)])
+        for m in metrics
+    ]
 
 
-def _of(summaries: Mapping[str, MethodSummary], method: str, metric: str, shares: frozenset[str]) -> Cell:
-    if method not in summaries:
-        return Cell("–")
-    return _cell(summaries[method].scores.get(metric), metric in shares, summaries[method].number)
+def protocol_table(found: SetResults, metric: str) -> Table:
+    """A benchmark's own numbers of each method."""
+    names = found.categories(metric)
+    return _number_table(names, found.protocols[metric])
 
 
-def comparison_tables(rows: Sequence[ResultRow]) -> dict[str, Any]:
-    """The agent's training runs against every other method, for each metric that all rows have; corrected together.
-
-    Pictures that one of the methods lacks are left out, and so are methods and metrics without any; ``notes`` say so.
-    """
-    metric, runs = headline_metric(rows), agent_runs(by_method(rows))
-    measured = [row for row in rows if score_value(row, metric) is not None]
-    methods = list(by_method(measured))
-    runs, others = [name for name in methods if name in runs], [name for name in methods if name not in runs]
-    paired, notes = on_common_pictures(measured, methods)
-    lacking = [name for name in by_method(rows) if name not in methods]
-    notes += [f"{name} has no {metric}" for name in lacking]
-    prompts = len({row.prompt for row in paired})
-    if not runs or not others:
-        return {"tables": [], "notes": [*notes, f"{'no other method' if runs else 'no agent'} has {metric}"]}
-    if prompts < 2:
-        return {"tables": [], "notes": [*notes, f"a comparison needs two prompts, got {prompts}"]}
-    metrics = [name for name in metric_names(paired) if all(name in scores_of(row) for row in paired)]
-    notes += [f"{name} is missing in some rows" for name in metric_names(paired) if name not in metrics]
-    found = compare_methods(paired, {SUBJECT: runs}, others, metrics)
-    if prompts < LEAST_PROMPTS:  # as for verdicts: a bootstrap of so few says nothing
-        nan = math.nan
-        found = [replace(one, low=nan, high=nan, p_bootstrap=nan, p_holm=nan, minimum_detectable=nan) for one in found]
-        notes.append(f"intervals and p-values need {LEAST_PROMPTS} prompts, got {prompts}")
-    return {"tables": [(name, [one for one in found if one.metric == name]) for name in metrics], "notes": notes}
+def set_table(found: SetResults) -> Table:
+    """Set metrics of each method, of KID with the standard deviation over subsets."""
+    return _number_table(found.set_names(), found.sets)
 
 
-def complexity_table(own: Sequence[ResultRow], facts: Mapping[SampleKey, int]) -> dict[str, Any]:
-    """NFE and quality by how much the pictures must get right."""
-    metric = headline_metric(own)
-    is_share = metric in share_metrics(own)
-    lines = []
-    for level, group in by_facts(own, facts).items():
-        prompts = [row.prompt for row in group]
-        spent = _cell(estimate([row.nfe for row in group], prompts), False, len(group))
-        quality = _cell(_estimate_of(metric, group, is_share), is_share, len(group))
-        lines.append((level, len(group), spent, quality))
-    return {"svg": inline_svg(complexity_figure(own, facts), "complexity"), "lines": lines, "percent": is_share}
+def _number_table(names: Sequence[str], found: Mapping[str, Mapping[str, float]]) -> Table:
+    def entry(values: Mapping[str, float], name: str) -> Entry:
+        return Cell(values[name], 4, spread=values.get(SPREAD.get(name, ""))) if name in values else None
 
-
-def _estimate_of(metric: str, group: Sequence[ResultRow], is_share: bool) -> Estimate | None:
-    measured = [(value, row.prompt) for row in group if (value := score_value(row, metric)) is not None]
-    return (
-        estimate([value for value, _ in measured], [prompt for _, prompt in measured], is_share) if measured else None
-    )
-
-
-# --------------------------------------------------------------------------- judges
-
-
-def judge_tables(folder: Path) -> dict[str, Any] | None:
-    """What vision-language models preferred, from ``judge.json``; None where nobody was asked."""
-    path = folder / JUDGEMENT
-    if not path.exists():
-        return None
-    found = read_json(path)
-    try:
-        return _judged_tables(found)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no judgement: {type(error).__name__}: {error}") from error
-
-
-def _judged_tables(found: Mapping[str, Any]) -> dict[str, Any]:
-    judges = {f"{name} ({one['model']})": one for name, one in found["judges"].items()}
-    columns = judges if len(judges) == 1 else {**judges, "all judges": found["together"]}
-    return {
-        **{name: found[name] for name in ("prompts", "pictures", "spent_usd", "agreement")},
-        "tables": [(name, [_pair_line(pair) for pair in one["pairs"]]) for name, one in columns.items()],
-        "names": list(columns),
-        "ranking": _ranking(columns),
-        "notes": [f"{name}: {one['note']}" for name, one in columns.items() if one["note"]],
-    }
-
-
-def _pair_line(pair: Mapping[str, Any]) -> dict[str, Any]:
-    """Two methods' line: shares of wins, ties and losses as cells."""
-    rates = [_rate(pair[outcome], pair["pairs"]) if outcome in pair else Cell("–") for outcome in OUTCOMES]
-    return {**pair, "rates": rates}
-
-
-def _rate(found: Mapping[str, float], number: int) -> Cell:
-    return _cell(Estimate(number, found["share"], 0.0, found["low"], found["high"]), True, number)
-
-
-def _ranking(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[Cell]]]:
-    """Methods by strength in the last column, with what each judge makes of them."""
-    of = [{one["method"]: one for one in column["ranking"]} for column in columns.values()]
-    names = list(dict.fromkeys(name for ranking in reversed(of) for name in ranking))
-    return [(name, [_strength(ranking.get(name)) for ranking in of]) for name in names]
-
-
-def _strength(found: Mapping[str, Any] | None) -> Cell:
-    if found is None:
-        return Cell("–")
-    return Cell(fixed_text(found["estimate"], 3), f"{fixed_text(found['low'], 3)} to {fixed_text(found['high'], 3)}")
+    return Table(names, [(method, [entry(values, name) for name in names]) for method, values in found.items()])

@@ -19,8 +19,9 @@ from addiff_env.evaluation.benchmarks.items import Item, benchmark_record
 from addiff_env.evaluation.metrics.registry import missing, protocol_scores, reported_score
 from addiff_env.evaluation.metrics.set_results import PROTOCOLS, SET_METRICS, pictures_of
 from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, set_scores
-from addiff_env.evaluation.report.figures import plot_quality_against_compute, summary_table
+from addiff_env.evaluation.report.figures import plot_quality_against_compute
 from addiff_env.evaluation.report.html import write_report
+from addiff_env.evaluation.report.text import summary_table
 from addiff_env.evaluation.run.planning import ALL, left_out
 from addiff_env.evaluation.run.run_folder import (
     Trajectory,

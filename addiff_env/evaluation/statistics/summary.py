@@ -144,6 +144,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + "s" * (number != 1)
 
 
+def measured_costs(rows: Sequence[ResultRow]) -> list[Cost]:
+    """The costs that some row says."""
+    return [cost for cost in COSTS if any(cost_value(row, cost.name) is not None for row in rows)]
+
+
 def number_text(value: float, digits: int) -> str:
     """A number with so many digits behind the point; a huge one with four in all."""
     return f"{value:.{digits}f}" if abs(value) < 1e9 else f"{value:.4g}"

@@ -25,8 +25,9 @@ from addiff_env.evaluation.metrics.registry import protocol_scores, reported_sco
 from addiff_env.evaluation.metrics.set_results import read_set_results
 from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, set_scores
 from addiff_env.evaluation.report.exports import latex_table
-from addiff_env.evaluation.report.figures import plot_quality_against_compute, summary_table
+from addiff_env.evaluation.report.figures import plot_quality_against_compute
 from addiff_env.evaluation.report.html import write_report
+from addiff_env.evaluation.report.text import summary_table
 from addiff_env.evaluation.run import reporting, runner
 from addiff_env.evaluation.run.progress import RunProgress
 from addiff_env.evaluation.run.rows import append_rows
