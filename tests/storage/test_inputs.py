@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 
 import gymnasium as gym
 import pytest
@@ -11,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from test_rllib import rllib_config
 from test_training import KillAt, Killed, configure
 
-from addiff_env import rllib
 from addiff_env.agent import Agent
 from addiff_env.env.baseline_cache import BaselineCache, baseline_configuration, compute_baselines
 from addiff_env.evaluation.benchmarks.items import load_benchmark
@@ -233,18 +232,13 @@ def test_a_search_of_an_earlier_release_is_gone_on_with(killed, tmp_path):
 def test_an_rllib_run_does_not_go_on_with_other_contents(tmp_path):
     (tmp_path / "p.txt").write_text("a star\n")
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
-    settings = rllib.Settings(env_kwargs={"prompts": str(tmp_path / "p.txt")})
-    claim(tmp_path / "run", settings)
+    claim(tmp_path / "run", rllib_config(f"prompts.source={tmp_path / 'p.txt'}"))
     (tmp_path / "p.txt").rename(tmp_path / "q.txt")
-    moved = replace(settings, env_kwargs={"prompts": str(tmp_path / "q.txt")})
+    moved = rllib_config(f"prompts.source={tmp_path / 'q.txt'}")
     claim(tmp_path / "run", moved)
     (tmp_path / "q.txt").write_text("a circle\n")
-    with pytest.raises(ValueError, match="env_kwargs.prompts: .*q.txt has other contents"):
+    with pytest.raises(ValueError, match="prompts.source: .*q.txt has other contents"):
         claim(tmp_path / "run", moved)
-    kept = json.loads((tmp_path / "run" / "settings.json").read_text())
-    del kept["inputs"]
-    (tmp_path / "run" / "settings.json").write_text(json.dumps(kept))
-    claim(tmp_path / "run", moved)  # an earlier release's knows no contents
 
 
 @pytest.fixture
