@@ -18,6 +18,7 @@ from gymnasium.vector.utils import batch_space
 from addiff_env.diffusion.attention import attention_entropy
 from addiff_env.diffusion.backbones import to_uint8
 from addiff_env.env.config import EnvConfig
+from addiff_env.env.info import Info
 from addiff_env.env.prompts import check_prompt, load_prompts
 from addiff_env.env.refine import RefinableLanes
 from addiff_env.env.reward import COLUMNS, RewardComponents, RewardConfig, quality, step_reward
@@ -119,7 +120,8 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
     ``fault`` says that the lane's numbers stopped being finite: it is terminated with its last finite prediction and
     pays the reward's ``fault`` penalty. Where that happens in the warm-up, ``reset`` says so in ``fault``, and the
     lane's first step ends it so, whatever the action. Everything is a number but for ``prompt``, which
-    ``text_info=False`` leaves out for those who turn all of ``info`` into tensors (TorchRL, `NumpyToTorch`).
+    ``info["prompt"]`` gives and iterating passes over: TorchRL, `NumpyToTorch` and Gymnasium's vector environments of
+    single ones collect what is iterated over (`addiff_env.env.info.Info`). ``text_info=True`` lists it with the rest.
 
     ## Arguments
     The fields of `EnvConfig` (``model, revision, device, dtype, solver, num_inference_steps, ...``), and
@@ -627,7 +629,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
     def _zero_reward(self) -> dict[str, np.ndarray]:
         return {name: np.zeros(self.num_envs) for name in COLUMNS}
 
-    def _info(self, taken: np.ndarray, reward: dict[str, np.ndarray]) -> dict[str, Any]:
+    def _info(self, taken: np.ndarray, reward: dict[str, np.ndarray]) -> Info:
         values: dict[str, Any] = {
             "seed": self.seed.copy(),
             "step_index": self.step_index.copy(),
@@ -641,12 +643,15 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             "fault": self.fault.copy(),
             "reward_components": RewardComponents.stack(reward),
         }
-        if self.config.text_info:
-            values["prompt"] = np.array(self.prompt, dtype=object)
-        present = {f"_{name}": np.ones(self.num_envs, bool) for name in values}
-        return values | present
+        texts: dict[str, Any] = {"prompt": np.array(self.prompt, dtype=object)}
+        listed, hidden = (values | texts, {}) if self.config.text_info else (values, texts)
+        return Info.of(self._with_presence(listed), self._with_presence(hidden))
 
-    def _reset_finished(self, lanes: np.ndarray, observation: Any, info: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _with_presence(self, values: dict[str, Any]) -> dict[str, Any]:
+        """``values``, each with the mask (B,) of the lanes that have it: all."""
+        return values | {f"_{name}": np.ones(self.num_envs, bool) for name in values}
+
+    def _reset_finished(self, lanes: np.ndarray, observation: Any, info: Info) -> tuple[Any, Info]:
         """SAME_STEP: restart ``lanes`` now; the last observation and info move to ``final_obs`` and ``final_info``."""
         ended = np.zeros(self.num_envs, bool)
         ended[lanes] = True
@@ -655,7 +660,9 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             final_obs[lane] = _row(observation, lane)
         self._reset_lanes(lanes, {})
         fresh = self._info(info["action_taken"].copy(), {name: info["reward_components"][name] for name in COLUMNS})
-        last = info | {name: ended for name in info if name.startswith("_")}
+        last = info.copy()
+        for values in (last, last.texts):
+            values.update({name: ended for name in values if name.startswith("_")})
         final = {"final_obs": final_obs, "_final_obs": ended, "final_info": last, "_final_info": ended}
         return self._observation(), fresh | final
 
@@ -744,11 +751,11 @@ def _row(observation: Any, lane: int) -> Any:
     return observation[lane].clone() if isinstance(observation, torch.Tensor) else observation[lane].copy()
 
 
-def _single_info(info: dict[str, Any]) -> dict[str, Any]:
+def _single_info(info: Info) -> Info:
     """The info of lane 0, without the vector form's presence masks."""
-    single = {}
-    for name, value in info.items():
-        if name.startswith("_"):
-            continue
-        single[name] = value[0].item() if isinstance(value[0], np.generic) else value[0]
-    return single
+    return Info.of(_first_lane(info), _first_lane(info.texts))
+
+
+def _first_lane(values: dict[str, Any]) -> dict[str, Any]:
+    firsts = {name: value[0] for name, value in values.items() if not name.startswith("_")}
+    return {name: first.item() if isinstance(first, np.generic) else first for name, first in firsts.items()}
