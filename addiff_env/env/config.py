@@ -68,7 +68,7 @@ class EnvConfig:
     reads: Sequence[str] = LOOK_PARTS
     obs_mode: Annotated[str, one_of("flat", "dict")] = "flat"
     obs_backend: Annotated[str, one_of("numpy", "torch")] = "numpy"
-    text_info: bool = True
+    text_info: bool = False
     reward: Mapping[str, Any] | None = None
     render_mode: Annotated[str, one_of("rgb_array")] | None = None
     batch_size: Annotated[int, at_least(1)] = 64

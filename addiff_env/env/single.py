@@ -10,6 +10,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.env.config import EnvConfig
+from addiff_env.env.info import Info
 from addiff_env.env.observer import observation_of
 from addiff_env.env.prompts import check_prompt
 from addiff_env.env.reset_options import as_mapping, depth
@@ -91,11 +92,11 @@ class DiffusionDenoiseEnv(JsonableSpec, gym.Env):
         return None if pictures is None else pictures[0]
 
 
-def _single_info(info: dict[str, Any]) -> dict[str, Any]:
+def _single_info(info: Info) -> Info:
     """The info of lane 0, without the vector form's presence masks."""
-    single = {}
-    for name, value in info.items():
-        if name.startswith("_"):
-            continue
-        single[name] = value[0].item() if isinstance(value[0], np.generic) else value[0]
-    return single
+    return Info.of(_first_lane(info), _first_lane(info.texts))
+
+
+def _first_lane(values: dict[str, Any]) -> dict[str, Any]:
+    firsts = {name: value[0] for name, value in values.items() if not name.startswith("_")}
+    return {name: first.item() if isinstance(first, np.generic) else first for name, first in firsts.items()}

@@ -16,6 +16,7 @@ from addiff_env.env import reset_options
 from addiff_env.env.config import EnvConfig
 from addiff_env.env.decisions import action_masks, admissible, read_actions, spent
 from addiff_env.env.denoiser import Denoiser
+from addiff_env.env.info import Info
 from addiff_env.env.observer import Observer, observation_of
 from addiff_env.env.parts import ReadableParts
 from addiff_env.env.prompts import load_prompts
@@ -89,7 +90,8 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     ``fault`` says that the lane's numbers stopped being finite: it is terminated with its last finite prediction and
     pays the reward's ``fault`` penalty. Where that happens in the warm-up, ``reset`` says so in ``fault``, and the
     lane's first step ends it so, whatever the action. Everything is a number but for ``prompt``, which
-    ``text_info=False`` leaves out for those who turn all of ``info`` into tensors (TorchRL, `NumpyToTorch`).
+    ``info["prompt"]`` gives and iterating passes over: TorchRL, `NumpyToTorch` and Gymnasium's vector environments of
+    single ones collect what is iterated over (`addiff_env.env.info.Info`). ``text_info=True`` lists it with the rest.
 
     ## Arguments
     The fields of `EnvConfig` (``model, revision, device, dtype, solver, num_inference_steps, ...``), and
@@ -202,7 +204,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     @isolated()
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[Any, Info]:
         """Start new episodes in all lanes, or in those of ``options["reset_mask"]`` (B,) bool.
 
         Raises:
@@ -255,7 +257,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     # ----------------------------------------------------------------- step
 
     @isolated()
-    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, Info]:
         """Carry out one action (B,) per lane.
 
         Raises:
@@ -334,7 +336,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
 
     # ----------------------------------------------------------------- what the outside sees
 
-    def _info(self, taken: np.ndarray, reward: dict[str, np.ndarray]) -> dict[str, Any]:
+    def _info(self, taken: np.ndarray, reward: dict[str, np.ndarray]) -> Info:
         values: dict[str, Any] = {
             "seed": self.seed.copy(),
             "step_index": self.step_index.copy(),
@@ -348,12 +350,15 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
             "fault": self.fault.copy(),
             "reward_components": RewardComponents.stack(reward),
         }
-        if self.config.text_info:
-            values["prompt"] = np.array(self.prompt, dtype=object)
-        present = {f"_{name}": np.ones(self.num_envs, bool) for name in values}
-        return values | present
+        texts: dict[str, Any] = {"prompt": np.array(self.prompt, dtype=object)}
+        listed, hidden = (values | texts, {}) if self.config.text_info else (values, texts)
+        return Info.of(self._with_presence(listed), self._with_presence(hidden))
 
-    def _reset_finished(self, lanes: np.ndarray, observation: Any, info: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _with_presence(self, values: dict[str, Any]) -> dict[str, Any]:
+        """``values``, each with the mask (B,) of the lanes that have it: all."""
+        return values | {f"_{name}": np.ones(self.num_envs, bool) for name in values}
+
+    def _reset_finished(self, lanes: np.ndarray, observation: Any, info: Info) -> tuple[Any, Info]:
         """SAME_STEP: restart ``lanes`` now; the last observation and info move to ``final_obs`` and ``final_info``."""
         ended = np.zeros(self.num_envs, bool)
         ended[lanes] = True
@@ -362,7 +367,9 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
             final_obs[lane] = observation_of(observation, lane)
         self._reset_lanes(lanes, {})
         fresh = self._info(info["action_taken"].copy(), {name: info["reward_components"][name] for name in COLUMNS})
-        last = info | {name: ended for name in info if name.startswith("_")}
+        last = info.copy()
+        for values in (last, last.texts):
+            values.update({name: ended for name in values if name.startswith("_")})
         final = {"final_obs": final_obs, "_final_obs": ended, "final_info": last, "_final_info": ended}
         return self.observer.observation(self.state), fresh | final
 

@@ -1,5 +1,7 @@
 """What reinforcement learners do out of habit: masks, step limits, wrappers, writing into what they were handed."""
 
+import copy
+import pickle
 from typing import Any
 
 import gymnasium as gym
@@ -9,6 +11,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
 from stable_baselines3.common.vec_env import DummyVecEnv
+from torch.utils._pytree import tree_leaves
 
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.env.reward import COLUMNS, COMPONENTS
@@ -81,14 +84,48 @@ def test_registered_step_limits_hold(small_kwargs: Kwargs) -> None:
         del gym.registry["Limited-v0"]
 
 
-def test_components_are_arrays_with_names_and_text_can_be_left_out(small_kwargs: Kwargs) -> None:
-    envs = vector(small_kwargs, text_info=False)
+def test_components_are_arrays_with_names(small_kwargs: Kwargs) -> None:
+    envs = vector(small_kwargs)
     envs.reset(seed=0)
     _, reward, _, _, info = envs.step([CONTINUE, STOP])
     components = info["reward_components"]
     assert components.shape == (2, len(COLUMNS)) and torch.from_numpy(np.asarray(components)).dtype == torch.float64
     np.testing.assert_allclose(sum(components[name] for name in COMPONENTS), reward)
-    assert "reward" not in info and all(value.dtype != object for value in info.values())
+    assert "reward" not in info
+
+
+def test_info_lists_numbers_and_finds_the_prompt_by_its_name(small_kwargs: Kwargs) -> None:
+    prompts = ["a star", "a ring"]
+    envs = vector(small_kwargs, autoreset_mode=AutoresetMode.SAME_STEP)
+    envs.reset(options={"prompt": prompts})
+    *_, info = envs.step([CONTINUE, STOP])
+    last = info["final_info"]
+    assert all(value.dtype != object for kept in (info, last) for name, value in kept.items() if "final" not in name)
+    assert last["prompt"].tolist() == prompts and last["_prompt"].tolist() == [False, True]
+    assert info["prompt"][0] == "a star" and info["prompt"][1] in envs.prompts
+
+    env = gym.make(ID, **small_kwargs)
+    _, info = env.reset(options={"prompt": "a star"})
+    for kept in (info, copy.deepcopy(info), pickle.loads(pickle.dumps(info)), info.copy(), info | {"more": 1}):
+        assert kept["prompt"] == kept.get("prompt") == "a star" and "prompt" in kept and "prompt" not in list(kept)
+    assert "other" not in info and info.get("other", 3) == 3
+    with pytest.raises(KeyError, match="other"):
+        info["other"]
+    _, info = gym.make(ID, text_info=True, **small_kwargs).reset(options={"prompt": "a star"})
+    assert dict(info)["prompt"] == "a star"
+
+
+def test_all_of_info_becomes_tensors(small_kwargs: Kwargs) -> None:
+    pytest.importorskip("array_api_compat")  # of Gymnasium's extra "torch"
+    one = gym.wrappers.NumpyToTorch(gym.make(ID, **small_kwargs))
+    many = [gym.make_vec(ID, num_envs=2, vectorization_mode=mode, **small_kwargs) for mode in (None, "sync")]
+    for env, action in ((one, 0), *((gym.wrappers.vector.NumpyToTorch(envs), [0, 1]) for envs in many)):
+        env.reset(seed=0)
+        info = env.step(torch.tensor(action))[4]
+        assert all(isinstance(value, torch.Tensor) for value in info.values())
+    envs = vector(small_kwargs)
+    leaves = tree_leaves(envs.reset(seed=0)[1])  # what TorchRL does
+    assert all(isinstance(leaf, np.ndarray) and leaf.dtype != object for leaf in leaves)
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, backbone: Any, lane: int | slice) -> None:

@@ -1,0 +1,55 @@
+"""``info`` of a step, whose texts are found by their name and passed over by iterating."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.utils._pytree import register_pytree_node
+
+
+class Info(dict[str, Any]):
+    """A dictionary of numbers that knows some texts besides: ``info["prompt"]``, `get` and ``in`` find them.
+
+    Iterating, ``items`` and ``len`` show the numbers alone, because Gymnasium's `NumpyToTorch`, TorchRL and whatever
+    else turns all of ``info`` into tensors cannot take a string. A plain ``dict(info)`` therefore has no texts;
+    `copy` and ``|`` keep them.
+    """
+
+    def __init__(self, *args: Any, **values: Any) -> None:
+        super().__init__(*args, **values)
+        self.texts: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], texts: Mapping[str, Any]) -> Info:
+        """``values``, and ``texts`` besides."""
+        info = cls(values)
+        info.texts = dict(texts)
+        return info
+
+    def __missing__(self, name: str) -> Any:
+        return self.texts[name]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self.texts
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value or text of this name, or ``default``."""
+        return self[name] if name in self else default
+
+    def copy(self) -> Info:
+        """A shallow copy, with the texts."""
+        return self.of(self, self.texts)
+
+    def __or__(self, other: Any) -> Any:
+        if not isinstance(other, dict):
+            return NotImplemented
+        return self.of({**self, **other}, self.texts | getattr(other, "texts", {}))
+
+
+# TorchRL maps over ``info`` as a tree, in which torch takes only dictionaries of its own kinds apart.
+register_pytree_node(
+    Info,
+    lambda info: (list(info.values()), list(info)),
+    lambda values, names: dict(zip(names, values, strict=True)),
+)
