@@ -25,8 +25,11 @@ from tqdm import tqdm
 
 from addiff_env.agent import Agent
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.benchmarks.items import SOURCES, Item, categories_in_turn, id_list_hash, load_benchmark
-from addiff_env.evaluation.methods.registry import BestOf, FixedSteps, Method, make_method
+from addiff_env.evaluation.benchmarks.items import Item, categories_in_turn, id_list_hash, load_benchmark
+from addiff_env.evaluation.benchmarks.readers import SOURCES
+from addiff_env.evaluation.methods.registry import Method, make_method
+from addiff_env.evaluation.methods.samplers import FixedSteps
+from addiff_env.evaluation.methods.search import BestOf
 from addiff_env.evaluation.metrics.base import Metric, columns_of, score_pictures
 from addiff_env.evaluation.metrics.registry import (
     ModelScore,

@@ -13,16 +13,13 @@ from gymnasium.vector import AutoresetMode
 from addiff_env.diffusion.backbones import to_uint8
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods.controls import MatchedSteps, Replay
 from addiff_env.evaluation.methods.diffusers_methods import DiffusersSolver
-from addiff_env.evaluation.methods.registry import (
-    SEED_STRIDE,
-    FixedSteps,
-    MatchedSteps,
-    PolicyMethod,
-    Replay,
-    make_method,
-)
+from addiff_env.evaluation.methods.policy_method import PolicyMethod
+from addiff_env.evaluation.methods.registry import make_method
 from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
+from addiff_env.evaluation.methods.samplers import FixedSteps
+from addiff_env.evaluation.methods.search import SEED_STRIDE
 from addiff_env.evaluation.statistics.families import CONTINUED, FULL_IMAGE
 from addiff_env.perception.features import QUALITY
 from addiff_env.types import Action, Generated, ResultRow
