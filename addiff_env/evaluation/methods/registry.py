@@ -1,26 +1,127 @@
-"""Methods by name."""
+"""Methods by name: patterns such as ``best-of-{number}:{solver}-{steps}``, each with the function that makes them.
+
+A further method is one more function with `method` above it; fields are converted to the types of its parameters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
 
 from addiff_env.agent import Agent
-from addiff_env.diffusion.samplers import SOLVERS
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.base import Method
-from addiff_env.evaluation.methods.diffusers_methods import MethodOptions, solver_method
+from addiff_env.evaluation.methods.diffusers_methods import (
+    SCHEDULERS,
+    AttendAndExcite,
+    DiffusersSolver,
+    MethodOptions,
+    SelfAttentionGuidance,
+    latent_consistency,
+    sdxl_turbo,
+)
 from addiff_env.evaluation.methods.policy_method import PolicyMethod
-from addiff_env.evaluation.methods.rule_policies import Policy, RandomPolicy, RefineAlways, StopAt, ThresholdRule
+from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
 from addiff_env.evaluation.methods.samplers import FixedSteps, WordCount
 from addiff_env.evaluation.methods.search import BestOf, OracleStop
 
-METHODS = (
-    "agent, ddim-N, dpmpp_2m-N, euler-N, unipc-N, pndm-N, sag-N, attend-and-excite-N, lcm-N, sdxl-turbo-N, "
-    "best-of-K:<solver>-N, oracle-stop:<solver>-N, oracle-stop:<solver>-N@<scorer>, "
-    "words-N, stop-N, refine-always, threshold:<steps>:<score>, random:<continue>:<stop>:<refine>; "
-    "and tuned to the agent on other prompts: threshold:auto, random:auto, words-auto, best-of-auto"
-)
+AUTO = ("threshold:auto", "random:auto", "words-auto", "best-of-auto")  # tuned to the agent on other prompts
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method is made with; ``spec`` is its name as it was asked for."""
+
+    spec: str
+    env: DiffusionDenoiseVectorEnv
+    agent: Agent | None
+    options: MethodOptions
+    benchmark: Sequence[Item]  # all items of the list
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Names of methods, and what makes them."""
+
+    text: str
+    make: Callable[..., Method]
+
+    def fields(self, spec: str) -> dict[str, str] | None:
+        """What stands in ``spec`` for each field, unconverted; None where the pattern does not fit.
+
+        Text at the end takes whatever is left, any other field no colon and no at sign.
+        """
+        parts = _FIELD.split(self.text)  # literals and names in turn
+        groups = [f"(?P<{name}>[^:@]+)" for name in parts[1::2]]
+        if groups and not parts[-1] and get_type_hints(self.make)[parts[-2]] is str:
+            groups[-1] = f"(?P<{parts[-2]}>.+)"
+        literals = [re.escape(part) for part in parts[::2]]
+        found = re.fullmatch("".join(a + b for a, b in zip(literals, [*groups, ""], strict=True)), spec)
+        return found.groupdict() if found else None
+
+    def convert(self, fields: dict[str, str]) -> dict[str, Any]:
+        """Fields as the types that the function states.
+
+        Raises:
+            ValueError: one is no such number; says which.
+        """
+        types = get_type_hints(self.make)
+        return {name: _CONVERTERS[types[name]](name, text) for name, text in fields.items()}
+
+
+def _whole(name: str, text: str) -> int:
+    if not re.fullmatch("[0-9]+", text):
+        raise ValueError(f"{name} must be a whole number, got {text!r}")
+    return int(text)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be a number, got {text!r}") from error
+
+
+_CONVERTERS: dict[Any, Callable[[str, str], Any]] = {int: _whole, float: _number, str: lambda name, text: text}
+_PATTERNS: dict[str, Pattern] = {}
+
+
+def method(*patterns: str) -> Callable[[Callable[..., Method]], Callable[..., Method]]:
+    """Register a function ``(setup, field, ...) -> Method`` for names of these patterns.
+
+    Raises:
+        ValueError: a pattern that is registered already.
+    """
+
+    def register(make: Callable[..., Method]) -> Callable[..., Method]:
+        for text in patterns:
+            if text in _PATTERNS:
+                raise ValueError(f"the method {text!r} is registered already")
+            _PATTERNS[text] = Pattern(text, make)
+        return make
+
+    return register
+
+
+def known_methods() -> tuple[str, ...]:
+    """The patterns of all methods."""
+    return tuple(_PATTERNS)
+
+
+def fitting(spec: str) -> tuple[Pattern, dict[str, str]]:
+    """The pattern of ``spec``, of several the one with the fewest fields, and what stands in these.
+
+    Raises:
+        ValueError: there is none.
+    """
+    pairs = [(pattern, found) for pattern in _PATTERNS.values() if (found := pattern.fields(spec)) is not None]
+    if not pairs:
+        raise ValueError("no method has such a name")
+    return min(pairs, key=lambda pair: len(pair[1]))  # "words-auto" is no number of words
 
 
 def make_method(
@@ -30,7 +131,7 @@ def make_method(
     options: MethodOptions = MethodOptions(),  # noqa: B008 (frozen)
     benchmark: Sequence[Item] = (),
 ) -> Method:
-    """The method that ``spec`` names (`METHODS`), on the model and settings of ``env``.
+    """The method that ``spec`` names (`known_methods`), on the model and settings of ``env``.
 
     ``benchmark`` holds all items of the list, also those of other shards and beyond the limit.
 
@@ -38,48 +139,95 @@ def make_method(
         ValueError: unknown, or its numbers do not parse; the message quotes it.
         FileNotFoundError, ImportError: weights or a package that it needs are missing; says what to get.
     """
-    head, _, tail = spec.partition(":")
     try:
-        if spec == "agent" and agent is not None:
-            return PolicyMethod(env, agent)
-        if head.startswith("best-of-"):
-            return BestOf(_fixed(tail, env), int(head.removeprefix("best-of-")))
-        if head == "oracle-stop":
-            inner, _, scorer = tail.partition("@")
-            return OracleStop(_fixed(inner, env), scorer or None)
-        if policy := _policy(head, tail, env):
-            return PolicyMethod(env, policy, spec)
-        name, _, number = spec.rpartition("-")
-        if name == "words":
-            return WordCount(env, float(number), benchmark)
-        return _solver(name, int(number), env, options)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"cannot make the method {spec!r}: {error}; known: {METHODS}") from error
+        pattern, found = fitting(spec)
+        return pattern.make(Setup(spec, env, agent, options, benchmark), **pattern.convert(found))
+    except ValueError as error:
+        known = ", ".join(known_methods())
+        raise ValueError(f"cannot make the method {spec!r}: {error}; known: {known}") from error
 
 
-def _policy(head: str, tail: str, env: DiffusionDenoiseVectorEnv) -> Policy | None:
-    steps = env.config.num_inference_steps
-    if head == "threshold":
-        look_at, tau = tail.split(":")
-        return ThresholdRule(int(look_at), float(tau), steps)
-    if head == "random":
-        return RandomPolicy([float(share) for share in tail.split(":")])
-    if head == "refine-always":
-        return RefineAlways()
-    if head.startswith("stop-"):
-        return StopAt(int(head.removeprefix("stop-")), steps)
-    return None
+# --------------------------------------------------------------------------- the methods
 
 
-def _fixed(spec: str, env: DiffusionDenoiseVectorEnv) -> FixedSteps:
-    name, _, number = spec.rpartition("-")
-    return FixedSteps(env, int(number), name)
+@method("agent")
+def _agent(setup: Setup) -> Method:
+    if setup.agent is None:
+        raise ValueError("there is no agent")
+    return PolicyMethod(setup.env, setup.agent)
 
 
-def _solver(name: str, steps: int, env: DiffusionDenoiseVectorEnv, options: MethodOptions) -> Method:
-    if name in SOLVERS and (name != "euler" or env.backbone.solver == "euler"):
-        return FixedSteps(env, steps, name)
-    method = solver_method(name, steps, env, options)
-    if method is None:
-        raise ValueError(f"unknown solver {name!r}")
-    return method
+@method("ddim-{steps}", "dpmpp_2m-{steps}")
+def _own_solver(setup: Setup, steps: int) -> Method:
+    return FixedSteps(setup.env, steps, setup.spec.partition("-")[0])
+
+
+@method("euler-{steps}")
+def _euler(setup: Setup, steps: int) -> Method:
+    return (_own_solver if setup.env.backbone.solver == "euler" else _scheduler)(setup, steps)
+
+
+@method("unipc-{steps}", "pndm-{steps}")
+def _scheduler(setup: Setup, steps: int) -> Method:
+    name = setup.spec.partition("-")[0]
+    return DiffusersSolver(setup.env, name, steps, SCHEDULERS[name])
+
+
+@method("sag-{steps}")
+def _sag(setup: Setup, steps: int) -> Method:
+    return SelfAttentionGuidance(setup.env, steps)
+
+
+@method("attend-and-excite-{steps}")
+def _attend_and_excite(setup: Setup, steps: int) -> Method:
+    return AttendAndExcite(setup.env, steps)
+
+
+@method("lcm-{steps}")
+def _lcm(setup: Setup, steps: int) -> Method:
+    return latent_consistency(setup.env, steps, setup.options)
+
+
+@method("sdxl-turbo-{steps}")
+def _sdxl_turbo(setup: Setup, steps: int) -> Method:
+    return sdxl_turbo(setup.env, steps, setup.options)
+
+
+@method("best-of-{number}:{solver}-{steps}")
+def _best_of(setup: Setup, number: int, solver: str, steps: int) -> Method:
+    return BestOf(FixedSteps(setup.env, steps, solver), number)
+
+
+@method("oracle-stop:{solver}-{steps}", "oracle-stop:{solver}-{steps}@{scorer}")
+def _oracle_stop(setup: Setup, solver: str, steps: int, scorer: str = "") -> Method:
+    return OracleStop(FixedSteps(setup.env, steps, solver), scorer or None)
+
+
+@method("words-{mean_steps}")
+def _words(setup: Setup, mean_steps: float) -> Method:
+    return WordCount(setup.env, mean_steps, setup.benchmark)
+
+
+@method("stop-{steps}")
+def _stop(setup: Setup, steps: int) -> Method:
+    return PolicyMethod(setup.env, StopAt(steps, setup.env.config.num_inference_steps), setup.spec)
+
+
+@method("refine-always")
+def _refine_always(setup: Setup) -> Method:
+    return PolicyMethod(setup.env, RefineAlways(), setup.spec)
+
+
+@method("threshold:{steps}:{score}")
+def _threshold(setup: Setup, steps: int, score: float) -> Method:
+    return PolicyMethod(setup.env, ThresholdRule(steps, score, setup.env.config.num_inference_steps), setup.spec)
+
+
+@method("random:{continue_share}:{stop_share}:{refine_share}")
+def _random(setup: Setup, continue_share: float, stop_share: float, refine_share: float) -> Method:
+    return PolicyMethod(setup.env, RandomPolicy([continue_share, stop_share, refine_share]), setup.spec)
+
+
+@method(*AUTO)
+def _untuned(setup: Setup) -> Method:
+    raise ValueError("it is tuned to an agent first")
