@@ -5,8 +5,9 @@ import pytest
 
 from addiff_env.agent import Agent, PolicyNet
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.methods.registry import FixedSteps, PolicyMethod
+from addiff_env.evaluation.methods.policy_method import PolicyMethod
 from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
+from addiff_env.evaluation.methods.samplers import FixedSteps
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
 from addiff_env.sb3 import observation_parts
 

@@ -6,6 +6,8 @@
 The agent that `evaluate.py` reads is in the run's folder, under ``agent``. Ray pins an older Gymnasium than this
 package is tested with: give it an environment of its own (``pip install 'addiff-env[rllib]'``). ``slurm/ray.sbatch``
 brings Ray up inside a SLURM allocation.
+
+Its parts load when they are asked for.
 """
 
 from __future__ import annotations

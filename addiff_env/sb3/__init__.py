@@ -1,16 +1,16 @@
-"""The Stable-Baselines3 side: VecEnv adapter, policies, callbacks, checkpoints, training. Only here is SB3 imported."""
+"""The Stable-Baselines3 side, and the only place where it is imported. Its parts load when they are asked for."""
 
-from addiff_env.sb3.callbacks import (
-    CollapseAlarm,
-    CollapseWarning,
-    EpisodeLog,
-    HeldOut,
-    RunningNormalisation,
-    TargetNFE,
-)
-from addiff_env.sb3.episodes import PromptOrder, Stage, prompt_complexity
-from addiff_env.sb3.policies import DenoisePolicy, MaskableDenoisePolicy, PartNormExtractor, calibrate
-from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, make_vec_env, observation_parts
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from addiff_env.sb3.callbacks import CollapseAlarm, CollapseWarning, EpisodeLog, RunningNormalisation, TargetNFE
+    from addiff_env.sb3.episodes import PromptOrder, Stage, prompt_complexity
+    from addiff_env.sb3.held_out import HeldOut
+    from addiff_env.sb3.policies import DenoisePolicy, MaskableDenoisePolicy, PartNormExtractor, calibrate
+    from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, make_vec_env, observation_parts
 
 __all__ = [
     "CollapseAlarm",
@@ -31,3 +31,28 @@ __all__ = [
     "observation_parts",
     "prompt_complexity",
 ]
+_MODULES = {
+    "CollapseAlarm": "callbacks",
+    "CollapseWarning": "callbacks",
+    "DenoisePolicy": "policies",
+    "DenoiseVecEnv": "vec_env",
+    "EpisodeLog": "callbacks",
+    "HeldOut": "held_out",
+    "MaskableDenoisePolicy": "policies",
+    "PartNormExtractor": "policies",
+    "PromptOrder": "episodes",
+    "RunningNormalisation": "callbacks",
+    "Stage": "episodes",
+    "TargetNFE": "callbacks",
+    "calibrate": "policies",
+    "make_lanes": "vec_env",
+    "make_vec_env": "vec_env",
+    "observation_parts": "vec_env",
+    "prompt_complexity": "episodes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -10,25 +10,17 @@ import inspect
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Figure
 
-from addiff_env.agent import Agent
 from addiff_env.env.config import EnvConfig
-from addiff_env.env.reward import COMPONENTS, DualVariable, RunningScores, quality
-from addiff_env.env.trajectories import filmstrip_figure, record_trajectories
-from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.env.reward import COMPONENTS, DualVariable, RunningScores
 from addiff_env.sb3.episodes import COMPLEXITIES, complexity_group
 from addiff_env.sb3.vec_env import DenoiseVecEnv
-from addiff_env.stats import spread
 from addiff_env.types import ACTIONS
-
-HELD_OUT_SEED = 10_000  # initial noise of the first held-out episode; training draws its own
 
 
 class CollapseWarning(UserWarning):
@@ -336,88 +328,3 @@ class CollapseAlarm(Remembering):
         """Go on from a `state_dict`."""
         self._rollouts.extend(state["rollouts"])
         self.collapsed = state["collapsed"]
-
-
-Judge = Callable[[np.ndarray, Sequence[str]], dict[str, float]]
-
-
-class HeldOut(Remembering):
-    """Every so often and at the end, the most likely actions on prompts that are never trained on, as filmstrips too.
-
-    Args:
-        lanes: an environment of its own, one lane per prompt, that waits when a lane has ended.
-        prompts: one per lane.
-        every: rollouts between two looks.
-        filmstrips: trajectories shown as pictures in TensorBoard, of prompts from all over the list.
-        judge: pictures uint8 (B, H, W, 3) and prompts to further means, e.g. the share that a checker accepts.
-    """
-
-    def __init__(
-        self,
-        lanes: DiffusionDenoiseVectorEnv,
-        prompts: Sequence[str],
-        every: int = 10,
-        filmstrips: int = 4,
-        judge: Judge | None = None,
-    ) -> None:
-        super().__init__()
-        if len(prompts) != lanes.num_envs or every < 1:
-            raise ValueError(f"{len(prompts)} held-out prompts for {lanes.num_envs} lanes, every {every} rollouts")
-        self.lanes, self.prompts, self.every, self.judge = lanes, list(prompts), every, judge
-        self.shown = spread(range(len(prompts)), filmstrips)
-        self.summary: dict[str, float] = {}
-        self._rollouts = 0
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_end(self) -> None:
-        self._rollouts += 1
-        if self._rollouts % self.every == 0:
-            self.look()
-
-    def _on_training_end(self) -> None:
-        """The policy that is saved is the one that is judged."""
-        self.look()
-        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
-        self.logger.dump(self.num_timesteps)
-
-    @property
-    def looks(self) -> int:
-        """How many looks were due during the training so far."""
-        return self._rollouts // self.every
-
-    def look(self) -> dict[str, float]:
-        """Run every held-out prompt once and log what came out; returns the means."""
-        agent = Agent(self.model.policy.export(), {"observation": {}})
-        seeds = [HELD_OUT_SEED + k for k in range(self.lanes.num_envs)]
-        strips = record_trajectories(self.lanes, agent.act, self.prompts, seeds, self.shown)
-        self.summary = self._means()
-        for name, value in self.summary.items():
-            self.logger.record(f"held_out/{name}", value)
-        if strips:
-            titles = [self.prompts[lane] for lane in self.shown]
-            figure = Figure(filmstrip_figure(list(zip(titles, strips, strict=True))), close=True)
-            self.logger.record("held_out/filmstrips", figure, exclude=("stdout", "log", "json", "csv"))
-        return self.summary
-
-    def _means(self) -> dict[str, float]:
-        lanes = self.lanes
-        config = self.training_env.get_attr("reward_config")[0]
-        values = {
-            "quality": float(quality(lanes.clip_score, lanes.reward_score, config).mean()),
-            "clip_score": float(lanes.clip_score.mean()),
-            "reward_score": float(lanes.reward_score.mean()),
-            "nfe_mean": float(lanes.nfe.mean()),
-            "nfe_std": float(lanes.nfe.std()),
-        }
-        pictures = np.stack([lanes.final_image(lane) for lane in range(lanes.num_envs)])
-        return values | (self.judge(pictures, self.prompts) if self.judge else {})
-
-    def state_dict(self) -> dict[str, Any]:
-        """When the next look is due, and what the last one showed."""
-        return {"rollouts": self._rollouts, "summary": dict(self.summary)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self._rollouts, self.summary = state["rollouts"], dict(state["summary"])

@@ -30,9 +30,10 @@ from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
 from addiff_env.env.training_settings import differing_values, resolved
-from addiff_env.sb3.callbacks import HeldOut
 from addiff_env.sb3.checkpoint import FILE
-from addiff_env.sb3.training import COSMETIC, Result, input_settings, train
+from addiff_env.sb3.held_out import HeldOut
+from addiff_env.sb3.parts import input_settings
+from addiff_env.sb3.training import COSMETIC, Result, train
 from addiff_env.storage.commands import command_line, interruptible, override, spelled
 from addiff_env.storage.files import claim, read_yaml
 from addiff_env.storage.inputs import fingerprints

@@ -2,57 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.utils import set_random_seed
-from stable_baselines3.common.vec_env import VecMonitor
 
 import addiff_env
 from addiff_env.agent import CALIBRATION_SHARES, Agent, describe_backbone, shareable
-from addiff_env.env.baseline_cache import BaselineCache
-from addiff_env.env.reward import check_undiscounted
 from addiff_env.env.training_settings import (
     as_mapping,
-    check_discount,
     differing_values,
-    env_inputs,
     env_settings,
-    held_out_prompts,
     resolved,
 )
-from addiff_env.env.validation import at_least, below, checked
-from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.sb3.callbacks import (
     Clock,
     CollapseAlarm,
     EpisodeLog,
-    HeldOut,
-    Judge,
     LinearSchedule,
     Progress,
-    Remembering,
-    RunningNormalisation,
-    TargetNFE,
 )
 from addiff_env.sb3.checkpoint import FILE, Checkpoints, load_checkpoint, load_training_state, make_logger
-from addiff_env.sb3.episodes import PromptOrder, Stage
-from addiff_env.sb3.policies import ALGORITHMS, calibrate
-from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
-from addiff_env.storage.commands import command_line
+from addiff_env.sb3.held_out import Judge
+from addiff_env.sb3.parts import build_callbacks, build_env, build_held_out, build_model, check_numbers, input_settings
+from addiff_env.sb3.policies import calibrate
+from addiff_env.sb3.vec_env import observation_parts
 from addiff_env.storage.files import claim, write_whole
 from addiff_env.storage.inputs import fingerprints
-from addiff_env.storage.paths import looked_at, resolve_model
 
 CONFIG_FILE = "config.yaml"
 WANDB_FILE = "wandb-id.txt"
@@ -120,32 +105,6 @@ def _train(cfg: DictConfig, run: Path, judge: Judge | None, callbacks: Sequence[
     keep_results(agent, out)
     agent.save(out)
     return Result(agent, training.model.num_timesteps, training.collapsed, training.held_out_summary)
-
-
-def input_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The settings of a training that may name files which it depends on, by the names that the configuration has."""
-    held_out = cfg.prompts.held_out.source
-    looks = bool(held_out and cfg.logging.held_out_every)
-    more = {"prompts.held_out.source": held_out if looks else None, "reward.baselines": cfg.reward.baselines}
-    return {**env_inputs(cfg), **more}
-
-
-def check_numbers(cfg: DictConfig) -> None:
-    """Before any model is loaded; what depends on the environment is checked with it.
-
-    Raises:
-        ValueError: no seed, no decision to train for, or a target that is no number.
-    """
-    checked("seed", cfg.seed, Annotated[int, at_least(0), below(2**32)])  # NumPy's global stream takes no more
-    total, target = cfg.algorithm.total_timesteps, cfg.reward.target_nfe
-    if not (_is_number(total) and 1 <= total < float("inf")):
-        raise ValueError(f"algorithm.total_timesteps must be a number of at least 1, got {total!r}")
-    if target is not None and not _is_number(target):
-        raise ValueError(f"reward.target_nfe must be a number of evaluations or null, got {target!r}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 @contextmanager
@@ -261,92 +220,6 @@ class Training:
             },
         }
         return Agent(self.model.policy.export(), config)
-
-
-# --------------------------------------------------------------------------- parts, from the configuration
-
-
-def build_env(cfg: DictConfig) -> DenoiseVecEnv:
-    """The lanes with their prompt order, curriculum and baselines.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_baselines`.
-    """
-    lanes = make_lanes(cfg.env.id, cfg.num_envs, **env_settings(cfg))
-    baselines = load_baselines(cfg, lanes) if cfg.reward.baselines else None
-    stages = [Stage(**stage) for stage in cfg.prompts.stages]
-    order = PromptOrder(lanes.prompts, stages, baselines.seeds if baselines else None)
-    return DenoiseVecEnv(lanes, order, baselines)
-
-
-def load_baselines(cfg: DictConfig, lanes: DiffusionDenoiseVectorEnv) -> BaselineCache:
-    """The configured baselines, which must cover every prompt: one without would end the run in the middle.
-
-    Raises:
-        FileNotFoundError, ValueError: as `BaselineCache.load`; a discount, or prompts without a baseline: the message
-            says how many. Where something is missing, it has the command that scores it.
-    """
-    check_undiscounted(lanes.reward_config)
-    path = Path(resolve_model(cfg.reward.baselines))
-    if not path.is_file():
-        raise FileNotFoundError(f"no baselines {looked_at(path)}; make them with: {_scoring_command(cfg)}")
-    cache = BaselineCache.load(path, lanes)
-    missing = cache.missing(lanes.prompts)
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(lanes.prompts)} prompts have no baseline in {path}, e.g. {missing[0]!r}; "
-            f"add them with: {_scoring_command(cfg, '--steps', str(cache.configuration['steps']))}"
-        )
-    return cache
-
-
-def _scoring_command(cfg: DictConfig, *options: str) -> str:
-    """What scores every prompt of this configuration, in its own environment."""
-    kwargs = {name: value for name, value in env_settings(cfg).items() if name != "reward"}
-    environment = ["--env", cfg.env.id, "--kwargs", json.dumps(kwargs)]
-    return command_line("addiff", "baselines", cfg.reward.baselines, *environment, *options)
-
-
-def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
-    """The algorithm (PPO or MaskablePPO) with the custom policy.
-
-    Raises:
-        ValueError: an unknown algorithm, or a discount that differs from the reward's.
-    """
-    options = as_mapping(cfg.algorithm)
-    name = options.pop("name")
-    if name not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm.name {name!r}; known: {', '.join(ALGORITHMS)}")
-    check_discount(cfg, env.reward_config.gamma)
-    lag = env.num_envs * options["n_steps"] / options.pop("total_timesteps")
-    del options["ent_coef_end"], options["gae_lambda_end"]  # `Progress` follows these schedules
-    options["learning_rate"] = LinearSchedule(options["learning_rate"], options.pop("learning_rate_end"), lag)
-    algorithm, policy = ALGORITHMS[name]
-    policy_options = {**as_mapping(cfg.policy), "parts": observation_parts(env.env)}
-    return algorithm(policy, VecMonitor(env), policy_kwargs=policy_options, seed=cfg.seed, device=cfg.device, **options)
-
-
-def build_held_out(cfg: DictConfig, judge: Judge | None) -> HeldOut | None:
-    """The look at held-out prompts, where the configuration names some."""
-    prompts = held_out_prompts(cfg)
-    if not prompts:
-        return None
-    settings = {"batch_size": cfg.num_envs} | env_settings(cfg)  # no more at once than training takes
-    lanes = make_lanes(cfg.env.id, len(prompts), **settings | {"max_episode_steps": None})  # to their ends
-    return HeldOut(lanes, prompts, cfg.logging.held_out_every, cfg.logging.filmstrips, judge)
-
-
-def build_callbacks(cfg: DictConfig, env: DenoiseVecEnv, held_out: HeldOut | None) -> dict[str, Remembering]:
-    """The callbacks that a checkpoint remembers, by name, in the order they are called."""
-    callbacks: dict[str, Remembering] = {"clock": Clock(), "log": EpisodeLog()}
-    if cfg.reward.normalisation not in ("fixed", "running"):
-        raise ValueError(f"unknown reward.normalisation {cfg.reward.normalisation!r}; known: fixed, running")
-    if cfg.reward.normalisation == "running":
-        callbacks["normalisation"] = RunningNormalisation(env)
-    if cfg.reward.target_nfe is not None:
-        callbacks["dual"] = TargetNFE(env, cfg.reward.target_nfe, cfg.reward.dual_rate)
-    callbacks["alarm"] = CollapseAlarm(**as_mapping(cfg.alarm))
-    return callbacks | ({"held_out": held_out} if held_out else {})
 
 
 @contextmanager

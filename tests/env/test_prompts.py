@@ -15,7 +15,8 @@ from omegaconf import OmegaConf
 
 from addiff_env.env.prompts import check_prompt, load_prompts
 from addiff_env.env.training_settings import env_settings, held_out_prompts
-from addiff_env.evaluation.benchmarks.items import SOURCES, T2I_CATEGORIES, load_benchmark
+from addiff_env.evaluation.benchmarks.items import load_benchmark
+from addiff_env.evaluation.benchmarks.readers import SOURCES, T2I_CATEGORIES
 from addiff_env.evaluation.methods.tuning import tuning_items
 
 KINDS = (".txt", ".csv", ".tsv", ".json", ".jsonl")

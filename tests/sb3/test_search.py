@@ -11,8 +11,8 @@ from stable_baselines3.common.callbacks import CallbackList
 optuna = pytest.importorskip("optuna", reason="pip install 'addiff-env[search]'")
 
 from addiff_env.sb3 import search  # noqa: E402
-from addiff_env.sb3.callbacks import HeldOut  # noqa: E402
 from addiff_env.sb3.checkpoint import FILE  # noqa: E402
+from addiff_env.sb3.held_out import HeldOut  # noqa: E402
 from addiff_env.sb3.training import Result  # noqa: E402
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -31,10 +31,10 @@ from addiff_env.env.baseline_cache import BaselineCache, compute_baselines
 from addiff_env.env.prompts import load_prompts
 from addiff_env.env.trajectories import record_trajectories
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
-from addiff_env.sb3 import callbacks
 from addiff_env.sb3 import command as train_command
-from addiff_env.sb3.callbacks import HELD_OUT_SEED
+from addiff_env.sb3 import held_out
 from addiff_env.sb3.checkpoint import FILE, load_checkpoint, random_state, save_checkpoint, set_random_state
+from addiff_env.sb3.held_out import HELD_OUT_SEED
 from addiff_env.sb3.training import CONFIG_FILE, alone_in, train, weights_and_biases
 from addiff_env.sb3.vec_env import make_lanes
 from addiff_env.stats import spread
@@ -227,8 +227,8 @@ def test_the_last_look_is_at_the_policy_that_is_saved(whole, small_kwargs):
 
 def test_the_filmstrips_are_of_prompts_from_all_over_the_list(small_kwargs, tmp_path, monkeypatch):
     """The list begins with what needs one object only."""
-    seen, draw = [], callbacks.filmstrip_figure
-    monkeypatch.setattr(callbacks, "filmstrip_figure", lambda strips: (seen.append(strips), draw(strips))[1])
+    seen, draw = [], held_out.filmstrip_figure
+    monkeypatch.setattr(held_out, "filmstrip_figure", lambda strips: (seen.append(strips), draw(strips))[1])
     sizes = ["algorithm.total_timesteps=15", "prompts.held_out.number=5", "logging.filmstrips=2"]
     cfg = configure(small_kwargs, *sizes)
     train(cfg, tmp_path)

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from addiff_env.evaluation.benchmarks.items import SOURCES, T2I_CATEGORIES, Source, read_list
+from addiff_env.evaluation.benchmarks.readers import SOURCES, T2I_CATEGORIES, Source, read_list
 
 TIMEOUT = 30.0  # seconds without any answer
 _RAW = "https://raw.githubusercontent.com"

@@ -11,29 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from addiff_env.env.prompts import (
     READERS,
-    PromptRow,
-    check_prompt,
-    parse_json,
-    read_prompts,
-    read_utf8,
-    shorten,
-    split_lines,
 )
+from addiff_env.evaluation.benchmarks.complexity import text_complexity, text_facts
+from addiff_env.evaluation.benchmarks.readers import SOURCES, Entry, Source, read_list, read_tiny
 from addiff_env.storage.paths import resolve_model
-from addiff_env.tiny.scenes import load_split, parse_caption
-
-COMPLEXITIES = ("simple", "mixed", "full")
-T2I_CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
-COCO_NUMBER = 30_000
-MAX_SEED = 2**63 - 1  # that an environment takes
 
 
 @dataclass(frozen=True)
@@ -47,31 +35,6 @@ class Item:
     facts: int = 0  # how much a picture must get right, see `text_facts` and `required_facts`
     complexity: str = ""  # one of COMPLEXITIES
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the list's other fields
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A prompt as a list states it, before seeds are given out."""
-
-    prompt: str
-    category: str
-    id: str
-    seed: int | None = None
-    facts: int | None = None  # None: counted from the words
-    complexity: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Source:
-    """A public list: where it lies below the data folder, where it comes from, how long it is."""
-
-    paths: tuple[str, ...]  # alternatives, the first one that exists is read
-    home: str
-    number: int  # prompts, as published
-    read: Callable[[Path], list[Entry]]
-    images_per_prompt: int = 1  # the benchmark's own protocol
-    in_turn: bool = True  # whether categories take turns, so that a limit keeps them balanced
 
 
 def load_benchmark(
@@ -135,7 +98,7 @@ def benchmark_record(name: str, items: Sequence[Item]) -> dict[str, Any]:
 
 def _entries(name: str, root: str | Path | None, any_length: bool) -> list[Entry]:
     if name in ("tiny-dev", "tiny-test"):
-        return _read_tiny(name.removeprefix("tiny-"))
+        return read_tiny(name.removeprefix("tiny-"))
     if name in SOURCES:
         source = SOURCES[name]
         path = _find(name, source, root)
@@ -216,232 +179,3 @@ def _refuse_repeats(name: str, items: Sequence[Item]) -> None:
         if (place := (item.prompt, item.seed)) in seen:
             raise ValueError(f"{name}: prompt {item.prompt!r} with seed {item.seed} is listed twice")
         seen.add(place)
-
-
-# --------------------------------------------------------------------------- complexity
-
-# Words that name nothing to be seen, or only that a picture is wanted.
-_FUNCTION_WORDS = frozenset(
-    "a an the and or of in on at to by for from with without as is are was were be being been it its his her their "
-    "this that these those there which who whose while has have had photo photograph picture image painting "
-    "drawing".split()
-)
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-
-
-def text_facts(prompt: str) -> int:
-    """Content words of a free-text prompt: an estimate of the number of facts where no structure is published."""
-    return sum(word.lower() not in _FUNCTION_WORDS for word in _WORD.findall(prompt))
-
-
-def text_complexity(words: int) -> str:
-    """Level of a free-text prompt by its content words: simple up to 3, mixed up to 7, full beyond."""
-    return COMPLEXITIES[(words > 3) + (words > 7)]
-
-
-def structured_complexity(objects: int, facts: int) -> str:
-    """Level of a prompt with a published meaning.
-
-    Simple: one object, whatever is said about it; mixed: several objects and at most 3 facts; full: 4 facts or more.
-    GenEval's single objects and colours are simple, two objects and positions mixed, colour attribution full.
-    """
-    return COMPLEXITIES[0 if objects <= 1 else 1 + (facts > 3)]
-
-
-def required_facts(include: Sequence[Mapping[str, Any]]) -> int:
-    """Facts of GenEval's ``include`` clauses, counted as the embedded world counts its own.
-
-    Every object is one, its colour another; a relation is one.
-    """
-    objects = sum(clause["count"] * (1 + ("color" in clause)) for clause in include)
-    return objects + sum("position" in clause for clause in include)
-
-
-# --------------------------------------------------------------------------- readers
-
-
-def _read_tiny(split: str) -> list[Entry]:
-    entries = []
-    for number, row in enumerate(load_split(split)):
-        meaning = parse_caption(row["prompt"])
-        level = structured_complexity(sum(spec.count for spec in meaning.objects), meaning.complexity)
-        entries.append(Entry(row["prompt"], row["category"], str(number), row["seed"], meaning.complexity, level))
-    return entries
-
-
-def read_list(path: Path) -> list[Entry]:
-    """Any file that `addiff_env.env.prompts` reads, by the name of its kind.
-
-    Columns or names ``seed`` and ``category`` (or ``tag``), where there are any, are the entry's own, the rest becomes
-    metadata.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_prompts`; or a seed or category that is none, with its place.
-    """
-    return [_entry(row, path.stem) for row in read_prompts(path)]
-
-
-def _entry(row: PromptRow, default_category: str) -> Entry:
-    seed, category = row.fields.get("seed"), row.fields.get("category") or row.fields.get("tag") or default_category
-    seed = None if seed in (None, "") else _stated_seed(seed, row.place)
-    category = check_prompt(str(category), f"{row.place}: a category")
-    rest = {key: value for key, value in row.fields.items() if key not in ("seed", "category")}
-    return Entry(row.prompt, category, str(row.index), seed, metadata=rest)
-
-
-def read_captions(path: Path) -> list[Entry]:
-    """One caption a line, blank ones included, as the empty prompt of category ``blank``.
-
-    The published list numbers its pictures by line, and some of MS-COCO's captions end in a line feed.
-    """
-    rows = [(number, line.strip()) for number, line in enumerate(split_lines(read_utf8(path)))]
-    return [Entry(line, "caption" if line else "blank", str(number)) for number, line in rows]
-
-
-def _stated_seed(seed: Any, place: str) -> int:
-    """An integer or its digits: rounding anything else would give two entries the noise of one."""
-    digits = str(seed).strip()
-    if not digits.isdecimal() or len(digits) > 100 or int(digits) > MAX_SEED:
-        raise ValueError(
-            f"{place}: expected a whole number as seed, got {shorten(seed)}; it must be 0 or more, below 2**63"
-        )
-    return int(digits)
-
-
-def read_geneval(path: Path) -> list[Entry]:
-    """GenEval's ``evaluation_metadata.jsonl``; metadata keeps ``tag``, ``include``, ``exclude`` and ``prompt``."""
-    return [_structured(entry, path) for entry in read_list(path)]
-
-
-def _structured(entry: Entry, path: Path) -> Entry:
-    include = entry.metadata.get("include")
-    if not include or not _is_include(include) or "tag" not in entry.metadata:
-        raise ValueError(f"{path}:{int(entry.id) + 1}: no GenEval metadata: {dict(entry.metadata)!r}")
-    facts = required_facts(include)
-    level = structured_complexity(sum(clause["count"] for clause in include), facts)
-    metadata = {**entry.metadata, "prompt": entry.prompt}
-    return Entry(entry.prompt, entry.category, entry.id, entry.seed, facts, level, metadata)
-
-
-def _is_include(clauses: Any) -> bool:
-    """Whether these are objects of GenEval, each with its class and how many of it there are to be."""
-    return isinstance(clauses, list) and all(
-        isinstance(clause, dict) and "class" in clause and type(clause.get("count")) is int and clause["count"] > 0
-        for clause in clauses
-    )
-
-
-def read_t2i_compbench(folder: Path) -> list[Entry]:
-    """T2I-CompBench's validation prompts, ``<category>_val.txt`` for each of `T2I_CATEGORIES`.
-
-    Where the benchmark's ``complex_val_spatial.txt`` and ``complex_val_action.txt`` lie beside them, metadata says
-    under ``relations`` which a complex prompt has: ``spatial``, ``action`` or ``both``.
-    """
-    relations = _complex_relations(folder)
-    entries = []
-    for category in T2I_CATEGORIES:
-        path = folder / f"{category}_val.txt"
-        if not path.is_file():
-            raise FileNotFoundError(f"T2I-CompBench: no {path}; from {SOURCES['t2i-compbench'].home}")
-        for e in read_list(path):
-            stated = {"relations": relations(e.prompt)} if relations and category == "complex" else {}
-            entries.append(Entry(e.prompt, category, f"{category}/{e.id}", metadata=stated))
-    return entries
-
-
-def _complex_relations(folder: Path) -> Callable[[str], str] | None:
-    """Which relations a complex prompt has, by the benchmark's lists; None where they are not there."""
-    paths = [folder / f"complex_val_{kind}.txt" for kind in ("spatial", "action")]
-    if not all(path.is_file() for path in paths):
-        return None
-    spatial, action = ({_plain(entry.prompt) for entry in read_list(path)} for path in paths)
-    return lambda prompt: "spatial" if _plain(prompt) in spatial else "action" if _plain(prompt) in action else "both"
-
-
-def _plain(prompt: str) -> str:
-    """As the benchmark's script compares prompts: up to the full stop, in lower case."""
-    return prompt.split(".")[0].lower()
-
-
-def read_coco(path: Path, number: int = COCO_NUMBER, seed: int = 0) -> list[Entry]:
-    """Choose ``number`` pictures of ``captions_val2014.json`` and one caption of each.
-
-    Captions and pictures are ordered by the SHA-256 of ``<seed>:<id>``, and the first are taken: the choice is the same
-    on every machine and with every library version, and any beginning of it is a random sample.
-
-    Raises:
-        ValueError: no annotations, one without its numbers or caption, or fewer pictures than wanted.
-    """
-    annotations = _annotations(path)
-    captions: dict[int, dict[str, Any]] = {}  # per picture, the one of the smallest hash
-    for row in sorted(annotations, key=lambda row: _lot(seed, row["id"])):
-        captions.setdefault(row["image_id"], row)
-    if len(captions) < number:
-        raise ValueError(f"{path}: captions of {len(captions)} pictures, wanted {number}")
-    chosen = sorted(captions, key=lambda image: _lot(seed, image))[:number]
-    return [_caption(captions[image]) for image in chosen]
-
-
-def _annotations(path: Path) -> list[dict[str, Any]]:
-    """The captions of a ``captions_val2014.json``, each with its numbers; raises as `read_coco`."""
-    content = parse_json(read_utf8(path), path)
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    if not annotations or not isinstance(annotations, list):
-        raise ValueError(f"{path}: no 'annotations'; expected captions_val2014.json")
-    for index, row in enumerate(annotations):
-        place = f"{path}: annotation {index + 1}"
-        if not isinstance(row, dict) or not all(type(row.get(name)) is int for name in ("id", "image_id")):
-            raise ValueError(f"{place}: expected whole numbers as id and image_id, got {shorten(row)}")
-        if not isinstance(row.get("caption"), str):
-            raise ValueError(f"{place}: expected a caption, got {shorten(row)}")
-        check_prompt(row["caption"], f"{place}: a caption")
-    return annotations
-
-
-def _lot(seed: int, number: int) -> bytes:
-    return hashlib.sha256(f"{seed}:{number}".encode()).digest()
-
-
-def _caption(row: Mapping[str, Any]) -> Entry:
-    prompt = " ".join(row["caption"].split())  # some captions hold line feeds
-    return Entry(prompt, "caption", str(row["id"]), metadata={"image_id": row["image_id"]})
-
-
-SOURCES: dict[str, Source] = {
-    "coco-30k": Source(
-        ("coco/captions_val2014.json", "coco/annotations/captions_val2014.json"),
-        "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
-        COCO_NUMBER,
-        read_coco,
-    ),
-    "coco-8k": Source(
-        ("coco/coco_8k_captions.txt", "coco/coco.txt"),
-        "https://github.com/openai/dalle3-eval-samples (prompts)",
-        8213,
-        read_captions,
-        in_turn=False,
-    ),
-    "drawbench": Source(
-        ("drawbench/drawbench.txt",), "https://github.com/openai/dalle3-eval-samples (prompts)", 200, read_list
-    ),
-    "partiprompts": Source(
-        ("partiprompts/PartiPrompts.tsv",),
-        "https://raw.githubusercontent.com/google-research/parti/main/PartiPrompts.tsv",
-        1632,
-        read_list,
-    ),
-    "geneval": Source(
-        ("geneval/evaluation_metadata.jsonl",),
-        "https://github.com/djghosh13/geneval (prompts/evaluation_metadata.jsonl)",
-        553,
-        read_geneval,
-        images_per_prompt=4,
-    ),
-    "t2i-compbench": Source(
-        ("t2i_compbench",),
-        "https://github.com/Karine-Huang/T2I-CompBench (examples/dataset/*_val.txt)",
-        2400,
-        read_t2i_compbench,
-        images_per_prompt=10,
-    ),
-}

@@ -37,7 +37,7 @@ from addiff_env.evaluation.metrics.phrases import NounPhrase, noun_phrases
 from addiff_env.loading.isolation import frozen, isolated
 from addiff_env.types import Generated
 
-SOLVERS = {"euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler, "pndm": PNDMScheduler}
+SCHEDULERS = {"euler": EulerDiscreteScheduler, "unipc": UniPCMultistepScheduler, "pndm": PNDMScheduler}
 PLMS = {"skip_prk_steps": True}  # as Stable Diffusion uses PNDM: N + 1 evaluations, no Runge-Kutta start
 LCM_LORAS = {False: "latent-consistency/lcm-lora-sdv1-5", True: "latent-consistency/lcm-lora-sdxl"}  # by whether XL
 
@@ -353,23 +353,3 @@ def _second_model(env: DiffusionDenoiseVectorEnv, model: str, revision: str | No
     own = {"model": model, "revision": revision, "lora": lora, "compile": False}
     place = {"device": str(env.backbone.device), "dtype": env.backbone.dtype_name}
     return load_backbone(**{**env.config.backbone_settings, **own, **place})
-
-
-def solver_method(
-    name: str, steps: int, env: DiffusionDenoiseVectorEnv, options: MethodOptions
-) -> DiffusersSolver | None:
-    """The method of this module that ``name`` stands for, or None.
-
-    Raises:
-        FileNotFoundError, ImportError: weights or a package are missing; says what to get.
-        ValueError: the environment's model cannot be run so.
-    """
-    if name == "sag":
-        return SelfAttentionGuidance(env, steps)
-    if name == "attend-and-excite":
-        return AttendAndExcite(env, steps)
-    if name == "lcm":
-        return latent_consistency(env, steps, options)
-    if name == "sdxl-turbo":
-        return sdxl_turbo(env, steps, options)
-    return DiffusersSolver(env, name, steps, SOLVERS[name]) if name in SOLVERS else None

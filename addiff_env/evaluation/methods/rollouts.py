@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.methods.registry import PolicyMethod
+from addiff_env.evaluation.methods.policy_method import PolicyMethod
 from addiff_env.evaluation.methods.rule_policies import (
     Policy,
     RefineAlways,

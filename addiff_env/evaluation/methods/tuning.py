@@ -25,8 +25,12 @@ from tqdm import tqdm
 
 from addiff_env.agent import Agent
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.benchmarks.items import SOURCES, Item, categories_in_turn, id_list_hash, load_benchmark
-from addiff_env.evaluation.methods.registry import BestOf, FixedSteps, Method, make_method
+from addiff_env.evaluation.benchmarks.items import Item, categories_in_turn, id_list_hash, load_benchmark
+from addiff_env.evaluation.benchmarks.readers import SOURCES
+from addiff_env.evaluation.methods.base import Method
+from addiff_env.evaluation.methods.registry import AUTO, make_method
+from addiff_env.evaluation.methods.samplers import FixedSteps
+from addiff_env.evaluation.methods.search import BestOf
 from addiff_env.evaluation.metrics.base import Metric, columns_of, score_pictures
 from addiff_env.evaluation.metrics.registry import (
     ModelScore,
@@ -42,7 +46,6 @@ from addiff_env.storage.files import keep_first, read_json
 from addiff_env.storage.inputs import FILE_SETTINGS, fingerprints
 from addiff_env.types import Action
 
-AUTO = ("threshold:auto", "random:auto", "words-auto", "best-of-auto")
 MATCHED = 1.02  # net FLOPs of the agent that a rule may spend
 LOOKS = (0.5, 0.75, 1.0)  # shares of the schedule after which rules look
 NUMBERS = (2, 3, 4)  # of pictures that best-of-N takes the best of

@@ -41,7 +41,8 @@ from addiff_env.evaluation.statistics.summary import (
     scores_of,
     share_metrics,
 )
-from addiff_env.evaluation.vlm_judge.client import JUDGEMENT, OUTCOMES
+from addiff_env.evaluation.vlm_judge.client import JUDGEMENT
+from addiff_env.evaluation.vlm_judge.pairs import OUTCOMES
 from addiff_env.storage.files import read_json
 from addiff_env.types import ResultRow, SampleKey
 

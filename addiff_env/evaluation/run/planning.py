@@ -17,7 +17,7 @@ from addiff_env.diffusion.backbones import StableDiffusionBackbone
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.methods.base import Method
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
-from addiff_env.evaluation.methods.tuning import AUTO
+from addiff_env.evaluation.methods.registry import AUTO
 from addiff_env.evaluation.metrics.registry import missing
 from addiff_env.storage.files import alone_in, read_json, write_whole
 from addiff_env.storage.paths import PACKAGE_PREFIX, resolve_model

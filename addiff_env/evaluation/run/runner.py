@@ -21,9 +21,11 @@ from PIL import Image
 from addiff_env.agent import Agent
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item, load_benchmark
+from addiff_env.evaluation.methods.controls import MatchedSteps, Replay
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
-from addiff_env.evaluation.methods.registry import MatchedSteps, Method, PolicyMethod, Replay, make_method
-from addiff_env.evaluation.methods.tuning import AUTO, resolve, stamp_of, tune, tuning_items
+from addiff_env.evaluation.methods.policy_method import PolicyMethod
+from addiff_env.evaluation.methods.registry import AUTO, Method, make_method
+from addiff_env.evaluation.methods.tuning import resolve, stamp_of, tune, tuning_items
 from addiff_env.evaluation.metrics.base import Metric, columns_of, score_pictures, unmeasured
 from addiff_env.evaluation.metrics.registry import default_metrics, is_embedded_world, open_metrics, primary_score
 from addiff_env.evaluation.run.fingerprint import CONTROL, keep_fingerprint, require_same, run_fingerprint

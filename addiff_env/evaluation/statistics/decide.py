@@ -13,8 +13,8 @@ from addiff_env.evaluation.statistics.decision import UNDECIDED, Decision, Part,
 from addiff_env.evaluation.statistics.families import (
     BEST_OF,
     CONTINUED,
+    FIXED_STEP_SOLVERS,
     FULL_IMAGE,
-    SOLVERS,
     Groups,
     agent_runs,
     control_names,
@@ -167,7 +167,7 @@ def decide(
 def _references(rows: Sequence[ResultRow], agent: Sequence[str]) -> list[str]:
     """Names of 50-step inference: by the environment's own solver (a row's, such as ``euler-4``), and by DDIM."""
     own = [row.solver.rpartition("-")[0] for row in rows if row.method in set(agent)]
-    return list(dict.fromkeys([f"{solver}-50" for solver in own if solver in SOLVERS] + ["ddim-50"]))
+    return list(dict.fromkeys([f"{solver}-50" for solver in own if solver in FIXED_STEP_SOLVERS] + ["ddim-50"]))
 
 
 def _controls(methods: Sequence[str], agent: Sequence[str]) -> dict[str, list[str]]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-SOLVERS = ("ddim", "dpmpp_2m", "euler", "unipc", "pndm")  # the model's own fixed-step inference; others change it
+FIXED_STEP_SOLVERS = (
+    "ddim",
+    "dpmpp_2m",
+    "euler",
+    "unipc",
+    "pndm",
+)  # the model's own inference; others change it
 BEST_OF = "best-of-N"  # the family of best-of-N at every N
 FULL_IMAGE, CONTINUED = "agent, mask=full", "agent, continued"  # H4's controls, by method name
 Groups = Mapping[str, Sequence[str]]  # a name and the methods that are its training runs
@@ -17,11 +23,11 @@ def members_of(fronts: Groups) -> list[str]:
 
 
 def solver_fronts(methods: Iterable[str]) -> dict[str, list[str]]:
-    """Fixed-step methods by solver (`SOLVERS`), from names such as ``ddim-50``; other names are left out."""
+    """Fixed-step methods by solver (`FIXED_STEP_SOLVERS`), from names such as ``ddim-50``; other names are left out."""
     fronts: dict[str, list[str]] = {}
     for name in methods:
         solver, _, steps = name.rpartition("-")
-        if solver in SOLVERS and steps.isdigit():
+        if solver in FIXED_STEP_SOLVERS and steps.isdigit():
             fronts.setdefault(solver, []).append(name)
     return fronts
 

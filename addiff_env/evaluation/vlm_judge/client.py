@@ -8,8 +8,8 @@ picture differs several times over, so from the first answer on the estimate is 
 
 `addiff_env.evaluation.vlm_judge.judging` is the command that judges a finished run.
 
-The endpoint, the model and its prices come from environment variables, see `JudgeSettings.from_environment`. The key is
-read when the client is made and goes into the client alone: never into settings, rows, the cache, logs or messages.
+The endpoint, the model and its prices come from environment variables, see `settings.JudgeSettings`. The key is read
+when the client is made and goes into the client alone: never into settings, rows, the cache, logs or messages.
 """
 
 from __future__ import annotations
@@ -23,16 +23,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from addiff_env.evaluation.vlm_judge.pairs import FIRST, SECOND, TIE, Pair, Preference, combine_orders
+from addiff_env.evaluation.vlm_judge.settings import JudgeSettings
 from addiff_env.storage.jsonl import append_objects, read_objects
 
-FIRST, SECOND, TIE = "first", "second", "tie"
-OUTCOMES = ("a", "tie", "b")  # of a pair: a preferred, neither, b preferred
 ANSWERS, JUDGEMENT = "judge-answers.jsonl", "judge.json"  # of a judged run folder
 _QUESTION = (
     "Two pictures were made for the prompt below. Which one follows the prompt better (objects, counts, colours, "
@@ -65,108 +62,12 @@ class CostCeilingError(JudgeError):
 
 
 @dataclass(frozen=True)
-class JudgeSettings:
-    """Which model to ask and what it may cost. Holds no key."""
-
-    model: str
-    usd_per_million_input: float  # price of input tokens
-    usd_per_million_output: float
-    base_url: str | None = None  # None: the client's own default
-    key_variable: str = "ADDIFF_JUDGE_API_KEY"  # environment variable that holds the key
-    max_usd: float = 10.0  # ceiling of all calls that the cache knows of, those of earlier runs included
-    image_tokens: int = 1500  # assumed per picture until an answer tells what was billed
-    answer_tokens: int = 300  # most tokens of an answer
-    temperature: float | None = 0.0  # None: not sent, as models that think before they answer allow their own only
-    # After 408, 409, 429, 5xx, a lost connection, a timeout or what is no completion, with exponential back-off.
-    retries: int = 6
-    malformed_retries: int = 2  # after an answer that is not what was asked for
-    timeout: float = 120.0  # seconds per call
-
-    @classmethod
-    def from_environment(cls, name: str = "", **overrides: Any) -> JudgeSettings:
-        """Read ``ADDIFF_JUDGE_{MODEL,USD_IN,USD_OUT,BASE_URL,MAX_USD,ANSWER_TOKENS,IMAGE_TOKENS,TEMPERATURE}``.
-
-        With a name they are ``ADDIFF_JUDGE_<NAME>_...``. ``USD_IN`` and ``USD_OUT`` are dollars per million tokens; a
-        model that thinks before it answers needs more ``ANSWER_TOKENS`` than the default, and mostly ``TEMPERATURE``
-        none. ``IMAGE_TOKENS`` are what the model bills for a picture, for the first estimate. The key stays in
-        ``..._API_KEY``.
-
-        Raises:
-            ValueError: a variable that is missing or no number, by name.
-        """
-        prefix = f"ADDIFF_JUDGE_{name.upper()}_" if name else "ADDIFF_JUDGE_"
-        required = [f"{prefix}{part}" for part in ("MODEL", "USD_IN", "USD_OUT", "API_KEY")]
-        absent = [variable for variable in required if not os.environ.get(variable)]
-        if absent:
-            raise ValueError(f"a judge needs the environment variables {', '.join(absent)}")
-        values: dict[str, Any] = {
-            "model": os.environ[f"{prefix}MODEL"],
-            "usd_per_million_input": _number(f"{prefix}USD_IN"),
-            "usd_per_million_output": _number(f"{prefix}USD_OUT"),
-            "base_url": os.environ.get(f"{prefix}BASE_URL"),
-            "key_variable": f"{prefix}API_KEY",
-        }
-        if os.environ.get(f"{prefix}MAX_USD"):
-            values["max_usd"] = _number(f"{prefix}MAX_USD")
-        for part in ("ANSWER_TOKENS", "IMAGE_TOKENS"):
-            if os.environ.get(f"{prefix}{part}"):
-                values[part.lower()] = int(_number(f"{prefix}{part}"))
-        if told := os.environ.get(f"{prefix}TEMPERATURE"):
-            values["temperature"] = None if told.lower() == "none" else _number(f"{prefix}TEMPERATURE")
-        return cls(**{**values, **overrides})
-
-
-def _number(variable: str) -> float:
-    try:
-        return float(os.environ[variable])
-    except ValueError as error:
-        raise ValueError(f"{variable} must be a number, got {os.environ[variable]!r}") from error
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two methods' pictures of one prompt and seed."""
-
-    prompt: str
-    seed: int
-    method_a: str
-    method_b: str
-    image_a: Path  # PNG or JPEG
-    image_b: Path
-
-
-@dataclass(frozen=True)
-class Preference:
-    """A judge's answer on a pair, both orders taken together."""
-
-    prompt: str
-    seed: int
-    method_a: str
-    method_b: str
-    winner: str | None  # "a", "b", "tie"; None: no usable answer, which is no tie
-    consistent: bool  # whether both orders said the same
-    judge: str  # the model
-
-
-@dataclass(frozen=True)
 class _Question:
     prompt: str
     first: Path
     second: Path
     key: str
     is_trivial: bool  # both pictures are the same
-
-
-def combine_orders(ab: str | None, ba: str | None) -> tuple[str | None, bool]:
-    """Winner and consistency from the answers with A first and with B first: a win needs both, all else is a tie.
-
-    None, where one of them is no answer.
-    """
-    if ab is None or ba is None:
-        return None, False
-    in_ab = {FIRST: "a", SECOND: "b", TIE: "tie"}[ab]
-    in_ba = {FIRST: "b", SECOND: "a", TIE: "tie"}[ba]
-    return (in_ab, True) if in_ab == in_ba else ("tie", False)
 
 
 class Judge:
@@ -435,134 +336,3 @@ def parse_answer(text: str | None) -> tuple[str, str] | None:
     except (ValueError, KeyError, TypeError):
         return None
     return (winner, str(reason)) if winner in (FIRST, SECOND, TIE) else None
-
-
-# --------------------------------------------------------------------------- agreement
-
-
-def cohens_kappa(one: Sequence[Preference], other: Sequence[Preference]) -> float:
-    """Agreement of two judges on the same pairs beyond chance, over a, b and tie (Cohen 1960).
-
-    Pairs that either left unanswered are left out.
-
-    Raises:
-        ValueError: other pairs, none answered by both, or both judges always gave one and the same answer, where
-            agreement by chance is certain and kappa is undefined.
-    """
-    if [_place(p) for p in one] != [_place(p) for p in other]:
-        raise ValueError("the judges were asked about other pairs, or in another order")
-    answered = [(p.winner, q.winner) for p, q in zip(one, other, strict=True) if p.winner and q.winner]
-    if not answered:
-        raise ValueError(f"none of {len(one)} pairs has an answer of both judges")
-    kinds = ("a", "b", "tie")
-    table = np.array([[answered.count((r, c)) for c in kinds] for r in kinds]) / len(answered)
-    chance = float(table.sum(0) @ table.sum(1))
-    if chance >= 1:
-        raise ValueError(f"both judges always answered {answered[0][0]!r}: kappa is undefined")
-    return (float(np.trace(table)) - chance) / (1 - chance)
-
-
-def _place(preference: Preference) -> tuple[str, int, str, str]:
-    return preference.prompt, preference.seed, preference.method_a, preference.method_b
-
-
-# --------------------------------------------------------------------------- Bradley-Terry
-
-
-@dataclass(frozen=True)
-class Strength:
-    """A method's Bradley-Terry log-strength (the methods' mean is 0) with a 95% bootstrap interval."""
-
-    method: str
-    estimate: float
-    low: float
-    high: float
-
-
-def bradley_terry(wins: np.ndarray, prior: float = 0.5, tolerance: float = 1e-8, steps: int = 10_000) -> np.ndarray:
-    """Log-strengths (M,) from wins (M, M), row over column, a tie being half a win for each (Hunter 2004, eq. 3).
-
-    Args:
-        wins: ``wins[i, j]`` times that i beat j.
-        prior: wins added both ways to every pair that met, so that a method that never lost stays finite.
-        tolerance: on the largest change of a log-strength.
-        steps: most iterations.
-
-    Raises:
-        ValueError: methods that no chain of comparisons connects, or no convergence.
-    """
-    met = (wins + wins.T) > 0
-    _refuse_islands(met)
-    wins = wins + prior * met
-    games, own = wins + wins.T, wins.sum(1)
-    strength = np.zeros(len(wins))
-    for _ in range(steps):
-        weight = np.exp(strength)
-        updated = np.log(own) - np.log((games / (weight[:, None] + weight)).sum(1))
-        updated -= updated.mean()
-        if np.abs(updated - strength).max() < tolerance:
-            return updated
-        strength = updated
-    raise ValueError(f"Bradley-Terry did not converge in {steps} steps")
-
-
-def _refuse_islands(met: np.ndarray) -> None:
-    reached = np.linalg.matrix_power(met.astype(float) + np.eye(len(met)), len(met))[0] > 0
-    if not reached.all():
-        raise ValueError(f"methods {np.flatnonzero(~reached).tolist()} never met method 0, not even through others")
-
-
-def rank_methods(preferences: Sequence[Preference], draws: int = 1000, seed: int = 0) -> list[Strength]:
-    """Methods by Bradley-Terry strength, strongest first; intervals by bootstrap over prompts.
-
-    Unanswered pairs are left out. All pairs of a prompt stay together in the bootstrap.
-
-    Raises:
-        ValueError: no answered pair, or methods that never met.
-    """
-    answered = [p for p in preferences if p.winner]
-    if not answered:
-        raise ValueError(f"none of {len(preferences)} pairs has an answer")
-    names = sorted({name for p in answered for name in (p.method_a, p.method_b)})
-    per_prompt = _wins_per_prompt(answered, names)  # (prompts, M, M)
-    estimate = bradley_terry(per_prompt.sum(0))
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(per_prompt), np.full(len(per_prompt), 1 / len(per_prompt)), size=draws)
-    met = (per_prompt.sum(0) + per_prompt.sum(0).T) > 0
-    tables = np.einsum("dp,pij->dij", counts, per_prompt) + 1e-9 * met  # a replicate keeps every pair that met
-    low, high = np.quantile([bradley_terry(table) for table in tables], [0.025, 0.975], axis=0)
-    found = [Strength(*values) for values in zip(names, estimate.tolist(), low.tolist(), high.tolist(), strict=True)]
-    return sorted(found, key=lambda strength: -strength.estimate)
-
-
-def _wins_per_prompt(preferences: Sequence[Preference], names: Sequence[str]) -> np.ndarray:
-    prompts = {prompt: k for k, prompt in enumerate(dict.fromkeys(p.prompt for p in preferences))}
-    place = {name: k for k, name in enumerate(names)}
-    wins = np.zeros((len(prompts), len(names), len(names)))
-    for p in preferences:
-        a, b = place[p.method_a], place[p.method_b]
-        share = {"a": 1.0, "b": 0.0, "tie": 0.5}[str(p.winner)]
-        wins[prompts[p.prompt], a, b] += share
-        wins[prompts[p.prompt], b, a] += 1 - share
-    return wins
-
-
-def pairs_of(pictures: Mapping[str, Mapping[tuple[str, int], Path]], places: Sequence[tuple[str, int]]) -> list[Pair]:
-    """Every pair of methods on every (prompt, seed).
-
-    Args:
-        pictures: per method, the picture of each (prompt, seed).
-        places: (prompt, seed) to judge.
-
-    Raises:
-        ValueError: a picture that a method did not keep.
-    """
-    for method, kept in pictures.items():
-        absent = [place for place in places if place not in kept]
-        if absent:
-            raise ValueError(f"{method!r} has no picture of {len(absent)} places, e.g. {absent[0]}")
-    return [
-        Pair(prompt, seed, a, b, pictures[a][prompt, seed], pictures[b][prompt, seed])
-        for prompt, seed in places
-        for a, b in combinations(pictures, 2)
-    ]

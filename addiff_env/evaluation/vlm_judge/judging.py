@@ -29,20 +29,10 @@ from tqdm import tqdm
 from addiff_env.evaluation.report.html import write_report
 from addiff_env.evaluation.run.run_folder import read_items, read_verdicts, reported_rows
 from addiff_env.evaluation.statistics.summary import by_method
-from addiff_env.evaluation.vlm_judge.client import (
-    ANSWERS,
-    JUDGEMENT,
-    OUTCOMES,
-    CostCeilingError,
-    Judge,
-    JudgeError,
-    JudgeSettings,
-    Pair,
-    Preference,
-    cohens_kappa,
-    pairs_of,
-    rank_methods,
-)
+from addiff_env.evaluation.vlm_judge.agreement import cohens_kappa, rank_methods
+from addiff_env.evaluation.vlm_judge.client import ANSWERS, JUDGEMENT, CostCeilingError, Judge, JudgeError
+from addiff_env.evaluation.vlm_judge.pairs import OUTCOMES, Pair, Preference, pairs_of
+from addiff_env.evaluation.vlm_judge.settings import JudgeSettings
 from addiff_env.stats import wilson_interval
 from addiff_env.storage.commands import interruptible
 from addiff_env.storage.files import claim, write_whole

@@ -9,21 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from addiff_env.evaluation.benchmarks.complexity import COMPLEXITIES, required_facts, structured_complexity, text_facts
 from addiff_env.evaluation.benchmarks.items import (
-    COMPLEXITIES,
-    SOURCES,
-    T2I_CATEGORIES,
     Item,
     benchmark_record,
     categories_in_turn,
     id_list_hash,
     known_benchmarks,
     load_benchmark,
-    read_coco,
-    required_facts,
-    structured_complexity,
-    text_facts,
 )
+from addiff_env.evaluation.benchmarks.readers import SOURCES, T2I_CATEGORIES, read_coco
 
 
 def write(path: Path, text: str) -> Path:

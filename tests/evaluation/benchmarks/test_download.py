@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from addiff_env.cli import main
-from addiff_env.evaluation.benchmarks import items as benchmarks
 from addiff_env.evaluation.benchmarks.download import FILES, FetchError, fetch
-from addiff_env.evaluation.benchmarks.items import SOURCES, T2I_CATEGORIES, load_benchmark
+from addiff_env.evaluation.benchmarks.items import load_benchmark
+from addiff_env.evaluation.benchmarks.readers import SOURCES, T2I_CATEGORIES, read_coco
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_list_of_relations_holds_complex_prompts_only(home, tmp_path):
 
 
 def test_coco_is_taken_out_of_its_archive(home, tmp_path, monkeypatch):
-    source = replace(SOURCES["coco-30k"], number=2, read=lambda path: benchmarks.read_coco(path, 2))
+    source = replace(SOURCES["coco-30k"], number=2, read=lambda path: read_coco(path, 2))
     monkeypatch.setitem(SOURCES, "coco-30k", source)
     captions = [{"id": k, "image_id": k, "caption": f"a cat {k}"} for k in range(3)]
     buffer = io.BytesIO()

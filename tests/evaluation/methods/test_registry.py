@@ -9,20 +9,19 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from gymnasium.vector import AutoresetMode
+from hypothesis import given
+from hypothesis import strategies as st
 
 from addiff_env.diffusion.backbones import to_uint8
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods.controls import MatchedSteps, Replay
 from addiff_env.evaluation.methods.diffusers_methods import DiffusersSolver
-from addiff_env.evaluation.methods.registry import (
-    SEED_STRIDE,
-    FixedSteps,
-    MatchedSteps,
-    PolicyMethod,
-    Replay,
-    make_method,
-)
+from addiff_env.evaluation.methods.policy_method import PolicyMethod
+from addiff_env.evaluation.methods.registry import fitting, known_methods, make_method, method
 from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
+from addiff_env.evaluation.methods.samplers import FixedSteps
+from addiff_env.evaluation.methods.search import SEED_STRIDE
 from addiff_env.evaluation.statistics.families import CONTINUED, FULL_IMAGE
 from addiff_env.perception.features import QUALITY
 from addiff_env.types import Action, Generated, ResultRow
@@ -218,15 +217,45 @@ def test_random_actions_do_not_depend_on_the_batch(env: DiffusionDenoiseVectorEn
         "best-of-2:unipc-4",
         "best-of-auto",
         "words-0.5",
+        "words-x",
+        "words-auto",
+        "threshold:auto",
+        "threshold:x:1",
+        "threshold:5:y",
+        "random:auto",
+        "ddim--5",
+        "ddim-1_0",
+        "ddim-5 ",
+        "oracle-stop:ddim",
+        "",
+        "{steps}",
+        "agent:ddim-5",
         "threshold:5",
         "random:1:1:1",
         "agent",
     ],
 )
 def test_bad_names_are_quoted(spec: str, env: DiffusionDenoiseVectorEnv) -> None:
-    with pytest.raises(ValueError, match="known: agent, ddim-N") as error:
+    with pytest.raises(ValueError) as error:
         make_method(spec, env)
-    assert repr(spec) in str(error.value)
+    assert repr(spec) in str(error.value) and all(pattern in str(error.value) for pattern in known_methods())
+
+
+@given(
+    st.integers(1, 99), st.sampled_from(["ddim", "dpmpp_2m"]), st.integers(1, 99), st.sampled_from(["", "pick:a@b:c-1"])
+)
+def test_names_are_read_as_their_patterns_say(number: int, solver: str, steps: int, scorer: str) -> None:
+    end = {"scorer": scorer} if scorer else {}
+    name = f"oracle-stop:{solver}-{steps}" + (f"@{scorer}" if scorer else "")
+    pattern, fields = fitting(name)
+    assert pattern.convert(fields) == {"solver": solver, "steps": steps, **end}
+    pattern, fields = fitting(f"best-of-{number}:{solver}-{steps}")
+    assert pattern.convert(fields) == {"number": number, "solver": solver, "steps": steps}
+
+
+def test_a_method_is_registered_once() -> None:
+    with pytest.raises(ValueError, match="'ddim-{steps}' is registered already"):
+        method("ddim-{steps}")(lambda setup, steps: None)
 
 
 # ------------------------------------------------------------------ controls of H4

@@ -16,10 +16,10 @@ from omegaconf import OmegaConf
 from addiff_env.env.config import EnvConfig
 from addiff_env.evaluation.benchmarks.items import Item, load_benchmark
 from addiff_env.evaluation.methods import tuning as tuning_module
-from addiff_env.evaluation.methods.registry import PolicyMethod, make_method
+from addiff_env.evaluation.methods.policy_method import PolicyMethod
+from addiff_env.evaluation.methods.registry import AUTO, make_method
 from addiff_env.evaluation.methods.rule_policies import RandomPolicy, StopAt
 from addiff_env.evaluation.methods.tuning import (
-    AUTO,
     MATCHED,
     Measured,
     Tuning,

@@ -11,22 +11,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from addiff_env.evaluation.metrics.detectors import (
+    GENEVAL_CLASSES,
+    BoxDetector,
+    Detection,
+    InstanceDetector,
+    vocabulary,
+)
 from addiff_env.evaluation.metrics.geneval import (
     COLORS,
-    GENEVAL_CLASSES,
     RELATIONS,
-    BoxDetector,
     ClipColors,
-    Detection,
     GenEvalRules,
-    InstanceDetector,
     box_overlap,
     judge_picture,
     keep_detections,
     object_crop,
     relative_position,
     summarize,
-    vocabulary,
 )
 
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.metrics.base import Metric, columns_of, score_pictures
-from addiff_env.evaluation.metrics.geneval import Detection, GenEval, judge_picture, open_geneval
+from addiff_env.evaluation.metrics.detectors import Detection
+from addiff_env.evaluation.metrics.geneval import GenEval, judge_picture, open_geneval
 from addiff_env.evaluation.metrics.registry import (
     default_metrics,
     margins_of,

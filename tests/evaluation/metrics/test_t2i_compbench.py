@@ -12,23 +12,18 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.metrics.geneval import Detection
+from addiff_env.evaluation.metrics.detectors import Detection, WordDetector
 from addiff_env.evaluation.metrics.phrases import _FINITE, _VERBS, NUMBERS, singular
-from addiff_env.evaluation.metrics.t2i_compbench import (
+from addiff_env.evaluation.metrics.t2i_compbench import BlipVqa, DepthEstimator, T2IMetric, detect, open_t2i
+from addiff_env.evaluation.metrics.t2i_rules import (
     RELATIONS,
-    BlipVqa,
-    DepthEstimator,
-    T2IMetric,
-    WordDetector,
     complex_demand,
     depth_demand,
     depth_relation_score,
     depth_score,
-    detect,
     numeracy_demand,
     numeracy_score,
     objects_of,
-    open_t2i,
     questions,
     relation_score,
     spatial_demand,

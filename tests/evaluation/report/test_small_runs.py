@@ -43,8 +43,8 @@ from addiff_env.evaluation.statistics.decision import NOT_SUPPORTED, SUPPORTED, 
 from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.evaluation.statistics.rules import rules_of
 from addiff_env.evaluation.statistics.summary import headline_metric, lead_with, score_value, tidy
-from addiff_env.evaluation.vlm_judge.client import Preference
 from addiff_env.evaluation.vlm_judge.judging import agreement, describe_judge
+from addiff_env.evaluation.vlm_judge.pairs import Preference
 from addiff_env.stats import clustered_wilson
 from addiff_env.tiny import auc as auc_command
 from addiff_env.types import ResultRow

@@ -12,20 +12,10 @@ import pytest
 from PIL import Image
 from scipy import optimize
 
-from addiff_env.evaluation.vlm_judge.client import (
-    CostCeilingError,
-    Judge,
-    JudgeError,
-    JudgeSettings,
-    Pair,
-    Preference,
-    bradley_terry,
-    cohens_kappa,
-    combine_orders,
-    pairs_of,
-    parse_answer,
-    rank_methods,
-)
+from addiff_env.evaluation.vlm_judge.agreement import bradley_terry, cohens_kappa, rank_methods
+from addiff_env.evaluation.vlm_judge.client import CostCeilingError, Judge, JudgeError, parse_answer
+from addiff_env.evaluation.vlm_judge.pairs import Pair, Preference, combine_orders, pairs_of
+from addiff_env.evaluation.vlm_judge.settings import JudgeSettings
 
 openai = pytest.importorskip("openai")
 KEY = "sk-local-0123456789-never-to-be-seen"

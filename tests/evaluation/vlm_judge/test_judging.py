@@ -13,8 +13,8 @@ from addiff_env.evaluation.report import html
 from addiff_env.evaluation.run.rows import append_rows, read_rows
 from addiff_env.evaluation.run.run_folder import write_items, write_provenance, write_verdicts
 from addiff_env.evaluation.statistics.decision import Rules
-from addiff_env.evaluation.vlm_judge.client import Preference
 from addiff_env.evaluation.vlm_judge.judging import agreement, describe_judge, describe_pair, run_pairs
+from addiff_env.evaluation.vlm_judge.pairs import Preference
 
 LEVEL = {"agent": 200, "ddim-10": 100, "ddim-5": 10}  # brightness of each method's pictures
 
