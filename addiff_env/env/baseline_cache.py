@@ -29,6 +29,7 @@ from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.storage.commands import command_line, interruptible, json_argument
 from addiff_env.storage.files import claim_file, write_whole
 from addiff_env.storage.inputs import fingerprint
+from addiff_env.storage.jsonl import read_objects
 from addiff_env.storage.paths import looked_at, resolve_model
 
 FORMAT_VERSION = 3
@@ -147,7 +148,7 @@ class BaselineCache:
         if not path.is_file():
             make = command_line("addiff", "baselines", path)
             raise FileNotFoundError(f"no baselines {looked_at(path)}; make them with: {make}")
-        lines = _read_lines(path)
+        lines = read_objects(path)
         return cls.parse(path, lines, _expected(path, lines, env))
 
     @classmethod
@@ -200,26 +201,6 @@ def _refuse_stale(path: Path, cached: dict[str, Any], expected: dict[str, Any]) 
         raise ValueError(
             f"{path} is stale, it was made for another configuration ({values}); remove it or name another"
         )
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole line; what a killed writer left unfinished at the end is dropped.
-
-    Raises:
-        ValueError: a damaged line, with its number.
-    """
-    lines = path.read_bytes().split(b"\n")[:-1]  # prompts may hold other separators, and the last one be cut anywhere
-    return [_parse_line(path, number, line) for number, line in enumerate(lines, 1)]
-
-
-def _parse_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}:{number} is not JSON: {line[:80]!r}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}:{number}: expected an object, got {line[:80]!r}")
-    return value
 
 
 # --------------------------------------------------------------------------- making them
@@ -282,7 +263,7 @@ def compute_baselines(
 def _complete(
     path: Path, env: DiffusionDenoiseVectorEnv, steps: int, prompts: Sequence[str], seeds: Sequence[int]
 ) -> BaselineCache:
-    lines = _read_lines(path) if path.is_file() else []
+    lines = read_objects(path) if path.is_file() else []
     configuration = _expected(path, lines, env, steps) if lines else baseline_configuration(env, steps)
     header = {"key": configuration_hash(configuration), "configuration": configuration}
     cache = BaselineCache.parse(path, lines or [header], configuration)

@@ -33,7 +33,7 @@ def _count(actions: Any, taken: int) -> None:
         actions[taken] += 1
 
 
-class Remembering(BaseCallback):
+class StatefulCallback(BaseCallback):
     """A callback with a memory, which checkpoints carry: tensors, numbers and strings only."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class Remembering(BaseCallback):
         raise NotImplementedError
 
 
-class Clock(Remembering):
+class Clock(StatefulCallback):
     """Seconds spent training, over all processes that had a part in it."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Clock(Remembering):
         self._before, self._began = state["seconds"], None
 
 
-class EpisodeLog(Remembering):
+class EpisodeLog(StatefulCallback):
     """TensorBoard keys of this project, and the latest means as ``summary``.
 
     ``action/`` shares and ``reward/`` components are means over the rollout's decisions (``rollout/ep_rew_mean`` is
@@ -182,7 +182,7 @@ class Progress(BaseCallback):
         return True
 
 
-class RunningNormalisation(Remembering):
+class RunningNormalisation(StatefulCallback):
     """Learn the scales of the scores from the training's own pictures; see `addiff_env.env.reward.RunningScores`."""
 
     def __init__(self, env: DenoiseVecEnv) -> None:
@@ -213,7 +213,7 @@ def reachable_nfe(config: EnvConfig) -> tuple[int, int]:
     return config.warmup_steps + config.finish_steps, config.nfe_budget
 
 
-class TargetNFE(Remembering):
+class TargetNFE(StatefulCallback):
     """Let a dual variable set the price of an evaluation until episodes take ``target_nfe`` on average.
 
     The episodes are training's own, whose actions are drawn from the policy; the most likely actions, which an
@@ -265,7 +265,7 @@ class TargetNFE(Remembering):
         self.dual.value = state["value"]
 
 
-class CollapseAlarm(Remembering):
+class CollapseAlarm(StatefulCallback):
     """Warn when over the last ``window`` rollouts one action had more than ``share``, or NFE did not vary at all.
 
     Args:

@@ -31,14 +31,14 @@ from stable_baselines3.common.logger import (
     make_output_format,
 )
 
-from addiff_env.sb3.callbacks import Remembering
+from addiff_env.sb3.callbacks import StatefulCallback
 from addiff_env.sb3.vec_env import DenoiseVecEnv
 
 FORMAT_VERSION = 2
 FILE = "checkpoint.pt"
 
 
-def training_state(model: Any, env: DenoiseVecEnv, callbacks: Mapping[str, Remembering]) -> dict[str, Any]:
+def training_state(model: Any, env: DenoiseVecEnv, callbacks: Mapping[str, StatefulCallback]) -> dict[str, Any]:
     """Everything that decides how the training goes on: tensors, numbers and strings only."""
     monitor = model.env
     return {
@@ -62,7 +62,7 @@ _MONITOR = ("episode_returns", "episode_lengths")
 
 
 def load_training_state(
-    state: dict[str, Any], model: Any, env: DenoiseVecEnv, callbacks: Mapping[str, Remembering]
+    state: dict[str, Any], model: Any, env: DenoiseVecEnv, callbacks: Mapping[str, StatefulCallback]
 ) -> None:
     """Put a freshly built training where `training_state` found it; the random streams last.
 
@@ -194,7 +194,7 @@ class Checkpoints(BaseCallback):
         self,
         path: Path,
         env: DenoiseVecEnv,
-        callbacks: Mapping[str, Remembering],
+        callbacks: Mapping[str, StatefulCallback],
         config: str,
         every: int = 1,
         inputs: Mapping[str, str] = MappingProxyType({}),

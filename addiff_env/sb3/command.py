@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from addiff_env.env.training_settings import env_settings, held_out_prompts
-from addiff_env.sb3.held_out import Judge
+from addiff_env.sb3.held_out import MetricFn
 from addiff_env.sb3.training import describe_kept, train
 from addiff_env.storage.commands import command_line, interruptible
 from addiff_env.storage.hydra_app import run_hydra
@@ -34,7 +34,7 @@ def success_share(pictures: np.ndarray, prompts: Sequence[str]) -> dict[str, flo
     return {"success": float(np.mean([verdict.satisfied for verdict in verdicts]))}
 
 
-def find_judge(cfg: DictConfig) -> Judge | None:
+def find_judge(cfg: DictConfig) -> MetricFn | None:
     """The embedded world's checker, where it can judge every held-out picture; says why not before hours of training.
 
     Other environments have none, and nothing to be said about.

@@ -12,16 +12,16 @@ from addiff_env.agent import Agent
 from addiff_env.env.reward import quality
 from addiff_env.env.trajectories import filmstrip_figure, record_trajectories
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
-from addiff_env.sb3.callbacks import Remembering
+from addiff_env.sb3.callbacks import StatefulCallback
 from addiff_env.stats import spread
 
 HELD_OUT_SEED = 10_000  # initial noise of the first held-out episode; training draws its own
 
 
-Judge = Callable[[np.ndarray, Sequence[str]], dict[str, float]]
+MetricFn = Callable[[np.ndarray, Sequence[str]], dict[str, float]]
 
 
-class HeldOut(Remembering):
+class HeldOut(StatefulCallback):
     """Every so often and at the end, the most likely actions on prompts that are never trained on, as filmstrips too.
 
     Args:
@@ -38,7 +38,7 @@ class HeldOut(Remembering):
         prompts: Sequence[str],
         every: int = 10,
         filmstrips: int = 4,
-        judge: Judge | None = None,
+        judge: MetricFn | None = None,
     ) -> None:
         super().__init__()
         if len(prompts) != lanes.num_envs or every < 1:

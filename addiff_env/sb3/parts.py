@@ -25,12 +25,12 @@ from addiff_env.sb3.callbacks import (
     CollapseAlarm,
     EpisodeLog,
     LinearSchedule,
-    Remembering,
     RunningNormalisation,
+    StatefulCallback,
     TargetNFE,
 )
 from addiff_env.sb3.episodes import PromptOrder, Stage
-from addiff_env.sb3.held_out import HeldOut, Judge
+from addiff_env.sb3.held_out import HeldOut, MetricFn
 from addiff_env.sb3.policies import ALGORITHMS
 from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
 from addiff_env.storage.commands import command_line
@@ -123,7 +123,7 @@ def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
     return algorithm(policy, VecMonitor(env), policy_kwargs=policy_options, seed=cfg.seed, device=cfg.device, **options)
 
 
-def build_held_out(cfg: DictConfig, judge: Judge | None) -> HeldOut | None:
+def build_held_out(cfg: DictConfig, judge: MetricFn | None) -> HeldOut | None:
     """The look at held-out prompts, where the configuration names some."""
     prompts = held_out_prompts(cfg)
     if not prompts:
@@ -133,9 +133,9 @@ def build_held_out(cfg: DictConfig, judge: Judge | None) -> HeldOut | None:
     return HeldOut(lanes, prompts, cfg.logging.held_out_every, cfg.logging.filmstrips, judge)
 
 
-def build_callbacks(cfg: DictConfig, env: DenoiseVecEnv, held_out: HeldOut | None) -> dict[str, Remembering]:
+def build_callbacks(cfg: DictConfig, env: DenoiseVecEnv, held_out: HeldOut | None) -> dict[str, StatefulCallback]:
     """The callbacks that a checkpoint remembers, by name, in the order they are called."""
-    callbacks: dict[str, Remembering] = {"clock": Clock(), "log": EpisodeLog()}
+    callbacks: dict[str, StatefulCallback] = {"clock": Clock(), "log": EpisodeLog()}
     if cfg.reward.normalisation not in ("fixed", "running"):
         raise ValueError(f"unknown reward.normalisation {cfg.reward.normalisation!r}; known: fixed, running")
     if cfg.reward.normalisation == "running":

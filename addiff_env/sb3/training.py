@@ -32,7 +32,7 @@ from addiff_env.sb3.callbacks import (
     Progress,
 )
 from addiff_env.sb3.checkpoint import FILE, Checkpoints, load_checkpoint, load_training_state, make_logger
-from addiff_env.sb3.held_out import Judge
+from addiff_env.sb3.held_out import MetricFn
 from addiff_env.sb3.parts import build_callbacks, build_env, build_held_out, build_model, check_numbers, input_settings
 from addiff_env.sb3.policies import calibrate
 from addiff_env.sb3.vec_env import observation_parts
@@ -56,7 +56,7 @@ class Result:
     held_out: dict[str, float] = field(default_factory=dict)  # means of the last look
 
 
-def train(cfg: DictConfig, run: Path, judge: Judge | None = None, callbacks: Sequence[BaseCallback] = ()) -> Result:
+def train(cfg: DictConfig, run: Path, judge: MetricFn | None = None, callbacks: Sequence[BaseCallback] = ()) -> Result:
     """Train as ``cfg`` (configs/train.yaml) says, in the folder ``run``, and write the agent bundle.
 
     A run that was killed goes on from its last checkpoint; a complete one is only exported again, and keeps the results
@@ -88,7 +88,7 @@ def _same_place(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def _train(cfg: DictConfig, run: Path, judge: Judge | None, callbacks: Sequence[BaseCallback]) -> Result:
+def _train(cfg: DictConfig, run: Path, judge: MetricFn | None, callbacks: Sequence[BaseCallback]) -> Result:
     named = input_settings(cfg)
     inputs = fingerprints(named)  # of what is there before it is read
     state = _find_state(cfg, run, named, inputs)
@@ -135,7 +135,7 @@ class Training:
         self,
         cfg: DictConfig,
         run: Path,
-        judge: Judge | None,
+        judge: MetricFn | None,
         state: dict[str, Any] | None,
         inputs: Mapping[str, str] = MappingProxyType({}),
     ) -> None:

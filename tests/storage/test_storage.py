@@ -23,6 +23,7 @@ from addiff_env.storage.files import (
     read_json,
     read_text,
     read_yaml,
+    replacing,
     write_whole,
 )
 from addiff_env.storage.pictures import open_picture, read_picture
@@ -170,3 +171,14 @@ def test_whole_files_read_as_they_were_written(tmp_path):
     write_whole(tmp_path / "a.yaml", "a: {b: 1}")
     assert read_yaml(tmp_path / "a.yaml") == OmegaConf.create({"a": {"b": 1}})
     assert [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+def test_a_file_that_is_written_anew_stays_as_it_was_where_that_fails(tmp_path):
+    path = tmp_path / "kept.bin"
+    for number in range(2):
+        with replacing(path) as partial:
+            partial.write_bytes(b"%d" % number)
+    with pytest.raises(KeyError), replacing(path) as partial:
+        partial.write_bytes(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"1" and list(tmp_path.iterdir()) == [path]

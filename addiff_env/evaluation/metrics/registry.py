@@ -36,7 +36,10 @@ from addiff_env.tiny.scenes import parse_caption
 from addiff_env.types import ResultRow
 
 SCORERS = {name: name for name in ("imagereward", "aesthetic", "pickscore", "clipscore")} | {"hpsv2.1": "hps"}
-EASY = ("clip_score", "reward_score")  # what policies look at or are paid by: no headline where anything else is there
+IN_LOOP_METRICS = (
+    "clip_score",
+    "reward_score",
+)  # what policies look at or are paid by: headline where nothing else is
 
 
 # --------------------------------------------------------------------------- the metrics
@@ -95,12 +98,12 @@ def known_metrics() -> tuple[str, ...]:
     """Names that `open_metric` takes."""
     from addiff_env.evaluation.metrics.t2i_compbench import T2I_METRICS
 
-    return ("checker", *EASY, *SCORERS, "geneval", *T2I_METRICS)
+    return ("checker", *IN_LOOP_METRICS, *SCORERS, "geneval", *T2I_METRICS)
 
 
 def default_metrics(items: Sequence[Item]) -> list[str]:
     """What is measured where nothing is said: the checker where it can judge, else HPS v2.1; and what policies see."""
-    return ["checker" if is_embedded_world(items) else "hpsv2.1", *EASY]
+    return ["checker" if is_embedded_world(items) else "hpsv2.1", *IN_LOOP_METRICS]
 
 
 def is_embedded_world(items: Sequence[Item]) -> bool:
@@ -161,7 +164,7 @@ def _open(name: str, rest: str, perception: Perception, items: Sequence[Item]) -
         if not is_embedded_world(items):
             raise ValueError("metric 'checker' reads the embedded world's pictures only; these prompts are of another")
         return Checker()
-    if name in EASY:
+    if name in IN_LOOP_METRICS:
         return ModelScore(name, (clip_score if name == "clip_score" else reward_score)(perception), device)
     if name in SCORERS:
         scorer: Scorer = load_scorer(f"{SCORERS[name]}:{rest}" if rest else SCORERS[name], device)
@@ -190,7 +193,7 @@ def primary_score(measured: Sequence[Collection[str]], wanted: str | None = None
     counts = Counter(name for names in measured for name in names)
     if not counts or (wanted is not None and wanted not in counts):
         raise ValueError(f"no score {wanted!r} is measured; measured are: {', '.join(counts) or 'none'}")
-    return wanted or max(counts, key=lambda name: (name not in EASY, counts[name]))
+    return wanted or max(counts, key=lambda name: (name not in IN_LOOP_METRICS, counts[name]))
 
 
 def scores_of_all_methods(rows: Sequence[ResultRow]) -> list[list[str]]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from addiff_env.loading.weights import reason
-from addiff_env.storage.files import partial_of
+from addiff_env.storage.files import replacing
 from addiff_env.storage.pictures import open_picture, read_picture
 
 RESIZERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
@@ -334,10 +333,8 @@ def reference_features(path: Path, stamp: Stamp, compute: Callable[[], np.ndarra
         return _load_features(path, stamp)
     features = np.asarray(compute(), np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_of(path)  # shards may measure it at the same time
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:  # shards may measure it at the same time
         np.savez(file, features=features, stamp=np.array(json.dumps(asdict(stamp))))
-    os.replace(partial, path)  # a kill leaves no half a file under the final name
     return features
 
 

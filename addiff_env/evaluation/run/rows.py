@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from addiff_env.storage.commands import LAUNCHED
-from addiff_env.storage.files import partial_of
+from addiff_env.storage.files import replacing
 from addiff_env.storage.jsonl import append_objects, read_objects
 from addiff_env.types import ResultRow, SampleKey
 
@@ -49,9 +49,8 @@ def _parse(values: dict[str, Any], place: str) -> ResultRow:
 
 def write_rows(path: Path, rows: Iterable[ResultRow]) -> None:
     """Write a whole file at once: a kill leaves the old one or the new one; raises as `append_rows`."""
-    partial = partial_of(path)
-    append_rows(partial, rows)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        append_rows(partial, rows)
 
 
 def append_rows(path: Path, rows: Iterable[ResultRow]) -> None:

@@ -62,7 +62,7 @@ def bradley_terry(wins: np.ndarray, prior: float = 0.5, tolerance: float = 1e-8,
         ValueError: methods that no chain of comparisons connects, or no convergence.
     """
     met = (wins + wins.T) > 0
-    _refuse_islands(met)
+    _check_connected(met)
     wins = wins + prior * met
     games, own = wins + wins.T, wins.sum(1)
     strength = np.zeros(len(wins))
@@ -76,7 +76,7 @@ def bradley_terry(wins: np.ndarray, prior: float = 0.5, tolerance: float = 1e-8,
     raise ValueError(f"Bradley-Terry did not converge in {steps} steps")
 
 
-def _refuse_islands(met: np.ndarray) -> None:
+def _check_connected(met: np.ndarray) -> None:
     reached = np.linalg.matrix_power(met.astype(float) + np.eye(len(met)), len(met))[0] > 0
     if not reached.all():
         raise ValueError(f"methods {np.flatnonzero(~reached).tolist()} never met method 0, not even through others")

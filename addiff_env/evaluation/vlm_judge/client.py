@@ -123,12 +123,12 @@ class Judge:
             FileNotFoundError: a picture that is not there.
         """
         pending = self._pending(pairs)
-        self._refuse_dear(pending)
+        self._check_budget(pending)
         for question in watch(pending):
             self._ask_and_keep(question, pending)
         return [self._preference(pair) for pair in pairs]
 
-    def _refuse_dear(self, questions: Sequence[_Question]) -> None:
+    def _check_budget(self, questions: Sequence[_Question]) -> None:
         estimate = sum(self._price_estimate(question) for question in questions)
         if questions and self.spent_usd + estimate > self.settings.max_usd:
             raise CostCeilingError(
@@ -176,7 +176,7 @@ class Judge:
                 raise CostCeilingError(f"${self.spent_usd:.2f} of ${self.settings.max_usd:.2f} are spent")
             self._ask_once(question)
             if self._price_estimate(question) > _DEARER * estimate:
-                self._refuse_dear([other for other in pending if self._is_open(other)])
+                self._check_budget([other for other in pending if self._is_open(other)])
 
     def _ask_once(self, question: _Question) -> None:
         completion = self._call(question)

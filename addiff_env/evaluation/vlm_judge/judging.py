@@ -97,7 +97,7 @@ def open_judges(names: Sequence[str], folder: Path, again: bool = False) -> dict
     return judges
 
 
-def refuse_dear(judges: Mapping[str, Judge], pairs: Sequence[Pair], max_usd: float | None) -> float:
+def check_budget(judges: Mapping[str, Judge], pairs: Sequence[Pair], max_usd: float | None) -> float:
     """About what asking all judges costs without repeats; said before anything is asked.
 
     Raises:
@@ -289,7 +289,7 @@ def _judge(told: argparse.Namespace) -> int:
         judges = open_judges(told.judges, told.folder, told.again)
         for judge in judges.values():
             stack.enter_context(judge)
-        refuse_dear(judges, pairs, told.max_usd)
+        check_budget(judges, pairs, told.max_usd)
         if told.estimate:
             return 0
         found = judgement(judges, ask_all(judges, pairs, told.max_usd))
