@@ -111,7 +111,7 @@ def test_an_interrupted_save_keeps_the_old_bundle(bundle: Path, monkeypatch: pyt
     def fail(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(module, "save_file", fail)
+    monkeypatch.setattr(module.bundle, "save_file", fail)
     with pytest.raises(OSError, match="no space"):
         make_agent(1).save(bundle)
     assert Agent.load(bundle).fingerprint == make_agent(0).fingerprint

@@ -80,7 +80,7 @@ def test_the_state_of_other_settings_is_refused(small_kwargs: dict[str, Any]) ->
 
 def same(left: Any, right: Any) -> bool:
     if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
     if isinstance(left, list):
         return all(same(*pair) for pair in zip(left, right, strict=True))
     if isinstance(left, dict):

@@ -8,7 +8,6 @@ from addiff_env.diffusion.backbones.base import (
     Backbone,
     Conditioning,
     Prediction,
-    count_flops,
     denoise,
     draw_noise,
     initial_noise,
@@ -18,6 +17,7 @@ from addiff_env.diffusion.backbones.flux import FluxBackbone
 from addiff_env.diffusion.backbones.offload import check_offload
 from addiff_env.diffusion.backbones.open import open_pipeline
 from addiff_env.diffusion.backbones.stable_diffusion import StableDiffusionBackbone
+from addiff_env.diffusion.flops import count_flops
 from addiff_env.loading.weights import DTYPES, resolve_device, resolve_dtype, shared
 
 __all__ = [

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from addiff_env.diffusion.backbones.memory import activation_ceiling, bytes_per_pixel, in_slices
 from addiff_env.diffusion.backbones.offload import attach_offload, load_now
 from addiff_env.diffusion.backbones.prompt_cache import PromptCache
+from addiff_env.diffusion.flops import count_flops
 from addiff_env.diffusion.samplers import Level, Schedule, make_schedule, solver_step
-from addiff_env.loading.isolation import exclusive, frozen_call, isolated
+from addiff_env.loading.isolation import frozen_call, isolated
 from addiff_env.loading.weights import DTYPES
 
 _RECOMPILE_LIMIT = 256  # of one function: a network's blocks share their code, and each shape is a graph of its own
@@ -362,27 +359,6 @@ def compile_block(module: Any) -> None:
     module.compile(dynamic=True)
 
 
-def count_flops(call: Callable[[], Any], device: torch.device | str) -> float:
-    """FLOPs of one call on ``device``, by `torch.utils.flop_counter` (matrix products, convolutions, attention)."""
-    # The counter knows CUDA's fused attention, but not the CPU's: there attention is written out while it counts.
-    written_out = sdpa_kernel(SDPBackend.MATH) if torch.device(device).type == "cpu" else nullcontext()
-    # Which kernels attention uses is a setting of the process, and the counter watches all of its modules.
-    with exclusive(), _plain_multihead_attention(), written_out, FlopCounterMode(display=False) as counter:
-        call()
-    return float(counter.get_total_flops())
-
-
-@contextmanager
-def _plain_multihead_attention() -> Iterator[None]:
-    """Keep `nn.MultiheadAttention` (open_clip's towers) from its fused inference path, which counts as no FLOPs."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 def scheduler_settings(scheduler: Any) -> dict[str, Any]:
     """A scheduler's configuration as its file has it: values that its class filled in are left out.
 
@@ -392,35 +368,6 @@ def scheduler_settings(scheduler: Any) -> dict[str, Any]:
     filled = set(config.pop("_use_default_values", [])) - {"clip_sample"}  # diffusers clips unless told not to
     kept = {name: value for name, value in config.items() if name not in filled}
     return kept | {"_class_name": type(scheduler).__name__}
-
-
-def content_tokens(tokenizer: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """Which ``tokens`` (L,) are the prompt's own, (L,) bool; an empty prompt keeps one, so that maps exist."""
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    special |= {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    content = torch.tensor([int(token) not in special for token in tokens])
-    if not content.any():
-        content[min(1, len(content) - 1)] = True
-    return content
-
-
-def truncated_words(tokenizer: Any, prompt: str, limit: int) -> str:
-    """The end of ``prompt`` that does not fit into ``limit`` tokens, special ones included; "" if it fits."""
-    special = tokenizer.num_special_tokens_to_add()
-    pieces = tokenizer.tokenize(prompt)
-    if len(pieces) <= limit - special:
-        return ""
-    return tokenizer.convert_tokens_to_string(pieces[limit - special :]).replace("</w>", " ").strip()
-
-
-def spelled_out_words(tokenizer: Any, prompt: str) -> list[str]:
-    """Words of ``prompt`` that the tokenizer does not know: at least half of their pieces are single letters."""
-    words = re.findall(r"[^\W\d_]{2,}", prompt)
-    return [word for word in words if _is_spelled_out(tokenizer.tokenize(word))]
-
-
-def _is_spelled_out(pieces: list[str]) -> bool:
-    return 2 * sum(len(piece.removesuffix("</w>")) == 1 for piece in pieces) >= len(pieces)
 
 
 def guide(output: torch.Tensor, guidance_scale: float) -> torch.Tensor:

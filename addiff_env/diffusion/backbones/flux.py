@@ -8,15 +8,8 @@ from typing import Any
 import torch
 
 from addiff_env.diffusion.attention import capture_joint_attention
-from addiff_env.diffusion.backbones.base import (
-    Backbone,
-    Conditioning,
-    Prediction,
-    compile_block,
-    content_tokens,
-    scheduler_settings,
-    truncated_words,
-)
+from addiff_env.diffusion.backbones.base import Backbone, Conditioning, Prediction, compile_block, scheduler_settings
+from addiff_env.diffusion.backbones.tokens import content_tokens, truncated_words
 from addiff_env.diffusion.samplers import Level, to_x0
 from addiff_env.loading.isolation import frozen_call
 

@@ -14,12 +14,10 @@ from addiff_env.diffusion.backbones.base import (
     Conditioning,
     Prediction,
     compile_block,
-    content_tokens,
     guide,
     scheduler_settings,
-    spelled_out_words,
-    truncated_words,
 )
+from addiff_env.diffusion.backbones.tokens import content_tokens, spelled_out_words, truncated_words
 from addiff_env.diffusion.samplers import Level, to_x0
 from addiff_env.loading.isolation import frozen_call
 
