@@ -221,12 +221,12 @@ class AdaptivePipeline:
     @cached_property
     def _spared(self) -> dict[str, float]:
         """FLOPs of what is charged and not used: a look, the rest of one that was read, texts."""
-        price, perception = self.env.price, self.env.perception
+        flops, perception = self.env.flops_per_call, self.env.perception
         text = perception.text_flops()
-        words = perception.verdict_text_flops()
+        words = perception.scorer_text_flops()
         return {
-            "look": price["look"],
-            "rest": price["look"] - price["verdict"],
+            "look": flops["look"],
+            "rest": flops["look"] - flops["scorer"],
             "text": text,
             "others' text": text - words,
         }

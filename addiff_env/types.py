@@ -18,6 +18,7 @@ class Action(IntEnum):
 
 
 ACTIONS = tuple(action.name.lower() for action in Action)
+SampleKey = tuple[str, int]  # (prompt, seed): one picture of a benchmark, whoever makes it
 
 
 @dataclass

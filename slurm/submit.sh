@@ -4,7 +4,7 @@
 #   slurm/submit.sh train env=sd15 seed=1            one training
 #   slurm/submit.sh sweep 8 env=tiny                 a search with 8 workers
 #   slurm/submit.sh evaluate 16 agent=/path/to/agent 16 shards, then their merge
-#   slurm/submit.sh ray --num-env-runners 4          RLlib on ADDIFF_NODES nodes
+#   slurm/submit.sh ray rllib.num_env_runners=4      RLlib on ADDIFF_NODES nodes
 #
 #   ADDIFF_PARTITION  partition                      (required)
 #   ADDIFF_ACCOUNT    account                        (default: your own)

@@ -85,9 +85,9 @@ def test_agent_method_names_every_item_once(agent):
 
 def bill(env, made, read):
     """What a program of a rule alone would spend: only the looks that it reads, and only the reward model's part."""
-    verdict = env.price["preview"] + env.perception.verdict_flops(64, 64)
-    text = env.price["start"] - env.perception.text_flops()
-    return made.forward_passes * env.price["denoiser"] + env.price["decode"] + text + read * verdict
+    verdict = env.flops_per_call["preview"] + env.perception.scorer_flops(64, 64)
+    text = env.flops_per_call["start"] - env.perception.text_flops()
+    return made.forward_passes * env.flops_per_call["denoiser"] + env.flops_per_call["decode"] + text + read * verdict
 
 
 class Noted(ThresholdRule):

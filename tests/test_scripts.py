@@ -17,7 +17,7 @@ import pytest
 
 from addiff_env.agent import Agent
 from addiff_env.evaluation.run.rows import append_rows, read_rows, shard_path
-from addiff_env.evaluation.run.run_folder import read_strips, reported_rows
+from addiff_env.evaluation.run.run_folder import read_trajectories, reported_rows
 from addiff_env.evaluation.statistics.rules import read_rules
 from addiff_env.types import ResultRow
 
@@ -105,7 +105,7 @@ def test_evaluation_writes_rows_table_and_pictures_and_goes_on_after_a_kill(trai
     for name in (*plain, "report.html", "table.tex", "table.csv"):
         assert str(tmp_path / name) in first.stdout and (tmp_path / name).stat().st_size > 100
     assert {row.key: row for row in reported_rows(tmp_path)} == {row.key: row for row in rows}
-    assert len(read_strips(tmp_path)) == 2
+    assert len(read_trajectories(tmp_path)) == 2
 
     lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(lines[:10]) + lines[10][:40])  # as a kill leaves it

@@ -48,7 +48,7 @@ FAKES = {
     "ray": "exec sleep 30",  # as ray start --block
     "python": """
         echo "threads=$OMP_NUM_THREADS cores=$SRUN_CPUS_PER_TASK" >>"$LOG"
-        if [[ "$*" == *addiff_env.rllib* ]]; then  # which waits until Ray runs on every node
+        if [[ "$*" == *train-rllib* ]]; then  # which waits until Ray runs on every node
             until (($(grep -c '^ray start' "$LOG") == (${FAKE_NODES:-1} > 1 ? 2 : 1))); do sleep 0.02; done
         fi
         if [[ -n "${FAKE_LIMIT:-}" ]]; then  # as SLURM shortly before the time limit: a signal to the batch shell
@@ -136,14 +136,14 @@ def test_trainings_do_not_share_a_folder(cluster, tmp_path):
     assert cfg.hydra.run.dir == f"{tmp_path}/runs/train/sd15-seed1"
 
 
-@pytest.mark.parametrize("kind", ["train", "evaluate"])
+@pytest.mark.parametrize("kind", ["train", "evaluate", "ray"])
 def test_hydra_reads_the_folders_whatever_their_names(cluster, tmp_path, kind):
     runs = tmp_path / "it's my (runs), [new]=1"
     _, lines = cluster(kind, *(["1"] if kind == "evaluate" else []), ADDIFF_RUNS=str(runs), ADDIFF_NAME="a b")
     found = [call.partition(" hydra.run.dir=")[2] for call in calls(lines, "python")]
     assert len(found) == (2 if kind == "evaluate" else 1)  # the merge among them
     for text in found:
-        word = re.split(r" (?:progress_bar|shard\.)", text)[0]
+        word = re.split(r" (?:progress_bar|shard\.|rllib\.)", text)[0]
         read = OverridesParser.create().parse_override(f"hydra.run.dir={word}")
         assert read.value() == f"{runs}/{kind}/a b"
 
@@ -222,7 +222,7 @@ def test_jobs_can_be_checked_without_being_queued(cluster, kind, templates):
 
 @pytest.mark.parametrize("nodes", [1, 3])
 def test_ray_is_brought_up_on_every_node_and_taken_down(cluster, tmp_path, nodes):
-    _, lines = cluster("ray", "--num-env-runners", "4", ADDIFF_NODES=str(nodes), FAKE_NODES=str(nodes))
+    _, lines = cluster("ray", "rllib.num_env_runners=4", ADDIFF_NODES=str(nodes), FAKE_NODES=str(nodes))
     assert f"--nodes={nodes}" in calls(lines, "sbatch")[0]
     steps = calls(lines, "srun")
     head = [step for step in steps if "ray start --head" in step]
@@ -230,8 +230,11 @@ def test_ray_is_brought_up_on_every_node_and_taken_down(cluster, tmp_path, nodes
     assert len(head) == 1 and "--nodelist=n1" in head[0] and "--node-ip-address=10.0.0.1" in head[0]
     assert [("--nodes=2" in step, "--exclude=n1" in step) for step in workers] == [(True, True)] * (nodes > 1)
     assert calls(lines, "python") == [
-        f"-m addiff_env.rllib {tmp_path}/runs/ray/ray --address 10.0.0.1:20041 --nodes {nodes} --num-env-runners 4"
+        f"-m addiff_env.cli train-rllib hydra.run.dir={tmp_path}/runs/ray/ray rllib.address=10.0.0.1:20041"
+        f" rllib.nodes={nodes} rllib.num_env_runners=4"
     ]
+    with initialize_config_dir(str(SLURM.parent / "configs"), version_base="1.3"):
+        assert compose("train_rllib", calls(lines, "python")[0].split()[3:]).rllib.address == "10.0.0.1:20041"
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)

@@ -18,7 +18,7 @@ import addiff_env
 
 VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does
     "train": ("addiff_env.sb3.command", "train an agent with Stable-Baselines3 (Hydra overrides)"),
-    "train-rllib": ("addiff_env.rllib.__main__", "train an agent with RLlib on Ray"),
+    "train-rllib": ("addiff_env.rllib.command", "train an agent with RLlib on Ray (Hydra overrides)"),
     "evaluate": ("addiff_env.evaluation.run.command", "compare an agent with fixed-step inference (Hydra overrides)"),
     "report": ("addiff_env.evaluation.report.html", "make a finished evaluation's report again, without any model"),
     "judge": (

@@ -71,16 +71,16 @@ class Level(NamedTuple):
 class Schedule:
     """The noise levels of a model and the grid of one solver run; tensors live on the device.
 
-    ``timesteps`` (N,) is what the network is told at each grid point, noisiest first (int64; float64 for flow
-    matching); ``here`` and ``there`` (N,) are the levels before and after each step. ``training`` (T,) and
-    ``training_timesteps`` (T,) are the levels the model was trained at, cleanest first, and what it is told there.
+    ``timesteps`` (N,) is what the network takes at each grid point, noisiest first (int64; float64 for flow
+    matching); ``current`` and ``next`` (N,) are the levels before and after each step. ``training`` (T,) and
+    ``training_timesteps`` (T,) are the levels the model was trained at, cleanest first, and what it takes there.
     """
 
     solver: str
     prediction_type: str
     timesteps: torch.Tensor
-    here: Level
-    there: Level
+    current: Level
+    next: Level
     training: Level
     training_timesteps: torch.Tensor
     eta: float = 0.0  # ddim only
@@ -136,14 +136,14 @@ def make_schedule(
     if powers[-1] == 0 and solver == "ddim" and prediction_type == "epsilon":
         raise ValueError("prediction_type 'epsilon' with rescale_betas_zero_snr = True: x0 is undefined at zero signal")
     grid = _ddim_grid if solver == "ddim" else _dpm_grid
-    timesteps, here, there = grid(config, powers, num_inference_steps)
+    timesteps, current, next_level = grid(config, powers, num_inference_steps)
     short = num_inference_steps < 15 and config.get("lower_order_final", True)
     return Schedule(
         solver,
         prediction_type,
         torch.from_numpy(timesteps).to(device),
-        _level(*here, device),
-        _level(*there, device),
+        _level(*current, device),
+        _level(*next_level, device),
         _level(powers**0.5, (1 - powers) ** 0.5, device),
         torch.arange(total, device=device),
         eta,
@@ -224,8 +224,8 @@ def _ddim_grid(config: Mapping[str, Any], powers: np.ndarray, number: int) -> _G
         timesteps = np.round(np.arange(total, 0, -total / number)).astype(np.int64) - 1
     following = timesteps - total // number  # diffusers' own notion of the next level
     last = 1.0 if config.get("set_alpha_to_one", True) else powers[0]
-    here, there = powers[timesteps], np.where(following >= 0, powers[np.maximum(following, 0)], last)
-    return timesteps.copy(), (here**0.5, (1 - here) ** 0.5), (there**0.5, (1 - there) ** 0.5)
+    current, next_level = powers[timesteps], np.where(following >= 0, powers[np.maximum(following, 0)], last)
+    return timesteps.copy(), (current**0.5, (1 - current) ** 0.5), (next_level**0.5, (1 - next_level) ** 0.5)
 
 
 def _dpm_grid(config: Mapping[str, Any], powers: np.ndarray, number: int) -> _Grid:
@@ -274,13 +274,13 @@ def _flow_schedule(
     """Flux's grid: N equal steps of sigma from 1, shifted towards noise (Esser et al. 2024, eq. 23)."""
     sigma = shift_levels(config, np.linspace(1.0, 1.0 / number, number), image_tokens)
     trained = np.arange(1, total + 1) / total
-    there = np.append(sigma[1:], 0.0)
+    next_level = np.append(sigma[1:], 0.0)
     return Schedule(
         "euler",
         "flow_prediction",
         torch.from_numpy(sigma * total).to(device),
         _level(1 - sigma, sigma, device),
-        _level(1 - there, there, device),
+        _level(1 - next_level, next_level, device),
         _level(1 - trained, trained, device),
         torch.from_numpy(trained * total).to(device),
     )
@@ -342,23 +342,23 @@ def solver_step(
     Raises:
         ValueError: noise or history is needed and missing.
     """
-    here, there = schedule.here.at(step_index), schedule.there.at(step_index)
+    current, next_level = schedule.current.at(step_index), schedule.next.at(step_index)
     if schedule.solver != "dpmpp_2m":  # Euler on a straight flow is DDIM with eta 0 in (alpha, sigma)
-        return ddim_between(latents, x0, here, there, schedule.eta, noise)
+        return ddim_between(latents, x0, current, next_level, schedule.eta, noise)
     if previous_x0 is None or has_previous is None:
         raise ValueError("dpmpp_2m needs previous_x0 and has_previous")
-    before = schedule.here.at((step_index - 1).clamp_min(0))
+    before = schedule.current.at((step_index - 1).clamp_min(0))
     second = has_previous & (step_index > 0)
     if schedule.first_order_end:
         second = second & (step_index < schedule.num_inference_steps - 1)
-    return _dpmpp_2m(latents, x0, previous_x0, second, before, here, there, schedule.heun)
+    return _dpmpp_2m(latents, x0, previous_x0, second, before, current, next_level, schedule.heun)
 
 
 def ddim_between(
     latents: torch.Tensor,
     x0: torch.Tensor,
-    here: Level,
-    there: Level,
+    current: Level,
+    next_level: Level,
     eta: float = 0.0,
     noise: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -367,8 +367,8 @@ def ddim_between(
     Raises:
         ValueError: ``eta`` above 0 without ``noise``.
     """
-    alpha, sigma = here.shaped(latents)
-    next_alpha, next_sigma = there.shaped(latents)
+    alpha, sigma = current.shaped(latents)
+    next_alpha, next_sigma = next_level.shaped(latents)
     clean = x0.double()
     epsilon = (latents.double() - alpha * clean) / sigma
     if eta == 0:
@@ -386,16 +386,17 @@ def _dpmpp_2m(
     previous_x0: torch.Tensor,
     second: torch.Tensor,
     before: Level,
-    here: Level,
-    there: Level,
+    current: Level,
+    next_level: Level,
     heun: bool,
 ) -> torch.Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), of first order where ``second`` (B,) is False."""
     shape = (-1, *[1] * (latents.ndim - 1))
-    lambdas = [(level.alpha / level.sigma).log().view(shape) for level in (before, here, there)]  # last may be inf
+    # the last may be infinite
+    lambdas = [(level.alpha / level.sigma).log().view(shape) for level in (before, current, next_level)]
     h, h_before = lambdas[2] - lambdas[1], lambdas[1] - lambdas[0]
-    _, sigma = here.shaped(latents)
-    next_alpha, next_sigma = there.shaped(latents)
+    _, sigma = current.shaped(latents)
+    next_alpha, next_sigma = next_level.shaped(latents)
     shrink = -torch.expm1(-h)  # 1 - e^-h
     clean, use = x0.double(), second.view(shape)
     slope = (clean - previous_x0.double()) * h / torch.where(use, h_before, torch.ones_like(h_before))

@@ -247,9 +247,9 @@ def score_fixed_steps(
         )
         pictures = env.backbone.decode(latents)
         _check_finite(pictures, prompts, seeds, f"the pictures of {steps} steps in {env.backbone.dtype_name}")
-        look = env.perception.look(pictures, prompts)
-        _check_finite(torch.stack([look.clip_score, look.reward_score], 1), prompts, seeds, "the scores")
-        yield from zip(prompts, seeds, look.clip_score.tolist(), look.reward_score.tolist(), strict=True)
+        features = env.perception.look(pictures, prompts)
+        _check_finite(torch.stack([features.clip_score, features.reward_score], 1), prompts, seeds, "the scores")
+        yield from zip(prompts, seeds, features.clip_score.tolist(), features.reward_score.tolist(), strict=True)
 
 
 def _check_finite(values: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], what: str) -> None:

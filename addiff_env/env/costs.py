@@ -122,7 +122,7 @@ def _backbone_costs(meter: Meter, backbone: Backbone, config: EnvConfig) -> Iter
     def step(lanes: int) -> None:
         which = torch.arange(lanes, device=backbone.device)
         at = torch.zeros_like(which)
-        levels = schedule.here.at(at)
+        levels = schedule.current.at(at)
         backbone.predict(latents[which], schedule.timesteps[at], levels, conditioning[which], config.guidance_scale)
 
     passes = backbone.passes(config.guidance_scale)

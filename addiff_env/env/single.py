@@ -10,12 +10,15 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.env.config import EnvConfig
+from addiff_env.env.observer import observation_of
 from addiff_env.env.prompts import check_prompt
+from addiff_env.env.reset_options import as_mapping, depth
+from addiff_env.env.spec import JsonableSpec
 from addiff_env.env.validation import check_seed, plain
-from addiff_env.env.vector import DiffusionDenoiseVectorEnv, _as_mapping, _depth, _JsonableSpec, _row, _single_info
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 
 
-class DiffusionDenoiseEnv(_JsonableSpec, gym.Env):
+class DiffusionDenoiseEnv(JsonableSpec, gym.Env):
     """One lane of `DiffusionDenoiseVectorEnv`, whose docstring is the specification.
 
     Arguments are the same but for ``num_envs`` and ``autoreset_mode``; ``reset(options={"prompt": str, "seed": int,
@@ -43,19 +46,19 @@ class DiffusionDenoiseEnv(_JsonableSpec, gym.Env):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode; see `DiffusionDenoiseVectorEnv.reset`."""
         seed = None if seed is None else check_seed(seed)
-        options = {name: self._one(name, value) for name, value in _as_mapping(options).items()}
-        self.vector._np_random = self.np_random  # one stream of random numbers, the one users can seed
+        options = {name: self._one(name, value) for name, value in as_mapping(options).items()}
+        self.vector.np_random = self.np_random  # one stream of random numbers, the one users can seed
         observation, info = self.vector.reset(seed=seed, options=options)
         if seed is not None:  # nothing was refused
-            self._np_random, self._np_random_seed = self.vector._np_random, seed
-        return _row(observation, 0), _single_info(info)
+            self._np_random, self._np_random_seed = self.vector.np_random, seed
+        return observation_of(observation, 0), _single_info(info)
 
     def close(self) -> None:
         """Let go of the models; see `DiffusionDenoiseVectorEnv.close_extras`."""
         self.vector.close()
 
     def _one(self, name: str, value: Any) -> Any:
-        if name == "latents" and _depth(value) == 4:
+        if name == "latents" and depth(value) == 4:
             return value
         return [check_prompt(value) if name == "prompt" else value]
 
@@ -66,7 +69,13 @@ class DiffusionDenoiseEnv(_JsonableSpec, gym.Env):
             gymnasium.error.ResetNeeded: no episode is running; ValueError: not 0, 1 or 2.
         """
         observation, reward, terminated, truncated, info = self.vector.step([plain(action)])
-        return _row(observation, 0), float(reward[0]), bool(terminated[0]), bool(truncated[0]), _single_info(info)
+        return (
+            observation_of(observation, 0),
+            float(reward[0]),
+            bool(terminated[0]),
+            bool(truncated[0]),
+            _single_info(info),
+        )
 
     def action_masks(self) -> np.ndarray:
         """Which actions are admissible now: (3,) bool."""
@@ -80,3 +89,13 @@ class DiffusionDenoiseEnv(_JsonableSpec, gym.Env):
         """The final picture, or the preview before the end: uint8 (H, W, 3)."""
         pictures = self.vector.render()
         return None if pictures is None else pictures[0]
+
+
+def _single_info(info: dict[str, Any]) -> dict[str, Any]:
+    """The info of lane 0, without the vector form's presence masks."""
+    single = {}
+    for name, value in info.items():
+        if name.startswith("_"):
+            continue
+        single[name] = value[0].item() if isinstance(value[0], np.generic) else value[0]
+    return single

@@ -1,64 +1,34 @@
-"""Denoising as a Markov decision process: the vector environment owns the dynamics, the single one is its view."""
+"""Denoising as a Markov decision process: the vector environment owns its lanes, the single one is its view."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any
 
 import gymnasium as gym
 import numpy as np
-import torch
-from gymnasium.envs.registration import EnvSpec
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from addiff_env.diffusion.attention import attention_entropy
-from addiff_env.diffusion.backbones import to_uint8
+from addiff_env.env import reset_options
 from addiff_env.env.config import EnvConfig
-from addiff_env.env.prompts import check_prompt, load_prompts
-from addiff_env.env.refine import RefinableLanes
+from addiff_env.env.decisions import action_masks, admissible, read_actions, spent
+from addiff_env.env.denoiser import Denoiser
+from addiff_env.env.observer import Observer, observation_of
+from addiff_env.env.parts import ReadableParts
+from addiff_env.env.prompts import load_prompts
+from addiff_env.env.refine import refine
 from addiff_env.env.reward import COLUMNS, RewardComponents, RewardConfig, quality, step_reward
-from addiff_env.env.validation import as_list, at_least, check_seed, checked, plain, shown
+from addiff_env.env.spec import JsonableSpec, read_autoreset_mode, step_limit
+from addiff_env.env.state import LaneState
+from addiff_env.env.validation import at_least, checked
 from addiff_env.loading.isolation import isolated
-from addiff_env.perception.features import (
-    QUALITY,
-    TIMESTEP_WIDTH,
-    Latents,
-    Look,
-    Perception,
-    look_precision,
-    timestep_embedding,
-)
-from addiff_env.perception.previews import FullDecoder, make_previewer
 from addiff_env.types import Action
 
 
-class _JsonableSpec:
-    """Gymnasium remembers the settings in the environment's spec as they were given; here JSON takes them."""
-
-    _spec: EnvSpec | None = None
-
-    @property
-    def spec(self) -> EnvSpec | None:
-        """What the environment was made from; ``spec.to_json()`` works whatever types the settings came in."""
-        return self._spec
-
-    @spec.setter
-    def spec(self, spec: EnvSpec | None) -> None:
-        if spec is not None:
-            spec = copy.copy(spec)
-            spec.kwargs = {name: self._jsonable(name, value) for name, value in spec.kwargs.items()}
-        self._spec = spec
-
-    @staticmethod
-    def _jsonable(name: str, value: Any) -> Any:
-        return plain(_autoreset_mode(value)) if name == "autoreset_mode" else plain(value)
-
-
-class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
+class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     """Denoise ``num_envs`` pictures at once; at each step a policy decides, lane by lane, how to go on.
 
     ## Description
@@ -157,8 +127,6 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         "render_fps": 4,
         "autoreset_mode": AutoresetMode.NEXT_STEP,
     }
-    _tensors = (*RefinableLanes._tensors, "clip_text")
-    _arrays = (*RefinableLanes._arrays, "clip_score", "reward_score", "similarity", "fault", "decisions")
 
     @isolated()
     def __init__(
@@ -174,118 +142,58 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
                 own = "num_envs, autoreset_mode, max_episode_steps"
                 raise TypeError(f"unexpected keyword argument {name!r}; known: {own}, {', '.join(known)}")
         self.num_envs = checked("num_envs", num_envs, Annotated[int, at_least(1)])
-        self.autoreset_mode = _autoreset_mode(autoreset_mode)
-        self.max_episode_steps = _step_limit(max_episode_steps)
+        self.autoreset_mode = read_autoreset_mode(autoreset_mode)
+        self.max_episode_steps = step_limit(max_episode_steps)
         self.config = EnvConfig(**settings)
         self.render_mode = self.config.render_mode
         self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
         self._load()
-        self._make_spaces()
-        self._make_lanes()
-
-    # ----------------------------------------------------------------- construction
+        self.single_observation_space = self.observer.space()
+        self.single_action_space = gym.spaces.Discrete(len(Action))
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._started = False
 
     def _load(self) -> None:
         c = self.config
         self.prompts = load_prompts(c.prompts)
-        self.reward_config = RewardConfig.from_dict(c.reward)
-        self._set_up()
-        self.previewer = make_previewer(c.preview, self.backbone, c.preview_model)
-        precision = look_precision(c.look_precision, self.backbone.device, self.backbone.dtype)
-        self.perception = Perception(
-            c.clip, c.dino, c.scorer, self.backbone.device, precision, c.reads, self.backbone.encode_pictures
-        )
-        self._check_readings()
-        self.reward_config = self.reward_config.for_scorer(self.perception.scorer.mean, self.perception.scorer.std)
-        look = self.perception.flops(c.height, c.width)
-        self.price["preview"] = self.previewer.flops(self.latent_shape)
-        self.price["look"] = look + (self.price["preview"] if self.perception.reads_pictures else 0)
-        self.price["verdict"] = self.perception.verdict_flops(c.height, c.width)
-        self.price["verdict"] += 0 if self.perception.reads_latents else self.price["preview"]
-        self.price["start"] += self.perception.text_flops()
-
-    def _check_readings(self) -> None:
-        """Refuse a reward that pays for what is not read, and a scorer of other latents."""
+        reward = RewardConfig.from_dict(c.reward)
+        self.denoiser = Denoiser.load(c)
+        self.observer = Observer(c, self.denoiser)
+        perception = self.observer.perception
         for part, weight in (("clip_image", "clip_weight"), ("reward", "reward_weight"), ("dino", "instability")):
-            if part not in self.perception.reads and (value := getattr(self.reward_config, weight)):
+            if part not in perception.reads and (value := getattr(reward, weight)):
                 raise ValueError(f"reads leaves out {part!r}, but the reward has {weight} {value}: set it to 0")
-        wanted = getattr(self.perception.scorer, "latent_shape", self.latent_shape)
-        if wanted != self.latent_shape:
-            raise ValueError(f"scorer {self.config.scorer!r} reads latents {wanted}, these are {self.latent_shape}")
+        self.reward_config = reward.for_scorer(perception.scorer.mean, perception.scorer.std)
+        flops = self.denoiser.flops_per_call | self.observer.flops_per_call
+        self.flops_per_call = flops | {"start": flops["start"] + flops.pop("reading")}
+        widths = perception.clip.width, perception.dino.width
+        self.state = LaneState.empty(self.num_envs, self.denoiser.backbone, self.denoiser.latent_shape, *widths)
 
-    def _make_spaces(self) -> None:
-        parts = self._part_bounds()
-        if self.config.obs_mode == "flat":
-            names = self.perception.parts
-            low, high = (np.concatenate([parts[name][side] for name in names]) for side in (0, 1))
-            self.single_observation_space: gym.Space[Any] = gym.spaces.Box(low, high, dtype=np.float32)
-        else:
-            boxes: dict[str, gym.Space[Any]] = {
-                name: gym.spaces.Box(low, high, dtype=np.float32) for name, (low, high) in parts.items()
-            }
-            self.single_observation_space = gym.spaces.Dict(boxes)
-        self.single_action_space = gym.spaces.Discrete(len(Action))
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
-
-    def _part_bounds(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        def symmetric(width: int, bound: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-            return np.full(width, -bound, np.float32), np.full(width, bound, np.float32)
-
-        limit = self.perception.score_limit
-        high = np.array([1, 2, limit, 2 * limit, 1, 1, 1, 1], np.float32)
-        low = np.array([-1, -2, -limit, -2 * limit, -1, 0, 0, 0], np.float32)
-        clip = self.perception.clip.width
-        bounds = {
-            "clip_image": symmetric(clip),
-            "clip_text": symmetric(clip),
-            "timestep": symmetric(TIMESTEP_WIDTH),
-            **({"outlook": symmetric(1, limit)} if self.perception.reads_latents else {}),
-            "quality": (low, high),
-        }
-        if self.config.obs_mode == "dict":
-            bounds["dino"] = symmetric(self.perception.dino.width)
-            bounds["unet"] = symmetric(self.backbone.feature_width, 1e6)
-        return bounds
-
-    def _make_lanes(self) -> None:
-        super()._make_lanes()
-        n, device = self.num_envs, self.backbone.device
-        widths = (self.perception.clip.width, self.perception.dino.width)
-        self.seen, self.seen_before = (Look.blank(n, *widths, device) for _ in range(2))
-        self.clip_text = torch.zeros(n, widths[0], device=device)
-        self.pictures: list[np.ndarray | None] = [None] * n  # final pictures of terminated lanes
-        # What the last look showed, on the host: one transfer a step serves reward and info.
-        self.clip_score, self.reward_score, self.similarity = np.zeros(n), np.zeros(n), np.ones(n)
-        self.fault, self.decisions = np.zeros(n, bool), np.zeros(n, np.int64)
-        self._started = False
+    def set_reward(self, config: RewardConfig) -> None:
+        """Pay by other weights and scales from the next step on."""
+        self.reward_config = config
 
     @isolated()
     def state_dict(self) -> dict[str, Any]:
-        """All lanes, what was seen of them, and the stream that new episodes are drawn from; see `Lanes.state_dict`."""
-        looks = {
-            name: {key: value.cpu().clone() for key, value in vars(getattr(self, name)).items()}
-            for name in ("seen", "seen_before")
-        }
-        pictures = [None if picture is None else torch.from_numpy(picture.copy()) for picture in self.pictures]
-        stream = self.np_random.bit_generator.state
-        return super().state_dict() | looks | {"pictures": pictures, "stream": stream, "started": self._started}
+        """All lanes (`LaneState.state_dict`), and the stream that new episodes are drawn from.
+
+        `load_state_dict` of an environment with the same settings then continues exactly as this one would. What can be
+        computed again (encoded prompts) is left out.
+        """
+        return self.state.state_dict() | {"stream": self.np_random.bit_generator.state, "started": self._started}
 
     @isolated()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`; raises as `Lanes.load_state_dict`."""
-        super().load_state_dict(state)
-        every = self._index(np.arange(self.num_envs))
-        for name in ("seen", "seen_before"):
-            look: Look = getattr(self, name)
-            look.put(every, Look(**{key: value.to(self.backbone.device) for key, value in state[name].items()}))
-        self.pictures = [None if picture is None else picture.numpy().copy() for picture in state["pictures"]]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`; raises as `LaneState.load_state_dict`."""
+        self.state.load_state_dict(state)
+        self.denoiser.encode(self.state, np.arange(self.num_envs))
         self.np_random.bit_generator.state = state["stream"]
         self._started = state["started"]
 
     def close_extras(self, **kwargs: Any) -> None:
         """Let go of the models; the last environment that held them frees their memory."""
-        for name in ("backbone", "perception", "previewer"):
+        for name in ("denoiser", "observer"):
             self.__dict__.pop(name, None)
         self._started = False
 
@@ -301,113 +209,48 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             TypeError, ValueError: a prompt that is no string, a seed that is no whole number, latents of another shape
             or not finite, or the wrong number of any of them; the message shows the value.
         """
-        if "backbone" not in self.__dict__:
+        if "denoiser" not in self.__dict__:
             raise gym.error.ClosedEnvironmentError("reset() of an environment that was closed")
-        options = _as_mapping(options)
-        lanes = self._lanes_to_reset(options.pop("reset_mask", None))
-        given = self._read_options(options, len(lanes))
+        options = reset_options.as_mapping(options)
+        lanes = reset_options.lanes_to_reset(options.pop("reset_mask", None), self.num_envs)
+        given = reset_options.read_options(options, len(lanes), self.denoiser)
         self._reset_lanes(lanes, given, self._seed(seed))
         self._started = True
-        return self._observation(), self._info(np.full(self.num_envs, -1), self._zero_reward())
+        nothing = {name: np.zeros(self.num_envs) for name in COLUMNS}
+        return self.observer.observation(self.state), self._info(np.full(self.num_envs, -1), nothing)
 
     def _seed(self, seed: int | Sequence[int | None] | None) -> list[np.random.Generator] | None:
-        """Seed the environment's stream; a sequence gives each lane its own draws, as single environments would have.
-
-        Raises:
-            ValueError: no seed, or not one per lane; the message shows the value.
-        """
+        """Seed the environment's stream; a sequence gives each lane draws of its own."""
         if seed is None:
             return None
-        values = plain(seed)
-        if not isinstance(values, list):
-            self._np_random, self._np_random_seed = seeding.np_random(check_seed(seed))
+        seeds = reset_options.lane_seeds(seed, self.num_envs)
+        if isinstance(seeds, int):
+            self._np_random, self._np_random_seed = seeding.np_random(seeds)
             return None
-        if len(values) != self.num_envs:
-            raise ValueError(f"{len(values)} seeds for {self.num_envs} lanes: {shown(seed)}")
-        seeds = [None if value is None else check_seed(value) for value in values]
         if any(value is not None for value in seeds):
             entropy = [0 if value is None else value + 1 for value in seeds]
             self._np_random = np.random.default_rng(entropy)  # of later episodes
-        return [self.np_random if value is None else seeding.np_random(value)[0] for value in seeds]
-
-    def _lanes_to_reset(self, mask: Any) -> np.ndarray:
-        if mask is None:
-            return np.arange(self.num_envs)
-        mask = np.asarray(plain(mask))
-        if mask.shape != (self.num_envs,) or mask.dtype != bool or not mask.any():
-            raise ValueError(f"reset_mask must be {self.num_envs} booleans, at least one True, got {mask!r}")
-        return np.flatnonzero(mask)
+        return reset_options.lane_streams(seeds, self.np_random)
 
     def _reset_lanes(
         self, lanes: np.ndarray, given: dict[str, Any], streams: list[np.random.Generator] | None = None
     ) -> None:
-        """Start ``lanes``; ``given`` is what `_read_options` made of the options."""
+        """Start ``lanes``; ``given`` is what `read_options` made of the options."""
         prompts, seeds = [], []
         for row, lane in enumerate(lanes):
             stream = self.np_random if streams is None else streams[lane]
             drawn = self.prompts[int(stream.integers(len(self.prompts)))], int(stream.integers(2**31))
             prompts.append(given["prompt"][row] if "prompt" in given else drawn[0])
             seeds.append(given["seed"][row] if "seed" in given else drawn[1])
-            self.pictures[lane] = None
-        self._start_lanes(lanes, prompts, seeds, given.get("latents"), given.get("negative_prompt"))
-        index = self._index(lanes)
-        if "clip_text" in self.config.reads:
-            self.clip_text[index] = self.perception.clip.text_features(prompts)
-        self.refine_masks[index] = 0
-        self.refines[lanes], self.decisions[lanes], self.fault[lanes] = 0, 0, False
+        self.denoiser.start(self.state, lanes, prompts, seeds, given.get("latents"), given.get("negative_prompt"))
+        self.observer.start(self.state, lanes)
         for step in range(self.config.warmup_steps):
-            self._continue(lanes, capture=step == self.config.warmup_steps - 1)
-        self._mark_faulty(lanes)  # an episode begins all the same: its first step ends it
+            self.denoiser.step(self.state, lanes, capture=step == self.config.warmup_steps - 1)
+        self.denoiser.settle_nonfinite(self.state, lanes)  # an episode begins all the same: its first step ends it
         if self.config.warmup_steps:
-            self._look(lanes, first=True)
+            self.observer.look(self.state, lanes, first=True)
         else:
-            self._look_at_nothing(lanes)
-
-    def _read_options(self, options: dict[str, Any], number: int) -> dict[str, Any]:
-        unknown = set(options) - {"prompt", "negative_prompt", "seed", "latents"}
-        if unknown:
-            known = "prompt, negative_prompt, seed, latents, reset_mask"
-            raise ValueError(f"unknown reset options {sorted(unknown)}; known: {known}")
-        given: dict[str, Any] = {}
-        for name, value in options.items():
-            rows = value if name == "latents" and _depth(value) > 1 else as_list(value)
-            if rows is None:
-                raise TypeError(f"the vector environment takes one {name} per lane, got {shown(value)}")
-            if len(rows) != number:
-                raise ValueError(f"{len(rows)} {name} values for {number} lanes: {str(value)[:200]}")
-            given[name] = rows
-        for name, check in (
-            ("prompt", check_prompt),
-            ("negative_prompt", self._check_negative_prompt),
-            ("seed", check_seed),
-        ):
-            if name in given:
-                given[name] = [check(value) for value in given[name]]
-        if "latents" in given:
-            given["latents"] = self._read_latents(given["latents"])
-        return given
-
-    def _check_negative_prompt(self, value: Any) -> str | None:
-        if value is None:
-            return None
-        self.backbone.check_negative_prompt(check_prompt(value), self.config.guidance_scale)
-        return value
-
-    def _read_latents(self, values: Any) -> torch.Tensor:
-        """Initial latents (B, C, h, w) on the device, of a tensor, an array or a sequence of lanes."""
-        try:
-            rows = values if hasattr(values, "shape") else torch.stack([torch.as_tensor(row) for row in values])
-            rows = torch.as_tensor(rows)
-            if rows.is_complex() or rows.dtype == torch.bool:
-                raise TypeError(f"they are {rows.dtype}")
-            latents = rows.to(self.latents)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"latents must be numbers (B, C, h, w), got {str(values)[:200]}: {error}") from error
-        if latents.shape[1:] != self.latents.shape[1:]:
-            raise ValueError(f"latents must be (B, {self.latent_shape}), got {tuple(latents.shape)}")
-        if not torch.isfinite(latents).all():
-            raise ValueError(f"latents must be finite, {int((~latents.isfinite()).sum())} of their values are not")
-        return latents
+            self.observer.blank(self.state, lanes)
 
     # ----------------------------------------------------------------- step
 
@@ -421,7 +264,7 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         """
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step()")
-        actions = self._check_actions(actions)
+        actions = read_actions(actions, self.num_envs)
         waiting = self.done | self._out_of_steps()
         ended, lanes = np.flatnonzero(waiting), np.flatnonzero(~waiting)
         if len(ended) and self.autoreset_mode == AutoresetMode.NEXT_STEP:
@@ -430,11 +273,21 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             raise gym.error.ResetNeeded("every lane has ended: call reset() before step()")
         taken, reward = self._act(lanes, actions)
         terminated, truncated = self.done.copy(), self._out_of_steps()
-        observation, info = self._observation(), self._info(taken, reward)
+        observation, info = self.observer.observation(self.state), self._info(taken, reward)
         finished = np.flatnonzero(terminated | truncated)
         if self.autoreset_mode == AutoresetMode.SAME_STEP and len(finished):
             observation, info = self._reset_finished(finished, observation, info)
         return observation, reward["total"], terminated, truncated, info
+
+    def park(self, lanes: Any) -> None:
+        """Let ``lanes`` (indices, or a mask (B,) bool) wait, at no cost, until ``reset`` names them.
+
+        Raises:
+            ValueError: lanes that restart by themselves (autoreset other than DISABLED), or that there are not.
+        """
+        if self.autoreset_mode != AutoresetMode.DISABLED:
+            raise ValueError(f"lanes wait with autoreset_mode DISABLED only, got {self.autoreset_mode}")
+        self.state.done[reset_options.lane_numbers(lanes, self.num_envs)] = True
 
     def _out_of_steps(self) -> np.ndarray:
         """Which lanes (B,) bool have made all the decisions that an episode may have."""
@@ -442,190 +295,44 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
             return np.zeros(self.num_envs, bool)
         return self.decisions >= self.max_episode_steps
 
-    def _check_actions(self, actions: Any) -> np.ndarray:
-        try:
-            array = np.asarray(actions.cpu() if isinstance(actions, torch.Tensor) else actions)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"expected {self.num_envs} actions, got {actions!r}: {error}") from error
-        if array.shape != (self.num_envs,):
-            raise ValueError(f"expected {self.num_envs} actions, got {actions!r}")
-        if not np.issubdtype(array.dtype, np.integer) or not np.isin(array, list(Action)).all():
-            raise ValueError(f"actions must be integers in {{0, 1, 2}}, got {actions!r}")
-        return array.astype(np.int64)
-
     def _act(self, lanes: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Apply the actions of ``lanes``; returns what was carried out (B,; -1 for the others) and the reward."""
-        phi, spent = self._phi(), self._spent()
-        going = lanes[~self.fault[lanes]]  # who broke down in its warm-up has nothing left to decide
-        taken = self._admissible(going, actions)
-        self._continue(going[taken[going] == Action.CONTINUE])
-        self._refine(going[taken[going] == Action.REFINE])
-        self._finish(going[taken[going] == Action.STOP])
-        self.decisions[lanes] += 1
-        broke = going[~self.done[going] & (self.nfe[going] + 1 + self.config.finish_steps > self.config.nfe_budget)]
-        self._finish(broke)
-        self._mark_faulty(lanes)
-        self.done[lanes[self.fault[lanes]]] = True
-        looked = self.done[lanes] | (self.decisions[lanes] % self.config.observe_every == 0)
-        self._look(lanes[looked])
+        denoiser, state, config = self.denoiser, self.state, self.config
+        potential, cost = self._potential(), self._cost()
+        going = lanes[~state.fault[lanes]]  # who broke down in its warm-up has nothing left to decide
+        taken = admissible(config, state, going, actions)
+        denoiser.step(state, going[taken[going] == Action.CONTINUE])
+        refine(denoiser, state, going[taken[going] == Action.REFINE])
+        denoiser.finish(state, going[taken[going] == Action.STOP])
+        state.decisions[lanes] += 1
+        denoiser.finish(state, going[~state.done[going] & spent(config, state)[going]])
+        denoiser.settle_nonfinite(state, lanes)
+        state.done[lanes[state.fault[lanes]]] = True
+        looked = lanes[state.done[lanes] | (state.decisions[lanes] % config.observe_every == 0)]
+        self.observer.look(state, looked)
         similarity = np.ones(self.num_envs)  # without a new look there is no new picture to compare
-        similarity[lanes[looked]] = self.similarity[lanes[looked]]
-        cost = self._spent() - spent
-        parts = step_reward(self.reward_config, phi, self._phi(), similarity, cost, self.done, self.fault)
+        similarity[looked] = state.similarity[looked]
+        paid = self._cost() - cost
+        parts = step_reward(self.reward_config, potential, self._potential(), similarity, paid, state.done, state.fault)
         idle = np.ones(self.num_envs, bool)
         idle[lanes] = False
         return taken, {name: np.where(idle, 0.0, value) for name, value in parts.items()}
 
-    def _spent(self) -> np.ndarray:
+    def _potential(self) -> np.ndarray:
+        """Quality (B,) of what was last seen, the reward's potential."""
+        return quality(self.clip_score, self.reward_score, self.reward_config)
+
+    def _cost(self) -> np.ndarray:
         """What each lane (B,) has cost so far, in the reward's ``efficiency_unit``."""
         if self.reward_config.efficiency_unit == "nfe":
             return self.nfe.copy()
-        return self.net_flops / (self.passes_per_nfe * self.price["denoiser"])
-
-    def _mark_faulty(self, lanes: np.ndarray) -> None:
-        """Mark those of ``lanes`` whose numbers stopped being finite; what they show is their last finite x0."""
-        faulty = lanes[self.faults[self._index(lanes)].cpu().numpy()]
-        if len(faulty) == 0:
-            return
-        index = self._index(faulty)
-        self.latents[index] = self.x0[index]
-        self.fault[faulty] = True
-
-    def _admissible(self, lanes: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """What will be carried out: a capped refinement becomes continue, an unaffordable action becomes stop.
-
-        Before the first evaluation there is nothing to stop with or to refine: every action continues.
-        """
-        taken = np.full(self.num_envs, -1)
-        taken[lanes] = np.where(self.nfe[lanes] == 0, Action.CONTINUE, actions[lanes])
-        refine = taken == Action.REFINE
-        poor = self.nfe + self.config.refine_k + self.config.finish_steps > self.config.nfe_budget
-        capped = self.refines >= self._refine_cap
-        return np.where(refine & capped, Action.CONTINUE, np.where(refine & poor, Action.STOP, taken))
-
-    @property
-    def _refine_cap(self) -> float:
-        return float("inf") if self.config.max_refines is None else self.config.max_refines
+        return self.net_flops / (self.passes_per_nfe * self.flops_per_call["denoiser"])
 
     def action_masks(self) -> np.ndarray:
         """Which actions are admissible now: (B, 3) bool; continue always is, stop once there is a prediction."""
-        masks = np.ones((self.num_envs, len(Action)), bool)
-        masks[:, Action.STOP] = self.nfe > 0
-        affordable = self.nfe + self.config.refine_k + self.config.finish_steps <= self.config.nfe_budget
-        masks[:, Action.REFINE] = affordable & (self.refines < self._refine_cap) & (self.nfe > 0)
-        return masks
-
-    # ----------------------------------------------------------------- looking
-
-    def _look(self, lanes: np.ndarray, first: bool = False) -> None:
-        """Decode and score ``lanes``: previews of running ones, final pictures of finished ones."""
-        for rows in self._chunks(len(lanes)):
-            self._look_at(lanes[rows], first)
-
-    def _look_at(self, lanes: np.ndarray, first: bool) -> None:
-        index, finished = self._index(lanes), self.done[lanes]
-        pictures = self._decode(lanes) if self.perception.reads_pictures or finished.any() else None
-        look = self.perception.look(
-            pictures, [self.prompt[lane] for lane in lanes], True, self._latents_to_score(lanes)
-        )
-        before = look if first else Look(*(getattr(self.seen, name)[index] for name in vars(self.seen)))
-        self.seen_before.put(index, before)
-        self.seen.put(index, look)
-        comparable = not first and "dino" in self.config.reads
-        same = (before.dino * look.dino).sum(1).clamp(-1, 1) if comparable else torch.ones_like(look.clip_score)
-        numbers = torch.stack([look.clip_score, look.reward_score, same]).double().cpu().numpy()
-        self.clip_score[lanes], self.reward_score[lanes], self.similarity[lanes] = numbers
-        # A finished lane pays for its decode only: nobody acts on the scores of a final picture.
-        self.net_flops[lanes] += np.where(finished, self.price["decode"], self.price["look"])
-        if pictures is not None and finished.any():
-            kept = to_uint8(pictures[self._index(np.flatnonzero(finished))])
-            for lane, picture in zip(lanes[finished], kept, strict=True):
-                self.pictures[lane] = picture
-
-    def _latents_to_score(self, lanes: np.ndarray) -> Latents | None:
-        """What a scorer of latents is asked about ``lanes``; None for others."""
-        if not self.perception.reads_latents:
-            return None
-        index, finished = self._index(lanes), self.done[lanes]
-        at = np.minimum(self.step_index[lanes], self.config.num_inference_steps - 1)
-        left = np.stack([np.full(len(lanes), self.config.finish_steps), self.schedule.num_inference_steps - at], 1)
-        done = self._index(finished)
-        return Latents(
-            _choose(done, self.latents[index], self.x0[index]),
-            torch.where(done, 0, self.schedule.timesteps[self._index(at)]),
-            self._index(np.where(finished[:, None], 0, left)),
-        )
-
-    def _decode(self, lanes: np.ndarray) -> torch.Tensor:
-        """Final pictures of finished ``lanes``, previews of the others if they are read: (L, 3, H, W) in [0, 1]."""
-        index, finished = self._index(lanes), self.done[lanes]
-        reads = self.perception.reads_pictures
-        if isinstance(self.previewer, FullDecoder) and reads:
-            return _finite(self.backbone.decode(_choose(self._index(finished), self.latents[index], self.x0[index])))
-        pictures = torch.zeros(len(lanes), 3, self.config.height, self.config.width, device=self.backbone.device)
-        for rows, decode, latents in (
-            (np.flatnonzero(finished), self.backbone.decode, self.latents),
-            (np.flatnonzero(~finished & reads), self.previewer.decode, self.x0),
-        ):
-            if len(rows):
-                pictures[self._index(rows)] = decode(latents[self._index(lanes[rows])])
-        return _finite(pictures)
-
-    def _look_at_nothing(self, lanes: np.ndarray) -> None:
-        """Blank what is seen of ``lanes``: without warm-up there is no prediction yet."""
-        index = self._index(lanes)
-        blank = Look.blank(len(lanes), self.perception.clip.width, self.perception.dino.width, self.backbone.device)
-        self.seen.put(index, blank)
-        self.seen_before.put(index, blank)
-        self.clip_score[lanes], self.reward_score[lanes], self.similarity[lanes] = 0, 0, 1
-
-    def _phi(self) -> np.ndarray:
-        """Quality (B,) of what was last seen."""
-        return quality(self.clip_score, self.reward_score, self.reward_config)
+        return action_masks(self.config, self.state)
 
     # ----------------------------------------------------------------- what the outside sees
-
-    def _observation(self) -> Any:
-        at = np.minimum(self.step_index, self.config.num_inference_steps - 1)
-        parts = {
-            "clip_image": self.seen.clip_image,
-            "clip_text": self.clip_text,
-            "timestep": timestep_embedding(self.schedule.timesteps[self._index(at)]),
-            **({"outlook": self.seen.outlook[:, None]} if self.perception.reads_latents else {}),
-            "quality": self._quality_slots(),
-        }
-        if self.config.obs_mode == "dict":
-            parts |= {"dino": self.seen.dino, "unet": self.unet_features}
-            result = {name: value.clone() for name, value in parts.items()}
-            return result if self.config.obs_backend == "torch" else {k: v.cpu().numpy() for k, v in result.items()}
-        flat = torch.cat(list(parts.values()), dim=1).float()
-        return flat if self.config.obs_backend == "torch" else flat.cpu().numpy()
-
-    def _quality_slots(self) -> torch.Tensor:
-        """The eight numbers of `QUALITY`, (B, 8)."""
-        ratios = np.stack(
-            [
-                self.similarity,
-                self.step_index / self.config.num_inference_steps,
-                np.minimum(1.0, self.nfe / self.config.nfe_budget),
-            ]
-        )
-        similarity, steps, nfe = self._index(ratios.astype(np.float32))
-        slots = [
-            self.seen.clip_score.clamp(-1, 1),
-            self.seen.clip_score - self.seen_before.clip_score,
-            self.seen.reward_score,
-            self.seen.reward_score - self.seen_before.reward_score,
-            similarity,
-            steps,
-            nfe,
-            attention_entropy(self.maps, self.conditioning.content).clamp(0, 1),
-        ]
-        assert len(slots) == len(QUALITY)
-        return torch.stack(slots, dim=1)
-
-    def _zero_reward(self) -> dict[str, np.ndarray]:
-        return {name: np.zeros(self.num_envs) for name in COLUMNS}
 
     def _info(self, taken: np.ndarray, reward: dict[str, np.ndarray]) -> dict[str, Any]:
         values: dict[str, Any] = {
@@ -652,18 +359,17 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         ended[lanes] = True
         final_obs = np.full(self.num_envs, None, dtype=object)
         for lane in lanes:
-            final_obs[lane] = _row(observation, lane)
+            final_obs[lane] = observation_of(observation, lane)
         self._reset_lanes(lanes, {})
         fresh = self._info(info["action_taken"].copy(), {name: info["reward_components"][name] for name in COLUMNS})
         last = info | {name: ended for name in info if name.startswith("_")}
         final = {"final_obs": final_obs, "_final_obs": ended, "final_info": last, "_final_info": ended}
-        return self._observation(), fresh | final
+        return self.observer.observation(self.state), fresh | final
 
     @isolated()
     def preview_images(self) -> np.ndarray:
         """Decoded latest clean predictions of all lanes: uint8 (B, H, W, 3)."""
-        chunks = [to_uint8(_finite(self.previewer.decode(self.x0[rows]))) for rows in self._chunks(self.num_envs)]
-        return np.concatenate(chunks)
+        return self.observer.previews(self.state)
 
     def final_image(self, lane: int) -> np.ndarray:
         """The final picture of a terminated lane: uint8 (H, W, 3).
@@ -689,66 +395,4 @@ class DiffusionDenoiseVectorEnv(_JsonableSpec, RefinableLanes, VectorEnv):
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before render()")
         previews = self.preview_images()
-        final = self.pictures
-        return tuple((p if f is None else f).copy() for p, f in zip(previews, final, strict=True))
-
-
-def _as_mapping(options: Any) -> dict[str, Any]:
-    if options is not None and not isinstance(options, Mapping):
-        raise TypeError(f"reset options must be a mapping, got {options!r}")
-    return dict(options or {})
-
-
-def _autoreset_mode(value: Any) -> AutoresetMode:
-    """The mode that ``value`` is, or is the name or the value of.
-
-    Raises:
-        ValueError: none.
-    """
-    for mode in AutoresetMode:
-        if plain(value) in (mode.value, mode.name):
-            return mode
-    known = ", ".join(mode.name for mode in AutoresetMode)
-    raise ValueError(f"autoreset_mode must be one of {known}, got {shown(value)}")
-
-
-def _step_limit(value: Any) -> int | None:
-    """Decisions that an episode may have; None: any number, which Gymnasium's ``make`` also says by -1."""
-    limit = checked("max_episode_steps", value, int | None)
-    if limit in (None, -1):
-        return None
-    return checked("max_episode_steps", limit, Annotated[int, at_least(1)])
-
-
-def _depth(value: Any) -> int:
-    """How many dimensions an array, a tensor or nested sequences have."""
-    if hasattr(value, "ndim"):
-        return int(value.ndim)
-    return 1 + _depth(value[0]) if isinstance(value, (list, tuple)) and value else 0
-
-
-def _choose(rows: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
-    """``yes`` in the chosen ``rows`` (B,) bool, ``no`` elsewhere; both (B, C, h, w)."""
-    return torch.where(rows[:, None, None, None], yes, no)
-
-
-def _finite(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures with grey in place of what a decoder let overflow."""
-    return torch.nan_to_num(pictures, nan=0.5, posinf=1.0, neginf=0.0)
-
-
-def _row(observation: Any, lane: int) -> Any:
-    """One lane of a batched observation, copied."""
-    if isinstance(observation, dict):
-        return {name: _row(value, lane) for name, value in observation.items()}
-    return observation[lane].clone() if isinstance(observation, torch.Tensor) else observation[lane].copy()
-
-
-def _single_info(info: dict[str, Any]) -> dict[str, Any]:
-    """The info of lane 0, without the vector form's presence masks."""
-    single = {}
-    for name, value in info.items():
-        if name.startswith("_"):
-            continue
-        single[name] = value[0].item() if isinstance(value[0], np.generic) else value[0]
-    return single
+        return tuple((p if f is None else f).copy() for p, f in zip(previews, self.pictures, strict=True))

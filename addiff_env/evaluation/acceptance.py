@@ -21,224 +21,36 @@ import argparse
 import hashlib
 import json
 import math
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from addiff_env.agent import Agent
 from addiff_env.env.baseline_cache import baseline_configuration
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item, load_benchmark
-from addiff_env.evaluation.methods.registry import PolicyMethod
-from addiff_env.evaluation.methods.rule_policies import (
-    Policy,
-    RandomPolicy,
-    RefineAlways,
-    StopAt,
-    ThresholdRule,
-    quality_slot,
-    steps_done,
+from addiff_env.evaluation.methods.rollouts import (
+    TAUS,
+    Episode,
+    PolicyRun,
+    RuleChoice,
+    choose_rule,
+    constants,
+    run_policy,
 )
-from addiff_env.evaluation.statistics.significance import Interval, interval, resampled_means
+from addiff_env.evaluation.methods.rule_policies import RandomPolicy, ThresholdRule
+from addiff_env.evaluation.report.text import aligned
+from addiff_env.evaluation.statistics.bootstrap import Interval, interval, resampled_means
 from addiff_env.pipeline import make_agent_env
 from addiff_env.stats import at_least_one
 from addiff_env.storage.files import write_whole
-from addiff_env.tiny.checker import judge
-from addiff_env.types import ACTIONS, Action
+from addiff_env.types import ACTIONS
 
 LEAST_SHARE = 0.03  # of each action among all decisions
 LEAST_SPREAD = 2.0  # standard deviation of NFE over pictures
-TAUS = tuple(np.arange(-3.0, 4.25, 0.25).tolist())  # reward-model scores; a logit of 4 is a success at 98%
-
-
-@dataclass(frozen=True)
-class Episode:
-    """What a policy made of one item."""
-
-    value: float  # return: all rewards, summed
-    success: float  # 0 or 1, by the exact checker
-    nfe: int
-    actions: tuple[int, ...]  # as carried out
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How an episode ends if it is stopped at a look; ``score`` is what the policy sees there."""
-
-    score: float  # the reward model's; infinite at the end that leaves nothing to decide
-    episode: Episode
-
-
-@dataclass(frozen=True)
-class Play:
-    """One policy's episodes, in the items' order."""
-
-    name: str
-    episodes: Sequence[Episode]
-
-    @cached_property
-    def values(self) -> np.ndarray:
-        """Returns (N,)."""
-        return np.array([episode.value for episode in self.episodes])
-
-    @property
-    def success(self) -> float:
-        """Share of pictures that the checker accepts."""
-        return float(np.mean([episode.success for episode in self.episodes]))
-
-    @property
-    def nfe(self) -> np.ndarray:
-        """Denoiser evaluations (N,)."""
-        return np.array([episode.nfe for episode in self.episodes])
-
-    @property
-    def shares(self) -> np.ndarray:
-        """Shares (3,) of continue, stop and refine among all decisions."""
-        taken = np.concatenate([episode.actions for episode in self.episodes])
-        return np.bincount(taken, minlength=len(ACTIONS)) / len(taken)
-
-
-# --------------------------------------------------------------------------- playing
-
-
-def play(env: DiffusionDenoiseVectorEnv, policy: Policy, items: Sequence[Item], name: str) -> Play:
-    """Run ``policy`` once on every item."""
-    method, episodes = PolicyMethod(env, policy, name), {}
-    for group in _counted(method.make(list(items)), len(items), name):
-        for item, made in group:
-            success = float(judge(made.picture, item.prompt).satisfied)
-            episodes[item] = Episode(made.reward, success, made.nfe, tuple(made.actions))
-    return Play(name, [episodes[item] for item in items])
-
-
-def endings(
-    env: DiffusionDenoiseVectorEnv, walk: Policy, look_at: int, items: Sequence[Item], name: str
-) -> list[list[Ending]]:
-    """Follow ``walk``, and from ``look_at`` steps on see at every decision how stopping there would end.
-
-    One walk that always continues tells what stopping after k steps is worth for every k; one that refines while the
-    score is under tau tells it for every smaller tau too. The last ending of each item is the walk's own.
-    """
-    size = env.num_envs
-    batches = (_endings(env, walk, look_at, items[at : at + size]) for at in range(0, len(items), size))
-    return [found for batch in _counted(batches, len(items), name) for found in batch]
-
-
-def _endings(env: DiffusionDenoiseVectorEnv, walk: Policy, look_at: int, items: Sequence[Item]) -> list[list[Ending]]:
-    walks = [_Walk(item) for item in items]
-    mask = np.arange(env.num_envs) < len(items)
-    options = {"prompt": [item.prompt for item in items], "seed": [item.seed for item in items]}
-    observation, info = env.reset(options=options | {"reset_mask": mask})
-    env.done[~mask] = True  # lanes without an item wait
-    while (running := ~env.done).any():
-        actions = walk.act(observation, info["action_mask"])
-        seen = quality_slot(observation, "reward_score")
-        looking = running & (steps_done(observation, env.config.num_inference_steps) >= look_at)
-        could_stop = info["action_mask"][:, Action.STOP].astype(bool) & (actions != Action.STOP)
-        _try_stops(env, walks, np.flatnonzero(looking & could_stop), seen)
-        observation, reward, _, _, info = env.step(actions)
-        for lane in np.flatnonzero(running).tolist():
-            walks[lane].step(lane, reward, info)
-            if env.done[lane]:
-                walks[lane].note(math.inf, env, lane)
-    return [walk.found for walk in walks]
-
-
-def _try_stops(env: DiffusionDenoiseVectorEnv, walks: list[_Walk], lanes: np.ndarray, seen: np.ndarray) -> None:
-    """Note how stopping ``lanes`` now would end, and put everything back."""
-    if len(lanes) == 0:
-        return
-    state = env.state_dict()
-    env.done[np.setdiff1d(np.arange(env.num_envs), lanes)] = True  # the others wait
-    _, reward, _, _, info = env.step(np.full(env.num_envs, int(Action.STOP)))
-    for lane in lanes.tolist():
-        walks[lane].branch(lane, reward, info).note(float(seen[lane]), env, lane)
-    env.load_state_dict(state)
-
-
-class _Walk:
-    """One item's way so far, and the endings found along it."""
-
-    def __init__(self, item: Item, value: float = 0.0, actions: Sequence[int] = ()) -> None:
-        self.item, self.value, self.actions = item, value, list(actions)
-        self.found: list[Ending] = []
-
-    def step(self, lane: int, reward: np.ndarray, info: dict[str, Any]) -> None:
-        self.value += float(reward[lane])
-        if info["action_taken"][lane] >= 0:  # else it broke down in its warm-up
-            self.actions.append(int(info["action_taken"][lane]))
-
-    def branch(self, lane: int, reward: np.ndarray, info: dict[str, Any]) -> _Walk:
-        """This way with another last step; what is found there is kept here."""
-        other = _Walk(self.item, self.value, self.actions)
-        other.found = self.found
-        other.step(lane, reward, info)
-        return other
-
-    def note(self, score: float, env: DiffusionDenoiseVectorEnv, lane: int) -> None:
-        """The lane has ended."""
-        success = float(judge(env.final_image(lane), self.item.prompt).satisfied)
-        episode = Episode(self.value, success, int(env.nfe[lane]), tuple(self.actions))
-        self.found.append(Ending(score, episode))
-
-
-def _counted(groups: Iterable[list[Any]], total: int, name: str) -> Iterator[list[Any]]:
-    with tqdm(total=total, desc=name, unit="image", file=sys.stderr, leave=False) as bar:
-        for group in groups:
-            bar.update(len(group))
-            yield group
-
-
-# --------------------------------------------------------------------------- the opponents
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The threshold rule with the highest mean return on training prompts."""
-
-    look_at: int
-    tau: float
-    value: float  # that return
-    prompts: int  # how many it is the mean of
-    rules: int  # how many were compared
-
-
-def choose_rule(env: DiffusionDenoiseVectorEnv, items: Sequence[Item], taus: Sequence[float] = TAUS) -> Choice:
-    """Try every n and every tau on ``items``; of equal ones the first counts."""
-    steps, first = env.config.num_inference_steps, max(1, env.config.warmup_steps)
-    table: dict[tuple[int, float], float] = {}
-    for look_at in range(first, steps):
-        walk = ThresholdRule(look_at, max(taus), steps)
-        found = endings(env, walk, look_at, items, f"looking after {look_at} steps")
-        table |= {(look_at, tau): float(np.mean([_stopped(own, tau).value for own in found])) for tau in taus}
-    (look_at, tau), value = max(table.items(), key=lambda entry: entry[1])
-    return Choice(look_at, tau, value, len(items), len(table))
-
-
-def _stopped(found: Sequence[Ending], tau: float) -> Episode:
-    """The episode of a rule that stops at the first score of at least ``tau``."""
-    return next(ending.episode for ending in found if ending.score >= tau)
-
-
-def constants(env: DiffusionDenoiseVectorEnv, items: Sequence[Item]) -> list[Play]:
-    """Stop after k steps for every k, always continue, refine always."""
-    steps = env.config.num_inference_steps
-    found = endings(env, StopAt(steps, steps), 0, items, "stop-k")
-    numbers = range(max(1, env.config.warmup_steps), steps)
-    stops = [Play(f"stop-{k}", [_after(own, k - numbers.start) for own in found]) for k in numbers]
-    continued = Play("always-continue", [own[-1].episode for own in found])
-    return [*stops, continued, play(env, RefineAlways(), items, "refine-always")]
-
-
-def _after(found: Sequence[Ending], decisions: int) -> Episode:
-    """Stopped after so many decisions; a lane that ended before (its numbers were not finite) keeps its own end."""
-    return found[min(decisions, len(found) - 1)].episode
 
 
 def tuning_items(env: DiffusionDenoiseVectorEnv, number: int, seed: int) -> list[Item]:
@@ -275,7 +87,9 @@ def difference(ours: np.ndarray, theirs: np.ndarray, prompts: Sequence[str]) -> 
     return interval(float(np.mean(ours - theirs)), draws[:, 0] / draws[:, 1])
 
 
-def conditions(agent: Play, constant: Sequence[Play], rule: Play, prompts: Sequence[str]) -> list[Condition]:
+def conditions(
+    agent: PolicyRun, constant: Sequence[PolicyRun], rule: PolicyRun, prompts: Sequence[str]
+) -> list[Condition]:
     """What the agent has to meet, and whether it does."""
     shares, spread = agent.shares, float(agent.nfe.std())
     used = [
@@ -305,14 +119,14 @@ def _with_ends(estimate: float, low: float | None, high: float | None) -> str:
 
 
 @dataclass(frozen=True)
-class Report:
+class AcceptanceReport:
     """Everything that was found out about one agent."""
 
     agent: str
     fingerprint: str
     dtype: str
-    rule: Choice
-    plays: Sequence[Play]  # the agent's first
+    rule: RuleChoice
+    policy_runs: Sequence[PolicyRun]  # the agent's first
     prompts: Sequence[str]
     conditions: Sequence[Condition]
 
@@ -323,18 +137,18 @@ class Report:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row of numbers per policy."""
-        return [self._row(play) for play in self.plays]
+        return [self._row(run) for run in self.policy_runs]
 
-    def _row(self, play: Play) -> dict[str, Any]:
-        ahead = difference(self.plays[0].values, play.values, self.prompts)
+    def _row(self, run: PolicyRun) -> dict[str, Any]:
+        ahead = difference(self.policy_runs[0].values, run.values, self.prompts)
         return {
-            "policy": play.name,
-            "return": float(play.values.mean()),
+            "policy": run.name,
+            "return": float(run.values.mean()),
             "agent_ahead": [ahead.estimate, *_ends(ahead)],
-            "success": play.success,
-            "nfe_mean": float(play.nfe.mean()),
-            "nfe_std": float(play.nfe.std()),
-            "shares": dict(zip(ACTIONS, play.shares.tolist(), strict=True)),
+            "success": run.success,
+            "nfe_mean": float(run.nfe.mean()),
+            "nfe_std": float(run.nfe.std()),
+            "shares": dict(zip(ACTIONS, run.shares.tolist(), strict=True)),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -372,27 +186,22 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [
-        [cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))]
-        for line in lines
-    ]
-    return "\n".join("  ".join(row).rstrip() for row in rows)
+    return "\n".join(line.rstrip() for line in aligned(lines))
 
 
 @dataclass(frozen=True)
 class Opponents:
     """What an agent is compared with; the same for every agent of an environment."""
 
-    choice: Choice
-    constant: Sequence[Play]
-    rule: Play
+    choice: RuleChoice
+    constant: Sequence[PolicyRun]
+    rule: PolicyRun
 
 
 # --------------------------------------------------------------------------- command line
 
 
-class Bar:
+class AcceptanceTest:
     """Measures agents on the same items; what does not depend on the agent is measured once per environment."""
 
     def __init__(
@@ -402,7 +211,7 @@ class Bar:
         self.file = opponents
         self._known: dict[str, tuple[DiffusionDenoiseVectorEnv, Opponents]] = {}
 
-    def measure(self, folder: Path, agent: Agent) -> Report:
+    def measure(self, folder: Path, agent: Agent) -> AcceptanceReport:
         """Run the agent of ``folder`` against everything.
 
         Raises:
@@ -410,28 +219,28 @@ class Bar:
         """
         env, others = self._opponents(agent)
         choice, rule = others.choice, others.rule
-        own = play(env, agent, self.items, "agent")
-        constant = [*others.constant, play(env, RandomPolicy(own.shares, self.seed), self.items, "random")]
+        own = run_policy(env, agent, self.items, "agent")
+        constant = [*others.constant, run_policy(env, RandomPolicy(own.shares, self.seed), self.items, "random")]
         prompts = [item.prompt for item in self.items]
         found = conditions(own, constant, rule, prompts)
-        dtype, plays = env.backbone.dtype_name, [own, rule, *constant]
-        return Report(str(folder), agent.fingerprint, dtype, choice, plays, prompts, found)
+        dtype, policy_runs = env.backbone.dtype_name, [own, rule, *constant]
+        return AcceptanceReport(str(folder), agent.fingerprint, dtype, choice, policy_runs, prompts, found)
 
     def _opponents(self, agent: Agent) -> tuple[DiffusionDenoiseVectorEnv, Opponents]:
         reward = agent.config.get("reward")  # as training left it: price and scales may have moved
         key = json.dumps([agent.environment, reward], sort_keys=True)
         if key not in self._known:
             env = make_agent_env(agent, self.num_envs, **({"reward": reward} if reward else {}))
-            self._known[key] = env, self._play_opponents(env)
+            self._known[key] = env, self._measure_opponents(env)
         return self._known[key]
 
-    def _play_opponents(self, env: DiffusionDenoiseVectorEnv) -> Opponents:
+    def _measure_opponents(self, env: DiffusionDenoiseVectorEnv) -> Opponents:
         stamp = self._stamp(env)
         if self.file and self.file.is_file():
             return read_opponents(self.file, stamp)
         choice = choose_rule(env, tuning_items(env, self.tuning, self.seed))
         rule = ThresholdRule(choice.look_at, choice.tau, env.config.num_inference_steps)
-        found = Opponents(choice, constants(env, self.items), play(env, rule, self.items, rule.fingerprint))
+        found = Opponents(choice, constants(env, self.items), run_policy(env, rule, self.items, rule.fingerprint))
         if self.file:
             write_opponents(self.file, stamp, found)
         return found
@@ -451,9 +260,11 @@ def settings_of(env: DiffusionDenoiseVectorEnv) -> dict[str, Any]:
 
 def write_opponents(path: Path, stamp: dict[str, Any], found: Opponents) -> None:
     """Keep what the opponents made, as JSON."""
-    plays = [{"name": p.name, "episodes": [astuple(e) for e in p.episodes]} for p in (found.rule, *found.constant)]
+    policy_runs = [
+        {"name": p.name, "episodes": [astuple(e) for e in p.episodes]} for p in (found.rule, *found.constant)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({"stamp": stamp, "choice": asdict(found.choice), "plays": plays}))
+    write_whole(path, json.dumps({"stamp": stamp, "choice": asdict(found.choice), "plays": policy_runs}))
 
 
 def read_opponents(path: Path, stamp: dict[str, Any]) -> Opponents:
@@ -464,9 +275,9 @@ def read_opponents(path: Path, stamp: dict[str, Any]) -> Opponents:
     """
     try:
         kept = json.loads(path.read_text())
-        theirs, choice = kept["stamp"], Choice(**kept["choice"])
+        theirs, choice = kept["stamp"], RuleChoice(**kept["choice"])
         rule, *constant = (
-            Play(p["name"], [Episode(v, s, n, tuple(a)) for v, s, n, a in p["episodes"]]) for p in kept["plays"]
+            PolicyRun(p["name"], [Episode(v, s, n, tuple(a)) for v, s, n, a in p["episodes"]]) for p in kept["plays"]
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no opponents of the bar ({error}); remove it") from error
@@ -492,8 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Decide; returns the exit status: 1 where an agent misses the bar."""
     options = _parser().parse_args(argv)
     items = load_benchmark("tiny-dev", options.limit)
-    bar = Bar(items, options.tuning, options.num_envs, options.seed, options.opponents)
-    reports: list[Report] = []
+    bar = AcceptanceTest(items, options.tuning, options.num_envs, options.seed, options.opponents)
+    reports: list[AcceptanceReport] = []
     try:
         agents = [load_agent(folder) for folder in options.agents]  # all of them before the first is measured
         for folder, agent in zip(options.agents, agents, strict=True):

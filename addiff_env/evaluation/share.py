@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from addiff_env.agent import Agent
 from addiff_env.evaluation.run.rows import read_rows
-from addiff_env.evaluation.statistics.hypotheses import agent_runs
+from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.stats import clustered_wilson
 from addiff_env.storage.files import claim, read_yaml
 from addiff_env.storage.jsonl import read_objects

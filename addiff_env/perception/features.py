@@ -14,7 +14,7 @@ import torch
 from addiff_env.diffusion.backbones import count_flops
 from addiff_env.loading.isolation import isolated
 from addiff_env.perception.encoders import load_clip, load_dino
-from addiff_env.perception.preprocessing import vouched_pictures
+from addiff_env.perception.preprocessing import unvalidated_pictures
 from addiff_env.perception.scorers import ScorerOfLatents, load_scorer, reads_latents
 from addiff_env.storage.paths import resolve_model
 
@@ -41,7 +41,7 @@ def timestep_embedding(timesteps: torch.Tensor, width: int = TIMESTEP_WIDTH) -> 
 
 
 @dataclass
-class Look:
+class Features:
     """What looking at pictures of B lanes showed; float32 on the device."""
 
     clip_image: torch.Tensor  # (B, clip width) unit vectors
@@ -51,12 +51,16 @@ class Look:
     outlook: torch.Tensor  # (B,) a scorer of latents' score of going on to the end of the schedule; 0 with others
 
     @classmethod
-    def blank(cls, lanes: int, clip_width: int, dino_width: int, device: torch.device) -> Look:
+    def blank(cls, lanes: int, clip_width: int, dino_width: int, device: torch.device) -> Features:
         """Zeros, for lanes not looked at yet."""
         sizes = ((lanes, clip_width), (lanes, dino_width), (lanes,), (lanes,), (lanes,))
         return cls(*(torch.zeros(size, device=device) for size in sizes))
 
-    def put(self, lanes: torch.Tensor, other: Look) -> None:
+    def at(self, lanes: torch.Tensor) -> Features:
+        """Those of some lanes, by index."""
+        return Features(*(value[lanes] for value in vars(self).values()))
+
+    def put(self, lanes: torch.Tensor, other: Features) -> None:
         """Overwrite some lanes, by index."""
         for name, value in vars(other).items():
             getattr(self, name)[lanes] = value
@@ -130,39 +134,41 @@ class Perception:
         self,
         pictures: torch.Tensor | None,
         prompts: list[str],
-        vouched: bool = False,
+        skip_validation: bool = False,
         latents: Latents | None = None,
-    ) -> Look:
+    ) -> Features:
         """Encode and score pictures (B, 3, H, W) in [0, 1] of ``prompts`` (B), as far as they are read.
 
-        ``vouched`` says that the values are known to be finite and in range, which spares asking the device for them.
-        With a scorer of latents ``latents`` say what it is asked; without them it scores the pictures as finished
+        ``skip_validation`` says that the values are known to be finite and in range, which spares asking the device for
+        them. With a scorer of latents ``latents`` say what it is asked; without them it scores the pictures as finished
         ones. ``pictures`` may be None where nothing that is read needs them.
         """
-        look = Look.blank(len(prompts), self.clip.width, self.dino.width, self.device)
+        features = Features.blank(len(prompts), self.clip.width, self.dino.width, self.device)
         texts = self.clip.text_features(prompts) if "clip_image" in self.reads else None
         if reader := getattr(self.scorer, "text_encoder", None):
             reader.text_features(prompts)  # kept by the encoder, which others share: never in half precision
-        with vouched_pictures() if vouched else nullcontext(), self._half_precision():
+        with unvalidated_pictures() if skip_validation else nullcontext(), self._half_precision():
             if texts is not None:
-                look.clip_image = self.clip.image_features(pictures).float()
+                features.clip_image = self.clip.image_features(pictures).float()
             if "dino" in self.reads:
-                look.dino = self.dino.image_features(pictures).float()
+                features.dino = self.dino.image_features(pictures).float()
             if "reward" in self.reads:
-                self._score(look, pictures, prompts, latents)
+                self._score(features, pictures, prompts, latents)
         if texts is not None:
-            look.clip_score = (look.clip_image * texts).sum(1)
-        return look
+            features.clip_score = (features.clip_image * texts).sum(1)
+        return features
 
-    def _score(self, look: Look, pictures: torch.Tensor | None, prompts: list[str], latents: Latents | None) -> None:
-        """Let the reward model score, into ``look``."""
+    def _score(
+        self, features: Features, pictures: torch.Tensor | None, prompts: list[str], latents: Latents | None
+    ) -> None:
+        """Let the reward model score, into ``features``."""
         if not self.reads_latents:
-            look.reward_score = self._limited(self.scorer.score(pictures, prompts))
+            features.reward_score = self._limited(self.scorer.score(pictures, prompts))
         elif latents is None:
-            look.reward_score = look.outlook = self._limited(self.scorer.score(pictures, prompts))
+            features.reward_score = features.outlook = self._limited(self.scorer.score(pictures, prompts))
         else:
             scores = self.scorer.score_latents(latents.x0, prompts, latents.timesteps, latents.evaluations)
-            look.reward_score, look.outlook = self._limited(scores).unbind(1)
+            features.reward_score, features.outlook = self._limited(scores).unbind(1)
 
     def _limited(self, scores: torch.Tensor) -> torch.Tensor:
         """Scores on the device, within the limit."""
@@ -181,14 +187,14 @@ class Perception:
         return self._flops[height, width]
 
     @isolated()
-    def verdict_flops(self, height: int, width: int) -> float:
+    def scorer_flops(self, height: int, width: int) -> float:
         """FLOPs of the reward model's part of one look, preview decode not included; measured once per size."""
-        key = ("verdict", height, width)
+        key = ("scorer", height, width)
         if key not in self._flops:
-            look, latents = Look.blank(1, 0, 0, self.device), self._blank_latents()
+            features, latents = Features.blank(1, 0, 0, self.device), self._blank_latents()
             picture = torch.zeros(1, 3, height, width, device=self.device)
-            self._score(look, picture, [""], latents)  # caches the text's features, as in `flops`
-            self._flops[key] = count_flops(lambda: self._score(look, picture, [""], latents), self.device)
+            self._score(features, picture, [""], latents)  # caches the text's features, as in `flops`
+            self._flops[key] = count_flops(lambda: self._score(features, picture, [""], latents), self.device)
         return self._flops[key]
 
     def _blank_latents(self) -> Latents | None:
@@ -204,7 +210,7 @@ class Perception:
         readers = {id(reader): reader for reader in (clip, getattr(self.scorer, "text_encoder", None)) if reader}
         return sum(self._reading_flops(reader) for reader in readers.values())
 
-    def verdict_text_flops(self) -> float:
+    def scorer_text_flops(self) -> float:
         """The part of `text_flops` that whoever asks the reward model alone has to pay."""
         reader = getattr(self.scorer, "text_encoder", None)
         return self._reading_flops(reader) if reader else 0.0

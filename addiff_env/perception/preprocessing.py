@@ -21,20 +21,20 @@ OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2
 RANGE_TOLERANCE = 0.01  # decoders overshoot [0, 1] a little; more than this is a mistake of the caller
 RESIZES = ("shortest", "longest", "squash")
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}  # what an image processor's `resample` number means
-_vouched: ContextVar[bool] = ContextVar("vouched", default=False)
+_skip_validation: ContextVar[bool] = ContextVar("skip_validation", default=False)
 
 
 @contextmanager
-def vouched_pictures() -> Iterator[None]:
+def unvalidated_pictures() -> Iterator[None]:
     """While the context lasts, `check_pictures` takes the caller's word that values are finite and in [0, 1].
 
     Asking a GPU for its values means waiting for all that it was told to do; the environment knows its own pictures.
     """
-    token = _vouched.set(True)
+    token = _skip_validation.set(True)
     try:
         yield
     finally:
-        _vouched.reset(token)
+        _skip_validation.reset(token)
 
 
 def check_pictures(pictures: torch.Tensor) -> None:
@@ -51,7 +51,7 @@ def check_pictures(pictures: torch.Tensor) -> None:
         raise ValueError(f"an empty batch of pictures, {tuple(pictures.shape)}, has no features or scores")
     if not pictures.is_floating_point():
         raise ValueError(f"pictures must be floating point in [0, 1], got {pictures.dtype}; divide 0-255 by 255")
-    if _vouched.get():
+    if _skip_validation.get():
         return
     low, high = torch.stack(torch.aminmax(pictures.detach())).tolist()  # one transfer; NaN if any value is
     if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):

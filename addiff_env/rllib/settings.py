@@ -1,123 +1,131 @@
-"""What decides an RLlib run, and where its runners find room."""
+"""What an RLlib run is configured by (configs/train_rllib.yaml), and where its runners find room."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import gymnasium as gym
+from omegaconf import DictConfig, OmegaConf
 
-from addiff_env.env.validation import Rule, above, at_least, at_most, below, check_fields, checked, shown
+from addiff_env.env.reward import RewardConfig
+from addiff_env.env.training_settings import check_discount, differing_values, env_inputs, env_settings, resolved
+from addiff_env.env.validation import Rule, above, at_least, at_most, below, checked
 from addiff_env.rllib import checkpoint
-from addiff_env.storage.files import read_json, write_whole
-from addiff_env.storage.inputs import FILE_SETTINGS, differing, fingerprints
+from addiff_env.storage.commands import spelled
+from addiff_env.storage.files import read_json, read_yaml, write_whole
+from addiff_env.storage.inputs import fingerprints
 
-FILE, INPUTS = "settings.json", "inputs"
+CONFIG_FILE, INPUTS_FILE = "config.yaml", "inputs.json"
+COSMETIC = ("rllib.gpus_per_runner", "rllib.checkpoint_every", "rllib.address", "rllib.nodes")  # decide no result
 
-
-def _knob(default: Any, text: str, read: Callable[[str], Any] | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "read": read})
-
-
-Number = Annotated[int, at_least(1)]
-Seed = Annotated[int, at_least(0), below(2**32)]  # NumPy's, which RLlib seeds, takes no more
-PerAction = Annotated[Sequence[float], Rule("of three finite numbers", lambda bias: len(bias) == 3)]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One run; what is not said here is RLlib's default. Every field from the third on is a command line option.
-
-    Raises:
-        ValueError: a value that is not allowed; the message names the setting and shows the value.
-    """
-
-    env_id: str = "AdDiffusion-Tiny-v0"
-    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    num_env_runners: Annotated[int, at_least(0)] = _knob(
-        2, "processes that play, each with its own model; 0: in the main process"
-    )
-    num_envs_per_runner: Number = _knob(16, "lanes denoised in one batch")
-    gpus_per_runner: Annotated[float, at_least(0)] | None = _knob(
-        None, "default: the cluster's GPUs, shared out evenly, at most one each"
-    )
-    steps_per_lane: Number = _knob(24, "decisions of every lane per iteration")
-    minibatch_size: Number = _knob(192, "decisions")
-    num_epochs: Number = _knob(8, "passes over an iteration's decisions")
-    learning_rate: Annotated[float, above(0)] = _knob(1e-3, "Adam's")
-    clip_param: Annotated[float, above(0)] = _knob(0.2, "how far the new policy's ratio to the old may leave 1")
-    gae_lambda: Annotated[float, at_least(0), at_most(1)] = _knob(0.95, "of the generalised advantage estimate")
-    entropy_coeff: Annotated[float, at_least(0)] = _knob(0.01, "weight of the entropy bonus")
-    hidden: Number = _knob(128, "width of both layers, of policy and value")
-    action_bias: PerAction = _knob((1.9, -0.3, -0.5), "initial logits of continue, stop, refine")
-    gains: Mapping[str, float] | None = _knob(
-        None, 'parts of the observation that weigh more or less, as JSON, e.g. {"clip_image": 0.1}', json.loads
-    )
-    calibration_steps: Number = _knob(24, "random steps per lane that fix the observation's normalisation")
-    seed: Seed = _knob(0, "of weights, prompts, noise and exploration")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for bias in self.action_bias:
-            checked("each of action_bias", bias, float)
-        try:
-            json.dumps([self.env_kwargs, self.gains])
-        except TypeError as error:
-            raise ValueError(f"env_kwargs must be JSON-able, got {shown(self.env_kwargs)}: {error}") from error
-
-    @property
-    def train_batch_size(self) -> int:
-        """Decisions per iteration, over all runners."""
-        return max(1, self.num_env_runners) * self.num_envs_per_runner * self.steps_per_lane
+Count = Annotated[int, at_least(1)]
+NotNegative = Annotated[float, at_least(0)]
+Positive = Annotated[float, above(0)]
+Share = Annotated[float, at_least(0), at_most(1)]
+ALLOWED: dict[str, Any] = {
+    "seed": Annotated[int, at_least(0), below(2**32)],  # NumPy's, which RLlib seeds, takes no more
+    "num_envs": Count,
+    "calibration_steps": Count,
+    "algorithm.total_timesteps": Annotated[float, at_least(1)],
+    "algorithm.n_steps": Count,
+    "algorithm.batch_size": Count,
+    "algorithm.n_epochs": Count,
+    "algorithm.learning_rate": Positive,
+    "algorithm.learning_rate_end": NotNegative,
+    "algorithm.gamma": Share,
+    "algorithm.gae_lambda": Share,
+    "algorithm.clip_range": Positive,
+    "algorithm.ent_coef": NotNegative,
+    "algorithm.ent_coef_end": NotNegative,
+    "algorithm.vf_coef": NotNegative,
+    "algorithm.max_grad_norm": Positive,
+    "policy.hidden": Count,
+    "policy.gains": Mapping | None,
+    "policy.action_bias": Annotated[Sequence[float], Rule("of three finite numbers", lambda bias: len(bias) == 3)],
+    "rllib.num_env_runners": Annotated[int, at_least(0)],
+    "rllib.gpus_per_runner": NotNegative | None,
+    "rllib.checkpoint_every": Count,
+    "rllib.address": str | None,
+    "rllib.nodes": Count,
+}
+# Of the groups: the one value that RLlib's trainer takes, and what it does not do.
+UNUSED: dict[str, tuple[Any, str]] = {
+    "algorithm.name": ("ppo", "has no other algorithm, and no action masks in training"),
+    "algorithm.gae_lambda_end": (None, "keeps algorithm.gae_lambda constant"),
+    "reward.normalisation": ("fixed", "has no running scales of the scores"),
+    "reward.target_nfe": (None, "searches no price for a number of evaluations"),
+    "reward.dual_rate": (None, "searches no price for a number of evaluations"),
+    "reward.baselines": (None, "counts no reward from baselines"),
+    "prompts.stages": ([], "has no curriculum"),
+    "prompts.held_out.source": (None, "looks at no held-out prompts"),
+    "prompts.held_out.number": (None, "looks at no held-out prompts"),
+}
 
 
-def claim(folder: Path, settings: Settings) -> None:
-    """Write the settings into the run's folder; one that has a checkpoint already must have the same.
-
-    With them go the fingerprints of the files that they name, whose contents must be the same, too.
+def check_settings(cfg: DictConfig) -> None:
+    """Before Ray is started and any model loaded.
 
     Raises:
-        ValueError: it has others; every differing value is named.
+        ValueError: a value that is not allowed, or one that RLlib's trainer has no use for; the message names the
+            setting and shows the value.
     """
-    path, ours = folder / FILE, _plain(settings)
-    named = _input_settings(settings)
+    for name, kind in ALLOWED.items():
+        checked(name, OmegaConf.select(cfg, name), kind)
+    for bias in cfg.policy.action_bias:
+        checked("each of policy.action_bias", bias, float)
+    for name, (only, reason) in UNUSED.items():
+        if (value := OmegaConf.select(cfg, name)) != only:
+            raise ValueError(f"{name}={value}: RLlib's trainer {reason}; it takes {spelled(only)} alone")
+    reward = env_settings(cfg).get("reward") or gym.spec(cfg.env.id).kwargs.get("reward") or {}
+    check_discount(cfg, RewardConfig.from_dict(reward).gamma)
+
+
+def train_batch_size(cfg: DictConfig) -> int:
+    """Decisions per iteration, over all runners."""
+    return max(1, cfg.rllib.num_env_runners) * cfg.num_envs * cfg.algorithm.n_steps
+
+
+def claim(folder: Path, cfg: DictConfig) -> None:
+    """Write the configuration into the run's folder; one that has a checkpoint already must have the same.
+
+    With it go the fingerprints of the files that it names, whose contents must be the same, too.
+
+    Raises:
+        ValueError: it has another one; every differing value is named.
+    """
+    named = env_inputs(cfg)
     inputs = fingerprints(named)
-    begun = path.is_file() and any(folder.glob(f"{checkpoint.NAME}*"))
-    kept = read_json(path) if begun else {}
-    known = kept.pop(INPUTS, {})
-    theirs = _plain(Settings()) | kept if begun else ours  # older runs lack newer settings
-    values = differing(_by_setting(ours), _by_setting(theirs), inputs, known, named)
-    if values:
-        raise ValueError(f"{folder} holds a run with other settings ({'; '.join(values)}); name another folder")
-    write_whole(path, json.dumps({**ours, INPUTS: inputs}, indent=2) + "\n")
+    if values := _differing_from_kept(folder, cfg, inputs, named):
+        raise ValueError(
+            f"{folder} holds a run with another configuration ({'; '.join(values)}); "
+            "name another folder (hydra.run.dir=...)"
+        )
+    write_whole(folder / INPUTS_FILE, json.dumps(inputs, indent=2) + "\n")
+    write_whole(folder / CONFIG_FILE, resolved(cfg))
 
 
-def _input_settings(settings: Settings) -> dict[str, Any]:
-    kwargs = {**gym.spec(settings.env_id).kwargs, **settings.env_kwargs}
-    return {f"env_kwargs.{name}": kwargs.get(name) for name in FILE_SETTINGS}
+def _differing_from_kept(
+    folder: Path, cfg: DictConfig, inputs: Mapping[str, str], named: Mapping[str, Any]
+) -> list[str]:
+    kept, known = folder / CONFIG_FILE, folder / INPUTS_FILE
+    if not kept.is_file() or not any(folder.glob(f"{checkpoint.NAME}*")):
+        return []
+    theirs = OmegaConf.create(read_yaml(kept))
+    contents = read_json(known) if known.is_file() else {}
+    return differing_values(cfg, theirs, inputs, contents, named, COSMETIC)
 
 
-def _by_setting(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, those of the environment one by one."""
-    rest = {name: value for name, value in values.items() if name != "env_kwargs"}
-    return {**rest, **{f"env_kwargs.{name}": value for name, value in values.get("env_kwargs", {}).items()}}
-
-
-def _plain(settings: Settings) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(settings)))
-
-
-def share_gpus(settings: Settings, nodes: Sequence[Mapping[str, float]]) -> float:
+def share_gpus(cfg: DictConfig, nodes: Sequence[Mapping[str, float]]) -> float:
     """GPUs of one env runner on nodes with these resources (``CPU`` and ``GPU``); a runner also takes one CPU.
 
     Raises:
         ValueError: the runners do not fit: Ray would wait for room forever.
     """
-    runners, share = settings.num_env_runners, settings.gpus_per_runner
+    runners, share = cfg.rllib.num_env_runners, cfg.rllib.gpus_per_runner
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
     if not runners:
         return 0.0  # the main process sees every GPU

@@ -1,4 +1,4 @@
-"""One RLlib training, from its settings to an agent; goes on from the run folder's checkpoint if there is one."""
+"""One RLlib training, from its configuration to an agent; goes on from the run folder's checkpoint if there is one."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import gymnasium as gym
 import torch
+from omegaconf import DictConfig
 
+import addiff_env
 from addiff_env.agent import Agent, PolicyNet, shareable
-from addiff_env.env.validation import at_least, checked
+from addiff_env.env.training_settings import as_mapping, env_settings
 from addiff_env.rllib import checkpoint
 from addiff_env.rllib.lanes import Survey, make_lanes, survey
-from addiff_env.rllib.settings import Settings, claim, share_gpus
+from addiff_env.rllib.settings import check_settings, claim, share_gpus, train_batch_size
 from addiff_env.storage import files as storage
 
 ENV_NAME = "addiff"
@@ -40,8 +42,8 @@ def require_ray() -> Any:
     return ray
 
 
-def make_config(settings: Settings, gpus: float, seen: Survey) -> Any:
-    """RLlib's ``PPOConfig`` for these settings, runners with ``gpus`` GPUs each, and what `survey` saw."""
+def make_config(cfg: DictConfig, gpus: float, seen: Survey, seed: int) -> Any:
+    """RLlib's ``PPOConfig`` for this configuration, runners with ``gpus`` GPUs each, and what `survey` saw."""
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.rllib.core.rl_module.rl_module import RLModuleSpec
     from ray.tune.registry import register_env
@@ -52,45 +54,56 @@ def make_config(settings: Settings, gpus: float, seen: Survey) -> Any:
     model = {
         "parts": seen.norm.parts,
         "norm": seen.norm.state_dict(),
-        "hidden": settings.hidden,
-        "action_bias": list(settings.action_bias),
+        "hidden": cfg.policy.hidden,
+        "action_bias": list(cfg.policy.action_bias),
     }
     return (
         PPOConfig()
-        .environment(ENV_NAME, env_config=_context(settings, gpus))
+        .environment(ENV_NAME, env_config=_context(cfg, gpus))
         .env_runners(
-            num_env_runners=settings.num_env_runners,
-            num_envs_per_env_runner=settings.num_envs_per_runner,
+            num_env_runners=cfg.rllib.num_env_runners,
+            num_envs_per_env_runner=cfg.num_envs,
             num_gpus_per_env_runner=gpus,
             gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT,  # the lanes share one denoiser call
-            rollout_fragment_length=settings.steps_per_lane,
+            rollout_fragment_length=cfg.algorithm.n_steps,
             sample_timeout_s=3600.0,  # the first sample includes loading the diffusion model
         )
         .learners(num_learners=0)  # the policy is small: it learns in the main process
         .rl_module(rl_module_spec=RLModuleSpec(module_class=DenoiseModule, model_config=model))
-        .training(
-            lr=settings.learning_rate,
-            gamma=seen.reward["gamma"],
-            lambda_=settings.gae_lambda,
-            train_batch_size_per_learner=settings.train_batch_size,
-            minibatch_size=min(settings.minibatch_size, settings.train_batch_size),
-            num_epochs=settings.num_epochs,
-            entropy_coeff=settings.entropy_coeff,
-            clip_param=settings.clip_param,
-            grad_clip=0.5,
-        )
+        .training(**ppo_options(cfg))
         .callbacks(on_episode_end=_log_nfe)
-        .debugging(seed=settings.seed)
+        .debugging(seed=seed)
     )
 
 
-def _context(settings: Settings, gpus: float) -> dict[str, Any]:
+def ppo_options(cfg: DictConfig) -> dict[str, Any]:
+    """The group ``algorithm`` by RLlib's names; schedules are linear in decisions."""
+    options, batch = cfg.algorithm, train_batch_size(cfg)
+    return {
+        "lr": _schedule(options.learning_rate, options.learning_rate_end, options.total_timesteps),
+        "entropy_coeff": _schedule(options.ent_coef, options.ent_coef_end, options.total_timesteps),
+        "gamma": options.gamma,
+        "lambda_": options.gae_lambda,
+        "clip_param": options.clip_range,
+        "vf_loss_coeff": options.vf_coef,
+        "grad_clip": options.max_grad_norm,
+        "num_epochs": options.n_epochs,
+        "minibatch_size": min(options.batch_size, batch),
+        "train_batch_size_per_learner": batch,
+    }
+
+
+def _schedule(first: float, last: float, decisions: float) -> float | list[list[float]]:
+    return first if first == last else [[0, first], [decisions, last]]
+
+
+def _context(cfg: DictConfig, gpus: float) -> dict[str, Any]:
     """What `make_lanes` takes; a runner that has a GPU, the only one that Ray lets it see, uses it.
 
     Runners work in a folder of Ray's choosing; the settings' relative paths are relative to ours.
     """
     device = {"device": "auto"} if gpus else {}
-    return {"id": settings.env_id, "kwargs": {**device, **settings.env_kwargs}, "folder": os.getcwd()}
+    return {"id": cfg.env.id, "kwargs": {**device, **env_settings(cfg)}, "folder": os.getcwd()}
 
 
 def _log_nfe(*, episode: Any, metrics_logger: Any, **_: Any) -> None:
@@ -114,88 +127,94 @@ def _living_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in require_ray().nodes() if node["Alive"]]
 
 
-def check_numbers(iterations: int, checkpoint_every: int) -> None:
-    """Before Ray is started.
+def train(cfg: DictConfig, run: str | Path) -> list[float]:
+    """Train as ``cfg`` (configs/train_rllib.yaml) says, in the folder ``run``, and leave the agent in ``run/agent``.
 
-    Raises:
-        ValueError: one of them is no integer of at least 1.
-    """
-    for name, value in (("iterations", iterations), ("checkpoint_every", checkpoint_every)):
-        checked(name, value, Annotated[int, at_least(1)])
-
-
-def train(settings: Settings, folder: str | Path, iterations: int, checkpoint_every: int = 5) -> list[float]:
-    """Train in ``folder`` up to ``iterations`` and leave the agent bundle in ``folder/agent``.
-
-    A run that was killed goes on from its last checkpoint, with new episodes. Starts a local Ray where none is running.
+    A run that was killed goes on from its last checkpoint, with new episodes.
 
     Returns:
         The mean episode return after each iteration of this call; NaN before the first episode has ended.
 
     Raises:
-        ImportError: Ray is not installed; ValueError: the folder holds a run with other settings or files, the runners
-        do not fit on Ray's nodes, or as `check_numbers`. FolderBusyError: another process is at work in it.
+        ImportError: Ray is not installed; ValueError: a value that no training can have or that RLlib's has no use
+        for, a folder that holds a run with another configuration or files, or runners that do not fit on Ray's nodes.
+        FolderBusyError: another process is at work in it. TimeoutError: as `wait_for_nodes`.
     """
-    check_numbers(iterations, checkpoint_every)
+    check_settings(cfg)
     require_ray()
-    folder = Path(folder).resolve()  # Ray's storage takes absolute paths only
-    with storage.claim(folder, "an RLlib training"):
-        return _train(settings, folder, iterations, checkpoint_every)
+    run = Path(run).resolve()  # Ray's storage takes absolute paths only
+    with storage.claim(run, "an RLlib training"):
+        claim(run, cfg)
+        with running_ray(cfg):
+            return _train(cfg, run)
 
 
-def _train(settings: Settings, folder: Path, iterations: int, checkpoint_every: int) -> list[float]:
-    claim(folder, settings)
+@contextmanager
+def running_ray(cfg: DictConfig) -> Iterator[None]:
+    """Ray at ``rllib.address`` with all of its nodes, let go of afterwards; one that is up already is left as it is."""
     ray = require_ray()
-    if not ray.is_initialized():
-        ray.init()
-    gpus = share_gpus(settings, _living_nodes())
-    seen = _look(settings, gpus)
-    found = checkpoint.find(folder)
+    mine = not ray.is_initialized()
+    if mine:
+        ray.init(address=cfg.rllib.address)
+    try:
+        wait_for_nodes(cfg.rllib.nodes)
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _train(cfg: DictConfig, run: Path) -> list[float]:
+    gpus = share_gpus(cfg, _living_nodes())
+    seen = _look(cfg, gpus)
+    found = checkpoint.find(run)
     # RLlib does not save the lanes: with the old seed, every continuation would play the same episodes again.
-    done = len(_progress_lines(folder)) if found else 0
-    algorithm = make_config(replace(settings, seed=settings.seed + 1000 * done), gpus, seen).build_algo()
+    done = len(_progress_lines(run)) if found else 0
+    algorithm = make_config(cfg, gpus, seen, cfg.seed + 1000 * done).build_algo()
+    iterations = math.ceil(cfg.algorithm.total_timesteps / train_batch_size(cfg))
     try:
         if found:
             algorithm.restore_from_path(str(found))
-        progress, returns = Progress(folder, algorithm.iteration), []
+        progress, returns = Progress(run, algorithm.iteration), []
         while algorithm.iteration < iterations:
             means = algorithm.train()["env_runners"]
             row = progress.add(algorithm.iteration, {name: float(means.get(name, math.nan)) for name in NUMBERS})
             returns.append(row.get("episode_return_mean", math.nan))
-            if algorithm.iteration % checkpoint_every == 0 or algorithm.iteration == iterations:
-                bundle(algorithm, settings, seen, row).save(folder / "agent")
-                checkpoint.save(folder, algorithm.save_to_path)
+            if algorithm.iteration % cfg.rllib.checkpoint_every == 0 or algorithm.iteration == iterations:
+                bundle(algorithm, cfg, seen, row).save(run / "agent")
+                checkpoint.save(run, algorithm.save_to_path)
     finally:
         algorithm.stop()
     return returns
 
 
-def _look(settings: Settings, gpus: float) -> Survey:
+def _look(cfg: DictConfig, gpus: float) -> Survey:
     """`survey` where the runners will be: the main process may have no GPU, or should leave it to them."""
-    context = {**_context(settings, gpus), "num_envs": settings.num_envs_per_runner}
-    arguments = (context, settings.calibration_steps, settings.seed, settings.gains)
-    if not settings.num_env_runners:
+    context = {**_context(cfg, gpus), "num_envs": cfg.num_envs}
+    arguments = (context, cfg.calibration_steps, cfg.seed, as_mapping(cfg.policy)["gains"])
+    if not cfg.rllib.num_env_runners:
         return survey(*arguments)
     ray = require_ray()
     return ray.get(ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(survey).remote(*arguments))
 
 
-def bundle(algorithm: Any, settings: Settings, seen: Survey, last: Mapping[str, float]) -> Agent:
+def bundle(algorithm: Any, cfg: DictConfig, seen: Survey, last: Mapping[str, float]) -> Agent:
     """The trained policy with what it was trained on and the means of its last iteration."""
     weights = algorithm.learner_group.get_weights()["default_policy"]
-    policy = PolicyNet(seen.norm.parts, settings.hidden)
+    policy = PolicyNet(seen.norm.parts, cfg.policy.hidden)
     policy.load_state_dict({name: torch.as_tensor(weights[f"policy.{name}"]) for name in policy.state_dict()})
-    kwargs = shareable(settings.env_kwargs)
+    lanes = {"num_env_runners": cfg.rllib.num_env_runners, "num_envs": cfg.num_envs}
     config: dict[str, Any] = {
-        "env": {"id": settings.env_id, "kwargs": kwargs},
+        "env": {"id": cfg.env.id, "kwargs": shareable(env_settings(cfg))},
         "observation": seen.norm.parts,
-        "hidden": settings.hidden,
+        "hidden": cfg.policy.hidden,
         "backbone": seen.backbone,
         "reward": seen.reward,
         "training": {
-            "seed": settings.seed,
-            "timesteps": algorithm.iteration * settings.train_batch_size,
-            "algorithm": {"name": "rllib_ppo", **asdict(replace(settings, env_kwargs=kwargs))},
+            "seed": cfg.seed,
+            "timesteps": algorithm.iteration * train_batch_size(cfg),
+            "release": addiff_env.__version__,
+            "algorithm": {**as_mapping(cfg.algorithm), "name": "rllib_ppo", **lanes},
             "last_rollout": {name: round(value, 4) for name, value in last.items()},
         },
     }

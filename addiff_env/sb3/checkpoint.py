@@ -34,7 +34,7 @@ from stable_baselines3.common.logger import (
 from addiff_env.sb3.callbacks import Remembering
 from addiff_env.sb3.vec_env import DenoiseVecEnv
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE = "checkpoint.pt"
 
 

@@ -19,8 +19,9 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from addiff_env.env.training_settings import env_settings, held_out_prompts
 from addiff_env.sb3.callbacks import Judge
-from addiff_env.sb3.training import describe_kept, env_settings, held_out_prompts, train
+from addiff_env.sb3.training import describe_kept, train
 from addiff_env.storage.commands import command_line, interruptible
 from addiff_env.storage.hydra_app import run_hydra
 from addiff_env.tiny.checker import judge

@@ -29,9 +29,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
+from addiff_env.env.training_settings import differing_values, resolved
 from addiff_env.sb3.callbacks import HeldOut
 from addiff_env.sb3.checkpoint import FILE
-from addiff_env.sb3.training import Result, differing_values, input_settings, resolved, train
+from addiff_env.sb3.training import COSMETIC, Result, input_settings, train
 from addiff_env.storage.commands import command_line, interruptible, override, spelled
 from addiff_env.storage.files import claim, read_yaml
 from addiff_env.storage.inputs import fingerprints
@@ -75,7 +76,7 @@ def _differing_settings(ours: dict[str, Any], theirs: dict[str, Any]) -> list[st
     if plain or CONFIG not in theirs:
         return [f"{name}: {theirs.get(name)} there, {ours[name]} now" for name in plain]
     configs = [OmegaConf.create(settings[CONFIG]) for settings in (ours, theirs)]
-    return differing_values(configs[0], configs[1], ours[INPUTS], theirs[INPUTS], ours[NAMED])
+    return differing_values(configs[0], configs[1], ours[INPUTS], theirs[INPUTS], ours[NAMED], COSMETIC)
 
 
 def study_inputs(cfg: DictConfig, space: dict[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,10 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
-import gymnasium as gym
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import VecMonitor
@@ -24,8 +21,16 @@ from stable_baselines3.common.vec_env import VecMonitor
 import addiff_env
 from addiff_env.agent import CALIBRATION_SHARES, Agent, describe_backbone, shareable
 from addiff_env.env.baseline_cache import BaselineCache
-from addiff_env.env.prompts import load_prompts
 from addiff_env.env.reward import check_undiscounted
+from addiff_env.env.training_settings import (
+    as_mapping,
+    check_discount,
+    differing_values,
+    env_inputs,
+    env_settings,
+    held_out_prompts,
+    resolved,
+)
 from addiff_env.env.validation import at_least, below, checked
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.sb3.callbacks import (
@@ -44,10 +49,9 @@ from addiff_env.sb3.checkpoint import FILE, Checkpoints, load_checkpoint, load_t
 from addiff_env.sb3.episodes import PromptOrder, Stage
 from addiff_env.sb3.policies import ALGORITHMS, calibrate
 from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
-from addiff_env.stats import spread
 from addiff_env.storage.commands import command_line
-from addiff_env.storage.files import claim, file_name, write_whole
-from addiff_env.storage.inputs import FILE_SETTINGS, differing, fingerprints
+from addiff_env.storage.files import claim, write_whole
+from addiff_env.storage.inputs import fingerprints
 from addiff_env.storage.paths import looked_at, resolve_model
 
 CONFIG_FILE = "config.yaml"
@@ -120,11 +124,10 @@ def _train(cfg: DictConfig, run: Path, judge: Judge | None, callbacks: Sequence[
 
 def input_settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings of a training that may name files which it depends on, by the names that the configuration has."""
-    settings, held_out = gym.spec(cfg.env.id).kwargs | env_settings(cfg), cfg.prompts.held_out.source
-    named = {f"env.kwargs.{name}": settings.get(name) for name in FILE_SETTINGS}
-    named["prompts.source"] = named.pop("env.kwargs.prompts")
+    held_out = cfg.prompts.held_out.source
     looks = bool(held_out and cfg.logging.held_out_every)
-    return {**named, "prompts.held_out.source": held_out if looks else None, "reward.baselines": cfg.reward.baselines}
+    more = {"prompts.held_out.source": held_out if looks else None, "reward.baselines": cfg.reward.baselines}
+    return {**env_inputs(cfg), **more}
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -252,7 +255,7 @@ class Training:
                 "timesteps": self.model.num_timesteps,
                 "seconds": round(clock.seconds, 1),
                 "release": addiff_env.__version__,
-                "algorithm": _mapping(self.cfg.algorithm),
+                "algorithm": as_mapping(self.cfg.algorithm),
                 "last_rollout": {name: round(value, 4) for name, value in log.summary.items()},
                 "held_out": {name: round(value, 4) for name, value in self.held_out_summary.items()},
             },
@@ -261,33 +264,6 @@ class Training:
 
 
 # --------------------------------------------------------------------------- parts, from the configuration
-
-
-def env_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The environment's keyword arguments: ``env.kwargs``, the prompts, and the reward over the id's own preset.
-
-    Raises:
-        ValueError: the reward or the prompts are set in ``env.kwargs``, where they would have two truths.
-    """
-    settings = _mapping(cfg.env.kwargs)
-    for name, instead in (("reward", "reward.weights"), ("prompts", "prompts.source")):
-        if name in settings:
-            raise ValueError(f"env.kwargs.{name}={settings[name]!r}: set {instead} instead")
-    if cfg.prompts.source is not None:
-        settings["prompts"] = _prompts(cfg.prompts.source)
-    if weights := _mapping(cfg.reward.weights):
-        preset = gym.spec(cfg.env.id).kwargs.get("reward") or {}
-        settings["reward"] = {**preset, **weights}
-    return settings
-
-
-def _mapping(cfg: DictConfig) -> dict[str, Any]:
-    """A group of the configuration as a plain dictionary, everything filled in."""
-    return {str(name): value for name, value in OmegaConf.to_container(cfg, resolve=True).items()}  # type: ignore[union-attr]
-
-
-def _prompts(source: Any) -> str | list[str]:
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else list(source)
 
 
 def build_env(cfg: DictConfig) -> DenoiseVecEnv:
@@ -337,27 +313,17 @@ def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
     Raises:
         ValueError: an unknown algorithm, or a discount that differs from the reward's.
     """
-    options = _mapping(cfg.algorithm)
+    options = as_mapping(cfg.algorithm)
     name = options.pop("name")
     if name not in ALGORITHMS:
         raise ValueError(f"unknown algorithm.name {name!r}; known: {', '.join(ALGORITHMS)}")
-    if options["gamma"] != env.reward_config.gamma:
-        message = "shaping needs one discount: algorithm.gamma is {}, the reward's gamma {}"
-        raise ValueError(message.format(options["gamma"], env.reward_config.gamma))
+    check_discount(cfg, env.reward_config.gamma)
     lag = env.num_envs * options["n_steps"] / options.pop("total_timesteps")
     del options["ent_coef_end"], options["gae_lambda_end"]  # `Progress` follows these schedules
     options["learning_rate"] = LinearSchedule(options["learning_rate"], options.pop("learning_rate_end"), lag)
     algorithm, policy = ALGORITHMS[name]
-    policy_options = {**_mapping(cfg.policy), "parts": observation_parts(env.env)}
+    policy_options = {**as_mapping(cfg.policy), "parts": observation_parts(env.env)}
     return algorithm(policy, VecMonitor(env), policy_kwargs=policy_options, seed=cfg.seed, device=cfg.device, **options)
-
-
-def held_out_prompts(cfg: DictConfig) -> list[str]:
-    """The prompts that are looked at, from all over their source; none where the configuration looks at nothing."""
-    held_out = cfg.prompts.held_out
-    if not held_out.source or not cfg.logging.held_out_every:
-        return []
-    return spread(load_prompts(_prompts(held_out.source)), held_out.number)
 
 
 def build_held_out(cfg: DictConfig, judge: Judge | None) -> HeldOut | None:
@@ -379,7 +345,7 @@ def build_callbacks(cfg: DictConfig, env: DenoiseVecEnv, held_out: HeldOut | Non
         callbacks["normalisation"] = RunningNormalisation(env)
     if cfg.reward.target_nfe is not None:
         callbacks["dual"] = TargetNFE(env, cfg.reward.target_nfe, cfg.reward.dual_rate)
-    callbacks["alarm"] = CollapseAlarm(**_mapping(cfg.alarm))
+    callbacks["alarm"] = CollapseAlarm(**as_mapping(cfg.alarm))
     return callbacks | ({"held_out": held_out} if held_out else {})
 
 
@@ -395,7 +361,7 @@ def weights_and_biases(cfg: DictConfig, run: Path, fresh: bool = True) -> Iterat
     if not cfg.logging.wandb:
         yield
         return
-    asked = _mapping(cfg.logging.wandb)
+    asked = as_mapping(cfg.logging.wandb)
     for name in ("config", "sync_tensorboard"):
         if name in asked:
             raise ValueError(f"logging.wandb.{name}={asked[name]!r}: the training itself sets {name}; leave it out")
@@ -404,7 +370,7 @@ def weights_and_biases(cfg: DictConfig, run: Path, fresh: bool = True) -> Iterat
     except ImportError as error:
         raise ImportError("logging=wandb needs: pip install wandb") from error
     options = {"id": _wandb_id(run, fresh), "dir": str(run), "resume": "allow"} | asked
-    with wandb.init(sync_tensorboard=True, config=_mapping(cfg), **options):
+    with wandb.init(sync_tensorboard=True, config=as_mapping(cfg), **options):
         yield
 
 
@@ -418,61 +384,6 @@ def _wandb_id(run: Path, fresh: bool) -> str:
 # --------------------------------------------------------------------------- run folder
 
 
-def sweep_folder(overrides: Sequence[str], excluded: Sequence[str] = ()) -> str:
-    """The name of a folder for the job of a sweep that has these overrides, in whatever order: ``seed-0``.
-
-    Other overrides have another name. One that cannot be told from its words alone, or that would be too long, ends
-    with a hash.
-    """
-    chosen = sorted(word for word in overrides if word.partition("=")[0].lstrip("+~") not in excluded)
-    words = ["-".join(word.split("=", 1)) for word in chosen]
-    text = "_".join(words)
-    is_clear = all(map(_WORD.fullmatch, words[:-1])) and all(map(_LAST_WORD.fullmatch, words[-1:]))
-    return file_name(text, None if is_clear else "\n".join(chosen)) if chosen else "defaults"
-
-
-# An underscore also stands between two overrides, and a dash behind every name: only so can they be told apart.
-_WORD = re.compile(r"[A-Za-z0-9_.+]+-[A-Za-z0-9.+-]+")
-_LAST_WORD = re.compile(r"[A-Za-z0-9_.+]+-[A-Za-z0-9.+-]+(_[A-Za-z0-9.+]+)*")
-
-
-def _sweep_folder(*lists: ListConfig) -> str:
-    return sweep_folder(*(OmegaConf.to_container(words) for words in lists))  # type: ignore[arg-type]
-
-
-OmegaConf.register_new_resolver("addiff_sweep_folder", _sweep_folder, replace=True)
-
-
-def resolved(cfg: DictConfig) -> str:
-    """The configuration as YAML, everything filled in."""
-    return OmegaConf.to_yaml(cfg, resolve=True)
-
-
-def differing_values(
-    ours: DictConfig,
-    theirs: DictConfig,
-    contents_now: Mapping[str, str] = MappingProxyType({}),
-    contents_there: Mapping[str, str] = MappingProxyType({}),
-    named: Mapping[str, Any] = MappingProxyType({}),
-) -> list[str]:
-    """Every value in which two configurations differ, in words, cosmetic ones left out; see `inputs.differing`."""
-    here, there = (_decisive(cfg) for cfg in (ours, theirs))
-    return differing(here, there, contents_now, contents_there, named)
-
-
-def _decisive(cfg: DictConfig) -> dict[str, Any]:
-    return {name: value for name, value in _flatten(_mapping(cfg)).items() if name.split(".")[0] not in COSMETIC}
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
-    return flat
-
-
 def _find_state(
     cfg: DictConfig, run: Path, named: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> dict[str, Any] | None:
@@ -482,7 +393,7 @@ def _find_state(
     if state is not None:
         theirs, known = OmegaConf.create(state["config"]), state.get("inputs", {})  # earlier releases kept none
         assert isinstance(theirs, DictConfig)
-        if values := differing_values(cfg, theirs, inputs, known, named):
+        if values := differing_values(cfg, theirs, inputs, known, named, COSMETIC):
             raise ValueError(
                 f"{run} holds a run with another configuration ({'; '.join(values)}); "
                 "name another folder (hydra.run.dir=...) or start anew (resume=false)"

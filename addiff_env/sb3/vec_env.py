@@ -71,7 +71,7 @@ class DenoiseVecEnv(VecEnv):
 
     @reward_config.setter
     def reward_config(self, config: RewardConfig) -> None:
-        self.env.reward_config = config
+        self.env.set_reward(config)
 
     # ----------------------------------------------------------------- VecEnv
 

@@ -46,7 +46,7 @@ def outcomes(
                 if step + steps <= length:
                     note((step, steps), lanes.stopped(every, steps))
         lanes.step(every)
-        note((length, 0), lanes.latents)
+        note((length, 0), lanes.latents(every))
     return {key: np.array(values) for key, values in found.items()}
 
 

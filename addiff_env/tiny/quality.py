@@ -296,7 +296,7 @@ def lane_milliseconds(backbone: Backbone, clip: CLIPEncoder) -> float:
     at, scale = torch.full((len(rows),), early_step(50), device=backbone.device), addiff_env.TINY["guidance_scale"]
 
     def look() -> torch.Tensor:
-        x0 = backbone.predict(latents, schedule.timesteps[at], schedule.here.at(at), conditioning, scale).x0
+        x0 = backbone.predict(latents, schedule.timesteps[at], schedule.current.at(at), conditioning, scale).x0
         return clip.image_features(backbone.decode(x0))
 
     return 1000 * best_seconds(look, backbone.device) / len(rows)

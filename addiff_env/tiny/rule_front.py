@@ -62,7 +62,7 @@ def play(env: DiffusionDenoiseVectorEnv, rule: Rule, rows: Sequence[dict[str, An
         asked = part + [part[-1]] * (env.num_envs - len(part))  # lanes without a row repeat the last one
         env.reset(options={"prompt": [row["prompt"] for row in asked], "seed": [row["seed"] for row in asked]})
         while not env.done.all():
-            stop, go_on = probability(env.reward_score), probability(env.seen.outlook.cpu().numpy())
+            stop, go_on = probability(env.reward_score), probability(env.features.outlook.cpu().numpy())
             env.step(rule.act(stop, go_on, env.step_index / env.config.num_inference_steps))
         results += [
             (judge(env.final_image(lane), row["prompt"]).satisfied, int(env.nfe[lane])) for lane, row in enumerate(part)

@@ -21,6 +21,7 @@ from addiff_env.storage.paths import configs_folder
 from addiff_env.tiny.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
+HYDRA = ("train", "train-rllib", "evaluate")  # have its syntax and help
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
@@ -29,12 +30,12 @@ def test_every_verb_is_a_program_that_names_itself(verb, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([*verb.split(), "--help"])
     assert not left.value.code
-    assert (f"usage: addiff {verb} " if verb not in ("train", "evaluate") else "Override anything") in " ".join(
+    assert (f"usage: addiff {verb} " if verb not in HYDRA else "Override anything") in " ".join(
         capsys.readouterr().out.split()
     )
 
 
-@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in ("train", "evaluate", "world train")])
+@pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in (*HYDRA, "world train")])
 def test_an_unknown_option_is_bad_usage(verb, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main([*verb.split(), "--no-such-option"])

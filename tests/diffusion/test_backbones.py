@@ -312,7 +312,7 @@ def test_looking_at_attention_changes_nothing(kwargs: Kwargs) -> None:
     network = getattr(envs.backbone, "unet", None) or envs.backbone.transformer
     before = [(module, getattr(module, "processor", None)) for module in network.modules()]
     at = torch.tensor([1, 4])
-    inputs = (envs.latents, envs.schedule.timesteps[at], envs.schedule.here.at(at), envs.conditioning)
+    inputs = (envs.latents, envs.schedule.timesteps[at], envs.schedule.current.at(at), envs.conditioning)
     seen, unseen = (envs.backbone.predict(*inputs, kwargs["guidance_scale"], capture) for capture in (True, False))
     assert torch.equal(seen.x0, unseen.x0) and torch.equal(seen.features, unseen.features)
     assert seen.maps.shape[1] == envs.conditioning.content.shape[1] and unseen.maps.shape[1] == 0
@@ -364,7 +364,7 @@ def test_linear_previews_of_every_backbone(kwargs: Kwargs) -> None:
     envs = vector(kwargs, preview="latent_rgb")
     start(envs)
     assert envs.preview_images().shape == (2, 64, 64, 3)
-    assert envs.price["preview"] < envs.price["decode"] / 100
+    assert envs.flops_per_call["preview"] < envs.flops_per_call["decode"] / 100
     envs.step(np.array([STOP, CONTINUE]))
     full = envs.backbone.decode(envs.latents[:1])
     np.testing.assert_array_equal(envs.final_image(0), (full[0] * 255).round().byte().permute(1, 2, 0).numpy())
@@ -383,7 +383,7 @@ def test_distilled_previews(kwargs: Kwargs, tmp_path: Path) -> None:
         expected = (tiny.decode(envs.x0).sample / 2 + 0.5).clamp(0, 1)
     theirs = (expected * 255).round().byte().permute(0, 2, 3, 1).numpy()
     assert np.abs(envs.preview_images().astype(int) - theirs).max() <= 1
-    looks = envs.price["start"] + 2 * 2 * envs.price["denoiser"] + envs.price["look"]
+    looks = envs.flops_per_call["start"] + 2 * 2 * envs.flops_per_call["denoiser"] + envs.flops_per_call["look"]
     assert envs.net_flops.tolist() == pytest.approx([looks] * 2)
 
 
@@ -414,11 +414,11 @@ def test_passes_and_costs(kwargs: Kwargs) -> None:
     start(envs)
     passes = 1 if kwargs["guidance_scale"] <= 1 else 2
     assert envs.passes_per_nfe == passes
-    assert min(envs.price.values()) > 0
+    assert min(envs.flops_per_call.values()) > 0
     before = envs.net_flops.copy()
     envs.step(np.full(2, CONTINUE))
     assert (envs.net_flops - before).tolist() == pytest.approx(
-        [passes * envs.price["denoiser"] + envs.price["look"]] * 2
+        [passes * envs.flops_per_call["denoiser"] + envs.flops_per_call["look"]] * 2
     )
 
 

@@ -325,7 +325,7 @@ def test_compiled_networks_serve_any_number_of_lanes(
         for lanes in (8, 7, 5, 3, 1, 8, 1):
             latents = torch.randn(lanes, *shape, generator=torch.Generator().manual_seed(0))
             at = torch.zeros(lanes, dtype=torch.long)
-            inputs = (latents, schedule.timesteps[at], schedule.here.at(at))
+            inputs = (latents, schedule.timesteps[at], schedule.current.at(at))
             results = [
                 b.predict(*inputs, b.encode_prompts(["a red circle"] * lanes), 4.0).x0 for b in (backbone, plain)
             ]
@@ -358,7 +358,7 @@ def test_offloaded_networks_compute_the_same(folders: dict[str, Path], kind: str
     results = []
     for backbone in (plain, hooked):
         conditioning = backbone.encode_prompts(["a red circle", "two blue squares"])
-        now = backbone.predict(latents, schedule.timesteps[at], schedule.here.at(at), conditioning, 4.0)
+        now = backbone.predict(latents, schedule.timesteps[at], schedule.current.at(at), conditioning, 4.0)
         pictures = backbone.decode(latents)
         found = [conditioning.embeddings, now.x0, now.maps, now.features, pictures, backbone.encode_pictures(pictures)]
         costs = [backbone.flops(part, shape) for part in ("denoiser", "decode", "text")]

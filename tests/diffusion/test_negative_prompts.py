@@ -148,15 +148,6 @@ def test_a_lane_keeps_its_own_through_refinements_and_checkpoints(kwargs: Kwargs
     assert (envs.latents[0] - envs.latents[1]).abs().max() > 1e-4
 
 
-def test_states_of_earlier_releases_have_the_settings(kwargs: Kwargs) -> None:
-    env = vector(kwargs, negative_prompt=NEGATIVE)
-    env.reset(options={"prompt": PROMPTS, "seed": SEEDS})
-    state = env.state_dict()
-    del state["negative_prompt"]
-    env.load_state_dict(state)
-    assert env.negative_prompt == [NEGATIVE] * 2
-
-
 def test_the_next_episode_has_the_settings_again(kwargs: Kwargs) -> None:
     env = vector(kwargs, negative_prompt="a pink cross")
     finish(env, negative_prompt=[NEGATIVE, None])
@@ -172,10 +163,12 @@ def test_texts_are_paid_for(
     """SDXL's zeros cost nothing, a negative prompt does, whether it is the setting's or a lane's."""
     kwargs = {**kwargs, "model": str(folders[kind]), "warmup_steps": 0}
     env, with_setting = vector(kwargs), vector(kwargs, negative_prompt=NEGATIVE)
-    read = env.price["start"] - texts[0] * env.price["text"]  # what encoders and scorer read
-    assert with_setting.price["start"] - read == pytest.approx(texts[1] * env.price["text"])
+    read = env.flops_per_call["start"] - texts[0] * env.flops_per_call["text"]  # what encoders and scorer read
+    assert with_setting.flops_per_call["start"] - read == pytest.approx(texts[1] * env.flops_per_call["text"])
     env.reset(options={"negative_prompt": [NEGATIVE, None]})
-    assert (env.net_flops - read).tolist() == pytest.approx([number * env.price["text"] for number in reversed(texts)])
+    assert (env.net_flops - read).tolist() == pytest.approx(
+        [number * env.flops_per_call["text"] for number in reversed(texts)]
+    )
 
 
 # ------------------------------------------------------------------ refusals

@@ -229,18 +229,18 @@ def test_the_bar_tells_a_wrong_coefficient(
     assert_same_but_for_rounding(roll_out(envs), expected)
     wrong = {
         f"{side}.{name}": with_level_nudged(right, side, name, 1)
-        for side in ("here", "there")
+        for side in ("current", "next")
         for name in Level._fields
     }
     if right.eta:
         wrong["eta"] = replace(right, eta=NUDGE * right.eta)
     missed = []
-    for name, envs.schedule in wrong.items():
+    for name, envs.denoiser.schedule in wrong.items():
         if is_same_but_for_rounding(roll_out(envs), expected):
             missed.append(name)
-    envs.schedule = right
+    envs.denoiser.schedule = right
     if right.multistep:
-        monkeypatch.setattr("addiff_env.env.dynamics.solver_step", with_history_nudged)
+        monkeypatch.setattr("addiff_env.env.denoiser.solver_step", with_history_nudged)
         if is_same_but_for_rounding(roll_out(envs), expected):
             missed.append("history")
     assert not missed

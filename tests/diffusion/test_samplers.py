@@ -45,7 +45,7 @@ def denoise(sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
 
 def step(schedule: Schedule, latents: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     output = denoise(latents, schedule.timesteps[index])
-    x0 = to_x0(output, latents, schedule.here.at(index), schedule.prediction_type)
+    x0 = to_x0(output, latents, schedule.current.at(index), schedule.prediction_type)
     return solver_step(schedule, latents, x0, index)
 
 
@@ -55,7 +55,7 @@ def run(schedule: Schedule, latents: torch.Tensor) -> torch.Tensor:
     for i in range(schedule.num_inference_steps):
         at = torch.full((len(latents),), i)
         output = denoise(latents, schedule.timesteps[at])
-        x0 = to_x0(output, latents, schedule.here.at(at), schedule.prediction_type)
+        x0 = to_x0(output, latents, schedule.current.at(at), schedule.prediction_type)
         latents = solver_step(schedule, latents, x0, at, before, known)
         before, known = x0, torch.ones_like(known)
     return latents
@@ -83,8 +83,8 @@ def test_schedule_is_diffusers(number: int, spacing: str, offset: int, to_one: b
     alpha_to = torch.where(following >= 0, levels[following.clamp_min(0)], theirs.final_alpha_cumprod.double())
     for mine, their in (
         (ours.training.alpha**2, levels),
-        (ours.here.alpha**2, levels[theirs.timesteps]),
-        (ours.there.alpha**2, alpha_to),
+        (ours.current.alpha**2, levels[theirs.timesteps]),
+        (ours.next.alpha**2, alpha_to),
     ):
         assert mine.dtype == torch.float64
         torch.testing.assert_close(mine, their, rtol=2e-5, atol=1e-6)  # theirs are float32
@@ -96,7 +96,7 @@ def test_diffusers_defaults_are_ours() -> None:
     assert ours.timesteps.tolist() == theirs.timesteps.tolist()
     assert ours.prediction_type == theirs.config.prediction_type
     torch.testing.assert_close(ours.training.alpha**2, theirs.alphas_cumprod.double(), rtol=2e-5, atol=1e-6)
-    assert ours.there.alpha[-1] == 1
+    assert ours.next.alpha[-1] == 1
 
 
 # ------------------------------------------------------------------ steps
@@ -189,7 +189,7 @@ def test_stochastic_ddim_is_diffusers(spacing: str, eta: float) -> None:
     ours = expected = torch.randn(2, 3, 4, 4, generator=rng, dtype=torch.float64)
     for i, t in enumerate(theirs.timesteps):
         at, noise = torch.full((2,), i), torch.randn(ours.shape, generator=rng, dtype=torch.float64)
-        x0 = to_x0(denoise(ours, t.expand(2)), ours, schedule.here.at(at), "v_prediction")
+        x0 = to_x0(denoise(ours, t.expand(2)), ours, schedule.current.at(at), "v_prediction")
         ours = solver_step(schedule, ours, x0, at, noise=noise)
         expected = theirs.step(denoise(expected, t), t, expected, eta=eta, variance_noise=noise).prev_sample
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
@@ -222,7 +222,7 @@ def test_other_betas_are_diffusers(more: dict[str, Any]) -> None:
 
 def test_zero_signal_is_pure_noise() -> None:
     schedule = make_schedule(options(rescale_betas_zero_snr=True, prediction_type="v_prediction"), 10, "cpu")
-    assert schedule.here.alpha[0] == 0 and schedule.here.sigma[0] == 1
+    assert schedule.current.alpha[0] == 0 and schedule.current.sigma[0] == 1
 
 
 # ------------------------------------------------------------------ DPM-Solver++(2M)
@@ -253,10 +253,10 @@ def test_dpm_solver_is_diffusers(number: int, spacing: str, more: dict[str, Any]
     schedule, theirs = make_schedule(config, number, "cpu", "dpmpp_2m"), DPMSolverMultistepScheduler(**config)
     theirs.set_timesteps(number)
     assert schedule.timesteps.tolist() == theirs.timesteps.tolist()
-    ratio = schedule.here.sigma / schedule.here.alpha
+    ratio = schedule.current.sigma / schedule.current.alpha
     torch.testing.assert_close(ratio, theirs.sigmas[:-1].double(), rtol=2e-4, atol=1e-5)
     # One set of noise levels for both: their float32 ones are compared above, here it is the update that counts.
-    end = schedule.there.sigma[-1:] / schedule.there.alpha[-1:]
+    end = schedule.next.sigma[-1:] / schedule.next.alpha[-1:]
     theirs.sigmas = torch.cat([ratio, end])
     start = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
     expected = start
@@ -279,7 +279,7 @@ def test_dpm_solver_without_history_is_first_order() -> None:
     latents, x0, before = torch.randn(3, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     at, known = torch.tensor([5, 5]), torch.tensor([True, False])
     both = solver_step(schedule, latents, x0, at, before, known)
-    first = ddim_between(latents, x0, schedule.here.at(at), schedule.there.at(at))
+    first = ddim_between(latents, x0, schedule.current.at(at), schedule.next.at(at))
     torch.testing.assert_close(both[1], first[1], rtol=1e-9, atol=1e-9)
     assert not torch.allclose(both[0], first[0], atol=1e-3)
 

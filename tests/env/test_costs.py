@@ -39,9 +39,9 @@ def test_every_part_of_a_look_is_listed(rows: list[Cost]) -> None:
 def test_flops_are_those_the_environment_charges(rows: list[Cost], small_kwargs: dict[str, Any]) -> None:
     env = gym.make("AdDiffusion-Tiny-v0", **small_kwargs).unwrapped.vector  # type: ignore[attr-defined]
     by_name = {row.component: row.flops for row in reversed(rows)}  # the first of each name
-    assert by_name["denoiser step"] == env.passes_per_nfe * env.price["denoiser"]
-    assert by_name["full decode (preview vae)"] == env.price["decode"] == env.price["preview"]
-    scorer = env.price["look"] - env.price["preview"] - by_name["CLIP, picture"] - by_name["DINO"]
+    assert by_name["denoiser step"] == env.passes_per_nfe * env.flops_per_call["denoiser"]
+    assert by_name["full decode (preview vae)"] == env.flops_per_call["decode"] == env.flops_per_call["preview"]
+    scorer = env.flops_per_call["look"] - env.flops_per_call["preview"] - by_name["CLIP, picture"] - by_name["DINO"]
     score = env.perception.scorer.score
     assert scorer == count_flops(lambda: score(torch.zeros(1, 3, 64, 64), [""]), "cpu") < by_name["scorer"]
     assert by_name["CLIP, text"] == env.perception.text_flops()

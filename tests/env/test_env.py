@@ -417,10 +417,10 @@ def test_nfe_by_hand(small_kwargs: Kwargs, finish_steps: int, scale: float) -> N
     assert terminated and seen == [2, 3, 6, 6 + finish_steps]
     passes = 2 if scale > 1 else 1
     assert info["forward_passes"] == passes * info["nfe"]
-    price = env.vector.price
-    looks = 3 * price["look"] + price["decode"]  # reset, continue, refine; then the final picture
-    texts = passes * price["text"] + env.vector.perception.text_flops()  # guidance encodes the empty prompt too
-    by_hand = texts + info["nfe"] * passes * price["denoiser"] + looks
+    flops = env.vector.flops_per_call
+    looks = 3 * flops["look"] + flops["decode"]  # reset, continue, refine; then the final picture
+    texts = passes * flops["text"] + env.vector.perception.text_flops()  # guidance encodes the empty prompt too
+    by_hand = texts + info["nfe"] * passes * flops["denoiser"] + looks
     assert info["net_flops"] == pytest.approx(by_hand)
     assert env.vector.pictures[0] is not None and env.final_image().shape == (64, 64, 3)
 
@@ -604,7 +604,7 @@ def test_attention_is_captured_where_somebody_reads_it(
 def constant_mask(monkeypatch: pytest.MonkeyPatch, mask: torch.Tensor) -> None:
     """Every lane's refinement gets this mask (1, h, w)."""
     monkeypatch.setattr(
-        DiffusionDenoiseVectorEnv, "_make_masks", lambda self, lanes: mask.expand(len(lanes), 1, 16, 16)
+        "addiff_env.env.refine.make_masks", lambda denoiser, state, lanes: mask.expand(len(lanes), 1, 16, 16)
     )
 
 

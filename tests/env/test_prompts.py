@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from addiff_env.env.prompts import check_prompt, load_prompts
+from addiff_env.env.training_settings import env_settings, held_out_prompts
 from addiff_env.evaluation.benchmarks.items import SOURCES, T2I_CATEGORIES, load_benchmark
 from addiff_env.evaluation.methods.tuning import tuning_items
-from addiff_env.sb3.training import env_settings, held_out_prompts
 
 KINDS = (".txt", ".csv", ".tsv", ".json", ".jsonl")
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"  # what str.splitlines takes for line ends, and prompts may hold

@@ -264,7 +264,7 @@ def test_efficiency_is_charged_in_its_unit(unit: str, small_kwargs: dict[str, An
     env: Any = gym.make_vec("AdDiffusion-Tiny-v0", num_envs=3, **settings).unwrapped
     assert env.reward_config.reward_scale == (0.0, 1.0)  # the packaged scorer's
     _, before = env.reset(seed=0)
-    step = 2 * env.price["denoiser"]  # a guidance pair
+    step = 2 * env.flops_per_call["denoiser"]  # a guidance pair
     for actions in ([0, 2, 0], [0, 0, 1], [2, 0, 0]):
         _, _, ended, _, info = env.step(np.array(actions))
         running = info["nfe"] >= before["nfe"]  # a lane that starts anew pays nothing for that

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from addiff_env import TINY, rllib
+from addiff_env import TINY
 from addiff_env.agent import Agent, PolicyNet
 from addiff_env.env import DiffusionDenoiseEnv, DiffusionDenoiseVectorEnv
 from addiff_env.env.baseline_cache import compute_baselines
@@ -151,24 +151,6 @@ def test_rewards_take_containers_and_refuse_the_rest() -> None:
     for value in ("high", [1], 3):
         with pytest.raises(ValueError, match="reward"):
             RewardConfig.from_dict(value)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("hidden", value) for value in (0, "64", 64.0, True, None)),
-        *(("seed", value) for value in (None, -1, 2**32, "3", True)),
-        *(("learning_rate", value) for value in (0.0, np.nan, "1e-3", None)),
-        *(("action_bias", value) for value in ((1, 2), (1, 2, "3"), (1, 2, np.inf), 3)),
-        ("env_kwargs", {"model": object()}),
-        ("gains", [1]),
-    ],
-)
-def test_rllibs_settings(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=name):
-        rllib.Settings(**{name: value})
-    odd = rllib.Settings(env_kwargs={"model": Path("a"), "height": np.int64(8)}, action_bias=np.zeros(3))  # type: ignore[arg-type]
-    assert odd.env_kwargs == {"model": "a", "height": 8} and odd.action_bias == [0, 0, 0]
 
 
 @given(

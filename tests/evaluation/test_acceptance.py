@@ -9,8 +9,9 @@ import torch
 
 from addiff_env import cli
 from addiff_env.agent import Agent, PolicyNet
-from addiff_env.evaluation import acceptance as bar
+from addiff_env.evaluation import acceptance
 from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods import rollouts
 from addiff_env.evaluation.methods.rule_policies import RefineAlways, StopAt, ThresholdRule
 from addiff_env.pipeline import make_agent_env
 from addiff_env.sb3 import observation_parts
@@ -49,10 +50,10 @@ def planted(settings, env, folder, bias):
 
 
 def test_stopping_after_k_steps_is_worth_what_a_plain_run_gives(env):
-    made = {play.name: play for play in bar.constants(env, ITEMS)}
+    made = {run.name: run for run in rollouts.constants(env, ITEMS)}
     assert list(made) == [*(f"stop-{k}" for k in (2, 3, 4, 5)), "always-continue", "refine-always"]
     for name, policy in [("stop-2", StopAt(2, 6)), ("stop-5", StopAt(5, 6)), ("always-continue", StopAt(6, 6))]:
-        plain = bar.play(env, policy, ITEMS, name)
+        plain = rollouts.run_policy(env, policy, ITEMS, name)
         assert made[name].values == pytest.approx(plain.values, abs=1e-4)
         assert [e.actions for e in made[name].episodes] == [e.actions for e in plain.episodes]
         assert made[name].nfe.tolist() == plain.nfe.tolist()
@@ -62,12 +63,12 @@ def test_stopping_after_k_steps_is_worth_what_a_plain_run_gives(env):
 
 @pytest.mark.parametrize("look_at", [2, 4])
 def test_every_threshold_is_worth_what_its_rule_gives(env, look_at):
-    found = bar.endings(env, ThresholdRule(look_at, np.inf, 6), look_at, ITEMS, "walk")
+    found = rollouts.stop_outcomes(env, ThresholdRule(look_at, np.inf, 6), look_at, ITEMS, "walk")
     scores = sorted(ending.score for own in found for ending in own[:-1])
     assert len(scores) >= len(ITEMS)  # several looks an item
     taus = [-np.inf, *(np.mean(pair) for pair in (scores[:2], scores[-2:]))]
     for tau in taus:
-        plain = bar.play(env, ThresholdRule(look_at, tau, 6), ITEMS, "rule")
+        plain = rollouts.run_policy(env, ThresholdRule(look_at, tau, 6), ITEMS, "rule")
         episodes = [next(e.episode for e in own if e.score >= tau) for own in found]
         assert [e.actions for e in episodes] == [e.actions for e in plain.episodes]
         assert [e.value for e in episodes] == pytest.approx(plain.values, abs=1e-3)
@@ -75,9 +76,9 @@ def test_every_threshold_is_worth_what_its_rule_gives(env, look_at):
 
 def test_the_rule_with_the_highest_return_is_chosen(env):
     taus = (-1.0, 5.0)
-    choice = bar.choose_rule(env, ITEMS[:2], taus)
+    choice = rollouts.choose_rule(env, ITEMS[:2], taus)
     worth = {
-        (n, tau): bar.play(env, ThresholdRule(n, tau, 6), ITEMS[:2], "rule").values.mean()
+        (n, tau): rollouts.run_policy(env, ThresholdRule(n, tau, 6), ITEMS[:2], "rule").values.mean()
         for n in range(2, 6)
         for tau in taus
     }
@@ -87,7 +88,7 @@ def test_the_rule_with_the_highest_return_is_chosen(env):
 
 
 def test_returns_are_the_environments_rewards(env):
-    plain = bar.play(env, RefineAlways(), ITEMS[:1], "refine-always").episodes[0]
+    plain = rollouts.run_policy(env, RefineAlways(), ITEMS[:1], "refine-always").episodes[0]
     env.reset(options={"prompt": [ITEMS[0].prompt] * 3, "seed": [ITEMS[0].seed] * 3})
     total = sum(env.step(np.full(3, action))[1][0] for action in plain.actions)
     assert env.done.all() and plain.value == pytest.approx(total, abs=1e-4)
@@ -98,19 +99,19 @@ def test_returns_are_the_environments_rewards(env):
 PROMPTS = [f"prompt {k}" for k in range(40)]
 
 
-def plays(name, value, nfe=(5, 10), actions=((CONTINUE, STOP), (CONTINUE, CONTINUE, REFINE, STOP))):
+def run_of(name, value, nfe=(5, 10), actions=((CONTINUE, STOP), (CONTINUE, CONTINUE, REFINE, STOP))):
     """Forty episodes with a little noise that all policies share."""
     noise = np.random.default_rng(1).normal(size=40)
-    episodes = [bar.Episode(value + noise[k], 1.0, nfe[k % 2], actions[k % 2]) for k in range(40)]
-    return bar.Play(name, episodes)
+    episodes = [rollouts.Episode(value + noise[k], 1.0, nfe[k % 2], actions[k % 2]) for k in range(40)]
+    return rollouts.PolicyRun(name, episodes)
 
 
-GOOD = plays("agent", 0.5)
+GOOD = run_of("agent", 0.5)
 
 
 def failed(agent=GOOD, constant=0.4, rule=0.45):
-    others = [plays("stop-3", 0.1), plays("stop-4", constant)]
-    found = bar.conditions(agent, others, plays("threshold-4-0", rule), PROMPTS)
+    others = [run_of("stop-3", 0.1), run_of("stop-4", constant)]
+    found = acceptance.conditions(agent, others, run_of("threshold-4-0", rule), PROMPTS)
     return [condition.name for condition in found if not condition.passed]
 
 
@@ -125,9 +126,12 @@ def test_a_good_agent_passes():
         ({"constant": 0.5}, "return above every constant, nearest stop-4"),
         ({"constant": 0.6}, "return above every constant, nearest stop-4"),
         ({"rule": 0.51}, "return not below threshold-4-0"),
-        ({"agent": plays("agent", 0.5, nfe=(5, 8))}, "NFE vary: standard deviation"),
-        ({"agent": plays("agent", 0.5, actions=((CONTINUE, STOP), (CONTINUE, STOP)))}, "uses refine"),
-        ({"agent": plays("agent", 0.5, actions=((CONTINUE,) * 17, (CONTINUE,) * 17 + (REFINE, STOP)))}, "uses stop"),
+        ({"agent": run_of("agent", 0.5, nfe=(5, 8))}, "NFE vary: standard deviation"),
+        ({"agent": run_of("agent", 0.5, actions=((CONTINUE, STOP), (CONTINUE, STOP)))}, "uses refine"),
+        (
+            {"agent": run_of("agent", 0.5, actions=((CONTINUE,) * 17, (CONTINUE,) * 17 + (REFINE, STOP)))},
+            "uses stop",
+        ),
     ],
 )
 def test_what_is_missed_is_named(change, name):
@@ -137,17 +141,16 @@ def test_what_is_missed_is_named(change, name):
 def test_a_lead_within_the_noise_is_no_lead():
     rng = np.random.default_rng(0)
     noisy = [replace(e, value=e.value - 0.05 + rng.normal()) for e in GOOD.episodes]
-    (condition,) = [
-        c for c in bar.conditions(GOOD, [bar.Play("stop-4", noisy)], GOOD, PROMPTS) if c.name.startswith("return above")
-    ]
+    found = acceptance.conditions(GOOD, [rollouts.PolicyRun("stop-4", noisy)], GOOD, PROMPTS)
+    (condition,) = [one for one in found if one.name.startswith("return above")]
     assert not condition.passed and "stop-4" in condition.name
 
 
 def test_pictures_of_one_prompt_are_no_independent_evidence():
     rng = np.random.default_rng(0)
     per_prompt = np.repeat(rng.normal(size=10), 30)
-    apart = bar.difference(per_prompt, np.zeros(300), [str(k) for k in range(300)])
-    together = bar.difference(per_prompt, np.zeros(300), [str(k // 30) for k in range(300)])
+    apart = acceptance.difference(per_prompt, np.zeros(300), [str(k) for k in range(300)])
+    together = acceptance.difference(per_prompt, np.zeros(300), [str(k // 30) for k in range(300)])
     assert apart.estimate == together.estimate == pytest.approx(per_prompt.mean())
     assert together.high - together.low > 4 * (apart.high - apart.low)
 
@@ -187,8 +190,8 @@ def test_opponents_are_kept_for_the_next_agent(settings, env, tmp_path, capsys, 
     kept = tmp_path / "opponents.json"
     _, plain, _ = run(capsys, planted(settings, env, tmp_path / "lazy", [0.0, 5.0, 0.0]), "--json")
     _, first, _ = run(capsys, tmp_path / "lazy", "--json", "--opponents", kept)
-    monkeypatch.setattr(bar, "choose_rule", None)  # nothing is measured again
-    monkeypatch.setattr(bar, "constants", None)
+    monkeypatch.setattr(acceptance, "choose_rule", None)  # nothing is measured again
+    monkeypatch.setattr(acceptance, "constants", None)
     _, again, _ = run(capsys, tmp_path / "lazy", "--json", "--opponents", kept)
     assert json.loads(plain) == json.loads(first) == json.loads(again)
     status, _, error = run(capsys, tmp_path / "lazy", "--opponents", kept, "--seed", "1")
@@ -209,7 +212,7 @@ def test_what_cannot_be_measured_is_named(settings, env, tmp_path, capsys):
 def test_agents_that_were_measured_are_told_whatever_comes_then(settings, env, tmp_path, capsys, monkeypatch):
     """And what can be seen of the others beforehand ends the work before it begins."""
     agents = [planted(settings, env, tmp_path / name, [0.0, 5.0, 0.0]) for name in "ab"]
-    measured, measure = [], bar.Bar.measure
+    measured, measure = [], acceptance.AcceptanceTest.measure
 
     def once(self, folder, *rest):
         measured.append(folder)
@@ -217,7 +220,7 @@ def test_agents_that_were_measured_are_told_whatever_comes_then(settings, env, t
             raise ValueError("the disk is full")
         return measure(self, folder, *rest)
 
-    monkeypatch.setattr(bar.Bar, "measure", once)
+    monkeypatch.setattr(acceptance.AcceptanceTest, "measure", once)
     status, text, error = run(capsys, *agents, tmp_path / "nothing", "--json")
     assert status == 2 and text == "" and "nothing" in error and measured == []
     status, text, error = run(capsys, *agents, "--json")
@@ -228,5 +231,5 @@ def test_agents_that_were_measured_are_told_whatever_comes_then(settings, env, t
 @pytest.mark.parametrize("number", [0, -1])
 def test_a_rule_cannot_be_chosen_on_nothing(tmp_path, capsys, number):
     with pytest.raises(SystemExit) as ended:
-        bar.main([str(tmp_path), "--tuning", str(number)])
+        acceptance.main([str(tmp_path), "--tuning", str(number)])
     assert ended.value.code == 2 and f"--tuning: must be at least 1, got {number}" in capsys.readouterr().err

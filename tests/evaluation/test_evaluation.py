@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from addiff_env.evaluation.benchmarks.items import load_benchmark
-from addiff_env.evaluation.report.figures import plot_quality_against_compute, summary_table
+from addiff_env.evaluation.report.figures import plot_quality_against_compute
+from addiff_env.evaluation.report.text import summary_table
 from addiff_env.evaluation.run.rows import append_rows, read_rows
 from addiff_env.evaluation.statistics.summary import action_shares, estimate, lead_with
 from addiff_env.stats import effective_size, wilson_interval

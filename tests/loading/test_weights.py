@@ -380,6 +380,31 @@ def test_half_a_lora_layer_is_refused(
     assert name.removeprefix("unet.").partition(".lora")[0] in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["sd", "flux"])
+@pytest.mark.parametrize("what", ["no tensors", "first matrices", "second matrices", "a stranger", "another layer's"])
+def test_what_no_lora_holds_is_refused_and_named(
+    sound: dict[str, Path], loras: dict[str, Path], tmp_path: Path, kind: str, what: str
+) -> None:
+    state = load_file(next(loras[kind].iterdir()))
+    name = ""
+    if what == "no tensors":
+        state = {}
+    elif what.endswith("matrices"):
+        kept, gone = ("lora_A", "lora_B") if what.startswith("first") else ("lora_B", "lora_A")
+        name = next(name for name in sorted(state) if gone in name)
+        state = {name: value for name, value in state.items() if kept in name}
+    elif what == "a stranger":
+        state[name := "some.weight"] = torch.ones(2)
+    else:
+        part = "text_encoder.encoder.layers.99.q_proj" if kind == "sd" else "transformer.blocks.99.to_q"
+        name = f"{part}.lora_A.weight"
+        state |= {name: torch.ones(2, 8), f"{part}.lora_B.weight": torch.ones(8, 2)}
+    save_file(state, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"lora\.safetensors") as error:
+        with_lora(sound[kind], tmp_path / "lora.safetensors")
+    assert name in str(error.value)
+
+
 def test_another_models_lora_is_refused_and_named(sound: dict[str, Path], loras: dict[str, Path]) -> None:
     for kind, other in (("sd", "flux"), ("flux", "sd"), ("sd", "sdxl")):
         with pytest.raises(ValueError, match=str(loras[other])):

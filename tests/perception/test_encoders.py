@@ -23,7 +23,7 @@ from addiff_env.perception.preprocessing import (
     check_pairs,
     check_pictures,
     resize_as_pillow,
-    vouched_pictures,
+    unvalidated_pictures,
 )
 
 SMALL_CLIP: dict[str, Any] = {
@@ -377,16 +377,16 @@ def test_bad_texts_are_shown(small_clip: OpenCLIPEncoder) -> None:
         check_pictures(np.zeros((1, 3, 8, 8)))  # type: ignore[arg-type]
 
 
-def test_vouched_pictures_are_not_asked_for_their_values(packaged_clip: ContrastiveEncoder) -> None:
+def test_unvalidated_pictures_are_not_asked_for_their_values(packaged_clip: ContrastiveEncoder) -> None:
     pictures = torch.rand(1, 3, 64, 64)
-    with vouched_pictures():
+    with unvalidated_pictures():
         check_pictures(pictures * math.nan)
         assert torch.equal(packaged_clip.image_features(pictures), packaged_clip.image_features(pictures))
         with pytest.raises(ValueError, match=r"\(3, 64, 64\)"):
             check_pictures(pictures[0])
     with pytest.raises(ValueError, match="nan"):
         check_pictures(pictures * math.nan)
-    with pytest.raises(KeyError), vouched_pictures():
+    with pytest.raises(KeyError), unvalidated_pictures():
         raise KeyError("on the way")
     with pytest.raises(ValueError, match="nan"):
         check_pictures(pictures * math.nan)

@@ -191,18 +191,25 @@ def test_costs_name_a_scorer_of_latents(small_kwargs: dict[str, Any], folder: Pa
     config = EnvConfig(**addiff_env.TINY | small_kwargs | {"scorer": str(folder)})
     rows = {row.component: row for row in costs.measure(config, lanes=2, repeats=1)}
     env = make(small_kwargs, scorer=str(folder), **CHEAP)
-    assert rows["scorer, latents"].flops == pytest.approx(env.price["verdict"], rel=0.1)  # the prompts' lengths differ
+    assert rows["scorer, latents"].flops == pytest.approx(
+        env.flops_per_call["scorer"], rel=0.1
+    )  # the prompts' lengths differ
 
 
 def test_a_cheap_look_is_paid_for_as_such(small_kwargs: dict[str, Any], folder: Path) -> None:
     cheap, full = make(small_kwargs, scorer=str(folder), **CHEAP), make(small_kwargs, scorer=str(folder))
-    assert cheap.price["look"] == cheap.price["verdict"] == full.price["verdict"] < full.price["look"]
+    assert (
+        cheap.flops_per_call["look"]
+        == cheap.flops_per_call["scorer"]
+        == full.flops_per_call["scorer"]
+        < full.flops_per_call["look"]
+    )
     before = cheap.net_flops.copy()
     cheap.step(np.full(3, Action.CONTINUE))
-    step = cheap.passes_per_nfe * cheap.price["denoiser"]
-    np.testing.assert_allclose(cheap.net_flops - before, step + cheap.price["look"])
+    step = cheap.passes_per_nfe * cheap.flops_per_call["denoiser"]
+    np.testing.assert_allclose(cheap.net_flops - before, step + cheap.flops_per_call["look"])
     wordless = make(small_kwargs, scorer=str(folder), **CHEAP | {"reads": ["reward"]})
-    assert cheap.price["start"] - wordless.price["start"] == cheap.perception.text_flops() > 0
+    assert cheap.flops_per_call["start"] - wordless.flops_per_call["start"] == cheap.perception.text_flops() > 0
 
 
 @pytest.mark.parametrize("left_out", LOOK_PARTS[:3])

@@ -1,9 +1,10 @@
 """RLlib's side of the environment; the training itself needs Ray, which has an environment of its own."""
 
+import copy
 import importlib.util
 import json
 import shutil
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,18 +12,35 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.wrappers.vector import DictInfoToList
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from addiff_env import rllib
+from addiff_env import cli, rllib
 from addiff_env.agent import Agent, PolicyNet
 from addiff_env.pipeline import AdaptivePipeline
 from addiff_env.rllib import checkpoint
-from addiff_env.rllib.__main__ import build_parser, main
 from addiff_env.rllib.lanes import Survey, survey
-from addiff_env.rllib.settings import claim, share_gpus
-from addiff_env.rllib.training import Progress, bundle
+from addiff_env.rllib.settings import ALLOWED, UNUSED, check_settings, claim, share_gpus, train_batch_size
+from addiff_env.rllib.training import Progress, bundle, make_config, ppo_options
+from addiff_env.storage.paths import configs_folder
 
 ID = "AdDiffusion-Tiny-v0"
 HAS_RAY = importlib.util.find_spec("ray") is not None
+LITTLE = ["num_envs=4", "algorithm.n_steps=5"]
+
+
+def rllib_config(*overrides: str, name: str = "train_rllib", **kwargs: object) -> DictConfig:
+    """The trainer's configuration with these overrides, and these settings of the environment."""
+    cfg = copy.deepcopy(_composed(name, overrides))
+    with open_dict(cfg):
+        cfg.env.kwargs.update(kwargs)
+    return cfg
+
+
+@cache
+def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
+    with initialize_config_dir(str(configs_folder()), version_base="1.3"):
+        return compose(name, list(overrides))
 
 
 def test_lanes_are_as_an_env_runner_takes_them(small_kwargs):
@@ -59,20 +77,105 @@ def test_a_survey_calibrates_and_describes(small_kwargs, small_looks):
 # --------------------------------------------------------------------------- settings
 
 
-def test_batch_sizes():
-    settings = rllib.Settings(num_env_runners=3, num_envs_per_runner=4, steps_per_lane=5)
-    assert settings.train_batch_size == 60
-    assert rllib.Settings(num_env_runners=0, num_envs_per_runner=4, steps_per_lane=5).train_batch_size == 20
+@pytest.mark.parametrize("env", ["tiny", "sd15", "sdxl", "flux_schnell"])
+@pytest.mark.parametrize("group", ["env", "num_envs", "policy", "algorithm", "reward", "prompts", "seed"])
+def test_both_trainers_take_the_same_groups(env, group):
+    """All but what RLlib's has no use for, which its configuration leaves empty."""
+    ours, theirs = (rllib_config(f"env={env}", name=name) for name in ("train_rllib", "train"))
+    check_settings(ours)
+    for name in [name for name in UNUSED if name.startswith(f"{group}.")]:
+        for cfg in (ours, theirs):
+            OmegaConf.update(cfg, name, None)
+    assert OmegaConf.select(ours, group) == OmegaConf.select(theirs, group)
 
 
-def test_every_setting_is_an_option():
-    words = ["--learning-rate", "3e-4", "--hidden", "64", "--gpus-per-runner", "0.5", "--action-bias", "1", "-1", "0"]
-    words += ["--gains", '{"quality": 3}', "--gae-lambda", "0.9"]
-    options = vars(build_parser().parse_args(["runs/x", *words, "--kwargs", '{"mask": "full"}']))
-    settings = rllib.Settings(**{name: value for name, value in options.items() if hasattr(rllib.Settings(), name)})
-    changed = {"learning_rate": 3e-4, "hidden": 64, "gpus_per_runner": 0.5, "action_bias": [1, -1, 0]}
-    changed |= {"gains": {"quality": 3}, "gae_lambda": 0.9}
-    assert settings == replace(rllib.Settings(), env_kwargs={"mask": "full"}, **changed)
+def test_rllib_trains_with_the_groups_values():
+    cfg = rllib_config(
+        *LITTLE, "rllib.num_env_runners=3", *["algorithm.total_timesteps=600", "algorithm.ent_coef_end=0.01"]
+    )
+    assert train_batch_size(cfg) == 60
+    assert ppo_options(cfg) == {
+        "lr": [[0, 1e-3], [600, 0.0]],
+        "entropy_coeff": 0.01,  # the same at the end
+        "gamma": 1.0,
+        "lambda_": 0.95,
+        "clip_param": 0.3,
+        "vf_loss_coeff": 0.5,
+        "grad_clip": 0.5,
+        "num_epochs": 8,
+        "minibatch_size": 60,  # not the 256 of larger batches
+        "train_batch_size_per_learner": 60,
+    }
+    assert train_batch_size(rllib_config(*LITTLE, "rllib.num_env_runners=0")) == 20  # plays in the main process
+
+
+OTHERWISE = {
+    "algorithm.name": "maskable_ppo",
+    "algorithm.gae_lambda_end": 0.95,
+    "reward.normalisation": "running",
+    "reward.target_nfe": 15,
+    "reward.dual_rate": 0.3,
+    "reward.baselines": "b.jsonl",
+    "prompts.stages": [{"name": "simple", "until": 0.2, "most": 1}],
+    "prompts.held_out.source": "p.txt",
+    "prompts.held_out.number": 8,
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_what_rllibs_trainer_has_no_use_for_is_refused(name, tmp_path):
+    cfg = rllib_config()
+    OmegaConf.update(cfg, name, OTHERWISE[name])
+    with pytest.raises(ValueError) as error:
+        rllib.train(cfg, tmp_path / "run")
+    assert str(error.value).startswith(f"{name}={OTHERWISE[name]}: ") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", [name for name in ALLOWED if name not in ("policy.gains", "rllib.address")])
+def test_numbers_out_of_bounds_are_refused_before_ray_is_started(name, tmp_path):
+    for value in (-2, "8", True, [1, 2], float("nan"), *[None] * (name != "rllib.gpus_per_runner")):
+        cfg = rllib_config()
+        OmegaConf.update(cfg, name, value)
+        with pytest.raises(ValueError, match=name):
+            rllib.train(cfg, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["policy.action_bias=[1,2,x]"], "policy.action_bias.*'x'"),
+        (["policy.gains=3"], "policy.gains.*3"),
+        (["rllib.address=6379"], "rllib.address.*6379"),
+        (["+env.kwargs.prompts=[a star]"], "set prompts.source instead"),
+        (["+env.kwargs.reward={efficiency: 1}"], "set reward.weights instead"),
+        (["algorithm.gamma=0.9"], "algorithm.gamma is 0.9, the reward's gamma 1.0"),
+        (["+reward.weights.gamma=0.9"], "algorithm.gamma is 1.0, the reward's gamma 0.9"),
+        (["+reward.weights.colour=1"], "colour"),
+    ],
+)
+def test_wrong_settings_are_refused_before_ray_is_started(overrides, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        rllib.train(rllib_config(*overrides), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+    if "gamma" in message:
+        check_settings(rllib_config("algorithm.gamma=0.9", "+reward.weights.gamma=0.9"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rllib.num_env_runners=-1"], "rllib.num_env_runners must be at least 0, got -1"),
+        (["prompts=curriculum"], "prompts.stages="),
+        (["algorithm=maskable_ppo"], "algorithm.name=maskable_ppo"),
+        (["reward=running"], "reward.normalisation=running"),
+        (["rllib.colour=1"], "colour"),
+        (["runs/ray"], "runs/ray"),
+    ],
+)
+def test_the_command_says_what_is_wrong(words, said, tmp_path, capsys):
+    assert cli.main(["train-rllib", f"hydra.run.dir={tmp_path}", *words]) == 1
+    assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -90,8 +193,8 @@ def test_every_setting_is_an_option():
     ],
 )
 def test_gpus_are_shared_out_evenly(runners, asked, nodes, share):
-    settings = rllib.Settings(num_env_runners=runners, gpus_per_runner=asked)
-    assert share_gpus(settings, [{"CPU": cpus, "GPU": gpus} for cpus, gpus in nodes]) == share
+    cfg = rllib_config(f"rllib.num_env_runners={runners}", f"rllib.gpus_per_runner={asked or 'null'}")
+    assert share_gpus(cfg, [{"CPU": cpus, "GPU": gpus} for cpus, gpus in nodes]) == share
 
 
 @pytest.mark.parametrize(
@@ -104,22 +207,23 @@ def test_gpus_are_shared_out_evenly(runners, asked, nodes, share):
     ],
 )
 def test_runners_that_do_not_fit_are_refused(runners, asked, nodes, message):
-    settings = rllib.Settings(num_env_runners=runners, gpus_per_runner=asked)
+    cfg = rllib_config(f"rllib.num_env_runners={runners}", f"rllib.gpus_per_runner={asked or 'null'}")
     with pytest.raises(ValueError, match=message):
-        share_gpus(settings, [{"CPU": cpus, "GPU": gpus} for cpus, gpus in nodes])
+        share_gpus(cfg, [{"CPU": cpus, "GPU": gpus} for cpus, gpus in nodes])
 
 
-def test_a_folder_keeps_its_settings(tmp_path):
-    claim(tmp_path, rllib.Settings(seed=1))
-    claim(tmp_path, rllib.Settings())  # nothing was trained yet
+def test_a_folder_keeps_its_configuration(tmp_path):
+    claim(tmp_path, rllib_config("seed=1"))
+    claim(tmp_path, rllib_config())  # nothing was trained yet
     (tmp_path / "checkpoint").mkdir()
-    claim(tmp_path, rllib.Settings())
-    with pytest.raises(ValueError, match=r"\(hidden: 128 there, 64 now; env_kwargs.mask: nothing there, full now\)"):
-        claim(tmp_path, rllib.Settings(hidden=64, env_kwargs={"mask": "full"}))
-    written = json.loads((tmp_path / "settings.json").read_text())
-    assert written.pop("hidden") == 128
-    (tmp_path / "settings.json").write_text(json.dumps(written))  # by a version without that setting
-    claim(tmp_path, rllib.Settings())
+    claim(tmp_path, rllib_config())
+    elsewhere = ["rllib.gpus_per_runner=0.5", "rllib.address=auto", "rllib.nodes=2", "rllib.checkpoint_every=1"]
+    claim(tmp_path, rllib_config(*elsewhere))  # decides no result
+    with pytest.raises(ValueError) as error:
+        claim(tmp_path, rllib_config("policy.hidden=64", "rllib.num_env_runners=3", mask="full"))
+    found = ("policy.hidden: 128 there, 64 now", "rllib.num_env_runners: 2 there, 3 now", "env.kwargs.mask: nothing")
+    assert all(value in str(error.value) for value in found)
+    assert OmegaConf.load(tmp_path / "config.yaml").policy.hidden == 128
 
 
 # --------------------------------------------------------------------------- files
@@ -193,12 +297,11 @@ def test_a_bundle_leaves_the_trainers_prompts_and_device_out():
     policy = PolicyNet({"quality": 8}, 4)
     weights = {f"policy.{name}": value.numpy() for name, value in policy.state_dict().items()}
     group = SimpleNamespace(get_weights=lambda: {"default_policy": weights})
-    kwargs = {"prompts": ["a star"], "device": "cuda", "mask": "full"}
-    settings = rllib.Settings(env_kwargs=kwargs, hidden=4)
+    cfg = rllib_config("policy.hidden=4", "prompts.source=[a star]", device="cuda", mask="full")
     seen = Survey(policy.norm, {"model": "m", "revision": "main", "dtype": "float32"}, {"gamma": 1.0})
-    agent = bundle(SimpleNamespace(learner_group=group, iteration=2), settings, seen, {"nfe": 7.0})
+    agent = bundle(SimpleNamespace(learner_group=group, iteration=2), cfg, seen, {"nfe": 7.0})
     assert agent.config["env"] == {"id": ID, "kwargs": {"mask": "full"}}
-    assert agent.config["training"]["algorithm"]["env_kwargs"] == {"mask": "full"}
+    assert agent.config["training"]["algorithm"]["name"] == "rllib_ppo" and "a star" not in json.dumps(agent.config)
     assert agent.config["backbone"]["revision"] == "main" and agent.fingerprint == Agent(policy, {}).fingerprint
 
 
@@ -206,18 +309,9 @@ def test_a_bundle_leaves_the_trainers_prompts_and_device_out():
 
 
 @pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
-def test_without_ray_the_message_says_what_to_install(tmp_path):
-    with pytest.raises(ImportError, match="an environment of its own"):
-        main([str(tmp_path)])
-
-
-@pytest.mark.parametrize("name", ["iterations", "checkpoint_every"])
-def test_numbers_below_one_are_refused_before_ray_is_started(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        main([str(tmp_path), f"--{name.replace('_', '-')}", "0"])
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got -2"):
-        rllib.train(rllib.Settings(), tmp_path, **{"iterations": 1, name: -2})
-    assert not list(tmp_path.iterdir())
+def test_without_ray_the_message_says_what_to_install(tmp_path, capsys):
+    assert cli.main(["train-rllib", f"hydra.run.dir={tmp_path}"]) == 1
+    assert "an environment of its own" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -241,12 +335,33 @@ def module_logits(folder, observations):
         return module.forward_inference({"obs": torch.as_tensor(observations)})["action_dist_inputs"].numpy()
 
 
+def schedule_state(algorithm):
+    """Learning rate and entropy weight that RLlib's learner works with."""
+    learner = algorithm.learner_group._learner
+    (optimizer,) = learner._named_optimizers.values()
+    entropy = learner.entropy_coeff_schedulers_per_module["default_policy"].get_current_value()
+    return optimizer.param_groups[0]["lr"], float(entropy)
+
+
+class Interrupted(Exception):
+    """Somebody stops the run."""
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_the_bundle_acts_as_the_module_and_a_run_goes_on(ray, small_kwargs, tmp_path):
-    settings = rllib.Settings(
-        env_kwargs=small_kwargs, num_env_runners=1, num_envs_per_runner=4, steps_per_lane=6, calibration_steps=4
-    )
-    assert len(rllib.train(settings, tmp_path, iterations=2, checkpoint_every=1)) == 2
+def test_the_bundle_acts_as_the_module_and_a_run_goes_on(ray, small_kwargs, tmp_path, monkeypatch):
+    little = ["num_envs=4", "algorithm.n_steps=6", "calibration_steps=4", "algorithm.total_timesteps=72"]
+    runners, often = "rllib.num_env_runners=1", "rllib.checkpoint_every=1"
+    cfg = rllib_config(*little, runners, often, **small_kwargs)
+
+    def stop_after_two(progress, iteration, means, add=Progress.add):
+        if iteration == 3:
+            raise Interrupted
+        return add(progress, iteration, means)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "add", stop_after_two)
+        with pytest.raises(Interrupted):
+            rllib.train(cfg, tmp_path)
     agent = Agent.load(tmp_path / "agent")
     observations, infos = rllib.make_lanes({"id": ID, "kwargs": small_kwargs, "num_envs": 4}).reset(seed=5)
     assert agent.logits(observations) == pytest.approx(module_logits(tmp_path, observations), abs=1e-6)
@@ -255,27 +370,40 @@ def test_the_bundle_acts_as_the_module_and_a_run_goes_on(ray, small_kwargs, tmp_
     (picture,) = AdaptivePipeline.from_pretrained(tmp_path / "agent", num_envs=1)("a red circle", 0)
     assert picture.picture.shape == (64, 64, 3)
 
-    assert rllib.train(settings, tmp_path, iterations=2) == []
-    assert len(rllib.train(settings, tmp_path, iterations=3)) == 1
+    assert len(rllib.train(cfg, tmp_path)) == 1
     continued = Agent.load(tmp_path / "agent")
     assert continued.fingerprint != agent.fingerprint and torch.equal(
         continued.policy.norm.mean, agent.policy.norm.mean
     )
     assert len((tmp_path / "progress.jsonl").read_text().splitlines()) == 3
-    with pytest.raises(ValueError, match="hidden: 128 there, 64 now"):
-        rllib.train(replace(settings, hidden=64), tmp_path, iterations=4)
+    assert rllib.train(cfg, tmp_path) == []  # complete
+    with pytest.raises(ValueError, match="policy.hidden: 128 there, 64 now"):
+        rllib.train(rllib_config(*little, runners, "policy.hidden=64", **small_kwargs), tmp_path)
     with pytest.raises(ValueError, match="room for 2"):
-        rllib.train(replace(settings, num_env_runners=3), tmp_path / "other", iterations=1)
+        rllib.train(rllib_config(*little, "rllib.num_env_runners=3", **small_kwargs), tmp_path / "other")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_schedules_reach_their_ends(ray, small_kwargs):
+    little = ["num_envs=4", "algorithm.n_steps=6", "rllib.num_env_runners=0", "algorithm.total_timesteps=48"]
+    cfg = rllib_config(*little, **small_kwargs)
+    seen = survey({"id": ID, "kwargs": small_kwargs, "num_envs": 4}, 4, 0)
+    algorithm = make_config(cfg, 0.0, seen, 0).build_algo()
+    assert schedule_state(algorithm) == pytest.approx((1e-3, 0.01))
+    algorithm.train()
+    halfway = schedule_state(algorithm)
+    algorithm.train()
+    algorithm.stop()
+    assert 0 < halfway[0] < 1e-3 and 0.001 < halfway[1] < 0.01
+    assert schedule_state(algorithm) == pytest.approx((0.0, 0.001), abs=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_dear_evaluations_are_saved(ray, small_kwargs, tmp_path):
     """A trivial task, in the main process: what costs this much is better stopped."""
-    kwargs = {**small_kwargs, "reward": {"efficiency": 0.3}}
-    settings = rllib.Settings(
-        ID, kwargs, num_env_runners=0, num_envs_per_runner=8, steps_per_lane=12, learning_rate=3e-3
-    )
-    rllib.train(settings, tmp_path, iterations=12, checkpoint_every=12)
+    little = ["num_envs=8", "algorithm.n_steps=12", "rllib.num_env_runners=0", "algorithm.total_timesteps=1152"]
+    rates = ["algorithm.learning_rate=3e-3", "algorithm.learning_rate_end=3e-3", "algorithm.batch_size=192"]
+    rllib.train(rllib_config(*little, *rates, "+reward.weights.efficiency=0.3", **small_kwargs), tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
     assert rows[-1]["episode_return_mean"] > rows[0]["episode_return_mean"] + 0.3
     assert rows[-1]["nfe"] < rows[0]["nfe"]
@@ -285,7 +413,5 @@ def test_dear_evaluations_are_saved(ray, small_kwargs, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_two_env_runners_improve_the_return(ray, tmp_path):
     """On the embedded world; two runners on one machine."""
-    settings = rllib.Settings(num_env_runners=2, num_envs_per_runner=16)
-    returns = rllib.train(settings, tmp_path, iterations=20, checkpoint_every=10)
-    assert np.mean(returns[-4:]) > np.mean(returns[:4])
-    assert rllib.train(settings, tmp_path, iterations=21)  # goes on from the checkpoint with one more iteration
+    returns = rllib.train(rllib_config("num_envs=16", "algorithm.total_timesteps=15360"), tmp_path)
+    assert len(returns) == 20 and np.mean(returns[-4:]) > np.mean(returns[:4])

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from dataclasses import replace
 
 import gymnasium as gym
 import pytest
@@ -11,15 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from test_rllib import rllib_config
 from test_training import KillAt, Killed, configure
 
-from addiff_env import rllib
 from addiff_env.agent import Agent
 from addiff_env.env.baseline_cache import BaselineCache, baseline_configuration, compute_baselines
 from addiff_env.evaluation.benchmarks.items import load_benchmark
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.tuning import PACKAGED
-from addiff_env.evaluation.run.fingerprint import keep_stamp, require_same, run_stamp
+from addiff_env.evaluation.run.fingerprint import keep_fingerprint, require_same, run_fingerprint
 from addiff_env.rllib.settings import claim
 from addiff_env.sb3 import search
 from addiff_env.sb3.checkpoint import FILE
@@ -233,18 +232,13 @@ def test_a_search_of_an_earlier_release_is_gone_on_with(killed, tmp_path):
 def test_an_rllib_run_does_not_go_on_with_other_contents(tmp_path):
     (tmp_path / "p.txt").write_text("a star\n")
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
-    settings = rllib.Settings(env_kwargs={"prompts": str(tmp_path / "p.txt")})
-    claim(tmp_path / "run", settings)
+    claim(tmp_path / "run", rllib_config(f"prompts.source={tmp_path / 'p.txt'}"))
     (tmp_path / "p.txt").rename(tmp_path / "q.txt")
-    moved = replace(settings, env_kwargs={"prompts": str(tmp_path / "q.txt")})
+    moved = rllib_config(f"prompts.source={tmp_path / 'q.txt'}")
     claim(tmp_path / "run", moved)
     (tmp_path / "q.txt").write_text("a circle\n")
-    with pytest.raises(ValueError, match="env_kwargs.prompts: .*q.txt has other contents"):
+    with pytest.raises(ValueError, match="prompts.source: .*q.txt has other contents"):
         claim(tmp_path / "run", moved)
-    kept = json.loads((tmp_path / "run" / "settings.json").read_text())
-    del kept["inputs"]
-    (tmp_path / "run" / "settings.json").write_text(json.dumps(kept))
-    claim(tmp_path / "run", moved)  # an earlier release's knows no contents
 
 
 @pytest.fixture
@@ -276,7 +270,7 @@ def test_baselines_know_the_whole_of_the_weights_and_not_their_place(model, tmp_
 
 def stamp(overrides, benchmark, metrics=("checker",)):
     agents = {"agent": Agent.load(PACKAGED)}
-    return run_stamp(agents, overrides, metrics, load_benchmark(str(benchmark)), MethodOptions(), str(benchmark))
+    return run_fingerprint(agents, overrides, metrics, load_benchmark(str(benchmark)), MethodOptions(), str(benchmark))
 
 
 def test_an_evaluation_does_not_go_on_with_other_contents(model, tmp_path):
@@ -285,7 +279,7 @@ def test_an_evaluation_does_not_go_on_with_other_contents(model, tmp_path):
     head = tmp_path / "head.pt"
     head.write_text("1")
     begin = {"overrides": {"model": str(model)}, "benchmark": prompts, "metrics": [f"aesthetic:{head}"]}
-    keep_stamp(tmp_path / "run", stamp(**begin), "1")
+    keep_fingerprint(tmp_path / "run", stamp(**begin), "1")
     for path in (*model.rglob("*"), prompts):
         os.utime(path, (1, 1))
     (tmp_path / "elsewhere").mkdir()

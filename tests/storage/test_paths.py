@@ -9,6 +9,7 @@ import gymnasium as gym
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from test_rllib import rllib_config
 
 from addiff_env import TINY
 from addiff_env.agent import Agent
@@ -131,10 +132,7 @@ def test_ray_takes_paths_from_where_the_training_was_started(
 ) -> None:
     Path("mine.txt").write_text("a red circle\n")
     training = importlib.import_module("addiff_env.rllib.training")
-    settings = importlib.import_module("addiff_env.rllib.settings").Settings(
-        env_kwargs={**small_kwargs, "prompts": "mine.txt"}
-    )
-    context = training._context(settings, 0.0)
+    context = training._context(rllib_config("prompts.source=mine.txt", **small_kwargs), 0.0)
     (elsewhere / "runner").mkdir()
     monkeypatch.chdir(elsewhere / "runner")  # Ray's workers stand somewhere else
     lanes: Any = make_lanes(context)

@@ -71,7 +71,7 @@ def test_every_state_leads_where_the_environment_would_go(config: EnvConfig) -> 
     lanes = endings.FreeLanes(config, batch)
     clean: list[torch.Tensor] = []
     final = denoise(
-        *(lanes.backbone, lanes.schedule, CAPTIONS, initial_noise(lanes.backbone, lanes.latent_shape, SEEDS)),
+        *(lanes.backbone, lanes.schedule, CAPTIONS, initial_noise(lanes.backbone, lanes.denoiser.latent_shape, SEEDS)),
         *(config.guidance_scale, lambda index, latents, now: clean.append(now.x0)),
     )
     for state in range(states):

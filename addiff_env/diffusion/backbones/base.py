@@ -327,7 +327,7 @@ def denoise(
     for index in range(schedule.num_inference_steps):
         at = torch.full((len(latents),), index, device=latents.device)
         now = backbone.predict(
-            latents, schedule.timesteps[at], schedule.here.at(at), conditioning, guidance_scale, index in capture
+            latents, schedule.timesteps[at], schedule.current.at(at), conditioning, guidance_scale, index in capture
         )
         if watch is not None:
             watch(index, latents, now)

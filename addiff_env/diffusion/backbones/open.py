@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from addiff_env.loading.weights import (
 )
 
 _OPTIONS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
+_MATRICES = (("lora_A.", "lora_B."), ("lora.down.", "lora.up."))  # of a layer's LoRA
 
 
 def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: str | None = None) -> Any:
@@ -81,7 +83,12 @@ def _fuse_lora(pipeline: Any, lora: str) -> None:
         with quiet_loading():
             state = _lora_state(pipeline, place)
             check_finite(state, place)
-            pipeline.load_lora_weights(place, use_safetensors=True)
+            _check_names(state)
+            try:
+                pipeline.load_lora_weights(place, use_safetensors=True)
+            except (IndexError, KeyError, TypeError) as error:  # how diffusers fails where it finds no layer
+                homeless = _without_layer(pipeline, state)
+                raise ValueError(f"tensors of it fit nowhere in this model: {some(homeless or list(state))}") from error
             _check_lora(pipeline, state)
             pipeline.fuse_lora()
             pipeline.unload_lora_weights()
@@ -98,6 +105,34 @@ def _lora_state(pipeline: Any, lora: str) -> dict[str, torch.Tensor]:
     loaded = pipeline.lora_state_dict(lora, use_safetensors=True, **blocks)
     state = loaded[0] if isinstance(loaded, tuple) else loaded
     return {name: value for name, value in state.items() if not name.endswith("alpha")}
+
+
+def _check_names(state: dict[str, torch.Tensor]) -> None:
+    """Refuse what no model could apply: no tensors, tensors that are no LoRA's, one of a layer's two matrices.
+
+    Raises:
+        ValueError: the message names the tensors.
+    """
+    if not state:
+        raise ValueError("it holds no tensors of a LoRA: nothing of it would apply")
+    if others := [name for name in state if not re.search("lora|dora", name.lower())]:
+        raise ValueError(f"{len(others)} of its {len(state)} tensors are no LoRA's: {some(others)}")
+    lacking = [
+        name.replace(one, other)
+        for pair in _MATRICES
+        for one, other in (pair, pair[::-1])
+        for name in state
+        if one in name and name.replace(one, other) not in state
+    ]
+    if lacking:
+        raise ValueError(f"it lacks {len(lacking)} tensors of the layers that it changes: {some(lacking)}")
+
+
+def _without_layer(pipeline: Any, state: dict[str, torch.Tensor]) -> list[str]:
+    """The names of a LoRA's tensors whose layer none of the pipeline's networks has."""
+    networks = {part: network for part, network in pipeline.components.items() if isinstance(network, torch.nn.Module)}
+    layers = {f"{part}.{layer}" for part, network in networks.items() for layer, _ in network.named_modules()}
+    return [name for name in state if re.split(r"[._]lora", name)[0] not in layers]
 
 
 def _check_lora(pipeline: Any, state: dict[str, torch.Tensor]) -> None:

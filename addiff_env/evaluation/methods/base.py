@@ -69,13 +69,12 @@ class Batched:
 
         Nobody else looks at these pictures: of the encoders that the environment's policies see with none is charged.
         """
-        price, perception, config = self.env.price, self.env.perception, self.env.config
-        flops = passes * price["denoiser"] + decodes * price["decode"] + price["start"] - self._text_flops
+        flops_per_call, perception, config = self.env.flops_per_call, self.env.perception, self.env.config
+        flops = passes * flops_per_call["denoiser"] + decodes * flops_per_call["decode"]
+        flops += flops_per_call["start"] - self._text_flops
         if not verdicts:
             return flops
-        return (
-            flops + verdicts * perception.verdict_flops(config.height, config.width) + perception.verdict_text_flops()
-        )
+        return flops + verdicts * perception.scorer_flops(config.height, config.width) + perception.scorer_text_flops()
 
     @cached_property
     def _text_flops(self) -> float:

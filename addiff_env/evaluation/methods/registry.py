@@ -163,12 +163,11 @@ class OracleStop(Batched):
         """What the environment's *stop* makes of latents (B, C, h, w) at a point of the grid: its coarse DDIM steps."""
         env, schedule, steps = self.env, self.inner.schedule, self.env.config.finish_steps
         at = torch.full((len(latents),), index, device=latents.device)
-        timesteps, here = schedule.timesteps[at], schedule.here.at(at)
-        told, conditioning = timesteps, env.backbone.encode_prompts(prompts, env.config.negative_prompt)
-        for j in range(steps):
-            now = env.backbone.predict(latents, told, here, conditioning, env.config.guidance_scale, False)
-            there, told = env._towards_zero(timesteps, (steps - j - 1) / steps)
-            latents, here = ddim_between(latents, now.x0, here, there), there
+        conditioning = env.backbone.encode_prompts(prompts, env.config.negative_prompt)
+        path = env.denoiser.coarse_path(schedule.timesteps[at], schedule.current.at(at), steps)
+        for timesteps, current, next_level in path:
+            now = env.backbone.predict(latents, timesteps, current, conditioning, env.config.guidance_scale, False)
+            latents = ddim_between(latents, now.x0, current, next_level)
         return latents
 
 
@@ -220,7 +219,7 @@ class Replay(Batched):
         mask = np.arange(env.num_envs) < len(items)
         options = {"prompt": [item.prompt for item in items], "seed": [item.seed for item in items]}
         env.reset(options=options | {"reset_mask": mask})
-        env.done[~mask] = True  # lanes without an item wait
+        env.park(~mask)  # lanes without an item wait
         for t in range(max(1, *map(len, scripts))):  # one step even of lanes that broke down in their warm-up
             running = ~env.done
             if not running.any():

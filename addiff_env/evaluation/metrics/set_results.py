@@ -25,7 +25,7 @@ OVERALL = "overall"  # GenEval's headline number: the mean over tags
 
 
 @dataclass(frozen=True)
-class Whole:
+class SetResults:
     """Numbers of whole sets of pictures; empty where none were measured."""
 
     protocols: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)  # metric, method, category -> mean
@@ -63,7 +63,7 @@ def pictures_of(rows: Sequence[ResultRow], items: Sequence[Item]) -> dict[str, s
     return {name: sha256(json.dumps([places, by]).encode()).hexdigest()[:16] for name, by in made_by.items()}
 
 
-def read_whole(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item]) -> Whole:
+def read_set_results(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item]) -> SetResults:
     """What a run folder keeps of the methods of ``rows``; files that are not there hold nothing.
 
     Set metrics of other pictures, measured before the run grew or the code changed, are left out.
@@ -73,7 +73,7 @@ def read_whole(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item]) -
     of = {metric: {name: found[name] for name in now if name in found} for metric, found in protocols.items()}
     measured, measured_on = sets.get("methods", {}), sets.get("measured_on", now)  # earlier releases did not say
     same = [name for name, pictures in now.items() if name in measured and measured_on.get(name) == pictures]
-    return Whole(
+    return SetResults(
         {metric: found for metric, found in of.items() if found},
         {name: measured[name] for name in same},
         sets.get("references", {}) if same else {},

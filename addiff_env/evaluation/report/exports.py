@@ -6,20 +6,9 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from addiff_env.evaluation.metrics.set_results import SPREAD, Whole
-from addiff_env.evaluation.report.figures import shares_text
-from addiff_env.evaluation.statistics.summary import (
-    COSTS,
-    NOT_AVAILABLE,
-    Estimate,
-    MethodSummary,
-    categories_of,
-    headline_metric,
-    number_text,
-    share_metrics,
-    summarise,
-    tidy,
-)
+from addiff_env.evaluation.metrics.set_results import SetResults
+from addiff_env.evaluation.report.tables import LATEX, Table, category_tables, method_table, protocol_table, set_table
+from addiff_env.evaluation.statistics.summary import headline_metric, measured_costs, share_metrics, tidy
 from addiff_env.types import ResultRow
 
 WHOLE_HEAD = ("method", "metric", "category", "pictures", "value", "sd")  # sd: over random subsets, of KID
@@ -44,7 +33,7 @@ def write_csv(rows: Sequence[ResultRow], path: Path) -> None:
             writer.writerow([method, metric, category, e.number, e.mean, e.deviation, _blank(e.low), _blank(e.high)])
 
 
-def write_whole_csv(whole: Whole, path: Path) -> None:
+def write_set_results_csv(whole: SetResults, path: Path) -> None:
     """One line per method, protocol or set metric, and category."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -61,106 +50,50 @@ def latex_escape(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def latex_table(rows: Sequence[ResultRow], caption: str, whole: Whole = Whole()) -> str:  # noqa: B008 (frozen)
+def latex_table(rows: Sequence[ResultRow], caption: str, whole: SetResults = SetResults()) -> str:  # noqa: B008 (frozen)
     r"""Tables of each method's quality and cost, its quality by category, and what was measured of ``whole`` sets.
 
     They need ``\usepackage{booktabs}``.
     """
-    metric, shares = headline_metric(rows), share_metrics(rows)
-    is_share, name = metric in shares, latex_escape(metric)
-    summaries = summarise(rows, shares)
-    costs = [cost for cost in COSTS if any(cost.name in summary.costs for summary in summaries)]
-    head = ["method", "$n$", name + r" (\%)" * is_share, r"95\% interval", *(latex_escape(c.label) for c in costs)]
-    body = [_latex_line(summary, metric, is_share, [cost.name for cost in costs]) for summary in summaries]
-    main = _tabular([*head, "continue/stop/refine"], body)
-    text = latex_escape(caption)
+    metric = headline_metric(rows)
+    is_share, name, text = metric in share_metrics(rows), latex_escape(metric), latex_escape(caption)
+    (by_category,) = category_tables(rows, [metric], (0, 2))
     return "\n".join(
         [
             "% \\usepackage{booktabs}",
-            *_float(main, f"{text}. Means over pictures; in parentheses the standard deviation of NFE."),
+            *_float(_main_table(rows), f"{text}. Means over pictures; in parentheses the standard deviation of NFE."),
             "",
-            *_float(_category_table(rows, metric, shares), f"{text}: {name}{' in percent' * is_share} by category."),
+            *_float(_escaped(by_category), f"{text}: {name}{' in percent' * is_share} by category."),
             "",
-            *_whole_tables(whole, text),
+            *_set_tables(whole, text),
         ]
     )
 
 
-def _latex_line(summary: MethodSummary, metric: str, is_share: bool, costs: Sequence[str]) -> list[str]:
-    quality = summary.scores.get(metric)
-    scale, digits = (100, 1) if is_share else (1, 3)
-    cells = [latex_escape(summary.method), str(summary.number)]
-    if quality is None:
-        cells += [NOT_AVAILABLE, "--"]
-    else:
-        cells += [_number(scale * quality.mean, digits), _latex_interval(quality, scale, digits)]
-    cells += [_latex_cost(summary, name) for name in costs]
-    return [*cells, "--" if summary.actions is None else shares_text(summary.actions)]
+def _main_table(rows: Sequence[ResultRow]) -> list[str]:
+    metric = headline_metric(rows)
+    costs = measured_costs(rows)
+    head = ["method", "$n$", latex_escape(metric) + r" (\%)" * (metric in share_metrics(rows)), r"95\% interval"]
+    body = [
+        [latex_escape(method), LATEX.value(number), LATEX.value(quality), LATEX.interval(quality)]
+        + [LATEX.value(entry) for entry in others]
+        for method, (number, quality, *others) in method_table(rows, metric, costs).lines
+    ]
+    return _tabular([*head, *(latex_escape(cost.label) for cost in costs), "continue/stop/refine"], body)
 
 
-def _number(value: float, digits: int) -> str:
-    return number_text(value, digits).replace("-", "$-$")
+def _escaped(table: Table) -> list[str]:
+    body = [[latex_escape(method), *map(LATEX.value, entries)] for method, entries in table.lines]
+    return _tabular(["method", *map(latex_escape, table.columns)], body)
 
 
-def _latex_interval(found: Estimate, scale: float, digits: int) -> str:
-    if found.low is None or found.high is None:
-        return "--"
-    return f"[{_number(scale * found.low, digits)}, {_number(scale * found.high, digits)}]"
-
-
-def _latex_cost(summary: MethodSummary, name: str) -> str:
-    if name not in summary.costs:
-        return "--"
-    cost = next(cost for cost in COSTS if cost.name == name)
-    found = summary.costs[name]
-    spread = f" ({found.deviation:.1f})" if name == "nfe" else ""
-    return f"{found.mean / cost.unit:.{cost.digits}f}{spread}"
-
-
-def _category_table(rows: Sequence[ResultRow], metric: str, shares: frozenset[str]) -> list[str]:
-    categories = categories_of(rows)
-    found: dict[str, dict[str, Estimate | None]] = {}
-    for category in categories:
-        for summary in summarise([row for row in rows if row.category == category], shares):
-            found.setdefault(summary.method, {})[category] = summary.scores.get(metric)
-    scale, digits = (100, 0) if metric in shares else (1, 2)
-
-    def cell(means: dict[str, Estimate | None], category: str) -> str:
-        if category not in means:
-            return "--"
-        mean = means[category]
-        return NOT_AVAILABLE if mean is None else _number(scale * mean.mean, digits)
-
-    body = [[latex_escape(method), *(cell(of, category) for category in categories)] for method, of in found.items()]
-    return _tabular(["method", *(latex_escape(category) for category in categories)], body)
-
-
-def _whole_tables(whole: Whole, caption: str) -> list[str]:
+def _set_tables(whole: SetResults, caption: str) -> list[str]:
     """A table per protocol, and one of the set metrics."""
-    tables = []
-    for metric, methods in whole.protocols.items():
-        names = whole.categories(metric)
-        body = [[name, *(_optional(means.get(key)) for key in names)] for name, means in methods.items()]
-        tables.append((names, body, f"{latex_escape(metric)} by its own protocol"))
+    tables = [(protocol_table(whole, m), f"{latex_escape(m)} by its own protocol") for m in whole.protocols]
     if whole.sets:
-        names = whole.set_names()
-        body = [[name, *(_set_value(values, key) for key in names)] for name, values in whole.sets.items()]
-        tables.append((names, body, "set metrics; of KID, in parentheses, the standard deviation over subsets"))
-    lines: list[str] = []
-    for names, body, title in tables:
-        head = ["method", *map(latex_escape, names)]
-        cells = [[latex_escape(line[0]), *line[1:]] for line in body]
-        lines += [*_float(_tabular(head, cells), f"{caption}: {title}."), ""]
-    return lines
-
-
-def _set_value(values: dict[str, float], name: str) -> str:
-    spread = values.get(SPREAD.get(name, ""))
-    return _optional(values.get(name)) + ("" if spread is None else f" ({_number(spread, 4)})")
-
-
-def _optional(value: float | None) -> str:
-    return "--" if value is None else _number(value, 4)
+        title = "set metrics; of KID, in parentheses, the standard deviation over subsets"
+        tables.append((set_table(whole), title))
+    return [line for table, title in tables for line in (*_float(_escaped(table), f"{caption}: {title}."), "")]
 
 
 def _tabular(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

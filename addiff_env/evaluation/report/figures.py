@@ -18,22 +18,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from addiff_env.env.trajectories import ACCENT, INK
-from addiff_env.evaluation.statistics.hypotheses import solver_families
-from addiff_env.evaluation.statistics.significance import front_quality
+from addiff_env.evaluation.statistics.families import solver_families
+from addiff_env.evaluation.statistics.front import front_quality
 from addiff_env.evaluation.statistics.summary import (
     COSTS,
-    NOT_AVAILABLE,
     Estimate,
     MethodSummary,
     by_facts,
-    by_method,
-    categories_of,
     counted,
     decision_counts,
     estimate,
     headline_metric,
-    number_text,
-    score_value,
     share_metrics,
     summarise,
 )
@@ -58,90 +53,6 @@ _LOOK: dict[Any, Any] = {
     "legend.frameon": False,
     "font.size": 9.5,
 }
-
-
-def summary_table(rows: Sequence[ResultRow]) -> str:
-    """A table with one line per method; success (or `headline_metric`) with its 95% interval, shares in percent.
-
-    What the rows do not tell is `NOT_AVAILABLE`; lines below the table say why.
-    """
-    metric, shares, categories = headline_metric(rows), share_metrics(rows), categories_of(rows)
-    parts = {name: [row for row in rows if row.category == name] for name in categories}
-    by_category = {name: {s.method: s for s in summarise(part, shares)} for name, part in parts.items()}
-    head = ["method", "n", metric, "95% interval", "NFE", "NFE sd", "GFLOPs", "s/image", "cont/stop/refine"]
-    lines = [head + [_short(category) for category in categories]]
-    for summary in summarise(rows, shares):
-        cells = [by_category[name].get(summary.method) for name in categories]
-        line = _table_line(summary, metric, metric in shares)
-        lines.append(line + [_cell(cell, metric, metric in shares) for cell in cells])
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    text = [
-        "  ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], *absences(rows)])
-
-
-def absences(rows: Sequence[ResultRow]) -> list[str]:
-    """Why the headline metric of a method stands for fewer pictures than it has, or for none; nothing where none is."""
-    metric = headline_metric(rows)
-    found = []
-    for method, group in by_method(rows).items():
-        if lacking := [row for row in group if score_value(row, metric) is None]:
-            of = f"{len(lacking)} of its {len(group)} pictures" if len(lacking) < len(group) else "none of its pictures"
-            verb = "lack one" if len(lacking) < len(group) else "has one"
-            found.append(f"{metric} of {method}: {of} {verb}")
-    return found
-
-
-def _short(category: str) -> str:
-    return category.replace("_objects", "").replace("_object", "").replace("color_attribution", "attrib.")
-
-
-def _table_line(summary: MethodSummary, metric: str, is_share: bool) -> list[str]:
-    quality, costs = summary.scores.get(metric), summary.costs
-    digits, scale = (1, 100) if is_share else (3, 1)
-    return [
-        summary.method,
-        str(summary.number),
-        NOT_AVAILABLE if quality is None else number_text(scale * quality.mean, digits),
-        "-" if quality is None else interval_text(quality, scale, digits),
-        _mean(costs.get("nfe"), 1),
-        _deviation(costs.get("nfe"), 1),
-        _mean(costs.get("net_flops"), 1, 1e9),
-        _mean(costs.get("seconds"), 3),
-        shares_text(summary.actions),
-    ]
-
-
-def _mean(found: Estimate | None, digits: int, unit: float = 1) -> str:
-    return NOT_AVAILABLE if found is None else f"{found.mean / unit:.{digits}f}"
-
-
-def _deviation(found: Estimate | None, digits: int) -> str:
-    return NOT_AVAILABLE if found is None else f"{found.deviation:.{digits}f}"
-
-
-def _cell(summary: MethodSummary | None, metric: str, is_share: bool) -> str:
-    if summary is None:
-        return "-"
-    found = summary.scores.get(metric)
-    if found is None:
-        return NOT_AVAILABLE
-    return number_text(100 * found.mean, 0) if is_share else number_text(found.mean, 2)
-
-
-def interval_text(found: Estimate, scale: float = 1, digits: int = 3) -> str:
-    """Ends of an interval, or a dash where there is none."""
-    if found.low is None or found.high is None:
-        return "-"
-    low, high = (number_text(scale * end, digits) for end in (found.low, found.high))
-    return f"{low} to {high}" if {"-", "e"} & set(low + high) else f"{low}-{high}"
-
-
-def shares_text(shares: np.ndarray | None) -> str:
-    """Shares of continue, stop and refine in percent, or a dash where nobody decided."""
-    return "-" if shares is None else "/".join(f"{100 * share:.0f}" for share in shares)
 
 
 # --------------------------------------------------------------------------- plots

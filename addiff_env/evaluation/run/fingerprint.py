@@ -36,7 +36,7 @@ BENCHMARK, MODEL = "benchmark.name", "environment.model"
 ADDED = ("metrics", "agents")  # named one by one: who goes on need not have all of them
 
 
-def run_stamp(
+def run_fingerprint(
     agents: Mapping[str, Agent],
     overrides: Mapping[str, Any],
     metrics: Sequence[str],
@@ -62,7 +62,7 @@ def run_stamp(
     files = {f"environment.{name}": environment[name] for name in WEIGHTS}
     files |= {f"metrics.{name}": setting.partition(":")[2] for name, setting in names.items()}  # not the name itself
     files |= {f"method_options.{name}": value for name, value in asdict(options).items()}
-    stamp = {
+    fingerprint = {
         "environment": environment,
         "control": CONTROL,
         CONTENTS: {**fingerprints(files), BENCHMARK: _items_hash(benchmark)},
@@ -76,11 +76,11 @@ def run_stamp(
         "agent": first.fingerprint,
         "agents": {name: agent.fingerprint for name, agent in agents.items()},
     }
-    return json.loads(json.dumps(stamp))
+    return json.loads(json.dumps(fingerprint))
 
 
 def common_environment(agents: Mapping[str, Agent], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, preset included, of the environment that all ``agents`` act in; raises as `run_stamp`."""
+    """The settings, preset included, of the environment that all ``agents`` act in; raises as `run_fingerprint`."""
     settings = {name: environment_of(agent, overrides) for name, agent in agents.items()}
     first, *others = settings
     for other in others:
@@ -106,7 +106,7 @@ def _items_hash(items: Sequence[Item]) -> str:
 
 
 def differing_values(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """Every value in which two stamps differ, in words.
+    """Every value in which two fingerprints differ, in words.
 
     Of `ADDED` our names alone count, and of those no agent that they have not got. A file that lies elsewhere is the
     same if its contents are, except for the model, by whose name rows are told apart.
@@ -133,21 +133,21 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def keep_stamp(folder: Path, stamp: Mapping[str, Any], code_version: str) -> None:
-    """Leave ``stamp`` in a folder in which ``code_version`` is about to make its first rows; else as `require_same`.
+def keep_fingerprint(folder: Path, fingerprint: Mapping[str, Any], code_version: str) -> None:
+    """Leave ``fingerprint`` in a folder where ``code_version`` is about to make its first rows; else as `require_same`.
 
     Of shards that start at the same moment the first is believed.
     """
-    keep_first(_path(folder, code_version), json.dumps(stamp, indent=2) + "\n")
-    require_same(folder, stamp, code_version)
+    keep_first(_path(folder, code_version), json.dumps(fingerprint, indent=2) + "\n")
+    require_same(folder, fingerprint, code_version)
 
 
 def _path(folder: Path, code_version: str) -> Path:
     return folder / f"made-with-{code_version}.json"
 
 
-def require_same(folder: Path, stamp: Mapping[str, Any], code_version: str) -> None:
-    """Check ``stamp`` against that of the rows which ``code_version`` made in a folder; without any all is well.
+def require_same(folder: Path, fingerprint: Mapping[str, Any], code_version: str) -> None:
+    """Check ``fingerprint`` against that of the rows which ``code_version`` made in a folder; without any all is well.
 
     Raises:
         ValueError: they were made with other settings; every differing value is named.
@@ -155,7 +155,7 @@ def require_same(folder: Path, stamp: Mapping[str, Any], code_version: str) -> N
     path = _path(folder, code_version)
     if not path.exists():
         return
-    if differing := differing_values(stamp, read_json(path)):
+    if differing := differing_values(fingerprint, read_json(path)):
         raise ValueError(
             f"{folder} holds rows that were made with other settings ({'; '.join(differing)}); "
             "take another folder: hydra.run.dir=..."

@@ -19,11 +19,19 @@ from addiff_env.evaluation.benchmarks.items import Item, benchmark_record
 from addiff_env.evaluation.metrics.registry import missing, protocol_scores, reported_score
 from addiff_env.evaluation.metrics.set_results import PROTOCOLS, SET_METRICS, pictures_of
 from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, set_scores
-from addiff_env.evaluation.report.figures import plot_quality_against_compute, summary_table
+from addiff_env.evaluation.report.figures import plot_quality_against_compute
 from addiff_env.evaluation.report.html import write_report
+from addiff_env.evaluation.report.text import summary_table
 from addiff_env.evaluation.run.planning import ALL, left_out
-from addiff_env.evaluation.run.run_folder import Strip, save_strips, write_items, write_provenance, write_verdicts
-from addiff_env.evaluation.statistics.hypotheses import UNDECIDED, Verdict, decide, describe
+from addiff_env.evaluation.run.run_folder import (
+    Trajectory,
+    save_trajectories,
+    write_items,
+    write_provenance,
+    write_verdicts,
+)
+from addiff_env.evaluation.statistics.decide import decide
+from addiff_env.evaluation.statistics.decision import UNDECIDED, Decision, describe
 from addiff_env.evaluation.statistics.rules import rules_of
 from addiff_env.evaluation.statistics.summary import counted, lead_with, score_value
 from addiff_env.pipeline import make_agent_env
@@ -58,15 +66,15 @@ def choose_filmstrips(rows: list[ResultRow], number: int, metric: str = "success
 
 def record_filmstrips(
     rows: list[ResultRow], items: Sequence[Item], agent: Agent, env: DiffusionDenoiseVectorEnv
-) -> list[Strip]:
+) -> list[Trajectory]:
     """Run the rows' items again, one by one, and keep what happened."""
     known = {(item.prompt, item.seed): item for item in items}
-    strips = []
+    trajectories = []
     for row in rows:
         item = known[row.prompt, row.seed]
         (frames,) = record_trajectories(env, agent.act, [item.prompt], [item.seed])
-        strips.append(Strip(item, row.reason, frames))
-    return strips
+        trajectories.append(Trajectory(item, row.reason, frames))
+    return trajectories
 
 
 def keep_run(
@@ -115,12 +123,14 @@ def report(
     print(f"{table}\n")
     name, agent = next(iter(agents.items()))
     own = [row for row in rows if row.method == name]
-    strips: list[Strip] = []
+    trajectories: list[Trajectory] = []
     if own and cfg.filmstrips:
         one_lane = make_agent_env(agent, 1, **overrides)
-        strips = record_filmstrips(choose_filmstrips(own, cfg.filmstrips, metric), items, agent, one_lane)
+        trajectories = record_filmstrips(choose_filmstrips(own, cfg.filmstrips, metric), items, agent, one_lane)
         written.append(folder / "filmstrips.png")
-        titled = [(f"{strip.item.prompt!r}: {strip.reason}", strip.frames) for strip in strips]
+        titled = [
+            (f"{trajectory.item.prompt!r}: {trajectory.reason}", trajectory.frames) for trajectory in trajectories
+        ]
         filmstrip_figure(titled).savefig(written[-1])
     rules = rules_of(metric, plain(cfg.rules))
     facts = {(item.prompt, item.seed): item.facts for item in items}
@@ -128,7 +138,7 @@ def report(
     print("\n".join(map(describe, verdicts)) if verdicts else "no verdicts: no agent is among the methods")
     print("".join(f"\n{line}\n" for line in what_decides(cfg, verdicts)))
     keep_run(cfg, folder, rows, items, agents, overrides, metric)
-    save_strips(folder, strips)
+    save_trajectories(folder, trajectories)
     write_verdicts(folder, verdicts, rules)
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg))  # a merge has no shard's
     written += [folder / "verdicts.json", *write_report(folder, rows, items, verdicts)]
@@ -137,7 +147,7 @@ def report(
         print(f"  {path}")
 
 
-def what_decides(cfg: DictConfig, verdicts: Sequence[Verdict]) -> list[str]:
+def what_decides(cfg: DictConfig, verdicts: Sequence[Decision]) -> list[str]:
     """The command that runs everything, where a run of a part leaves something undecided."""
     is_part = cfg.methods != ALL or cfg.benchmark.limit is not None
     if not is_part or not any(verdict.outcome == UNDECIDED for verdict in verdicts):

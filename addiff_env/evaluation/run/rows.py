@@ -16,10 +16,9 @@ from typing import Any, TypeVar
 from addiff_env.storage.commands import LAUNCHED
 from addiff_env.storage.files import partial_of
 from addiff_env.storage.jsonl import append_objects, read_objects
-from addiff_env.types import ResultRow
+from addiff_env.types import ResultRow, SampleKey
 
 T = TypeVar("T")
-Place = tuple[str, int]  # (prompt, seed): one picture of a benchmark, whoever makes it
 CONFIGURATION = ("backbone", "solver", "policy", "dtype")  # one value each per method
 _SHOWN = 5  # offending values that a message lists
 
@@ -98,7 +97,7 @@ def launched_shard(index: int, shards: int, environment: Mapping[str, str] = os.
 
 
 def merge_if_whole(
-    folder: Path, shards: int, places: Sequence[Place], methods: Sequence[str] | None = None
+    folder: Path, shards: int, places: Sequence[SampleKey], methods: Sequence[str] | None = None
 ) -> list[ResultRow] | None:
     """As `merge_shards`, or None while other shards are at work; raises for whatever more rows would not mend."""
     try:
@@ -129,7 +128,7 @@ def _check_shard(index: int, shards: int) -> None:
 
 
 def merge_shards(
-    folder: Path, shards: int, places: Sequence[Place], methods: Sequence[str] | None = None
+    folder: Path, shards: int, places: Sequence[SampleKey], methods: Sequence[str] | None = None
 ) -> list[ResultRow]:
     """Read a split run's files and merge them, see `merge_rows`.
 
@@ -145,7 +144,7 @@ def merge_shards(
 
 
 def merge_rows(
-    parts: Iterable[Sequence[ResultRow]], places: Sequence[Place], methods: Sequence[str] | None = None
+    parts: Iterable[Sequence[ResultRow]], places: Sequence[SampleKey], methods: Sequence[str] | None = None
 ) -> list[ResultRow]:
     """One run's rows from its parts, however it was split: methods in order, each with its rows in ``places``' order.
 
@@ -166,7 +165,7 @@ def merge_rows(
     _refuse_duplicates(rows)
     found = {(row.method, row.prompt, row.seed): row for row in rows}
     wanted = [(name, prompt, seed) for name in names for prompt, seed in places]
-    _refuse_strangers(found, set(wanted))
+    _refuse_unexpected(found, set(wanted))
     _refuse_gaps(wanted, found)
     return [found[key] for key in wanted]
 
@@ -189,11 +188,11 @@ def _refuse_duplicates(rows: Sequence[ResultRow]) -> None:
         raise ValueError(f"{len(twice)} measurements appear more than once (method, prompt, seed): {_some(twice)}")
 
 
-def _refuse_strangers(found: Mapping[tuple, ResultRow], wanted: set[tuple]) -> None:
-    strangers = [key for key in found if key not in wanted]
-    if strangers:
+def _refuse_unexpected(found: Mapping[tuple, ResultRow], wanted: set[tuple]) -> None:
+    unexpected = [key for key in found if key not in wanted]
+    if unexpected:
         raise ValueError(
-            f"{len(strangers)} rows belong to no item of the benchmark (method, prompt, seed): {_some(strangers)}"
+            f"{len(unexpected)} rows belong to no item of the benchmark (method, prompt, seed): {_some(unexpected)}"
         )
 
 

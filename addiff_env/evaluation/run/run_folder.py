@@ -25,7 +25,7 @@ from PIL import Image
 
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.run.rows import CONFIGURATION, read_rows
-from addiff_env.evaluation.statistics.hypotheses import Part, Rules, Verdict
+from addiff_env.evaluation.statistics.decision import Decision, Part, Rules
 from addiff_env.evaluation.statistics.summary import lead_with
 from addiff_env.storage.files import read_json, write_whole
 from addiff_env.storage.jsonl import read_objects
@@ -41,7 +41,7 @@ _KEPT = ("prompt", "seed", "category", "id", "facts", "complexity")  # of an ite
 
 
 @dataclass(frozen=True)
-class Strip:
+class Trajectory:
     """A recorded trajectory: frames as `filmstrips.record_trajectories` gives them, and the checker's words."""
 
     item: Item
@@ -97,13 +97,13 @@ def _made(kind: type[T], values: dict[str, Any], place: str) -> T:
         raise ValueError(f"{place} is damaged: {error}") from error
 
 
-def write_verdicts(folder: Path, verdicts: Sequence[Verdict], rules: Rules) -> None:
+def write_verdicts(folder: Path, verdicts: Sequence[Decision], rules: Rules) -> None:
     """Keep the verdicts with the numbers behind them, and the rules that they were reached by."""
     kept = {"rules": asdict(rules), "verdicts": [asdict(verdict) for verdict in verdicts]}
     write_whole(folder / VERDICTS, json.dumps(kept, indent=2) + "\n")
 
 
-def read_verdicts(folder: Path) -> list[Verdict]:
+def read_verdicts(folder: Path) -> list[Decision]:
     """The run's verdicts; none where no agent was evaluated."""
     if not (folder / VERDICTS).exists():
         return []
@@ -111,7 +111,7 @@ def read_verdicts(folder: Path) -> list[Verdict]:
     found = read_json(path, object)
     try:
         found = found["verdicts"] if isinstance(found, dict) else found  # earlier releases kept no rules
-        return [Verdict(**{**values, "parts": tuple(Part(**part) for part in values["parts"])}) for values in found]
+        return [Decision(**{**values, "parts": tuple(Part(**part) for part in values["parts"])}) for values in found]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no verdicts: {type(error).__name__}: {error}") from error
 
@@ -156,32 +156,34 @@ def reported_rows(folder: Path) -> list[ResultRow]:
 # --------------------------------------------------------------------------- filmstrips
 
 
-def save_strips(folder: Path, strips: Sequence[Strip]) -> None:
+def save_trajectories(folder: Path, trajectories: Sequence[Trajectory]) -> None:
     """Keep trajectories as pictures and numbers; those of an earlier report are replaced."""
     shutil.rmtree(folder / STRIPS, ignore_errors=True)
-    for number, strip in enumerate(strips):
-        _save_strip(folder / STRIPS / f"{number:03d}", strip)
+    for number, trajectory in enumerate(trajectories):
+        _save_trajectory(folder / STRIPS / f"{number:03d}", trajectory)
 
 
-def _save_strip(folder: Path, strip: Strip) -> None:
+def _save_trajectory(folder: Path, trajectory: Trajectory) -> None:
     folder.mkdir(parents=True)
     kept = []
-    for number, frame in enumerate(strip.frames):
+    for number, frame in enumerate(trajectory.frames):
         Image.fromarray(frame["picture"]).save(folder / f"{number:03d}.png")
         if frame["mask"] is not None:
             levels = np.rint(255 * np.asarray(frame["mask"], float)).astype(np.uint8)  # (h, w)
             Image.fromarray(levels).save(folder / f"{number:03d}-mask.png")
         kept.append({name: value for name, value in frame.items() if name not in ("picture", "mask")})
-    item = {name: getattr(strip.item, name) for name in _KEPT}
-    (folder / "strip.json").write_text(json.dumps({"item": item, "reason": strip.reason, "frames": kept}, indent=2))
+    item = {name: getattr(trajectory.item, name) for name in _KEPT}
+    (folder / "strip.json").write_text(
+        json.dumps({"item": item, "reason": trajectory.reason, "frames": kept}, indent=2)
+    )
 
 
-def read_strips(folder: Path) -> list[Strip]:
+def read_trajectories(folder: Path) -> list[Trajectory]:
     """The run's trajectories, in the order they were chosen; masks in [0, 1] to the nearest 1/255."""
-    return [_read_strip(path.parent) for path in sorted((folder / STRIPS).glob("*/strip.json"))]
+    return [_read_trajectory(path.parent) for path in sorted((folder / STRIPS).glob("*/strip.json"))]
 
 
-def _read_strip(folder: Path) -> Strip:
+def _read_trajectory(folder: Path) -> Trajectory:
     kept = read_json(folder / "strip.json")
     frames = []
     for number, frame in enumerate(kept["frames"]):
@@ -189,4 +191,4 @@ def _read_strip(folder: Path) -> Strip:
         path = folder / f"{number:03d}-mask.png"
         mask = read_picture(path, "L") / 255.0 if path.exists() else None  # (h, w)
         frames.append({**frame, "picture": picture, "mask": mask})
-    return Strip(Item(**kept["item"]), kept["reason"], frames)
+    return Trajectory(Item(**kept["item"]), kept["reason"], frames)

@@ -25,13 +25,8 @@ from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.registry import MatchedSteps, Method, PolicyMethod, Replay, make_method
 from addiff_env.evaluation.methods.tuning import AUTO, resolve, stamp_of, tune, tuning_items
 from addiff_env.evaluation.metrics.base import Metric, columns_of, score_pictures, unmeasured
-from addiff_env.evaluation.metrics.registry import (
-    default_metrics,
-    is_embedded_world,
-    open_metrics,
-    primary_score,
-)
-from addiff_env.evaluation.run.fingerprint import CONTROL, keep_stamp, require_same, run_stamp
+from addiff_env.evaluation.metrics.registry import default_metrics, is_embedded_world, open_metrics, primary_score
+from addiff_env.evaluation.run.fingerprint import CONTROL, keep_fingerprint, require_same, run_fingerprint
 from addiff_env.evaluation.run.memory import watched
 from addiff_env.evaluation.run.planning import (
     ALL,
@@ -56,7 +51,7 @@ from addiff_env.evaluation.run.rows import (
 )
 from addiff_env.evaluation.run.run_folder import is_reported, mark_reported
 from addiff_env.evaluation.run.version import code_version, model_revision
-from addiff_env.evaluation.statistics.hypotheses import control_names
+from addiff_env.evaluation.statistics.families import control_names
 from addiff_env.evaluation.statistics.rules import rules_of
 from addiff_env.pipeline import make_agent_env
 from addiff_env.storage.files import alone_in, file_name, write_whole
@@ -263,14 +258,15 @@ def evaluate(
     agents: Mapping[str, Agent],
     overrides: dict[str, Any],
     place: tuple[int, int],
-    stamp: dict[str, Any],
+    fingerprint: dict[str, Any],
 ) -> list[ResultRow]:
     """Make the rows of one shard, ``place`` (index, number of shards), of ``items``.
 
     Raises:
-        ValueError: the folder's rows were made with other settings than ``stamp`` says; and as the methods and metrics.
+        ValueError: the folder's rows were made with other settings than ``fingerprint`` says; and as the methods and
+            metrics.
     """
-    require_same(folder, stamp, code_version())
+    require_same(folder, fingerprint, code_version())
     env = make_agent_env(next(iter(agents.values())), cfg.num_envs, **overrides)
     metrics, skipped = open_metrics(metric_settings(cfg, items), env.perception, items, cfg.allow_missing)
     for setting, why in skipped.items():
@@ -280,7 +276,8 @@ def evaluate(
     evaluation = Evaluation(shard_path(folder, *place), env, metrics, cfg.save_images)
     found = plan_run(cfg, evaluation, items, agents, metric)
     keep_plan(folder, cfg.methods, found, skipped)
-    keep_stamp(folder, stamp, code_version())  # only now: a command that is refused leaves nothing to agree with
+    # Only now: a command that is refused leaves nothing to agree with.
+    keep_fingerprint(folder, fingerprint, code_version())
     write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg))
     if place[1] > 1:
         evaluation.require_one_version(found.methods)
@@ -309,14 +306,14 @@ def metric_settings(cfg: DictConfig, items: Sequence[Item]) -> list[str]:
     return default_metrics(items) if cfg.metrics is None else listed(cfg.metrics)
 
 
-def stamp_run(
+def configured_fingerprint(
     cfg: DictConfig, items: Sequence[Item], agents: Mapping[str, Agent], overrides: dict[str, Any]
 ) -> dict[str, Any]:
     """What the rows of this configuration depend on; the benchmark as a whole, so that its limit may grow."""
     b = cfg.benchmark
     whole = load_benchmark(b.name, root=b.root, images_per_prompt=b.images_per_prompt, any_length=b.any_length)
     options = MethodOptions.read(plain(cfg.method_options))
-    return run_stamp(agents, overrides, metric_settings(cfg, items), whole, options, b.name)
+    return run_fingerprint(agents, overrides, metric_settings(cfg, items), whole, options, b.name)
 
 
 def whole_run(
@@ -351,11 +348,11 @@ def run(cfg: DictConfig, folder: Path, place: tuple[int, int], launched: bool) -
     items = load_items(cfg)
     agents = named_agents(cfg.agent, listed(cfg.agents))
     overrides = plain(cfg.env)
-    stamp = stamp_run(cfg, items, agents, overrides)
+    fingerprint = configured_fingerprint(cfg, items, agents, overrides)
     references = open_references(cfg, folder, "cuda" if torch.cuda.is_available() else "cpu")
     rows: list[ResultRow] | None = None
     if not cfg.shard.merge:
-        rows = evaluate(cfg, folder, items, agents, overrides, place, stamp)
+        rows = evaluate(cfg, folder, items, agents, overrides, place, fingerprint)
         if place[1] > 1:
             print(f"shard {place[0]} of {place[1]}: {len(rows)} rows in {shard_path(folder, *place)}")
             if not launched:
@@ -367,7 +364,7 @@ def run(cfg: DictConfig, folder: Path, place: tuple[int, int], launched: bool) -
         if rows is None:
             print("the process that finishes last merges them")
             return
-        require_same(folder, stamp, rows[0].code_version)
+        require_same(folder, fingerprint, rows[0].code_version)
         settings = OmegaConf.to_yaml(cfg)
         if launched and (folder / "report.html").exists() and is_reported(folder, settings, rows):
             print(f"another process reported them: {folder / 'report.html'}")

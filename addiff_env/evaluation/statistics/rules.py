@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from addiff_env.evaluation.statistics.hypotheses import Rules
+from addiff_env.evaluation.statistics.decision import Rules
 from addiff_env.storage.files import read_json, read_yaml
 
 # Quality lost that still counts as equal, and the smallest gain worth calling one; in the metric's own unit.

@@ -18,7 +18,7 @@ import numpy as np
 from addiff_env.stats import Z95, clustered_wilson
 from addiff_env.types import ACTIONS, ResultRow
 
-SUCCESS = "success"  # the exact checker's verdict
+SUCCESS = "success"  # the exact checker's result
 EVERYTHING = "(all)"  # the category that holds all others, in tidy tables
 NOT_AVAILABLE = "n/a"  # what stands where the rows do not tell a number
 NO_SCORE = "no score"  # the headline of rows without any
@@ -142,6 +142,11 @@ def cost_value(row: ResultRow, name: str) -> float | None:
 def counted(number: int, noun: str) -> str:
     """A number of things in words: ``1 prompt``, ``1,024 prompts``."""
     return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def measured_costs(rows: Sequence[ResultRow]) -> list[Cost]:
+    """The costs that some row says."""
+    return [cost for cost in COSTS if any(cost_value(row, cost.name) is not None for row in rows)]
 
 
 def number_text(value: float, digits: int) -> str:

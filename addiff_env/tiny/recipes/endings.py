@@ -11,17 +11,18 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 import addiff_env
-from addiff_env.diffusion.attention import refinement_mask
 from addiff_env.diffusion.backbones import to_uint8
 from addiff_env.env.config import EnvConfig
-from addiff_env.env.refine import RefinableLanes
+from addiff_env.env.denoiser import Denoiser
+from addiff_env.env.refine import make_masks, refine
+from addiff_env.env.state import LaneState
 from addiff_env.tiny.checker import judge
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.generate import hold_configuration, save_arrays, unet_fingerprint
@@ -38,7 +39,7 @@ FINISHES = {10: (0.05, 0.7, 0.2, 0.05), 8: (0.05, 0.45, 0.45, 0.05), 7: (0.05, 0
 STATE = ("latents", "x0", "maps")  # of a lane, what a refinement starts from
 
 
-class FreeLanes(RefinableLanes):
+class FreeLanes:
     """Lanes without a policy, looks or a budget: whoever holds them may stop a lane and have it go on all the same.
 
     Args:
@@ -49,45 +50,45 @@ class FreeLanes(RefinableLanes):
     def __init__(self, config: EnvConfig, num_envs: int) -> None:
         self.config, self.num_envs = config, num_envs
         self.mask_kinds = [config.mask] * num_envs
-        self._set_up()
-        self._make_lanes()
+        self.denoiser = Denoiser.load(config)
+        self.backbone, self.schedule = self.denoiser.backbone, self.denoiser.schedule
+        self.state = LaneState.empty(num_envs, self.backbone, self.denoiser.latent_shape)
 
     def start(self, prompts: Sequence[str], seeds: Sequence[int]) -> None:
         """Put every lane at the beginning of the schedule."""
-        self._start_lanes(np.arange(self.num_envs), prompts, seeds)
-        self.refines[:] = 0
+        self.denoiser.start(self.state, np.arange(self.num_envs), prompts, seeds)
 
     def step(self, lanes: np.ndarray) -> None:
         """One solver step of ``lanes``."""
-        self._continue(lanes)
+        self.denoiser.step(self.state, lanes)
 
     def stopped(self, lanes: np.ndarray, finish_steps: int | None = None) -> torch.Tensor:
         """Final latents (L, C, h, w) that stopping ``lanes`` here would give; the lanes stay as they are."""
-        state, config = self.state_dict(), self.config
-        self.config = config if finish_steps is None else replace(config, finish_steps=finish_steps)
-        self._finish(lanes)
-        latents = self.latents[self._index(lanes)].clone()
-        self.config = config
-        self.load_state_dict(state)
+        before = self.state.state_dict()
+        self.denoiser.finish(self.state, lanes, finish_steps)
+        latents = self.latents(lanes)
+        self.state.load_state_dict(before)
         return latents
+
+    def latents(self, lanes: np.ndarray) -> torch.Tensor:
+        """The present latents (L, C, h, w) of ``lanes``, copied."""
+        return self.state.latents[self.state.index(lanes)].clone()
 
     def refine(self, lanes: np.ndarray, step_index: np.ndarray, state: dict[str, torch.Tensor]) -> None:
         """Take ``lanes`` back to a ``state`` of theirs at ``step_index`` (L,), and refine them there."""
-        index = self._index(lanes)
+        index = self.state.index(lanes)
         for name, value in state.items():
-            getattr(self, name)[index] = value
-        self.step_index[lanes], self.done[lanes] = step_index, False
-        self._refine(lanes)
+            getattr(self.state, name)[index] = value
+        self.state.step_index[lanes], self.state.done[lanes] = step_index, False
+        refine(self.denoiser, self.state, lanes, self._make_masks(lanes))
 
     def _make_masks(self, lanes: np.ndarray) -> torch.Tensor:
-        """As the base class, each lane's mask of its own kind."""
-        index, size = self._index(lanes), (self.latent_shape[1], self.latent_shape[2])
-        masks = torch.empty(len(lanes), 1, *size, device=self.backbone.device)
+        """Each lane's mask (L, 1, h, w) of its own kind."""
+        masks = torch.empty_like(self.state.refine_masks[: len(lanes)])
         kinds = np.array(self.mask_kinds)[lanes]
         for kind in set(kinds):
-            rows = self._index(np.flatnonzero(kinds == kind))
-            maps, content = self.maps[index[rows]], self.conditioning.content[index[rows]]
-            masks[rows] = refinement_mask(kind, maps, content, size, self.config.mask_threshold, self.config.blur_sigma)
+            rows = np.flatnonzero(kinds == kind)
+            masks[self.state.index(rows)] = make_masks(self.denoiser, self.state, lanes[rows], kind)
         return masks
 
 
@@ -164,18 +165,18 @@ class Recorder:
     def _to_the_end(self, running: np.ndarray) -> np.ndarray:
         """Step ``running`` lanes to the end of the schedule; returns which ending each reached."""
         self.kept: dict[int, tuple[int, dict[str, torch.Tensor]]] = {}
-        reached = self.lanes.step_index[running[0]]
+        reached = self.lanes.state.step_index[running[0]]
         decisions = self.decisions[self.decisions >= reached]
         self.leave_at = self.rng.choice(decisions, len(self.captions))  # where a lane will be refined, if it is
         stop_at = self._draw_stops()
         number, first_state = self.trajectories, len(self.record.states)
         if reached:  # what a refinement left is a state, too
             self._observe(running, stop_at, number)
-        while not self.lanes.done[running].all():
+        while not self.lanes.state.done[running].all():
             self.lanes.step(running)
             self._observe(running, stop_at, number)
         nowhere, none = np.full(len(running), -1), np.zeros(len(running), int)
-        ends = self._judge(running, self.lanes.latents[self.lanes._index(running)], nowhere, none)
+        ends = self._judge(running, self.lanes.latents(running), nowhere, none)
         by_lane = dict(zip(running, ends, strict=True))
         for state in self.record.states[first_state:]:
             state["goes_on"] = by_lane[state["row"]]
@@ -194,8 +195,8 @@ class Recorder:
 
     def _observe(self, running: np.ndarray, stop_at: np.ndarray, trajectory: int) -> None:
         """Write down where ``running`` lanes (all at one step) stand, and what stopping some of them gives."""
-        at, first = int(self.lanes.step_index[running[0]]), len(self.record.states)
-        x0, latents = (getattr(self.lanes, name).float().cpu().numpy().copy() for name in ("x0", "latents"))
+        at, first = int(self.lanes.state.step_index[running[0]]), len(self.record.states)
+        x0, latents = (getattr(self.lanes.state, name).float().cpu().numpy().copy() for name in ("x0", "latents"))
         for lane in running:
             self.record.states.append(
                 {
@@ -203,16 +204,16 @@ class Recorder:
                     "trajectory": trajectory + lane,
                     "step_index": at,
                     "timestep": self.timesteps[at],
-                    "refines": self.lanes.refines[lane],
+                    "refines": self.lanes.state.refines[lane],
                     "mask": self.mask[lane],
                     "left_at": self.left_at[lane],
-                    "nfe": self.lanes.nfe[lane],
+                    "nfe": self.lanes.state.nfe[lane],
                     "x0": x0[lane],
                     "latents": latents[lane],
                 }
             )
             if self.leave_at[lane] == at:
-                self.kept[lane] = at, {name: getattr(self.lanes, name)[lane].clone() for name in STATE}
+                self.kept[lane] = at, {name: getattr(self.lanes.state, name)[lane].clone() for name in STATE}
         for steps in range(1, len(self.finishes) + 1):
             rows = np.flatnonzero(stop_at[running, at] == steps)
             if len(rows):

@@ -72,7 +72,7 @@ def test_sag_alters_what_ddim_draws(env: DiffusionDenoiseVectorEnv) -> None:
     assert difference(made_by(SelfAttentionGuidance(env, 5, scale=0.0)), plain) < 0.01  # off it is DDIM
     assert difference(guided, plain) > 0.1
     assert [(r.nfe, r.forward_passes) for r in guided] == [(10, 15)] * 2
-    assert guided[0].net_flops - plain[0].net_flops == pytest.approx(5 * env.price["denoiser"])
+    assert guided[0].net_flops - plain[0].net_flops == pytest.approx(5 * env.flops_per_call["denoiser"])
 
 
 class Unexcited(AttendAndExcite):
@@ -93,7 +93,9 @@ def test_attend_and_excite_alters_what_ddim_draws(env: DiffusionDenoiseVectorEnv
     gradients = method.pipeline.gradients  # of the last picture
     assert gradients >= 3
     spent = excited[-1].net_flops - plain[-1].net_flops
-    extra = (excited[-1].forward_passes - 12) * env.price["denoiser"] + gradients * method.pipeline.gradient_flops
+    extra = (excited[-1].forward_passes - 12) * env.flops_per_call[
+        "denoiser"
+    ] + gradients * method.pipeline.gradient_flops
     assert spent == pytest.approx(extra)
 
 
@@ -124,10 +126,10 @@ def test_attend_and_excites_gradients_are_in_its_flops(env: DiffusionDenoiseVect
     method.pipeline.gradient_flops = 0.0  # leaves the measuring to the counter around everything
     with sdpa_kernel(SDPBackend.MATH), Everything() as counter:
         (again,) = made_by(method, ITEMS[:1])
-    text, look = env.price["text"], env.price["denoiser"]
+    text, look = env.flops_per_call["text"], env.flops_per_call["denoiser"]
     gradients = method.pipeline.gradients
-    counted = counter.total - again.forward_passes * look - env.price["decode"] - 2 * text
-    ours = first.net_flops - first.forward_passes * look - env.price["decode"] - 2 * text
+    counted = counter.total - again.forward_passes * look - env.flops_per_call["decode"] - 2 * text
+    ours = first.net_flops - first.forward_passes * look - env.flops_per_call["decode"] - 2 * text
     assert again.forward_passes == first.forward_passes
     assert ours == pytest.approx(counted, rel=0.02) and ours > 0.5 * gradients * look
 

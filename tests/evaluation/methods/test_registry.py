@@ -23,7 +23,7 @@ from addiff_env.evaluation.methods.registry import (
     make_method,
 )
 from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
-from addiff_env.evaluation.statistics.hypotheses import CONTINUED, FULL_IMAGE
+from addiff_env.evaluation.statistics.families import CONTINUED, FULL_IMAGE
 from addiff_env.perception.features import QUALITY
 from addiff_env.types import Action, Generated, ResultRow
 
@@ -120,7 +120,7 @@ def test_other_solvers_count_their_evaluations(spec: str, nfe: int, env: Diffusi
     made = results(spec, env)
     assert [r.nfe for r in made] == [nfe] * 3 and [r.forward_passes for r in made] == [2 * nfe] * 3
     fixed = results("ddim-4", env)
-    assert made[0].net_flops - fixed[0].net_flops == pytest.approx(2 * (nfe - 4) * env.price["denoiser"])
+    assert made[0].net_flops - fixed[0].net_flops == pytest.approx(2 * (nfe - 4) * env.flops_per_call["denoiser"])
 
 
 def test_best_of_keeps_the_best(env: DiffusionDenoiseVectorEnv) -> None:
@@ -136,9 +136,9 @@ def test_best_of_keeps_the_best(env: DiffusionDenoiseVectorEnv) -> None:
 
 def test_best_of_asks_the_reward_model_alone(env: DiffusionDenoiseVectorEnv) -> None:
     one, two = results("ddim-8", env)[0], results("best-of-2:ddim-4", env)[0]
-    verdict = env.perception.verdict_flops(64, 64)
-    assert 0 < verdict < env.price["look"] - env.price["preview"]
-    assert two.net_flops - one.net_flops == pytest.approx(env.price["decode"] + 2 * verdict)
+    verdict = env.perception.scorer_flops(64, 64)
+    assert 0 < verdict < env.flops_per_call["look"] - env.flops_per_call["preview"]
+    assert two.net_flops - one.net_flops == pytest.approx(env.flops_per_call["decode"] + 2 * verdict)
 
 
 def stages(env: DiffusionDenoiseVectorEnv, item: Item) -> list[torch.Tensor]:

@@ -17,20 +17,21 @@ from PIL import Image
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.metrics.set_results import pictures_of
 from addiff_env.evaluation.report.exports import latex_escape, latex_table, write_csv
-from addiff_env.evaluation.report.html import MAX_SIDE, main, png_uri, write_report
+from addiff_env.evaluation.report.gallery import MAX_SIDE, png_uri
+from addiff_env.evaluation.report.html import main, write_report
 from addiff_env.evaluation.run.rows import append_rows
 from addiff_env.evaluation.run.run_folder import (
-    Strip,
+    Trajectory,
     read_items,
-    read_strips,
+    read_trajectories,
     read_verdicts,
     reported_rows,
-    save_strips,
+    save_trajectories,
     write_items,
     write_provenance,
     write_verdicts,
 )
-from addiff_env.evaluation.statistics.hypotheses import SUPPORTED, UNDECIDED, Part, Rules, Verdict
+from addiff_env.evaluation.statistics.decision import SUPPORTED, UNDECIDED, Decision, Part, Rules
 from addiff_env.evaluation.statistics.rules import read_rules
 from addiff_env.evaluation.statistics.summary import (
     by_facts,
@@ -69,8 +70,8 @@ def rows_of():
 
 
 VERDICTS = [
-    Verdict("H1", UNDECIDED, "open: quality", 4, (Part("quality", UNDECIDED, 0.125, -0.25, 0.5, 0.0321, 777),)),
-    Verdict("H2", SUPPORTED, "every condition holds", 4, (Part("above", SUPPORTED, 0.25, 0.1, 0.4, 1e-7),)),
+    Decision("H1", UNDECIDED, "open: quality", 4, (Part("quality", UNDECIDED, 0.125, -0.25, 0.5, 0.0321, 777),)),
+    Decision("H2", SUPPORTED, "every condition holds", 4, (Part("above", SUPPORTED, 0.25, 0.1, 0.4, 1e-7),)),
 ]
 
 
@@ -85,7 +86,7 @@ def strip_of(item, actions):
         }
         for k, action in enumerate([*actions, None])
     ]  # fmt: skip
-    return Strip(item, "ok", frames)
+    return Trajectory(item, "ok", frames)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def run(tmp_path_factory):
     write_items(folder, ITEMS)
     write_verdicts(folder, VERDICTS, Rules())
     write_provenance(folder, rows, benchmark="toy_<i>", agent="policy-agent", environment={"id": "Toy", "finish": 2})
-    save_strips(folder, [strip_of(ITEMS[0], ACTIONS[0]), strip_of(ITEMS[1], [2, 1])])
+    save_trajectories(folder, [strip_of(ITEMS[0], ACTIONS[0]), strip_of(ITEMS[1], [2, 1])])
     (folder / "config.yaml").write_text("limit: <b>4</b>\n")
     write_report(folder, rows, ITEMS, VERDICTS)
     return folder
@@ -441,7 +442,7 @@ def test_a_finished_run_is_reported_again_without_a_model(run):
 def test_a_run_keeps_what_its_report_needs(run):
     assert reported_rows(run) == rows_of()  # neither those of older code nor those of other items
     assert read_items(run) == ITEMS and read_verdicts(run) == VERDICTS
-    strips = read_strips(run)
+    strips = read_trajectories(run)
     for kept, made in zip(strips, (strip_of(ITEMS[0], ACTIONS[0]), strip_of(ITEMS[1], [2, 1])), strict=True):
         assert (kept.item, kept.reason, kept.actions) == (made.item, made.reason, made.actions)
         for a, b in zip(kept.frames, made.frames, strict=True):

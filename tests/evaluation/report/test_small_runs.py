@@ -17,15 +17,17 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from addiff_env.evaluation import acceptance as bar
+from addiff_env.evaluation import acceptance
 from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods import rollouts
 from addiff_env.evaluation.metrics.base import score_pictures, unmeasured
 from addiff_env.evaluation.metrics.registry import protocol_scores, reported_score
-from addiff_env.evaluation.metrics.set_results import read_whole
+from addiff_env.evaluation.metrics.set_results import read_set_results
 from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, set_scores
 from addiff_env.evaluation.report.exports import latex_table
-from addiff_env.evaluation.report.figures import plot_quality_against_compute, summary_table
+from addiff_env.evaluation.report.figures import plot_quality_against_compute
 from addiff_env.evaluation.report.html import write_report
+from addiff_env.evaluation.report.text import summary_table
 from addiff_env.evaluation.run import reporting, runner
 from addiff_env.evaluation.run.progress import RunProgress
 from addiff_env.evaluation.run.rows import append_rows
@@ -36,15 +38,9 @@ from addiff_env.evaluation.run.run_folder import (
     write_provenance,
     write_verdicts,
 )
-from addiff_env.evaluation.statistics.hypotheses import (
-    NOT_SUPPORTED,
-    SUPPORTED,
-    UNDECIDED,
-    Rules,
-    agent_runs,
-    decide,
-    describe,
-)
+from addiff_env.evaluation.statistics.decide import decide
+from addiff_env.evaluation.statistics.decision import NOT_SUPPORTED, SUPPORTED, UNDECIDED, Rules, describe
+from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.evaluation.statistics.rules import rules_of
 from addiff_env.evaluation.statistics.summary import headline_metric, lead_with, score_value, tidy
 from addiff_env.evaluation.vlm_judge.client import Preference
@@ -286,7 +282,7 @@ def test_set_metrics_of_few_pictures(tmp_path, monkeypatch, number):
     items = [Item(row.prompt, row.seed, "c", facts=1) for row in rows]
     (tmp_path / "run" / "set_metrics.json").write_text(json.dumps(found))
     report(tmp_path / "run", items, rows)
-    assert read_whole(tmp_path / "run", rows, items).notes == notes
+    assert read_set_results(tmp_path / "run", rows, items).notes == notes
     assert all(note in (tmp_path / "run" / "report.html").read_text() for note in notes)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "run" / "0.png")
     (tmp_path / "one").mkdir()
@@ -318,17 +314,17 @@ def test_judgements_of_few_pairs(answers):
 # --------------------------------------------------------------------------- the other commands
 
 
-def plays(name, value, number):
-    return bar.Play(name, [bar.Episode(value + 0.01 * k, 1.0, 5 + k, (0, 1, 2)) for k in range(number)])
+def run_of(name, value, number):
+    return rollouts.PolicyRun(name, [rollouts.Episode(value + 0.01 * k, 1.0, 5 + k, (0, 1, 2)) for k in range(number)])
 
 
 @pytest.mark.parametrize(("number", "prompts"), [(1, 1), (3, 1), (2, 2)])
 def test_the_bar_of_few_pictures(number, prompts):
     names = [f"p{k % prompts}" for k in range(number)]
-    agent, rule, constant = (plays(*one, number) for one in (("agent", 1.0), ("rule", 0.5), ("stop-4", 0.0)))
-    found = bar.conditions(agent, [constant], rule, names)
-    choice = bar.Choice(4, 0.0, 0.5, 1, 1)
-    made = bar.Report("a", "b", "float32", choice, [agent, rule, constant], names, found)
+    agent, rule, constant = (run_of(*one, number) for one in (("agent", 1.0), ("rule", 0.5), ("stop-4", 0.0)))
+    found = acceptance.conditions(agent, [constant], rule, names)
+    choice = rollouts.RuleChoice(4, 0.0, 0.5, 1, 1)
+    made = acceptance.AcceptanceReport("a", "b", "float32", choice, [agent, rule, constant], names, found)
     (above,) = [condition for condition in found if "every constant" in condition.name]
     assert above.passed is (None if prompts == 1 else True) and not made.passed
     assert ("n/a" in made.text()) == (prompts == 1) and not numbers_in(made.text())
@@ -362,8 +358,8 @@ COMMANDS = (
 @pytest.mark.parametrize("module", COMMANDS)
 @pytest.mark.parametrize("text", ["0", "-3", "abc", "1.5"])
 def test_a_number_of_nothing_is_refused_by_name(capsys, module, text):
-    flag = "--limit" if module.endswith(("bar", "tune")) else "--number"
-    agent = ["agent"] if module.endswith("bar") else []
+    flag = "--limit" if module.endswith(("acceptance", "tuning")) else "--number"
+    agent = ["agent"] if module.endswith("acceptance") else []
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(module).main([*agent, flag, text])
     words = capsys.readouterr().err

@@ -18,7 +18,7 @@ from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.registry import METHODS, make_method
 from addiff_env.evaluation.methods.tuning import AUTO
-from addiff_env.evaluation.run.fingerprint import keep_stamp, require_same, run_stamp
+from addiff_env.evaluation.run.fingerprint import keep_fingerprint, require_same, run_fingerprint
 from addiff_env.evaluation.run.planning import (
     ALL,
     all_methods,
@@ -29,7 +29,9 @@ from addiff_env.evaluation.run.planning import (
     plan,
 )
 from addiff_env.evaluation.run.version import model_revision
-from addiff_env.evaluation.statistics.hypotheses import Rules, control_names, decide
+from addiff_env.evaluation.statistics.decide import decide
+from addiff_env.evaluation.statistics.decision import Rules
+from addiff_env.evaluation.statistics.families import control_names
 from addiff_env.storage.files import keep_first, write_whole
 from addiff_env.types import ResultRow
 
@@ -53,7 +55,7 @@ def stamp(agents: dict[str, Agent] | None = None, **changes: Any) -> dict[str, A
         "benchmark": ITEMS,
         "options": MethodOptions(),
     }
-    return run_stamp(agents or {"agent": AGENT}, **values | changes)
+    return run_fingerprint(agents or {"agent": AGENT}, **values | changes)
 
 
 # ------------------------------------------------------------------ settings of a folder
@@ -81,16 +83,16 @@ def stamp(agents: dict[str, Agent] | None = None, **changes: Any) -> dict[str, A
 )
 def test_other_settings_are_refused_by_name(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     require_same(tmp_path, stamp(**changes), "1")  # a run that came to nothing leaves nothing to agree with
-    keep_stamp(tmp_path, stamp(), "1")
-    for held in (keep_stamp, require_same):
+    keep_fingerprint(tmp_path, stamp(), "1")
+    for held in (keep_fingerprint, require_same):
         with pytest.raises(ValueError, match=f"{words}.*hydra.run.dir"):
             held(tmp_path, stamp(**changes), "1")
-    keep_stamp(tmp_path, stamp(**changes), "2")  # rows of other code are never taken for ours
+    keep_fingerprint(tmp_path, stamp(**changes), "2")  # rows of other code are never taken for ours
     require_same(tmp_path, stamp(), "1")
 
 
 def test_what_changes_no_row_may_change(tmp_path: Path) -> None:
-    keep_stamp(tmp_path, stamp(), "1")
+    keep_fingerprint(tmp_path, stamp(), "1")
     require_same(tmp_path, stamp(overrides={"dtype": "float32", "batch_size": 3, "reward": {"efficiency": 0.1}}), "1")
     require_same(tmp_path, stamp(metrics=["checker"]), "1")  # rows have more
     require_same(tmp_path, stamp({"agent": AGENT, "agent-s1": OTHER}), "1")  # another method

@@ -11,6 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_rllib import rllib_config
 from test_storage import everything, held
 
 from addiff_env import cli, offline
@@ -19,12 +20,11 @@ from addiff_env.evaluation import share
 from addiff_env.evaluation.report import html
 from addiff_env.evaluation.run import runner
 from addiff_env.evaluation.vlm_judge import judging
-from addiff_env.rllib import Settings
 from addiff_env.rllib import training as rllib_training
 from addiff_env.sb3 import command as train_command
 from addiff_env.sb3 import search
-from addiff_env.sb3.training import sweep_folder
 from addiff_env.storage.files import FolderBusyError
+from addiff_env.storage.hydra_app import sweep_folder
 
 PARSER = OverridesParser.create()
 ROOT = Path(__file__).resolve().parents[3]
@@ -101,7 +101,7 @@ def programs(folder, tmp_path, monkeypatch):
     return {
         "html": ("claim", folder, lambda: html.main([str(folder)])),
         "judging": ("claim", folder, lambda: judging.main([str(folder), "--judges", "x"])),
-        "rllib": ("claim", folder, lambda: rllib_training.train(Settings(), folder, 1)),
+        "rllib": ("claim", folder, lambda: rllib_training.train(rllib_config(), folder)),
         "search": ("claim", folder, lambda: search.main([str(folder), "--seed", "3", *space])),
         "baselines": (
             "claim_file",

@@ -7,29 +7,29 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from addiff_env.evaluation.statistics.hypotheses import (
-    BEST_OF,
-    CONTINUED,
-    FULL_IMAGE,
+from addiff_env.evaluation.statistics.bootstrap import interval
+from addiff_env.evaluation.statistics.decide import decide_all
+from addiff_env.evaluation.statistics.decision import (
     NOT_APPLICABLE,
     NOT_SUPPORTED,
     SUPPORTED,
     UNDECIDED,
-    Judge,
+    ConditionTester,
     Part,
     Rules,
-    agent_runs,
-    all_verdicts,
     conclude,
     describe,
-    h1_efficiency,
-    h2_quality,
-    h3_adaptivity,
-    h4_refinement,
+)
+from addiff_env.evaluation.statistics.families import (
+    BEST_OF,
+    CONTINUED,
+    FULL_IMAGE,
+    agent_runs,
     solver_families,
     solver_fronts,
 )
-from addiff_env.evaluation.statistics.significance import Least, interval
+from addiff_env.evaluation.statistics.front import MinDifference
+from addiff_env.evaluation.statistics.hypotheses import h1_efficiency, h2_quality, h3_adaptivity, h4_refinement
 from addiff_env.types import Action, ResultRow
 
 QUICK = Rules(draws=400)
@@ -157,7 +157,7 @@ def test_a_small_sure_gain_is_a_gain():
     # .012 [.007, .017] is above zero, though less than the margin of .02.
     gain = interval(0.012, np.random.default_rng(0).normal(0.012, 0.003, 2000), 0.9)
     assert (gain.low, gain.high) == pytest.approx((0.007, 0.017), abs=0.0005)
-    part = Judge(200, Rules(), critical=1.645).above("better than ddim-25", gain, 0.0, worthwhile=0.02)
+    part = ConditionTester(200, Rules(), critical=1.645).above("better than ddim-25", gain, 0.0, worthwhile=0.02)
     assert part.outcome == SUPPORTED
     number = np.arange(400)
     rows = rows_of("agent", 0.012 + 0.03 * np.sin(number), 14) + rows_of("ddim-10", np.zeros(400), 10)
@@ -258,14 +258,16 @@ def test_what_blocks_says_how_many_prompts_are_needed(rng):
     """Not the nearest comparison, if that one is decided already; and refuting takes the bounds of all at once."""
     draws = rng.standard_normal(4000)
     near, far = interval(0.03, 0.03 + 0.005 * draws, 0.9), interval(0.05, 0.05 + 0.04 * draws, 0.9)
-    part = Judge(1000, Rules(), critical=1.645).above("above", Least({"near": near, "far": far}, 0.9), 0.0, 0.01)
+    both = MinDifference({"near": near, "far": far}, 0.9)
+    part = ConditionTester(1000, Rules(), critical=1.645).above("above", both, 0.0, 0.01)
     assert part.outcome == UNDECIDED and part.note == "nearest: near"
     assert part.required == pytest.approx(1000 * ((1.645 + 0.842) * 0.04 / 0.05) ** 2, rel=0.05)
     behind = interval(-0.03, -0.03 + 0.02 * draws, 0.9)
-    part = Judge(500, Rules(), critical=2.6).above("above", behind, 0.0, 0.01)  # .04 short of the gain; 2.6 * .02 more
+    # .04 short of the gain; 2.6 * .02 more.
+    part = ConditionTester(500, Rules(), critical=2.6).above("above", behind, 0.0, 0.01)
     assert part.outcome == UNDECIDED and part.required == pytest.approx(500 * ((2.6 + 0.842) / 2) ** 2, rel=0.05)
     spent = interval(29.0, 29.0 + draws, 0.9)
-    part = Judge(100, Rules(), critical=1.645).at_most("mean NFE at most 30", spent, 30.0)
+    part = ConditionTester(100, Rules(), critical=1.645).at_most("mean NFE at most 30", spent, 30.0)
     assert part.outcome == UNDECIDED and part.required == pytest.approx(100 * (1.645 + 0.842) ** 2, rel=0.05)
 
 
@@ -509,13 +511,13 @@ def everything(rng, number):
 
 def test_all_four_are_decided_where_everything_was_run(rng):
     rows, complexity = everything(rng, 800)
-    assert [v.outcome for v in all_verdicts(rows, complexity, rules=QUICK)] == [SUPPORTED] * 4
+    assert [v.outcome for v in decide_all(rows, complexity, rules=QUICK)] == [SUPPORTED] * 4
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 9])
 def test_a_small_run_is_undecided_with_the_reason(rng, number):
     rows, complexity = everything(rng, number)
-    verdicts = all_verdicts(rows, complexity, rules=QUICK)
+    verdicts = decide_all(rows, complexity, rules=QUICK)
     assert [v.hypothesis for v in verdicts] == ["H1", "H2", "H3", "H4"]
     for verdict in verdicts:
         assert (verdict.outcome, verdict.prompts, verdict.required) == (UNDECIDED, number, None)
@@ -525,7 +527,7 @@ def test_a_small_run_is_undecided_with_the_reason(rng, number):
 def test_what_is_missing_leaves_its_hypothesis_undecided(rng):
     rows, complexity = everything(rng, 40)
     own = [row for row in rows if row.method == "agent"]
-    assert [v.reason for v in all_verdicts(own, dict.fromkeys(complexity, 2.0), rules=QUICK)] == [
+    assert [v.reason for v in decide_all(own, dict.fromkeys(complexity, 2.0), rules=QUICK)] == [
         "50-step inference (ddim-50) was not run",
         "no solver was run",
         "open: every prompt has complexity 2: nothing to adapt to",
@@ -538,10 +540,10 @@ def test_the_reference_is_50_plain_steps_by_name(rng):
     others = [row for row in rows if row.method not in ("ddim-50", "agent")]
     others += rows_of("sag-50", np.ones(40), 50) + rows_of("dpmpp_2m-50", np.ones(40), 50)
     agent = [row for row in rows if row.method == "agent"]
-    first = all_verdicts([*others, *agent], complexity, rules=QUICK)[0]
+    first = decide_all([*others, *agent], complexity, rules=QUICK)[0]
     assert first.reason == "50-step inference (ddim-50) was not run"
     flow = [replace(row, solver="dpmpp_2m-20") for row in agent]  # the environment's own solver and schedule
-    first = all_verdicts([*others, *flow], complexity, rules=QUICK)[0]
+    first = decide_all([*others, *flow], complexity, rules=QUICK)[0]
     assert part_of(first, "quality").condition == "quality not inferior to dpmpp_2m-50"
 
 
@@ -554,12 +556,12 @@ def test_runs_of_one_agent_are_told_by_name(rng):
     plain = [row for row in rows if row.method not in names]
     own = [row for row in rows if row.method in names]
     runs = [replace(row, method=names[row.method].format(k)) for k in (0, 1) for row in own]
-    grouped = all_verdicts(plain + runs, complexity, rules=QUICK)
-    assert [v.outcome for v in grouped] == [v.outcome for v in all_verdicts(rows, complexity, rules=QUICK)]
+    grouped = decide_all(plain + runs, complexity, rules=QUICK)
+    assert [v.outcome for v in grouped] == [v.outcome for v in decide_all(rows, complexity, rules=QUICK)]
     assert grouped[3].parts[0].condition == "better than agent, mask=full at equal NFE"
     one = [row for row in plain + runs if row.method != "agent-s1, continued"]
-    assert all_verdicts(one, complexity, rules=QUICK)[3].reason == "its controls were not run"
-    named = all_verdicts(plain + runs, complexity, ["agent-s1"], QUICK)
+    assert decide_all(one, complexity, rules=QUICK)[3].reason == "its controls were not run"
+    named = decide_all(plain + runs, complexity, ["agent-s1"], QUICK)
     assert named[0].parts[0].estimate == grouped[0].parts[0].estimate  # the copies' mean is the one's
 
 

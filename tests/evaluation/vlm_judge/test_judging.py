@@ -12,7 +12,7 @@ from addiff_env import cli
 from addiff_env.evaluation.report import html
 from addiff_env.evaluation.run.rows import append_rows, read_rows
 from addiff_env.evaluation.run.run_folder import write_items, write_provenance, write_verdicts
-from addiff_env.evaluation.statistics.hypotheses import Rules
+from addiff_env.evaluation.statistics.decision import Rules
 from addiff_env.evaluation.vlm_judge.client import Preference
 from addiff_env.evaluation.vlm_judge.judging import agreement, describe_judge, describe_pair, run_pairs
 

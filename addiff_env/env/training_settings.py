@@ -1,0 +1,109 @@
+"""What every trainer reads of a configuration (the groups of ``configs/``): environment, reward, prompts, files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import gymnasium as gym
+from omegaconf import DictConfig, OmegaConf
+
+from addiff_env.env.prompts import load_prompts
+from addiff_env.stats import spread
+from addiff_env.storage.inputs import FILE_SETTINGS, differing
+
+
+def env_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The environment's keyword arguments: ``env.kwargs``, the prompts, and the reward over the id's own preset.
+
+    Raises:
+        ValueError: the reward or the prompts are set in ``env.kwargs``, where they would have two truths.
+    """
+    settings = as_mapping(cfg.env.kwargs)
+    for name, instead in (("reward", "reward.weights"), ("prompts", "prompts.source")):
+        if name in settings:
+            raise ValueError(f"env.kwargs.{name}={settings[name]!r}: set {instead} instead")
+    if cfg.prompts.source is not None:
+        settings["prompts"] = _prompts(cfg.prompts.source)
+    if weights := as_mapping(cfg.reward.weights):
+        preset = gym.spec(cfg.env.id).kwargs.get("reward") or {}
+        settings["reward"] = {**preset, **weights}
+    return settings
+
+
+def env_inputs(cfg: DictConfig) -> dict[str, Any]:
+    """The settings of the environment that may name files, by the names that the configuration has."""
+    settings = gym.spec(cfg.env.id).kwargs | env_settings(cfg)
+    named = {f"env.kwargs.{name}": settings.get(name) for name in FILE_SETTINGS}
+    return {**named, "prompts.source": named.pop("env.kwargs.prompts")}
+
+
+def check_discount(cfg: DictConfig, gamma: float) -> None:
+    """Shaping needs one discount: ``gamma`` is the environment's reward's.
+
+    Raises:
+        ValueError: the algorithm's is another one.
+    """
+    if cfg.algorithm.gamma != gamma:
+        message = "shaping needs one discount: algorithm.gamma is {}, the reward's gamma {}"
+        raise ValueError(message.format(cfg.algorithm.gamma, gamma))
+
+
+def held_out_prompts(cfg: DictConfig) -> list[str]:
+    """The prompts that are looked at, from all over their source; none where the configuration looks at nothing."""
+    held_out = cfg.prompts.held_out
+    if not held_out.source or not cfg.logging.held_out_every:
+        return []
+    return spread(load_prompts(_prompts(held_out.source)), held_out.number)
+
+
+def _prompts(source: Any) -> str | list[str]:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else list(source)
+
+
+def as_mapping(cfg: DictConfig) -> dict[str, Any]:
+    """A group of the configuration as a plain dictionary, everything filled in."""
+    return {str(name): value for name, value in OmegaConf.to_container(cfg, resolve=True).items()}  # type: ignore[union-attr]
+
+
+def resolved(cfg: DictConfig) -> str:
+    """The configuration as YAML, everything filled in."""
+    return OmegaConf.to_yaml(cfg, resolve=True)
+
+
+def differing_values(
+    ours: DictConfig,
+    theirs: DictConfig,
+    contents_now: Mapping[str, str] = MappingProxyType({}),
+    contents_there: Mapping[str, str] = MappingProxyType({}),
+    named: Mapping[str, Any] = MappingProxyType({}),
+    cosmetic: Collection[str] = (),
+) -> list[str]:
+    """Every value in which two configurations differ, in words; see `addiff_env.storage.inputs.differing`.
+
+    Args:
+        ours: one of them.
+        theirs: the other one.
+        contents_now: fingerprints of the files that ours names.
+        contents_there: the same of theirs.
+        named: what the message shows of a setting that is not among ours.
+        cosmetic: settings and groups that may differ, as they decide no result: ``logging``, ``rllib.nodes``.
+    """
+    here, there = (_decisive(cfg, cosmetic) for cfg in (ours, theirs))
+    return differing(here, there, contents_now, contents_there, named)
+
+
+def _decisive(cfg: DictConfig, cosmetic: Collection[str]) -> dict[str, Any]:
+    flat = _flatten(as_mapping(cfg))
+    return {name: value for name, value in flat.items() if name not in cosmetic and name.split(".")[0] not in cosmetic}
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    return flat

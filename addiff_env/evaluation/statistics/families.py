@@ -1,0 +1,42 @@
+"""What methods' names say: which solver, best-of-N, training run or control a row belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+SOLVERS = ("ddim", "dpmpp_2m", "euler", "unipc", "pndm")  # the model's own fixed-step inference; others change it
+BEST_OF = "best-of-N"  # the family of best-of-N at every N
+FULL_IMAGE, CONTINUED = "agent, mask=full", "agent, continued"  # H4's controls, by method name
+Groups = Mapping[str, Sequence[str]]  # a name and the methods that are its training runs
+
+
+def members_of(fronts: Groups) -> list[str]:
+    """Every method of the groups, once, in order."""
+    return list(dict.fromkeys(name for members in fronts.values() for name in members))
+
+
+def solver_fronts(methods: Iterable[str]) -> dict[str, list[str]]:
+    """Fixed-step methods by solver (`SOLVERS`), from names such as ``ddim-50``; other names are left out."""
+    fronts: dict[str, list[str]] = {}
+    for name in methods:
+        solver, _, steps = name.rpartition("-")
+        if solver in SOLVERS and steps.isdigit():
+            fronts.setdefault(solver, []).append(name)
+    return fronts
+
+
+def agent_runs(methods: Iterable[str]) -> list[str]:
+    """Training runs of the agent among method names: ``agent``, or ``agent-s0``, ``agent-s1``, ..."""
+    return [name for name in methods if re.fullmatch(r"agent(-s\d+)?", name)]
+
+
+def solver_families(methods: Sequence[str]) -> dict[str, list[str]]:
+    """`solver_fronts`, and best-of-N as a family of its own."""
+    best = [name for name in methods if name.startswith("best-of-")]
+    return solver_fronts(methods) | ({BEST_OF: best} if best else {})
+
+
+def control_names(agent: str) -> tuple[str, str]:
+    """H4's controls of an agent's rows, by method name."""
+    return FULL_IMAGE.replace("agent", agent, 1), CONTINUED.replace("agent", agent, 1)
