@@ -111,7 +111,7 @@ def test_ema_by_hand() -> None:
 
 
 def test_missing_data_names_the_file_and_the_command(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"captions\.json.*recipes\.data"):
+    with pytest.raises(FileNotFoundError, match=r"captions\.json.*addiff world data"):
         data.load(tmp_path)
 
 
