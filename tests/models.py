@@ -17,6 +17,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
+import addiff_env
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -159,3 +160,17 @@ def with_scheduler(folder: Path, scheduler: Any, target: Path) -> Path:
     (target / "model_index.json").write_text(json.dumps(index))
     scheduler.save_pretrained(target / "scheduler")
     return target
+
+
+def head(file: Path) -> Path:
+    """A head of the aesthetic predictor's for the packaged CLIP."""
+    from safetensors.torch import save_file
+
+    from addiff_env.loading.weights import resolve_model
+    from addiff_env.perception.encoders import load_clip
+    from addiff_env.perception.scorers import Aesthetic
+
+    with torch.random.fork_rng():
+        made = Aesthetic(load_clip(resolve_model(addiff_env.TINY["clip"]), "cpu"))
+    save_file({name: value for name, value in made.state_dict().items() if "encoder" not in name}, file)
+    return file

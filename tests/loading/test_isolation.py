@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
-from models import save
+from models import head, save
 
 import addiff_env
 from addiff_env.agent import Agent, PolicyNet
@@ -259,18 +259,6 @@ def test_loads_and_threads_on_a_gpu(small_kwargs: Kwargs) -> None:
     calls = [partial(latents, env, seed) for seed, env in enumerate(envs)]
     alone = [call() for call in calls]
     assert all(torch.equal(*pair) for pair in zip(together(calls), alone, strict=True))
-
-
-def head(file: Path) -> Path:
-    """A head of the aesthetic predictor's for the packaged CLIP."""
-    from safetensors.torch import save_file
-
-    from addiff_env.perception.scorers import Aesthetic
-
-    with torch.random.fork_rng():
-        made = Aesthetic(load_clip(resolve_model(addiff_env.TINY["clip"]), "cpu"))
-    save_file({name: value for name, value in made.state_dict().items() if "encoder" not in name}, file)
-    return file
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

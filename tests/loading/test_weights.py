@@ -13,9 +13,8 @@ import open_clip
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from models import BUILDERS, save
+from models import BUILDERS, head, save
 from safetensors.torch import load_file, save_file
-from test_isolation import head
 
 import addiff_env
 from addiff_env.agent import Agent, PolicyNet

@@ -1,10 +1,6 @@
 """Folders and files that several processes work in, names of files, and what is said of damaged ones."""
 
 import os
-import signal
-import subprocess
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
+from processes import everything, held
 
 from addiff_env.storage.files import (
     FolderBusyError,
@@ -30,34 +27,6 @@ from addiff_env.storage.pictures import open_picture, read_picture
 
 PARSER = OverridesParser.create()
 ROOT = Path(__file__).resolve().parents[2]
-HOLD = """
-import sys, time
-from contextlib import ExitStack
-from pathlib import Path
-from addiff_env.storage import files
-with ExitStack() as held:
-    held.enter_context(getattr(files, sys.argv[1])(Path(sys.argv[2]), *sys.argv[4:]))
-    print("held", flush=True)
-    time.sleep(float(sys.argv[3]))
-"""
-
-
-@contextmanager
-def held(kind, place, *words, seconds=60):
-    """Another process that holds ``place``; killed at the end."""
-    command = [sys.executable, "-c", HOLD, kind, str(place), str(seconds), *words]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            yield process
-        finally:
-            process.send_signal(signal.SIGKILL)
-
-
-def everything(folder):
-    """Every file with its bytes and its time."""
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def test_a_second_program_is_refused_by_name_and_leaves_everything_as_it_was(tmp_path):
