@@ -20,7 +20,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def load_prompts(prompts: str | os.PathLike[str] | Iterable[str]) -> list[str]:
     """
     if isinstance(prompts, (str, os.PathLike)):
         return [row.prompt for row in read_prompts(prompts)]
-    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, (bytes, Mapping, Set)) or not isinstance(prompts, Iterable):  # a set has no order
         raise TypeError(
             f"prompts must be a list of strings or a file, got {type(prompts).__name__}: {shorten(prompts)}"
         )

@@ -71,7 +71,7 @@ def plain(value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, (torch.device, torch.dtype)):
         return str(value).removeprefix("torch.")
-    if callable(getattr(value, "tolist", None)):
+    if _is_array(value):
         return plain(value.tolist())
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in value.items()}
@@ -80,9 +80,14 @@ def plain(value: Any) -> Any:
     return value
 
 
+def _is_array(value: Any) -> bool:
+    """Whether NumPy, torch or pandas hold ``value``; a type such as ``np.float32`` is no value."""
+    return not isinstance(value, type) and callable(getattr(value, "tolist", None))
+
+
 def as_list(value: Any) -> list[Any] | None:
     """The items of a sequence, an array or a tensor; None where ``value`` is none of these, or a single thing."""
-    if callable(getattr(value, "tolist", None)):
+    if _is_array(value):
         value = value.tolist()
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
         return list(value)

@@ -19,6 +19,7 @@ from addiff_env.agent import Agent, PolicyNet
 from addiff_env.env import DiffusionDenoiseEnv, DiffusionDenoiseVectorEnv
 from addiff_env.env.baseline_cache import compute_baselines
 from addiff_env.env.config import EnvConfig
+from addiff_env.env.prompts import load_prompts
 from addiff_env.env.reward import RewardConfig
 from addiff_env.env.validation import check_seed, plain
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
@@ -37,6 +38,19 @@ NO_SEEDS = [True, False, "3", 2.5, 3.0, -1, 2**63, 2**200, None, [3], b"3", np.n
 
 
 # ------------------------------------------------------------------ settings
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64, torch.Tensor, np.ndarray, int, str])
+@pytest.mark.parametrize("name", ["height", "guidance_scale", "dtype", "compile", "reads", "reward", "prompts"])
+def test_types_are_no_values(name: str, kind: type) -> None:
+    assert plain(kind) is kind
+    with pytest.raises((TypeError, ValueError), match=kind.__name__):
+        DiffusionDenoiseEnv(**{**TINY, name: kind})
+
+
+def test_prompts_without_an_order_are_refused() -> None:
+    with pytest.raises(TypeError, match="set"):
+        load_prompts({"a star", "a ring"})
 
 
 @pytest.mark.parametrize(
