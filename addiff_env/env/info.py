@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from torch.utils._pytree import register_pytree_node
 
 
@@ -45,6 +46,16 @@ class Info(dict[str, Any]):
         if not isinstance(other, dict):
             return NotImplemented
         return self.of({**self, **other}, self.texts | getattr(other, "texts", {}))
+
+
+def lane_info(values: dict[str, Any], texts: dict[str, Any], num_envs: int, list_texts: bool) -> Info:
+    """``values`` and ``texts`` (B,) of all lanes, each with the mask (B,) of the lanes that have it: all."""
+
+    def with_presence(columns: dict[str, Any]) -> dict[str, Any]:
+        return columns | {f"_{name}": np.ones(num_envs, bool) for name in columns}
+
+    listed, hidden = (values | texts, {}) if list_texts else (values, texts)
+    return Info.of(with_presence(listed), with_presence(hidden))
 
 
 # TorchRL maps over ``info`` as a tree, in which torch takes only dictionaries of its own kinds apart.

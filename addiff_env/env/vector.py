@@ -16,7 +16,7 @@ from addiff_env.env import reset_options
 from addiff_env.env.config import EnvConfig
 from addiff_env.env.decisions import action_masks, admissible, read_actions, spent
 from addiff_env.env.denoiser import Denoiser
-from addiff_env.env.info import Info
+from addiff_env.env.info import Info, lane_info
 from addiff_env.env.observer import Observer, observation_of
 from addiff_env.env.parts import ReadableParts
 from addiff_env.env.prompts import load_prompts
@@ -334,8 +334,6 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         """Which actions are admissible now: (B, 3) bool; continue always is, stop once there is a prediction."""
         return action_masks(self.config, self.state)
 
-    # ----------------------------------------------------------------- what the outside sees
-
     def _info(self, taken: np.ndarray, reward: dict[str, np.ndarray]) -> Info:
         values: dict[str, Any] = {
             "seed": self.seed.copy(),
@@ -351,12 +349,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
             "reward_components": RewardComponents.stack(reward),
         }
         texts: dict[str, Any] = {"prompt": np.array(self.prompt, dtype=object)}
-        listed, hidden = (values | texts, {}) if self.config.text_info else (values, texts)
-        return Info.of(self._with_presence(listed), self._with_presence(hidden))
-
-    def _with_presence(self, values: dict[str, Any]) -> dict[str, Any]:
-        """``values``, each with the mask (B,) of the lanes that have it: all."""
-        return values | {f"_{name}": np.ones(self.num_envs, bool) for name in values}
+        return lane_info(values, texts, self.num_envs, self.config.text_info)
 
     def _reset_finished(self, lanes: np.ndarray, observation: Any, info: Info) -> tuple[Any, Info]:
         """SAME_STEP: restart ``lanes`` now; the last observation and info move to ``final_obs`` and ``final_info``."""
