@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from addiff_env import cli
+from addiff_env.env.config import EnvConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = ROOT / "addiff_env" / "tiny" / "weights" / "README.md"
@@ -145,8 +147,8 @@ def understand_hydra(name: str, words: list[str]) -> None:
     words = [word for word in words if word not in ("-m", "--cfg", "job")]
     if "--config-dir" in words:  # a folder of the reader's own
         return
-    overrides = []
-    for override in OverridesParser.create().parse_overrides([word.replace("<", "").replace(">", "") for word in words]):
+    overrides, named = [], [re.sub(r"<(\w+)>", r"\1", word) for word in words]  # <folder>: what a reader fills in
+    for override in OverridesParser.create().parse_overrides(named):
         swept = override.is_sweep_override()
         value = next(override.sweep_string_iterator()) if swept else override.get_value_element_as_str()
         overrides.append(f"{override.input_line.partition('=')[0]}={value}")
@@ -160,7 +162,8 @@ def submit(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     fake.write_text('#!/bin/sh\necho "$@" >&2\n')
     fake.chmod(0o755)
     given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ADDIFF_RUNS": str(tmp_path), "ADDIFF_PARTITION": "any"}
-    done = subprocess.run([ROOT / "slurm" / "submit.sh", *words], env=os.environ | given, capture_output=True, text=True)
+    command = [ROOT / "slurm" / "submit.sh", *words]
+    done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True)
     assert done.returncode == 0 and f"slurm/{words[0]}.sbatch" in done.stderr, done.stderr
     if words[0] in HYDRA:
         understand_hydra(HYDRA[words[0]], [word for word in words[1:] if "=" in word])
@@ -211,6 +214,12 @@ def test_files_and_names_exist(page: Path) -> None:
             assert all(any(ROOT.glob(path.rstrip("/"))) for path in alternatives(code)), code
         elif re.fullmatch(r"addiff_env(\.\w+)+", code):
             pkgutil.resolve_name(code)
+    for module, name in re.findall(r"`(addiff_env/[\w/]+)\.py`: `([\w.]+)`", text_of(page)):
+        pkgutil.resolve_name(f"{module.replace('/', '.')}:{name}")
+
+
+def test_the_page_of_the_environment_names_every_setting() -> None:
+    assert {field.name for field in fields(EnvConfig)} <= set(inline(ROOT / "docs" / "environment.md"))
 
 
 def test_every_environment_variable_is_documented_and_real() -> None:
