@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CARD = ROOT / "addiff_env" / "tiny" / "weights" / "README.md"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", CARD, *sorted((ROOT / "docs").glob("*.md"))]
 SLOW = {"ray"}  # starts worker processes
-HYDRA = {"train": "train", "evaluate": "evaluate"}  # verb: its configuration
+HYDRA = {"train": "train", "train-rllib": "train_rllib", "evaluate": "evaluate"}  # verb: its configuration
+JOBS = {"train": "train", "sweep": "train", "evaluate": "evaluate", "ray": "train_rllib"}  # likewise, of submit.sh
 SCRIPTS = {"train_sb3.py": "train", "evaluate.py": "evaluate"}
 OTHERS = {".", "export", "git", "cd", "tensorboard", "hf"}  # programs that are not ours
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -165,8 +166,8 @@ def submit(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     command = [ROOT / "slurm" / "submit.sh", *words]
     done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True)
     assert done.returncode == 0 and f"slurm/{words[0]}.sbatch" in done.stderr, done.stderr
-    if words[0] in HYDRA:
-        understand_hydra(HYDRA[words[0]], [word for word in words[1:] if "=" in word])
+    if words[0] in JOBS:
+        understand_hydra(JOBS[words[0]], [word for word in words[1:] if not word.isdecimal()])
 
 
 def understand_pip(words: list[str]) -> None:
