@@ -37,7 +37,8 @@ def env_inputs(cfg: DictConfig) -> dict[str, Any]:
     """The settings of the environment that may name files, by the names that the configuration has."""
     settings = gym.spec(cfg.env.id).kwargs | env_settings(cfg)
     named = {f"env.kwargs.{name}": settings.get(name) for name in FILE_SETTINGS}
-    return {**named, "prompts.source": named.pop("env.kwargs.prompts")}
+    prompts = named.pop("env.kwargs.prompts")
+    return {**named, "prompts.source": prompts}
 
 
 def check_discount(cfg: DictConfig, gamma: float) -> None:

@@ -194,10 +194,10 @@ def test_an_environment_says_where_a_path_was_looked_for(
 
 
 def test_training_says_where_baselines_were_looked_for(elsewhere: Path) -> None:
-    training = importlib.import_module("addiff_env.sb3.training")
+    parts = importlib.import_module("addiff_env.sb3.parts")
     cfg = OmegaConf.create({"reward": {"baselines": "gone.jsonl", "weights": {}}, "prompts": {"source": None}})
     cfg.env = {"id": ID, "kwargs": {}}
     lanes = type("Lanes", (), {"reward_config": importlib.import_module("addiff_env.env.reward").RewardConfig()})()
     with pytest.raises(FileNotFoundError) as error:
-        training.load_baselines(cfg, lanes)
+        parts.load_baselines(cfg, lanes)
     assert str(elsewhere / "gone.jsonl") in str(error.value)
