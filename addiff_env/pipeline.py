@@ -65,6 +65,7 @@ class AdaptivePipeline:
     one; None: as the environment's setting says.
 
     Raises:
+        TypeError: an environment of another kind, e.g. of one lane.
         ValueError: lanes that restart by themselves or are cut short, an agent that sees other observations than
             ``env`` makes, or a negative prompt for a model without guidance.
 
@@ -73,6 +74,8 @@ class AdaptivePipeline:
     """
 
     def __init__(self, env: DiffusionDenoiseVectorEnv, agent: Any, negative_prompt: str | None = None) -> None:
+        if not isinstance(env, DiffusionDenoiseVectorEnv):
+            raise TypeError(f"the pipeline needs a DiffusionDenoiseVectorEnv (make_agent_env makes one), got {env!r}")
         if env.autoreset_mode != AutoresetMode.DISABLED:
             raise ValueError(f"the pipeline needs lanes that wait (autoreset DISABLED), got {env.autoreset_mode}")
         if env.max_episode_steps is not None:

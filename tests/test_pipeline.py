@@ -1,5 +1,6 @@
 """The adaptive pipeline against one lane driven by hand, and its errors."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -124,3 +125,9 @@ def test_looks_are_paid_as_often_as_the_environment_looks(agent):
     (made,) = AdaptivePipeline(env, ThresholdRule(2, 100.0, 6))(PROMPTS[:1], SEEDS[:1])
     looks = 1 + (len(made.actions) - 1) // 2  # after the warm-up, and after every other decision but the last
     assert len(made.actions) > 3 and made.net_flops == pytest.approx(bill(env, made, looks))
+
+
+def test_an_environment_of_one_lane_is_refused_by_name(small_kwargs):
+    env = gym.make("AdDiffusion-Tiny-v0", **small_kwargs)
+    with pytest.raises(TypeError, match="DiffusionDenoiseVectorEnv"):
+        AdaptivePipeline(env, StopAt(2, 4))
