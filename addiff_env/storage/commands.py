@@ -67,9 +67,14 @@ def this_command(*further: str) -> str:
 
 
 def this_program() -> list[str]:
-    """The words that started this process, up to its own arguments, as one can give them again from here."""
-    words = _started_by()
-    words = words[: len(words) - len(sys.argv[1:])]
+    """The words that started this process, up to its own arguments, as one can give them again from here.
+
+    Empty where the arguments are not the process's own: the program was called from Python, in a notebook for one.
+    """
+    words, own = _started_by(), sys.argv[1:]
+    if words[len(words) - len(own) :] != own or len(words) <= len(own):
+        return []
+    words = words[: len(words) - len(own)]
     if words[0].startswith("python") and Path(sys.executable).is_relative_to(Path.cwd()):
         words[0] = os.path.relpath(sys.executable)
     return words

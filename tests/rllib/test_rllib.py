@@ -48,7 +48,7 @@ def test_lanes_are_as_an_env_runner_takes_them(small_kwargs):
     env = DictInfoToList(rllib.make_lanes({"id": ID, "kwargs": small_kwargs, "num_envs": 2}))
     observations, infos = env.reset(seed=3)
     assert observations.shape[0] == len(infos) == env.num_envs == 2
-    assert {"prompt", "nfe", "action_mask"} <= set(infos[0])
+    assert {"seed", "nfe", "action_mask"} <= set(infos[0])
     _, _, ended, _, infos = env.step(np.array([1, 0]))
     assert ended.tolist() == [True, False] and infos[1]["nfe"] == 3
     _, reward, ended, _, infos = env.step(np.array([0, 0]))

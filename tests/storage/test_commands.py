@@ -77,3 +77,11 @@ def test_a_program_is_named_as_one_starts_it_again(monkeypatch, tmp_path, starte
     monkeypatch.setattr("addiff_env.storage.commands.shutil.which", lambda name: f"/opt/bin/{name}")
     assert this_program() == said
     assert shlex.split(this_command("x=2")) == [*said, *arguments, "x=2"]
+
+
+def test_a_program_called_from_python_has_no_words_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "notebook"])
+    monkeypatch.setattr(sys, "argv", ["notebook", "benchmark.limit=8", "hydra.run.dir=runs/a b"])
+    assert this_program() == []
+    monkeypatch.setattr(sys, "orig_argv", ["python", "evaluate.py", "benchmark.limit=8", "hydra.run.dir=runs/a b"])
+    assert this_program()[-1] == "evaluate.py"

@@ -154,7 +154,8 @@ def what_decides(cfg: DictConfig, verdicts: Sequence[Decision]) -> list[str]:
         return []
     replaced = ("methods=", "benchmark.limit=", "hydra.run.dir=", "shard.")
     kept = [override for override in HydraConfig.get().overrides.task if not override.startswith(replaced)]
-    words = [*this_program(), *kept, f"methods={ALL}", "benchmark.limit=null", "hydra.run.dir=runs/reproduce"]
+    program = this_program() or ["addiff", "evaluate"]
+    words = [*program, *kept, f"methods={ALL}", "benchmark.limit=null", "hydra.run.dir=runs/reproduce"]
     return [
         "A run of some prompts or methods is too small to decide what is undecided above. All of them tell most; that "
         f"takes hours on a few cores, and goes on where it was stopped:\n  {shlex.join(words)}"
