@@ -124,7 +124,7 @@ def test_training(cluster, tmp_path):
     assert (tmp_path / "runs" / "logs").is_dir()
 
 
-def test_trainings_do_not_share_a_folder(cluster, tmp_path):
+def test_trainings_do_not_share_a_folder(cluster, tmp_path, monkeypatch):
     """Unless they are told to: Hydra fills in preset and seed."""
     _, lines = cluster("train", "env=sd15", "seed=1")
     (call,) = calls(lines, "python")
@@ -132,6 +132,7 @@ def test_trainings_do_not_share_a_folder(cluster, tmp_path):
     with initialize_config_dir(str(SLURM.parent / "configs"), version_base="1.3"):
         cfg = compose("train", [call.split()[1], "env=sd15", "seed=1"], return_hydra_config=True)
     OmegaConf.update(cfg, "hydra.runtime.choices.env", "sd15", force_add=True)  # as a run of the script sets it
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # restored afterwards
     HydraConfig.instance().set_config(cfg)
     assert cfg.hydra.run.dir == f"{tmp_path}/runs/train/sd15-seed1"
 
