@@ -174,10 +174,15 @@ def test_other_methods_mount_the_same_network(small_kwargs: Kwargs) -> None:
     def pictures(method: Any) -> list[np.ndarray]:
         return [result.picture for group in method.make(items) for _, result in group]
 
+    def near(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+        """Attend-and-Excite's gradients differ in their last digits from call to call, in one thread, too (AVX2)."""
+        return all(np.abs(a.astype(int) - b).max() <= 2 for a, b in zip(one, other, strict=True))
+
     calls = [*(partial(pictures, method) for method in methods), partial(play, other, 5, 2)]
     alone = [call() for call in calls]
-    for one in (calls[:2] + calls[4:], calls[1:]):
-        assert all(map(same, together(one), alone[:2] + alone[4:] if len(one) == 3 else alone[1:]))
+    for chosen in ([0, 1, 4], [1, 2, 3, 4]):
+        found = dict(zip(chosen, together([calls[index] for index in chosen]), strict=True))
+        assert all((near if index == 1 else same)(found[index], alone[index]) for index in chosen)
 
 
 def test_pipelines_in_threads(small_kwargs: Kwargs) -> None:
