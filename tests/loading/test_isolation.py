@@ -4,11 +4,12 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from models import head, save
+from transformers import CLIPTokenizer
 
 import addiff_env
 from addiff_env.agent import Agent, PolicyNet
@@ -183,6 +185,38 @@ def test_other_methods_mount_the_same_network(small_kwargs: Kwargs) -> None:
     for chosen in ([0, 1, 4], [1, 2, 3, 4]):
         found = dict(zip(chosen, together([calls[index] for index in chosen]), strict=True))
         assert all((near if index == 1 else same)(found[index], alone[index]) for index in chosen)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' own, under NumPy 2
+def test_a_tokenizer_is_used_by_one_thread_at_a_time(small_kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast tokenizers keep padding and truncation as state: a call beside another one pads as that one does."""
+    using: set[tuple[int, int]] = set()  # tokenizer, thread
+    shared = []
+
+    def watched(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            use = id(self), threading.get_ident()
+            outer = use not in using
+            using.add(use)
+            time.sleep(0.002)  # for another thread to come in
+            shared.extend(other for other in tuple(using) if other[0] == use[0] and other != use)
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                if outer:
+                    using.remove(use)
+
+        return call
+
+    env, other = make(small_kwargs), make(small_kwargs)
+    methods = [make_method(name, env) for name in ("sag-2", "attend-and-excite-2", "attend-and-excite-2", "euler-2")]
+    for name in ("__call__", "tokenize"):
+        monkeypatch.setattr(CLIPTokenizer, name, watched(getattr(CLIPTokenizer, name)))
+    items = [Item(f"a red circle above star {i}", i, "colors") for i in range(3)]
+    together([*(partial(list, method.make(items)) for method in methods), partial(play, other, 5, 2)])
+    assert not shared
 
 
 def test_pipelines_in_threads(small_kwargs: Kwargs) -> None:

@@ -264,7 +264,9 @@ class AttendAndExcite(DiffusersSolver):
 
     def _batch(self, items: list[Item]) -> list[Generated]:
         """One picture; that of a blank caption, in which nothing can be excited, by plain DDIM, with a note."""
-        if any(self.backbone.tokenizer.tokenize(item.prompt) for item in items):
+        with frozen(self.backbone):  # a tokenizer keeps how it pads and cuts from one call to the next
+            wordless = not any(self.backbone.tokenizer.tokenize(item.prompt) for item in items)
+        if not wordless:
             return super()._batch(items)
         made = DiffusersSolver(self.env, "ddim", self.steps, DDIMScheduler)._batch(items)
         for result in made:
