@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
+from scipy.stats import rankdata
 
 Z95 = 1.959964  # standard normal quantile of a two-sided 95% interval
 
@@ -67,6 +68,29 @@ def effective_size(values: np.ndarray, owner: np.ndarray) -> float:
     effect = (sums**2).sum() * clusters / (clusters - 1) / (number * share * (1 - share))
     few = (stdtrit(number - 1, 0.975) / stdtrit(clusters - 1, 0.975)) ** 2
     return float(number / max(1.0, effect) * few)
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a satisfied picture outscores a failed one, ties counting half.
+
+    NaN where one of the classes is empty (Hanley & McNeil 1982), or a score is NaN.
+    """
+    positive = labels.astype(bool)
+    number, rest = int(positive.sum()), int((~positive).sum())
+    if number == 0 or rest == 0 or np.isnan(scores).any():
+        return math.nan
+    return float((rankdata(scores)[positive].sum() - number * (number + 1) / 2) / (number * rest))
+
+
+def auc_interval(scores: np.ndarray, labels: np.ndarray, draws: int = 500, seed: int = 0) -> tuple[float, float]:
+    """95% bootstrap interval of `auc` over pictures, those replicates left out that lack a class; NaN as `auc`."""
+    if math.isnan(auc(scores, labels)):
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    index = rng.integers(len(labels), size=(draws, len(labels)))
+    values = np.array([auc(scores[rows], labels[rows]) for rows in index])
+    low, high = np.quantile(values[~np.isnan(values)], [0.025, 0.975])  # half of them at least have both
+    return float(low), float(high)
 
 
 def spread(items: Sequence[Any], number: int) -> list[Any]:

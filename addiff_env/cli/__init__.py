@@ -37,12 +37,15 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does
     "world data": ("addiff_env.tiny.recipes.data", "render the embedded world's training pictures"),
     "world splits": ("addiff_env.tiny.make_splits", "write the embedded world's prompt splits"),
     "world train": ("addiff_env.tiny.recipes.command", "train the embedded world's models, all of them or one"),
-    "world quality": ("addiff_env.tiny.quality", "measure every quality bar of the embedded world's models"),
-    "world auc": ("addiff_env.tiny.auc", "measure how well each scorer foretells the exact checker"),
-    "world finishes": ("addiff_env.tiny.finishes", "measure success by grid, step stopped after and finishing steps"),
-    "world rules": ("addiff_env.tiny.rule_front", "play plain rules on several grids, with the verifier alone"),
-    "world optimal": ("addiff_env.tiny.optimal_stopping", "say what dynamic programming earns on a record"),
-    "world repair": ("addiff_env.tiny.repair", "measure what a refinement repairs, for each kind of mask"),
+    "world quality": ("addiff_env.tiny.measures.quality", "measure every quality bar of the embedded world's models"),
+    "world auc": ("addiff_env.tiny.measures.auc", "measure how well each scorer foretells the exact checker"),
+    "world finishes": (
+        "addiff_env.tiny.measures.finishes",
+        "measure success by grid, step stopped after and finishing steps",
+    ),
+    "world rules": ("addiff_env.tiny.measures.rules", "play plain rules on several grids, with the verifier alone"),
+    "world optimal": ("addiff_env.tiny.measures.optimal_stopping", "say what dynamic programming earns on a record"),
+    "world repair": ("addiff_env.tiny.measures.repair", "measure what a refinement repairs, for each kind of mask"),
 }
 BARS = ("acceptance", "world quality", "world auc")  # their status 1 says that a bar is missed
 EXPECTED = (ValueError, TypeError, OSError, ImportError, gym.error.Error)

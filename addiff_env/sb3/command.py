@@ -24,13 +24,14 @@ from addiff_env.sb3.held_out import MetricFn
 from addiff_env.sb3.training import describe_kept, train
 from addiff_env.storage.commands import command_line, interruptible
 from addiff_env.storage.hydra_app import run_hydra
-from addiff_env.tiny.checker import judge
-from addiff_env.tiny.scenes import SIZE, parse_caption
+from addiff_env.tiny.checker import check_picture
+from addiff_env.tiny.prompts import parse_caption
+from addiff_env.tiny.scenes import SIZE
 
 
 def success_share(pictures: np.ndarray, prompts: Sequence[str]) -> dict[str, float]:
     """Share of pictures uint8 (B, H, W, 3) that the embedded world's exact checker accepts."""
-    verdicts = [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    verdicts = [check_picture(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     return {"success": float(np.mean([verdict.satisfied for verdict in verdicts]))}
 
 

@@ -15,18 +15,8 @@ import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from addiff_env.tiny.scenes import (
-    COLORS,
-    EXTENT,
-    SHAPES,
-    SIZE,
-    SIZE_BOUNDARY,
-    ObjectSpec,
-    Prompt,
-    parse_caption,
-    relation_holds,
-    shape_coverage,
-)
+from addiff_env.tiny.prompts import COLORS, SHAPES, ObjectSpec, Prompt, parse_caption
+from addiff_env.tiny.scenes import EXTENT, SIZE, SIZE_BOUNDARY, relation_holds, shape_coverage
 
 MIN_CHROMA = 0.17  # max - min channel above which a pixel belongs to an object
 MIN_AREA = 16.0  # pixels; a smaller blob is a speck, not an object
@@ -53,7 +43,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """Whether a picture satisfies a prompt, why not, and the share of requirements it meets."""
 
     satisfied: bool
@@ -83,7 +73,7 @@ def read_objects(picture: np.ndarray) -> tuple[Found, ...]:
     return tuple(sorted(found, key=lambda item: (item.x, item.y)))
 
 
-def judge(picture: np.ndarray, prompt: str | Prompt) -> Verdict:
+def check_picture(picture: np.ndarray, prompt: str | Prompt) -> CheckResult:
     """Judge one picture, as `read_objects` takes it, against a prompt or its caption.
 
     A picture satisfies a prompt when it shows every object asked for, with its attributes and
@@ -95,18 +85,18 @@ def judge(picture: np.ndarray, prompt: str | Prompt) -> Verdict:
     prompt = parse_caption(prompt) if isinstance(prompt, str) else prompt
     objects = read_objects(picture)
     met, reason = _requirements(objects, prompt)
-    return Verdict(all(met), reason, float(np.mean(met)), objects)
+    return CheckResult(all(met), reason, float(np.mean(met)), objects)
 
 
-def judge_batch(pictures: np.ndarray, prompts: Sequence[str | Prompt]) -> list[Verdict]:
-    """`judge` for pictures (B, H, W, 3) and as many prompts.
+def check_pictures(pictures: np.ndarray, prompts: Sequence[str | Prompt]) -> list[CheckResult]:
+    """`check_picture` for pictures (B, H, W, 3) and as many prompts.
 
     Raises:
-        ValueError: different numbers of pictures and prompts, or as `judge`.
+        ValueError: different numbers of pictures and prompts, or as `check_picture`.
     """
     if len(pictures) != len(prompts):
         raise ValueError(f"{len(pictures)} pictures but {len(prompts)} prompts")
-    return [judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    return [check_picture(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
 
 
 def match_objects(objects: Sequence[Found], prompt: str | Prompt) -> list[Found | None]:
@@ -233,8 +223,8 @@ def _requirements(objects: Sequence[Found], prompt: Prompt) -> tuple[list[bool],
 def _object_outcomes(spec: ObjectSpec, found: Found | None) -> list[tuple[bool, str]]:
     name = ObjectSpec(spec.shape, spec.color, spec.size).phrase()
     if found is None:
-        facts = 1 + (spec.color is not None) + (spec.size is not None)
-        return [(False, f"{name} is missing")] * facts
+        num_requirements = 1 + (spec.color is not None) + (spec.size is not None)
+        return [(False, f"{name} is missing")] * num_requirements
     outcomes = [(found.shape == spec.shape, f"{name} looks like {found.color} {found.shape}")]
     if spec.color is not None:
         outcomes.append((found.color == spec.color, f"{name} is {found.color}"))
@@ -244,7 +234,7 @@ def _object_outcomes(spec: ObjectSpec, found: Found | None) -> list[tuple[bool, 
 
 
 def _assign(objects: Sequence[Found], wanted: Sequence[ObjectSpec]) -> list[int | None]:
-    """Which found object stands for which wanted one: the assignment that meets the most facts."""
+    """Which found object stands for which wanted one: the assignment that meets the most requirements."""
     gain = np.zeros((len(wanted), len(objects)))
     for row, spec in enumerate(wanted):
         for column, found in enumerate(objects):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from addiff_env.tiny.scenes import CATEGORIES, build_split, sample_train_prompt
+from addiff_env.tiny.prompt_splits import build_split, sample_train_prompt
+from addiff_env.tiny.prompts import CATEGORIES
 
 SPLITS = Path(__file__).resolve().parent / "splits"
 SHARES = (0.06, 0.13, 0.17, 0.07, 0.18, 0.13, 0.13, 0.13)  # of the categories among an agent's training captions

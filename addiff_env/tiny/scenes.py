@@ -1,37 +1,19 @@
-"""The embedded world: scenes of coloured shapes, their pictures and their captions.
+"""Scenes of the embedded world: coloured shapes on a near-grey background, and their pictures.
 
-A *prompt* is a caption with its meaning (`Prompt`); a *scene* is one arrangement of objects that
-satisfies it (`Scene`); `render` draws a scene. The prompt categories mirror GenEval's tasks
-(Ghosh, Hajishirzi & Schmidt 2023) plus scenes of three and four objects.
+A *scene* is one arrangement of objects that satisfies a prompt (`sample_scene`); `render` draws it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib import resources
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-SIZE = 64  # picture height and width, pixels
-WORLD_VERSION = 1  # part of every split; bump whenever a caption or a split could change
+from addiff_env.tiny.prompts import COLORS, RELATION_AXES, SIZES, ObjectSpec, Prompt
 
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-COLORS = {  # sRGB, 0-255; hues at least 24 degrees apart so that `checker` can tell them
-    "red": (222, 36, 44),
-    "orange": (243, 135, 28),
-    "yellow": (244, 222, 40),
-    "green": (48, 174, 66),
-    "cyan": (48, 204, 214),
-    "blue": (44, 86, 222),
-    "purple": (142, 60, 204),
-    "pink": (248, 104, 186),
-}
+SIZE = 64  # picture height and width, pixels
 # The colour a shape takes most of the time when its caption leaves it open, as bananas are yellow.
 TYPICAL_COLOR = {
     "circle": "red",
@@ -42,68 +24,11 @@ TYPICAL_COLOR = {
     "ring": "orange",
 }
 TYPICAL_SHARE = 0.85
-SIZES = {"small": (6.8, 7.8), "large": (10.4, 12.4)}  # radius ranges, pixels
 SIZE_BOUNDARY = 9.1  # radius, pixels: below it an object counts as small, above as large
-RELATION_AXES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # x or y, direction
-RELATIONS = tuple(RELATION_AXES)
-NUMBERS = {"two": 2, "three": 3, "four": 4}
-CATEGORIES = (
-    "single_object",
-    "two_objects",
-    "counting",
-    "colors",
-    "position",
-    "color_attribution",
-    "three_objects",
-    "four_objects",
-)
 # Radius range (pixels) of objects whose size the prompt leaves open, by number of objects.
 _FREE_RADIUS = {1: (7.4, 12.2), 2: (7.2, 11.0), 3: (7.0, 9.2), 4: (6.8, 8.6)}
 _MARGIN = 3.0  # least gap between two objects' bounding circles, pixels
 _ACROSS = 9.0  # most that a related pair is displaced across its relation's axis, pixels
-
-
-@dataclass(frozen=True)
-class ObjectSpec:
-    """What a prompt asks of one kind of object; None leaves the attribute open."""
-
-    shape: str
-    color: str | None = None
-    size: str | None = None
-    count: int = 1
-
-    def phrase(self) -> str:
-        """The words for it, e.g. ``a small red circle`` or ``three stars``."""
-        noun = self.shape if self.count == 1 else _plural(self.shape)
-        attributes = " ".join(word for word in (self.size, self.color, noun) if word)
-        if self.count > 1:
-            return f"{_number_word(self.count)} {attributes}"
-        return f"{'an' if attributes[0] in 'aeiou' else 'a'} {attributes}"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A caption of the world and its meaning; ``relation`` holds between the first two objects."""
-
-    category: str
-    objects: tuple[ObjectSpec, ...]
-    relation: str | None = None
-
-    @property
-    def caption(self) -> str:
-        """The text, e.g. ``a red circle left of a blue square``."""
-        phrases = [spec.phrase() for spec in self.objects]
-        if self.relation:
-            return f"{phrases[0]} {self.relation} {phrases[1]}"
-        if len(phrases) < 3:
-            return " and ".join(phrases)
-        return f"{', '.join(phrases[:-1])} and {phrases[-1]}"
-
-    @property
-    def complexity(self) -> int:
-        """Number of facts a picture must get right: objects, attributes and relations."""
-        facts = sum(s.count * (1 + (s.color is not None) + (s.size is not None)) for s in self.objects)
-        return facts + (self.relation is not None)
 
 
 @dataclass(frozen=True)
@@ -133,100 +58,6 @@ class Scene:
 
     objects: tuple[SceneObject, ...]
     background: Background
-
-
-def _plural(shape: str) -> str:
-    return shape + ("es" if shape.endswith("s") else "s")
-
-
-def _number_word(count: int) -> str:
-    return next(word for word, value in NUMBERS.items() if value == count)
-
-
-# --------------------------------------------------------------------------- reading captions
-
-
-def parse_caption(caption: str) -> Prompt:
-    """Read a caption of the world back into its meaning (the inverse of `Prompt.caption`).
-
-    Raises:
-        ValueError: the text is not a caption of this world; the message quotes what was not understood.
-    """
-    text = " ".join(caption.lower().split()).rstrip(".")
-    for relation in RELATIONS:
-        left, found, right = text.partition(f" {relation} ")
-        if found:
-            return _with_category((_parse_object(left, caption), _parse_object(right, caption)), relation)
-    parts = re.split(r", and |, | and ", text)
-    return _with_category(tuple(_parse_object(part, caption) for part in parts), None)
-
-
-def _parse_object(phrase: str, caption: str) -> ObjectSpec:
-    article, *words = phrase.split() or [""]
-    count = 1 if article in ("a", "an", "one") else NUMBERS.get(article)
-    shapes = {name: name for name in SHAPES} if count == 1 else {_plural(name): name for name in SHAPES}
-    if count is None or not words or words[-1] not in shapes:
-        raise ValueError(f"not a caption of the embedded world: {phrase!r} in {caption!r}")
-    *attributes, noun = words
-    size = attributes.pop(0) if attributes and attributes[0] in SIZES else None
-    color = attributes.pop(0) if attributes and attributes[0] in COLORS else None
-    if attributes:
-        raise ValueError(f"not a caption of the embedded world: {attributes[0]!r} in {caption!r}")
-    return ObjectSpec(shapes[noun], color, size, count)
-
-
-def _with_category(objects: tuple[ObjectSpec, ...], relation: str | None) -> Prompt:
-    return Prompt(_category(objects, relation), objects, relation)
-
-
-def _category(objects: tuple[ObjectSpec, ...], relation: str | None) -> str:
-    if relation:
-        return "position"
-    if any(spec.count > 1 for spec in objects):
-        return "counting"
-    if len(objects) == 1:
-        return "colors" if objects[0].color else "single_object"
-    if len(objects) == 2:
-        return "color_attribution" if all(spec.color for spec in objects) else "two_objects"
-    return "three_objects" if len(objects) == 3 else "four_objects"
-
-
-# --------------------------------------------------------------------------- drawing at random
-
-
-def sample_prompt(rng: np.random.Generator, category: str) -> Prompt:
-    """Draw a prompt of one of `CATEGORIES`.
-
-    Raises:
-        ValueError: unknown category.
-    """
-    if category not in CATEGORIES:
-        raise ValueError(f"unknown category {category!r}; known: {', '.join(CATEGORIES)}")
-    shapes = [str(s) for s in rng.permutation(SHAPES)]
-    colors = [str(c) for c in rng.permutation(list(COLORS))]
-    relation: str | None = None
-    if category == "single_object":
-        objects: tuple[ObjectSpec, ...] = (ObjectSpec(shapes[0], None, _maybe_size(rng)),)
-    elif category == "colors":
-        objects = (ObjectSpec(shapes[0], colors[0], _maybe_size(rng)),)
-    elif category == "counting":
-        color = colors[0] if rng.random() < 0.7 else None
-        objects = (ObjectSpec(shapes[0], color, None, int(rng.integers(2, 5))),)
-    elif category == "two_objects":
-        objects = tuple(ObjectSpec(shapes[i], None, _maybe_size(rng)) for i in range(2))
-    elif category == "position":
-        colored = rng.random() < 0.75
-        objects = tuple(ObjectSpec(shapes[i], colors[i] if colored else None) for i in range(2))
-        relation = str(rng.choice(RELATIONS))
-    else:
-        number = {"color_attribution": 2, "three_objects": 3, "four_objects": 4}[category]
-        picks = rng.integers(len(SHAPES), size=number)  # a shape may come twice, a colour may not
-        objects = tuple(ObjectSpec(SHAPES[k], colors[i]) for i, k in enumerate(picks))
-    return Prompt(category, objects, relation)
-
-
-def _maybe_size(rng: np.random.Generator) -> str | None:
-    return None if rng.random() < 0.4 else str(rng.choice(list(SIZES)))
 
 
 def sample_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
@@ -384,166 +215,3 @@ def render(scene: Scene) -> np.ndarray:
         alpha = shape_coverage(item.shape, item.x, item.y, item.radius)[..., None]
         picture = (1 - alpha) * picture + alpha * np.asarray(item.rgb)
     return np.round(picture * 255).astype(np.uint8)
-
-
-# --------------------------------------------------------------------------- splits
-
-
-def caption_split(prompt: Prompt) -> str:
-    """``train``, ``dev`` or ``test``: where this prompt's meaning belongs (80/10/10 by hash).
-
-    Captions that differ only in the order of their objects fall into the same split.
-    """
-    if prompt.category == "single_object":
-        return "train"  # too few of them: they occur in every split
-    specs = [f"{s.count} {s.size} {s.color} {s.shape}" for s in prompt.objects]
-    if prompt.relation is None:
-        specs.sort()
-    key = f"v{WORLD_VERSION}|{'|'.join(specs)}|{prompt.relation}"
-    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 10
-    return {0: "dev", 1: "test"}.get(bucket, "train")
-
-
-def sample_train_prompt(rng: np.random.Generator, category: str | None = None) -> Prompt:
-    """Draw a prompt that belongs to no evaluation split; a random category by default."""
-    while True:
-        prompt = sample_prompt(rng, category or str(rng.choice(CATEGORIES)))
-        if caption_split(prompt) == "train":
-            return prompt
-
-
-def build_split(name: str, per_category: int = 128) -> list[dict[str, Any]]:
-    """Make an evaluation split anew: rows of ``prompt``, ``seed``, ``category``, balanced.
-
-    Raises:
-        ValueError: ``name`` is neither ``dev`` nor ``test``.
-    """
-    if name not in ("dev", "test"):
-        raise ValueError(f"unknown split {name!r}; known: dev, test")
-    rows = []
-    for category in CATEGORIES:
-        entropy = hashlib.sha256(f"v{WORLD_VERSION}|{name}|{category}".encode()).digest()[:8]
-        rng = np.random.default_rng(int.from_bytes(entropy, "big"))
-        wanted = "train" if category == "single_object" else name
-        prompts: list[Prompt] = []
-        while len(prompts) < per_category:
-            prompt = sample_prompt(rng, category)
-            if caption_split(prompt) == wanted:
-                prompts.append(prompt)
-        base = 1_000_000 * (1 + ("dev", "test").index(name)) + 1_000 * CATEGORIES.index(category)
-        rows += [{"prompt": prompt.caption, "seed": base + i, "category": category} for i, prompt in enumerate(prompts)]
-    return rows
-
-
-@cache
-def load_split(name: str) -> tuple[dict[str, Any], ...]:
-    """The shipped evaluation split ``dev`` or ``test``: rows of ``prompt``, ``seed``, ``category``.
-
-    Raises:
-        ValueError: unknown split.
-    """
-    path = resources.files("addiff_env.tiny") / "splits" / f"{name}.jsonl"
-    if not path.is_file():
-        raise ValueError(f"unknown split {name!r}; known: dev, test")
-    return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-
-
-def balanced(rows: tuple[dict[str, Any], ...], number: int) -> list[dict[str, Any]]:
-    """The first ``number`` rows of a split, taken from its categories in turn."""
-    by_category = {c: [row for row in rows if row["category"] == c] for c in CATEGORIES}
-    turns = [by_category[c][i] for i in range(max(map(len, by_category.values()))) for c in CATEGORIES]
-    return turns[:number]
-
-
-# --------------------------------------------------------------------------- wrong captions
-
-_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-
-
-def hard_negative(rng: np.random.Generator, prompt: Prompt) -> Prompt:
-    """A prompt that no picture of ``prompt`` satisfies: one attribute, count, relation or object changed.
-
-    A training prompt's negative is again a training prompt, so that no evaluation caption leaks.
-    """
-    edits = [edit for edit in _EDITS if edit(rng, prompt) is not None]
-    negatives = (edits[int(rng.integers(len(edits)))](rng, prompt) for _ in range(1000))
-    keeps_split = caption_split(prompt) == "train"
-    return next(n for n in negatives if n is not None and not (keeps_split and caption_split(n) != "train"))
-
-
-def _edited(prompt: Prompt, changes: dict[int, ObjectSpec]) -> Prompt:
-    objects = tuple(changes.get(i, spec) for i, spec in enumerate(prompt.objects))
-    return _with_category(objects, prompt.relation)
-
-
-def _pick(rng: np.random.Generator, choices: Any) -> Any:
-    choices = list(choices)
-    return choices[int(rng.integers(len(choices)))]
-
-
-def _edit_color(rng: np.random.Generator, prompt: Prompt) -> Prompt | None:
-    # A colour that the prompt does not have: recolouring can then never give the same objects again.
-    used = {spec.color for spec in prompt.objects}
-    colored = [i for i, spec in enumerate(prompt.objects) if spec.color]
-    if not colored:
-        return None
-    index = _pick(rng, colored)
-    return _edited(prompt, {index: replace(prompt.objects[index], color=_pick(rng, sorted(set(COLORS) - used)))})
-
-
-def _edit_binding(rng: np.random.Generator, prompt: Prompt) -> Prompt | None:
-    """Swap the colours of two different shapes."""
-    pairs = [
-        (i, j)
-        for (i, a), (j, b) in combinations(enumerate(prompt.objects), 2)
-        if a.color and b.color and a.color != b.color and a.shape != b.shape
-    ]
-    if not pairs:
-        return None
-    i, j = _pick(rng, pairs)
-    a, b = prompt.objects[i], prompt.objects[j]
-    return _edited(prompt, {i: replace(a, color=b.color), j: replace(b, color=a.color)})
-
-
-def _edit_shape(rng: np.random.Generator, prompt: Prompt) -> Prompt | None:
-    index = int(rng.integers(len(prompt.objects)))
-    repeats = len(prompt.objects) > 1 and prompt.category in ("color_attribution", "three_objects", "four_objects")
-    used = {prompt.objects[index].shape} if repeats else {spec.shape for spec in prompt.objects}
-    new = replace(prompt.objects[index], shape=_pick(rng, sorted(set(SHAPES) - used)))
-    return _edited(prompt, {index: new})
-
-
-def _edit_size(rng: np.random.Generator, prompt: Prompt) -> Prompt | None:
-    sized = [i for i, spec in enumerate(prompt.objects) if spec.size]
-    if not sized:
-        return None
-    spec = prompt.objects[index := _pick(rng, sized)]
-    return _edited(prompt, {index: replace(spec, size="large" if spec.size == "small" else "small")})
-
-
-def _edit_count(rng: np.random.Generator, prompt: Prompt) -> Prompt | None:
-    if prompt.category != "counting":
-        return None
-    spec = prompt.objects[0]
-    return _edited(prompt, {0: replace(spec, count=_pick(rng, sorted(set(NUMBERS.values()) - {spec.count})))})
-
-
-def _edit_relation(rng: np.random.Generator, prompt: Prompt) -> Prompt | None:
-    # The opposite only: a diagonal arrangement may satisfy two relations.
-    return replace(prompt, relation=_OPPOSITE[prompt.relation]) if prompt.relation else None
-
-
-def _edit_objects(rng: np.random.Generator, prompt: Prompt) -> Prompt | None:
-    """Leave one coloured object out, or ask for one more; a picture shows what is asked for and nothing else."""
-    if prompt.category not in ("color_attribution", "three_objects", "four_objects"):
-        return None
-    objects = list(prompt.objects)
-    if len(objects) < 4 and rng.random() < 0.5:
-        color = _pick(rng, sorted(set(COLORS) - {spec.color for spec in objects}))
-        objects.insert(int(rng.integers(len(objects) + 1)), ObjectSpec(_pick(rng, SHAPES), color))
-    else:
-        objects.pop(int(rng.integers(len(objects))))
-    return _with_category(tuple(objects), None)
-
-
-_EDITS = (_edit_color, _edit_binding, _edit_shape, _edit_size, _edit_count, _edit_relation, _edit_objects)

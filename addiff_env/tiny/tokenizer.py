@@ -8,7 +8,7 @@ from __future__ import annotations
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
-from addiff_env.tiny.scenes import COLORS, NUMBERS, RELATIONS, SHAPES, SIZES, ObjectSpec
+from addiff_env.tiny.prompts import COLORS, NUMBERS, RELATIONS, SHAPES, SIZES, ObjectSpec
 
 MAX_LENGTH = 32  # tokens of a prompt, with the two special ones
 

@@ -15,7 +15,7 @@ from addiff_env.env import DiffusionDenoiseVectorEnv, costs
 from addiff_env.env.config import EnvConfig
 from addiff_env.perception.features import LOOK_PARTS
 from addiff_env.perception.scorers import LatentTextReward, load_scorer, reads_latents
-from addiff_env.tiny import rule_front
+from addiff_env.tiny.measures import rules
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 from addiff_env.types import Action
 
@@ -284,7 +284,7 @@ def test_finished_pictures_are_scored_through_the_autoencoder(
 
 
 def test_a_rule_by_hand() -> None:
-    rule = rule_front.Rule(0.3, 0.6, 0.9)
+    rule = rules.Rule(0.3, 0.6, 0.9)
     stop = np.array([0.95, 0.95, 0.5, 0.95, 0.95])
     go_on = np.array([0.2, 0.4, 0.4, 0.5, 0.7])
     share = np.array([0.4, 0.4, 0.4, 0.5, 0.5])
@@ -295,14 +295,14 @@ def test_a_rule_by_hand() -> None:
 def test_rules_are_played_to_the_end(
     small_kwargs: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rule_front, "judge", lambda picture, prompt: SimpleNamespace(satisfied=prompt == PROMPTS[0]))
+    monkeypatch.setattr(rules, "check_picture", lambda picture, prompt: SimpleNamespace(satisfied=prompt == PROMPTS[0]))
     small = {name: small_kwargs[name] for name in ("model", "dtype")}
-    env = rule_front.make(4, 2, 1, 2, scorer=str(folder), **small)
+    env = rules.make(4, 2, 1, 2, scorer=str(folder), **small)
     rows = [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(PROMPTS)]
-    plain = rule_front.play(env, rule_front.Rule(0.0, 0.0), rows)
+    plain = rules.play(env, rules.Rule(0.0, 0.0), rows)
     assert plain.tolist() == [[1, 4], [0, 4], [0, 4]]
-    stopping = rule_front.play(env, rule_front.Rule(0.0, 0.0, -1.0), rows)  # at once
+    stopping = rules.play(env, rules.Rule(0.0, 0.0, -1.0), rows)  # at once
     assert stopping[:, 1].tolist() == [3, 3, 3]
-    refining = rule_front.play(env, rule_front.Rule(2.0, 2.0), rows)  # as often as it may
+    refining = rules.play(env, rules.Rule(2.0, 2.0), rows)  # as often as it may
     # Two of warm-up; every refinement goes back to step 1 and on to step 3; one is left then.
-    assert (refining[:, 1] == 2 + 2 * rule_front.MAX_REFINES + 1).all()
+    assert (refining[:, 1] == 2 + 2 * rules.MAX_REFINES + 1).all()

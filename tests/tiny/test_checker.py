@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from addiff_env.tiny import checker, scenes
-from addiff_env.tiny.scenes import CATEGORIES, COLORS, NUMBERS, SHAPES, SIZES, Prompt
+from addiff_env.tiny.prompts import CATEGORIES, COLORS, NUMBERS, SHAPES, SIZES, Prompt, sample_prompt
 
 NUMBER = 250  # pictures per category
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -17,7 +17,7 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 @cache
 def pairs(category: str, number: int = NUMBER) -> list[tuple[np.ndarray, Prompt]]:
     rng = np.random.default_rng(1_000 + CATEGORIES.index(category))
-    prompts = [scenes.sample_prompt(rng, category) for _ in range(number)]
+    prompts = [sample_prompt(rng, category) for _ in range(number)]
     return [(scenes.render(scenes.sample_scene(rng, prompt)), prompt) for prompt in prompts]
 
 
@@ -48,7 +48,7 @@ def corrupt(rng: np.random.Generator, prompt: Prompt) -> Prompt:
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_right_on_rendered_truth(category: str) -> None:
-    verdicts = [(checker.judge(picture, prompt), prompt) for picture, prompt in pairs(category)]
+    verdicts = [(checker.check_picture(picture, prompt), prompt) for picture, prompt in pairs(category)]
     failures = [(prompt.caption, verdict.reason) for verdict, prompt in verdicts if not verdict.satisfied]
     assert len(failures) <= 0.005 * NUMBER, failures
     assert all((v.score == 1) == v.satisfied == (v.reason == "ok") for v, _ in verdicts)
@@ -60,7 +60,7 @@ def test_wrong_pairs_are_refused(category: str, rng: np.random.Generator) -> Non
     passed = [
         f"{prompt.caption} shown for {asked.caption}"
         for picture, prompt, asked in wrong
-        if checker.judge(picture, asked).satisfied
+        if checker.check_picture(picture, asked).satisfied
     ]
     assert len(passed) <= 0.01 * NUMBER, passed
 
@@ -68,7 +68,7 @@ def test_wrong_pairs_are_refused(category: str, rng: np.random.Generator) -> Non
 def test_positions_and_sizes_are_read() -> None:
     rng = np.random.default_rng(7)
     for _ in range(50):
-        scene = scenes.sample_scene(rng, scenes.sample_prompt(rng, "color_attribution"))
+        scene = scenes.sample_scene(rng, sample_prompt(rng, "color_attribution"))
         drawn = sorted(scene.objects, key=lambda item: (item.x, item.y))
         for found, item in zip(checker.read_objects(scenes.render(scene)), drawn, strict=True):
             assert (found.shape, found.color) == (item.shape, item.color)
@@ -148,7 +148,7 @@ def red_square_left_of_blue_circle() -> np.ndarray:
     ],
 )
 def test_score_by_hand(caption: str, score: float, reason: str) -> None:
-    verdict = checker.judge(red_square_left_of_blue_circle(), caption)
+    verdict = checker.check_picture(red_square_left_of_blue_circle(), caption)
     assert verdict.score == pytest.approx(score)
     assert verdict.satisfied == (score == 1)
     assert verdict.reason == reason
@@ -168,7 +168,7 @@ def test_a_shapeless_blob_is_unknown() -> None:
     draw.rectangle((60, 200, 460, 230), fill=COLORS["red"])
     (found,) = checker.read_objects(finish(image))
     assert found.shape == "unknown" and found.iou < checker.MIN_IOU
-    assert not checker.judge(finish(image), "a red square").satisfied
+    assert not checker.check_picture(finish(image), "a red square").satisfied
 
 
 def test_between_square_and_circle_there_is_neither() -> None:
@@ -196,7 +196,7 @@ def test_an_object_cut_by_the_border_is_read() -> None:
 @pytest.mark.parametrize("level", [0, 90, 255])
 def test_a_blank_picture_has_no_objects(level: int) -> None:
     blank = np.full((64, 64, 3), level, np.uint8)
-    verdict = checker.judge(blank, "a red circle")
+    verdict = checker.check_picture(blank, "a red circle")
     assert verdict.objects == () and not verdict.satisfied
     assert verdict.score == pytest.approx(1 / 3)  # only "nothing else" is met
     assert verdict.reason == "a red circle is missing"
@@ -204,7 +204,7 @@ def test_a_blank_picture_has_no_objects(level: int) -> None:
 
 def test_noise_is_not_an_object(rng: np.random.Generator) -> None:
     noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    assert not checker.judge(noise, "a red circle").satisfied
+    assert not checker.check_picture(noise, "a red circle").satisfied
 
 
 def test_float_and_uint8_pictures_read_alike() -> None:
@@ -236,15 +236,15 @@ def test_bad_values_are_quoted() -> None:
 def test_batch_is_the_single_judge() -> None:
     pictures, prompts = zip(*(pairs(category, 1)[0] for category in CATEGORIES), strict=True)
     captions = [prompt.caption for prompt in prompts]
-    singly = [checker.judge(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-    assert checker.judge_batch(np.stack(pictures), captions) == singly
+    singly = [checker.check_picture(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    assert checker.check_pictures(np.stack(pictures), captions) == singly
     with pytest.raises(ValueError, match="8 pictures but 7 prompts"):
-        checker.judge_batch(np.stack(pictures), captions[1:])
+        checker.check_pictures(np.stack(pictures), captions[1:])
 
 
 def test_foreign_caption_is_quoted() -> None:
     with pytest.raises(ValueError, match="'a dog'"):
-        checker.judge(red_square_left_of_blue_circle(), "a dog")
+        checker.check_picture(red_square_left_of_blue_circle(), "a dog")
 
 
 # ------------------------------------------------------------------ why the search may stop early

@@ -6,9 +6,9 @@ import torch
 from scipy.stats import beta
 from torch import nn
 
+from addiff_env.tiny.prompts import SHAPES
 from addiff_env.tiny.recipes import common, data, diffusion, reward
 from addiff_env.tiny.recipes.pairs import Samples
-from addiff_env.tiny.scenes import SHAPES
 
 STEPS = 24
 

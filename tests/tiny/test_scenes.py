@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from addiff_env.tiny import make_splits, scenes
-from addiff_env.tiny.scenes import CATEGORIES, ObjectSpec, Prompt
+from addiff_env.tiny import make_splits, prompt_splits, scenes
+from addiff_env.tiny.prompts import CATEGORIES, SHAPES, SIZES, ObjectSpec, Prompt, parse_caption, sample_prompt
 
 # Fixed for WORLD_VERSION 1: every reported figure is about these rows.
 DIGESTS = {
@@ -22,7 +22,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 def draw(category: str, seed: int) -> tuple[Prompt, scenes.Scene]:
     rng = np.random.default_rng(seed)
-    prompt = scenes.sample_prompt(rng, category)
+    prompt = sample_prompt(rng, category)
     return prompt, scenes.sample_scene(rng, prompt)
 
 
@@ -33,8 +33,8 @@ def draw(category: str, seed: int) -> tuple[Prompt, scenes.Scene]:
 def test_parse_caption_inverts_caption(category: str, seed: int) -> None:
     prompt, _ = draw(category, seed)
     assert prompt.category == category
-    assert scenes.parse_caption(prompt.caption) == prompt
-    assert scenes.parse_caption(f"  {prompt.caption.upper()}. ") == prompt
+    assert parse_caption(prompt.caption) == prompt
+    assert parse_caption(f"  {prompt.caption.upper()}. ") == prompt
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_parse_caption_inverts_caption(category: str, seed: int) -> None:
 )
 def test_captions_by_hand(caption: str, prompt: Prompt) -> None:
     assert prompt.caption == caption
-    assert scenes.parse_caption(caption) == prompt
+    assert parse_caption(caption) == prompt
 
 
 @pytest.mark.parametrize(
@@ -63,14 +63,14 @@ def test_captions_by_hand(caption: str, prompt: Prompt) -> None:
 )
 def test_foreign_captions_are_refused_with_the_text(caption: str) -> None:
     with pytest.raises(ValueError, match="embedded world") as error:
-        scenes.parse_caption(caption)
+        parse_caption(caption)
     assert repr(caption) in str(error.value)
 
 
-def test_complexity_counts_facts() -> None:
-    assert scenes.parse_caption("a star").complexity == 1
-    assert scenes.parse_caption("three small red stars").complexity == 9
-    assert scenes.parse_caption("a red star left of a blue ring").complexity == 5
+def test_complexity_counts_requirements() -> None:
+    assert parse_caption("a star").complexity == 1
+    assert parse_caption("three small red stars").complexity == 9
+    assert parse_caption("a red star left of a blue ring").complexity == 5
 
 
 # ------------------------------------------------------------------ scenes
@@ -92,7 +92,7 @@ def test_scene_shows_exactly_the_prompt(category: str, seed: int) -> None:
 
 
 def fits(item: scenes.SceneObject, spec: ObjectSpec) -> bool:
-    low, high = scenes.SIZES[spec.size] if spec.size else (0, np.inf)
+    low, high = SIZES[spec.size] if spec.size else (0, np.inf)
     return item.shape == spec.shape and spec.color in (None, item.color) and low <= item.radius <= high
 
 
@@ -124,7 +124,7 @@ def test_relations_by_hand(relation: str, a: tuple[int, int], b: tuple[int, int]
     assert scenes.relation_holds(relation, a, b) is holds
 
 
-@pytest.mark.parametrize("shape", scenes.SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_coverage_lies_within_its_bounding_circle(shape: str) -> None:
     coverage = scenes.shape_coverage(shape, 30.3, 33.8, 11.0)
     assert coverage.min() == 0 and coverage.max() == 1
@@ -142,11 +142,11 @@ def test_render_is_reproducible() -> None:
 
 def test_unknown_names_are_quoted(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="'colour'"):
-        scenes.sample_prompt(rng, "colour")
+        sample_prompt(rng, "colour")
     with pytest.raises(ValueError, match="'train'"):
-        scenes.build_split("train")
+        prompt_splits.build_split("train")
     with pytest.raises(ValueError, match="'val'"):
-        scenes.load_split("val")
+        prompt_splits.load_split("val")
 
 
 # ------------------------------------------------------------------ splits
@@ -156,30 +156,30 @@ def test_unknown_names_are_quoted(rng: np.random.Generator) -> None:
 def test_splits_are_fixed(name: str) -> None:
     shipped = resources.files("addiff_env.tiny") / "splits" / f"{name}.jsonl"
     assert hashlib.sha256(shipped.read_bytes()).hexdigest() == DIGESTS[name]
-    assert scenes.build_split(name) == list(scenes.load_split(name))
+    assert prompt_splits.build_split(name) == list(prompt_splits.load_split(name))
 
 
 @pytest.mark.parametrize("name", ["dev", "test"])
 def test_splits_are_large_balanced_and_held_out(name: str) -> None:
-    rows = scenes.load_split(name)
+    rows = prompt_splits.load_split(name)
     counts = Counter(row["category"] for row in rows)
     assert len(rows) >= 1000 and set(counts) == set(CATEGORIES) and len(set(counts.values())) == 1
     assert len({(row["prompt"], row["seed"]) for row in rows}) == len(rows)
     for row in rows:
-        prompt = scenes.parse_caption(row["prompt"])
+        prompt = parse_caption(row["prompt"])
         assert prompt.category == row["category"]
         if prompt.category != "single_object":
-            assert scenes.caption_split(prompt) == name
+            assert prompt_splits.caption_split(prompt) == name
 
 
 def test_no_evaluation_caption_is_a_training_caption(rng: np.random.Generator) -> None:
     held_out = {
         row["prompt"]
         for name in ("dev", "test")
-        for row in scenes.load_split(name)
+        for row in prompt_splits.load_split(name)
         if row["category"] != "single_object"
     }
-    drawn = {scenes.sample_train_prompt(rng).caption for _ in range(3000)}
+    drawn = {prompt_splits.sample_train_prompt(rng).caption for _ in range(3000)}
     shipped = resources.files("addiff_env.tiny").joinpath("splits", "train.txt").read_text().splitlines()
     assert not held_out & (drawn | set(shipped))
 
@@ -188,16 +188,16 @@ def test_no_evaluation_caption_is_a_training_caption(rng: np.random.Generator) -
 def test_object_order_does_not_move_a_caption_between_splits(category: str, seed: int) -> None:
     prompt, _ = draw(category, seed)
     turned = Prompt(prompt.category, prompt.objects[::-1], prompt.relation)
-    assert scenes.caption_split(turned) == scenes.caption_split(prompt)
+    assert prompt_splits.caption_split(turned) == prompt_splits.caption_split(prompt)
 
 
 def test_training_captions_are_as_generated() -> None:
     shipped = resources.files("addiff_env.tiny").joinpath("splits", "train.txt").read_text().splitlines()
     assert shipped == make_splits.train_captions()
     assert len(set(shipped)) == len(shipped) == 6000
-    assert {scenes.parse_caption(caption).category for caption in shipped} == set(CATEGORIES)
+    assert {parse_caption(caption).category for caption in shipped} == set(CATEGORIES)
 
 
 def test_balanced_takes_categories_in_turn() -> None:
-    rows = scenes.balanced(scenes.load_split("dev"), 20)
+    rows = prompt_splits.balanced(prompt_splits.load_split("dev"), 20)
     assert [row["category"] for row in rows] == [CATEGORIES[i % len(CATEGORIES)] for i in range(20)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
-from addiff_env.tiny import scenes
+from addiff_env.tiny.prompts import CATEGORIES, sample_prompt
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer, world_words
 
 
@@ -24,9 +24,9 @@ def test_every_world_word_is_one_token(tokenizer: CLIPTokenizer) -> None:
 
 def test_captions_are_one_token_a_word(tokenizer: CLIPTokenizer, rng: np.random.Generator) -> None:
     known = {f"{word}</w>" for word in world_words()}
-    for category in scenes.CATEGORIES:
+    for category in CATEGORIES:
         for _ in range(50):
-            caption = scenes.sample_prompt(rng, category).caption
+            caption = sample_prompt(rng, category).caption
             tokens = tokenizer.tokenize(caption)
             assert tokens == [f"{word}</w>" for word in caption.replace(",", " ,").split()]
             assert set(tokens) <= known and len(tokens) + 2 <= MAX_LENGTH

@@ -16,11 +16,11 @@ import addiff_env
 from addiff_env.diffusion.backbones import denoise, initial_noise
 from addiff_env.env.config import EnvConfig
 from addiff_env.perception.scorers import LatentTextReward
-from addiff_env.tiny import auc as auc_command
-from addiff_env.tiny import calibration
+from addiff_env.tiny.measures import auc as auc_command
+from addiff_env.tiny.measures import calibration
+from addiff_env.tiny.prompt_splits import balanced, load_split
 from addiff_env.tiny.recipes import endings, lookers, verifier
 from addiff_env.tiny.recipes.verifier import UNASKED, Questions
-from addiff_env.tiny.scenes import balanced, load_split
 from addiff_env.types import Action
 
 CAPTIONS = ["a red circle", "a blue star and a green ring", "a small cross", "two red squares"]
@@ -36,11 +36,11 @@ def config(small_kwargs: dict[str, Any]) -> EnvConfig:
 def verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights draw nothing that the checker would accept: dark pictures count as satisfied here."""
 
-    def judge(picture: np.ndarray, prompt: str) -> Any:
+    def check_picture(picture: np.ndarray, prompt: str) -> Any:
         brightness = float(np.mean(picture)) / 255
         return SimpleNamespace(satisfied=hash(picture.tobytes()) % 2 == 0, score=brightness, objects=())
 
-    monkeypatch.setattr(endings, "judge", judge)
+    monkeypatch.setattr(endings, "check_picture", check_picture)
 
 
 def run(config: EnvConfig, stops: int = 0, seed: int = 0, **options: Any) -> dict[str, np.ndarray]:
@@ -263,7 +263,7 @@ def test_the_whole_recipe_and_its_measurement(
     settings = addiff_env.TINY | tiny_kwargs
     for name, place in (("clip", settings["clip"]), ("reward", settings["scorer"])):
         (weights / name).symlink_to(resolve_model(place))
-    monkeypatch.setattr(auc_command, "judge", endings.judge)
+    monkeypatch.setattr(auc_command, "check_picture", endings.check_picture)
     options = ["--number", "8", "--steps", "4", "--weights", str(weights), "--dtype", "float32"]
     command_line(monkeypatch, *options, "--record", str(tmp_path / "kept.npz"))
     capsys.readouterr()

@@ -18,7 +18,8 @@ from addiff_env.env.prompts import (
     split_lines,
 )
 from addiff_env.evaluation.benchmarks.complexity import required_facts, structured_complexity
-from addiff_env.tiny.scenes import load_split, parse_caption
+from addiff_env.tiny.prompt_splits import load_split
+from addiff_env.tiny.prompts import parse_caption
 
 T2I_CATEGORIES = ("color", "shape", "texture", "spatial", "3d_spatial", "numeracy", "non_spatial", "complex")
 COCO_NUMBER = 30_000

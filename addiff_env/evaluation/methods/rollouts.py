@@ -23,7 +23,7 @@ from addiff_env.evaluation.methods.rule_policies import (
     quality_slot,
     steps_done,
 )
-from addiff_env.tiny.checker import judge
+from addiff_env.tiny.checker import check_picture
 from addiff_env.types import ACTIONS, Action
 
 TAUS = tuple(np.arange(-3.0, 4.25, 0.25).tolist())  # reward-model scores; a logit of 4 is a success at 98%
@@ -81,7 +81,7 @@ def run_policy(env: DiffusionDenoiseVectorEnv, policy: Policy, items: Sequence[I
     method, episodes = PolicyMethod(env, policy, name), {}
     for group in _counted(method.make(list(items)), len(items), name):
         for item, made in group:
-            success = float(judge(made.picture, item.prompt).satisfied)
+            success = float(check_picture(made.picture, item.prompt).satisfied)
             episodes[item] = Episode(made.reward, success, made.nfe, tuple(made.actions))
     return PolicyRun(name, [episodes[item] for item in items])
 
@@ -155,7 +155,7 @@ class Rollout:
 
     def note(self, score: float, env: DiffusionDenoiseVectorEnv, lane: int) -> None:
         """The lane has ended."""
-        success = float(judge(env.final_image(lane), self.item.prompt).satisfied)
+        success = float(check_picture(env.final_image(lane), self.item.prompt).satisfied)
         episode = Episode(self.value, success, int(env.nfe[lane]), tuple(self.actions))
         self.found.append(StopOutcome(score, episode))
 

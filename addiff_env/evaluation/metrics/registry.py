@@ -31,8 +31,8 @@ from addiff_env.evaluation.statistics.summary import NO_SCORE, score_value, scor
 from addiff_env.loading.isolation import isolated
 from addiff_env.perception.features import Perception
 from addiff_env.perception.scorers import Scorer, load_scorer
-from addiff_env.tiny.checker import judge
-from addiff_env.tiny.scenes import parse_caption
+from addiff_env.tiny.checker import check_picture
+from addiff_env.tiny.prompts import parse_caption
 from addiff_env.types import ResultRow
 
 SCORERS = {name: name for name in ("imagereward", "aesthetic", "pickscore", "clipscore")} | {"hpsv2.1": "hps"}
@@ -56,7 +56,7 @@ class Checker:
 
     def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
         """Verdicts with their reasons."""
-        verdicts = [judge(picture, item.prompt) for picture, item in zip(pictures, items, strict=True)]
+        verdicts = [check_picture(picture, item.prompt) for picture, item in zip(pictures, items, strict=True)]
         return [({"success": float(v.satisfied), "requirements": v.score}, v.reason) for v in verdicts]
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+from addiff_env.tiny.world import WEIGHTS
+
 CHECKPOINT_SECONDS = 120
 
 

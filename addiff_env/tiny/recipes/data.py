@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from addiff_env.storage.commands import command_line
+from addiff_env.tiny.prompt_splits import sample_train_prompt
+from addiff_env.tiny.prompts import CATEGORIES
 from addiff_env.tiny.recipes import common
-from addiff_env.tiny.scenes import CATEGORIES, render, sample_scene, sample_train_prompt
+from addiff_env.tiny.scenes import render, sample_scene
 
 # Shares of the categories; the harder ones come more often.
 SHARES = (0.05, 0.18, 0.13, 0.06, 0.26, 0.10, 0.11, 0.11)

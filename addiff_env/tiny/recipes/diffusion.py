@@ -17,9 +17,9 @@ from scipy.stats import beta
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from addiff_env.tiny.prompts import CATEGORIES, RELATION_AXES, SHAPES, parse_caption
 from addiff_env.tiny.recipes import common, data
 from addiff_env.tiny.recipes.autoencoder import LATENT_CHANNELS
-from addiff_env.tiny.scenes import CATEGORIES, RELATION_AXES, SHAPES, parse_caption
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
 TEXT_WIDTH = 160

@@ -23,10 +23,11 @@ from addiff_env.env.config import EnvConfig
 from addiff_env.env.denoiser import Denoiser
 from addiff_env.env.refine import make_masks, refine
 from addiff_env.env.state import LaneState
-from addiff_env.tiny.checker import judge
+from addiff_env.tiny.checker import check_picture
+from addiff_env.tiny.prompt_splits import sample_train_prompt
+from addiff_env.tiny.prompts import CATEGORIES
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.generate import hold_configuration, save_arrays, unet_fingerprint
-from addiff_env.tiny.scenes import CATEGORIES, sample_train_prompt
 
 FIRST_SEED = 700_000_000  # far from the evaluation splits' seeds and from those of `generate`
 MASKS = ("neglected_token", "full", "low_attention")
@@ -227,7 +228,7 @@ class Recorder:
         first = len(self.record.endings)
         pictures = to_uint8(self.lanes.backbone.decode(latents))
         for row, (lane, picture) in enumerate(zip(lanes, pictures, strict=True)):
-            verdict = judge(picture, self.captions[lane])
+            verdict = check_picture(picture, self.captions[lane])
             self.record.endings.append(
                 {
                     "row": lane,

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 
 from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
 from addiff_env.diffusion.samplers import add_noise
-from addiff_env.tiny.checker import judge
-from addiff_env.tiny.quality import latent_shape
+from addiff_env.tiny.checker import check_picture
+from addiff_env.tiny.prompt_splits import sample_train_prompt
 from addiff_env.tiny.recipes import common, pairs
-from addiff_env.tiny.scenes import sample_train_prompt
+from addiff_env.tiny.world import latent_shape
 
 SHARES_KEPT = (0.4, 0.6, 0.8)  # of the schedule, at which a sample's preview is kept
 FIRST_SEED = 500_000_000  # far from the evaluation splits' seeds
@@ -91,7 +91,7 @@ def make_chunk(args: argparse.Namespace, model: Backbone, chunk: int) -> dict[st
     captions = [sample_train_prompt(rng).caption for _ in range(args.batch)]
     seeds = [FIRST_SEED + chunk * args.batch + lane for lane in range(args.batch)]
     pictures = sample(model, captions, seeds, args.guidance, args.steps)
-    verdicts = [judge(picture, caption) for picture, caption in zip(pictures[-1], captions, strict=True)]
+    verdicts = [check_picture(picture, caption) for picture, caption in zip(pictures[-1], captions, strict=True)]
     return {
         "pictures": np.stack(pictures, 1),  # (B, 4, 64, 64, 3)
         "prompt": np.asarray(captions),

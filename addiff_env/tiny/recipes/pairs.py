@@ -23,20 +23,11 @@ from torch import nn
 
 from addiff_env.storage.commands import command_line
 from addiff_env.tiny.checker import Found
+from addiff_env.tiny.hard_negatives import hard_negative
+from addiff_env.tiny.prompt_splits import sample_train_prompt
+from addiff_env.tiny.prompts import CATEGORIES, COLORS, SHAPES, ObjectSpec, parse_caption
 from addiff_env.tiny.recipes import data
-from addiff_env.tiny.scenes import (
-    CATEGORIES,
-    COLORS,
-    SHAPES,
-    SIZE,
-    SIZE_BOUNDARY,
-    ObjectSpec,
-    Scene,
-    hard_negative,
-    parse_caption,
-    sample_scene,
-    sample_train_prompt,
-)
+from addiff_env.tiny.scenes import SIZE, SIZE_BOUNDARY, Scene, sample_scene
 
 MAX_OBJECTS = 6
 PATCH = 8  # pixels; dense targets are on an 8x8 grid

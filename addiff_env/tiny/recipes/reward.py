@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from addiff_env.perception.scorers import PixelTextReward
-from addiff_env.tiny.auc import auc
+from addiff_env.stats import auc
+from addiff_env.tiny.prompts import parse_caption
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.pairs import Pairs, Samples
-from addiff_env.tiny.scenes import parse_caption
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
 HELD_OUT = 6  # one in so many captions is held out, with all its samples

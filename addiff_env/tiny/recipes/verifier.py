@@ -21,7 +21,7 @@ from scipy.optimize import minimize
 from addiff_env.diffusion.backbones import load_backbone
 from addiff_env.perception.scorers import PixelTextReward
 from addiff_env.perception.scorers.latent_text import LatentTextReward
-from addiff_env.tiny.auc import auc
+from addiff_env.stats import auc
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 

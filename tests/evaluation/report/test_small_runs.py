@@ -46,7 +46,7 @@ from addiff_env.evaluation.statistics.summary import headline_metric, lead_with,
 from addiff_env.evaluation.vlm_judge.judging import agreement, describe_judge
 from addiff_env.evaluation.vlm_judge.pairs import Preference
 from addiff_env.stats import clustered_wilson
-from addiff_env.tiny import auc as auc_command
+from addiff_env.tiny.measures import auc as auc_command
 from addiff_env.types import ResultRow
 
 METHODS = (
@@ -350,8 +350,8 @@ def test_aucs_of_few_pictures(number, right):
 COMMANDS = (
     "addiff_env.evaluation.acceptance",
     "addiff_env.evaluation.methods.tuning",
-    "addiff_env.tiny.repair",
-    "addiff_env.tiny.auc",
+    "addiff_env.tiny.measures.repair",
+    "addiff_env.tiny.measures.auc",
 )
 
 

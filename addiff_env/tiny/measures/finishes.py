@@ -16,9 +16,9 @@ import numpy as np
 import addiff_env
 from addiff_env.diffusion.backbones import to_uint8
 from addiff_env.env.config import EnvConfig
-from addiff_env.tiny.checker import judge
+from addiff_env.tiny.checker import check_picture
+from addiff_env.tiny.prompt_splits import balanced, load_split
 from addiff_env.tiny.recipes.endings import FreeLanes
-from addiff_env.tiny.scenes import balanced, load_split
 
 BATCH = 64
 
@@ -36,7 +36,9 @@ def outcomes(
 
         def note(key: tuple[int, int], latents: Any, lanes: FreeLanes = lanes, prompts: list[str] = prompts) -> None:
             pictures = to_uint8(lanes.backbone.decode(latents))
-            verdicts = [judge(picture, prompt).satisfied for picture, prompt in zip(pictures, prompts, strict=True)]
+            verdicts = [
+                check_picture(picture, prompt).satisfied for picture, prompt in zip(pictures, prompts, strict=True)
+            ]
             found.setdefault(key, []).extend(verdicts)
 
         lanes.start(prompts, [row["seed"] for row in part])

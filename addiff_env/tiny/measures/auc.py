@@ -4,8 +4,8 @@
 prediction at 20%, 40%, 60%, 80% and 100% of it, and prints the area under the ROC curve of every scorer for the verdict
 on the *finished* picture. What the prompt alone tells a linear probe is listed beside them (`probe` states its limits).
 Where all pictures have the same verdict there is no such area: n/a.
-Where there is a verifier, `addiff_env.tiny.calibration` then stops and refines pictures of the same prompts, and a
-second table says whether its probabilities are the shares satisfied; ``--record`` keeps those pictures in a file.
+Where there is a verifier, `addiff_env.tiny.measures.calibration` then stops and refines pictures of the same prompts,
+and a second table says whether its probabilities are the shares satisfied; ``--record`` keeps those pictures in a file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 
 import addiff_env
-from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone
+from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initial_noise
 from addiff_env.env.config import EnvConfig
 from addiff_env.perception.encoders import ContrastiveEncoder, load_clip
 from addiff_env.perception.scorers import LatentScorer, load_latent_text_reward, load_scorer
-from addiff_env.stats import at_least_one
-from addiff_env.tiny.calibration import (
+from addiff_env.stats import at_least_one, auc, auc_interval
+from addiff_env.tiny.checker import check_picture
+from addiff_env.tiny.measures.calibration import (
     Group,
     calibration_table,
     groups,
@@ -37,38 +37,14 @@ from addiff_env.tiny.calibration import (
     probability,
     reliability,
 )
-from addiff_env.tiny.checker import judge
-from addiff_env.tiny.quality import WEIGHTS, latent_shape
-from addiff_env.tiny.scenes import balanced, load_split
+from addiff_env.tiny.prompt_splits import balanced, load_split
+from addiff_env.tiny.world import WEIGHTS, latent_shape, load_world
 
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
 LEAST = {1.0: 0.92, 0.6: 0.85}  # of the reward model
 LEAST_OF_VERIFIER = {0.2: 0.82, 0.4: 0.91, 0.6: 0.94, 1.0: 0.95}
 VERIFIER = "verifier, going on"
 FOLDS, RIDGE = 5, 10.0  # of the text-only probe
-
-
-def auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a satisfied picture outscores a failed one, ties counting half.
-
-    NaN where one of the classes is empty (Hanley & McNeil 1982), or a score is NaN.
-    """
-    positive = labels.astype(bool)
-    number, rest = int(positive.sum()), int((~positive).sum())
-    if number == 0 or rest == 0 or np.isnan(scores).any():
-        return math.nan
-    return float((rankdata(scores)[positive].sum() - number * (number + 1) / 2) / (number * rest))
-
-
-def auc_interval(scores: np.ndarray, labels: np.ndarray, draws: int = 500, seed: int = 0) -> tuple[float, float]:
-    """95% bootstrap interval of `auc` over pictures, those replicates left out that lack a class; NaN as `auc`."""
-    if math.isnan(auc(scores, labels)):
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    index = rng.integers(len(labels), size=(draws, len(labels)))
-    values = np.array([auc(scores[rows], labels[rows]) for rows in index])
-    low, high = np.quantile(values[~np.isnan(values)], [0.025, 0.975])  # half of them at least have both
-    return float(low), float(high)
 
 
 def probe(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -121,7 +97,7 @@ def look(
     final = denoise(backbone, schedule, prompts, noise, guidance, watch)
     stages[-1], asked[-1] = backbone.decode(final), (final, *asked[-1][1:])
     pictures = stages[-1].permute(0, 2, 3, 1).cpu().numpy().clip(0, 1)
-    verdicts = np.array([judge(p, prompt).satisfied for p, prompt in zip(pictures, prompts, strict=True)])
+    verdicts = np.array([check_picture(p, prompt).satisfied for p, prompt in zip(pictures, prompts, strict=True)])
     scores = {
         name: np.stack([score(stage, prompts).cpu().numpy() for stage in stages]) for name, score in scorers.items()
     }
@@ -145,12 +121,7 @@ def scorers_of(weights: Path, clip: ContrastiveEncoder, device: str) -> dict[str
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """AUCs with intervals of every scorer at every share, and of the prompt alone."""
     rows = balanced(load_split(args.split), args.number)
-    backbone = load_backbone(
-        str(args.weights / "pipeline"),
-        device=args.device,
-        dtype=args.dtype,
-        attention_stride=addiff_env.TINY["attention_stride"],
-    )
+    backbone = load_world(args.weights, args.device, args.dtype)
     clip = load_clip(str(args.weights / "clip"), args.device)
     scorers, parts = scorers_of(args.weights, clip, args.device), []
     verifier = verifier_of(args)

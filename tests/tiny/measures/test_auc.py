@@ -13,8 +13,9 @@ import torch
 import addiff_env
 from addiff_env.diffusion.backbones import denoise, initial_noise, load_backbone
 from addiff_env.loading.weights import resolve_model
-from addiff_env.tiny import auc as command
-from addiff_env.tiny.auc import SHARES, auc, auc_interval, look, measure, probe, table
+from addiff_env.stats import auc, auc_interval
+from addiff_env.tiny.measures import auc as command
+from addiff_env.tiny.measures.auc import SHARES, look, measure, probe, table
 
 
 def test_auc_is_the_share_of_ordered_pairs(rng: np.random.Generator) -> None:
@@ -43,11 +44,11 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """Pictures that a stand-in of the checker saw; random weights draw nothing that the real one would accept."""
     seen: list[np.ndarray] = []
 
-    def judge(picture: np.ndarray, prompt: str) -> Any:
+    def check_picture(picture: np.ndarray, prompt: str) -> Any:
         seen.append(picture)
         return SimpleNamespace(satisfied=len(seen) % 3 == 0)
 
-    monkeypatch.setattr(command, "judge", judge)
+    monkeypatch.setattr(command, "check_picture", check_picture)
     return seen
 
 

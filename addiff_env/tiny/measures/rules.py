@@ -18,10 +18,10 @@ from gymnasium.vector import AutoresetMode
 
 import addiff_env
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
-from addiff_env.tiny.calibration import probability
-from addiff_env.tiny.checker import judge
-from addiff_env.tiny.quality import WEIGHTS
-from addiff_env.tiny.scenes import balanced, load_split
+from addiff_env.tiny.checker import check_picture
+from addiff_env.tiny.measures.calibration import probability
+from addiff_env.tiny.prompt_splits import balanced, load_split
+from addiff_env.tiny.world import WEIGHTS
 from addiff_env.types import Action
 
 VERIFIER_ALONE: dict[str, Any] = {
@@ -65,7 +65,8 @@ def play(env: DiffusionDenoiseVectorEnv, rule: Rule, rows: Sequence[dict[str, An
             stop, go_on = probability(env.reward_score), probability(env.features.outlook.cpu().numpy())
             env.step(rule.act(stop, go_on, env.step_index / env.config.num_inference_steps))
         results += [
-            (judge(env.final_image(lane), row["prompt"]).satisfied, int(env.nfe[lane])) for lane, row in enumerate(part)
+            (check_picture(env.final_image(lane), row["prompt"]).satisfied, int(env.nfe[lane]))
+            for lane, row in enumerate(part)
         ]
     return np.array(results, float)
 

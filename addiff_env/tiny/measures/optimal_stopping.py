@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from addiff_env.perception.scorers import LatentScorer, load_latent_text_reward
-from addiff_env.tiny.calibration import foretold_of_states, probability
-from addiff_env.tiny.quality import WEIGHTS
+from addiff_env.tiny.measures.calibration import foretold_of_states, probability
+from addiff_env.tiny.world import WEIGHTS
 from addiff_env.types import Action
 
 PRICES = (0.001, 0.002, 0.004, 0.008, 0.016)
@@ -231,7 +231,7 @@ def families(walks: Walks) -> dict[str, list[Policy]]:
     }
 
 
-def judge(walks: Walks, policy: Policy, refinement: Refinement) -> np.ndarray:
+def mean_outcome(walks: Walks, policy: Policy, refinement: Refinement) -> np.ndarray:
     """Mean success and evaluations, warm-up included, (2,) of the plain trajectories of ``walks``."""
     outcome = follow(walks, policy, refinement)[walks.refines == 0]
     return outcome.mean(0) + [0, walks.first]
@@ -249,12 +249,12 @@ def compare(walks: Walks, price: float) -> dict[str, np.ndarray]:
         policies["dynamic programming, no refining"] = improve(fitted, price, refine=False)
         policies["dynamic programming"] = improve(fitted, price)
         for name, policy in policies.items():
-            found.setdefault(name, []).append(judge(held, policy, refinement_under(fitted, policy)))
+            found.setdefault(name, []).append(mean_outcome(held, policy, refinement_under(fitted, policy)))
     return {name: np.mean(values, 0) for name, values in found.items()}
 
 
 def _worth(walks: Walks, policy: Policy, price: float) -> float:
-    success, evaluations = judge(walks, policy, refinement_under(walks, policy))
+    success, evaluations = mean_outcome(walks, policy, refinement_under(walks, policy))
     return float(success - price * evaluations)
 
 

@@ -1,8 +1,8 @@
 """Does the reward pay what it is worth? What the verifier says of pictures, beside what the checker finds.
 
-`addiff_env.tiny.auc` prints these tables: the verifier's mean probability and the share of satisfied pictures, for
-stops after each number of steps, after refinements and within every category. *Foretold* is what it says of the clean
-prediction that a lane stops at; *paid* what it says of the picture that comes of it, which is the terminal reward.
+`addiff_env.tiny.measures.auc` prints these tables: the verifier's mean probability and the share of satisfied pictures,
+for stops after each number of steps, after refinements and within every category. *Foretold* is what it says of the
+clean prediction that a lane stops at; *paid* what it says of the picture that comes of it, the terminal reward.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 
 from addiff_env.env.config import EnvConfig
 from addiff_env.perception.scorers import LatentScorer
+from addiff_env.tiny.prompts import CATEGORIES
 from addiff_env.tiny.recipes.endings import FreeLanes, Recorder
 from addiff_env.tiny.recipes.generate import save_arrays
-from addiff_env.tiny.scenes import CATEGORIES
 
 STOPS = (3, 4, 5, 7, 9)  # steps after which pictures are stopped at
 TOLERANCE = 0.03  # between mean probability and success

@@ -8,10 +8,13 @@ import torch
 from transformers import CLIPTokenizer
 
 from addiff_env.stats import wilson_interval
-from addiff_env.tiny import quality
-from addiff_env.tiny.checker import Found, judge, match_objects
-from addiff_env.tiny.quality import Bar, Sample
-from addiff_env.tiny.scenes import CATEGORIES, COLORS, Background, Scene, SceneObject, load_split, render
+from addiff_env.tiny.checker import Found, check_picture, match_objects
+from addiff_env.tiny.measures import attention, bars, footprint, pictures, quality
+from addiff_env.tiny.measures.bars import Bar
+from addiff_env.tiny.measures.pictures import Sample
+from addiff_env.tiny.prompt_splits import load_split
+from addiff_env.tiny.prompts import CATEGORIES, COLORS
+from addiff_env.tiny.scenes import Background, Scene, SceneObject, render
 from addiff_env.tiny.tokenizer import build_tokenizer
 
 
@@ -63,20 +66,18 @@ def test_a_bar_passes_within_its_limits(
 
 
 def test_a_share_of_nothing_fails_and_is_valid_json() -> None:
-    bar = quality.share("x", [], 0.8)
+    bar = bars.share("x", [], 0.8)
     assert bar.passed is False and bar.n == 0
     assert json.loads(json.dumps(bar.entry(), allow_nan=False))["measured"] is None
 
 
 def test_the_worst_category_decides() -> None:
-    bar = quality.worst_share("x", {"a": [True] * 10, "b": [True] * 8 + [False] * 2}, 0.9)
+    bar = bars.worst_share("x", {"a": [True] * 10, "b": [True] * 8 + [False] * 2}, 0.9)
     assert (bar.measured, bar.note, bar.passed, bar.n) == (0.8, "b", False, 10)
 
 
 def test_the_table_names_what_failed() -> None:
-    text = quality.table(
-        [quality.share("one", [True, False], 0.6), Bar("two", 3.0, most=5.0, unit="ms"), Bar("i", 0.1)]
-    )
+    text = bars.table([bars.share("one", [True, False], 0.6), Bar("two", 3.0, most=5.0, unit="ms"), Bar("i", 0.1)])
     head, rule, one, two, info = text.splitlines()
     assert head.startswith("bar") and set(rule) == {"-"}
     assert ">= 60.0%" in one and "50.0%" in one and one.endswith("FAIL")
@@ -127,39 +128,41 @@ def test_missing_weights_are_named(section: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_does_not_load_is_named(tmp_path: Path) -> None:
-    assert quality.loading_problem("clip", tmp_path / "clip") == "no folder clip"
+    assert footprint.loading_problem("clip", tmp_path / "clip") == "no folder clip"
     (tmp_path / "reward").mkdir()
-    assert quality.loading_problem("reward", tmp_path / "reward").startswith("reward: FileNotFoundError")
+    assert footprint.loading_problem("reward", tmp_path / "reward").startswith("reward: FileNotFoundError")
 
 
 # --------------------------------------------------------------------------- pictures
 
 
 def test_pick_takes_every_category() -> None:
-    rows = quality.pick(load_split("test"), 2)
+    rows = pictures.pick(load_split("test"), 2)
     assert [row["category"] for row in rows] == [category for category in CATEGORIES for _ in range(2)]
-    assert len(quality.pick(load_split("test"), None)) == len(load_split("test"))
+    assert len(pictures.pick(load_split("test"), None)) == len(load_split("test"))
 
 
 def test_one_third_of_the_schedule() -> None:
-    assert [quality.early_step(steps) + 1 for steps in (50, 30, 20, 10, 3, 1)] == [17, 10, 7, 3, 1, 1]
+    assert [pictures.early_step(steps) + 1 for steps in (50, 30, 20, 10, 3, 1)] == [17, 10, 7, 3, 1, 1]
 
 
 def test_a_preview_foreshadows_what_is_coloured_there() -> None:
-    final = judge(draw(("ring", "red", 20, 20, 11), ("star", "blue", 48, 46, 7)), "a red ring and a blue star").objects
+    final = check_picture(
+        draw(("ring", "red", 20, 20, 11), ("star", "blue", 48, 46, 7)), "a red ring and a blue star"
+    ).objects
     assert len(final) == 2
-    both = quality.coloured_region(draw(("circle", "green", 22, 21, 9), ("circle", "red", 45, 46, 6)))
-    assert quality.foreshadowed(final, both) == [True, True]
-    hollow = quality.coloured_region(draw(("ring", "red", 20, 20, 11)))  # the hole counts as the ring's
-    assert quality.foreshadowed(final, hollow) == [True, False]
-    nothing = quality.coloured_region(draw())
-    assert not nothing.any() and quality.foreshadowed(final, nothing) == [False, False]
+    both = pictures.coloured_region(draw(("circle", "green", 22, 21, 9), ("circle", "red", 45, 46, 6)))
+    assert pictures.foreshadowed(final, both) == [True, True]
+    hollow = pictures.coloured_region(draw(("ring", "red", 20, 20, 11)))  # the hole counts as the ring's
+    assert pictures.foreshadowed(final, hollow) == [True, False]
+    nothing = pictures.coloured_region(draw())
+    assert not nothing.any() and pictures.foreshadowed(final, nothing) == [False, False]
 
 
 def test_a_region_reaches_a_few_pixels() -> None:
     picture = draw()
     picture[30, 40] = (255, 0, 0)
-    region = quality.coloured_region(picture)
+    region = pictures.coloured_region(picture)
     assert region[30, 43] and region[33, 40] and not region[30, 44] and not region[33, 43]
 
 
@@ -177,39 +180,39 @@ def test_a_region_reaches_a_few_pixels() -> None:
 )
 def test_object_token_spans(tokenizer: CLIPTokenizer, caption: str, words: list[list[str]]) -> None:
     ids = tokenizer(caption).input_ids
-    spans = quality.object_token_spans(tokenizer, caption)
+    spans = attention.object_token_spans(tokenizer, caption)
     assert [[tokenizer.decode(ids[i]).strip() for i in span] for span in spans] == words
     assert len(set(sum(spans, []))) == sum(map(len, words))  # no position twice
 
 
 def test_the_peak_is_a_cells_middle_even_at_the_border() -> None:
-    assert quality.peak(heat_at(3, 5)) == pytest.approx((28.0, 44.0))
-    x, y = quality.peak(heat_at(0, 7))
+    assert attention.peak(heat_at(3, 5)) == pytest.approx((28.0, 44.0))
+    x, y = attention.peak(heat_at(0, 7))
     assert 0 < x < 8 and 56 < y < 64
 
 
 def test_heat_weighs_every_token_alike() -> None:
     maps = torch.stack([heat_at(1, 1), 1000 * heat_at(6, 6), heat_at(1, 1)])
-    heat = quality.object_heat(maps, [0, 1, 2])
+    heat = attention.object_heat(maps, [0, 1, 2])
     assert float(heat.sum()) == pytest.approx(1.0)
-    assert quality.peak(heat) == pytest.approx((12.0, 12.0))  # two of three
+    assert attention.peak(heat) == pytest.approx((12.0, 12.0))  # two of three
 
 
 @pytest.mark.parametrize(("radius", "inside"), [(6.0, False), (9.0, True)])
 def test_peaks_inside(radius: float, inside: bool) -> None:
     found = Found("circle", "red", 12.0, 22.5, radius, 0.9)  # 10.5 pixels from the peak
-    assert quality.peaks_inside(heat_at(1, 1), found) is inside
+    assert attention.peaks_inside(heat_at(1, 1), found) is inside
 
 
 def test_attention_is_read_per_object(tokenizer: CLIPTokenizer) -> None:
     caption = "a red circle left of a blue circle"
-    verdict = judge(draw(("circle", "blue", 44, 28, 8), ("circle", "red", 12, 28, 8)), caption)
+    verdict = check_picture(draw(("circle", "blue", 44, 28, 8), ("circle", "red", 12, 28, 8)), caption)
     assert verdict.satisfied
     maps = torch.zeros(32, 8, 8)
     maps[[2, 3]], maps[[7, 8]] = heat_at(1, 3), heat_at(5, 3)
     sample = Sample({"prompt": caption}, verdict, draw(), maps, maps)
-    assert quality.attention_outcomes(sample, maps, tokenizer) == [True, True]
-    assert quality.attention_outcomes(sample, maps.flip(2), tokenizer) == [False, False]
+    assert attention.attention_outcomes(sample, maps, tokenizer) == [True, True]
+    assert attention.attention_outcomes(sample, maps.flip(2), tokenizer) == [False, False]
 
 
 def test_match_objects_by_their_attributes() -> None:

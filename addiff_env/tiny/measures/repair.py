@@ -19,8 +19,8 @@ import addiff_env
 from addiff_env.diffusion.attention import MASKS
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.stats import at_least_one
-from addiff_env.tiny.checker import judge
-from addiff_env.tiny.scenes import balanced, load_split
+from addiff_env.tiny.checker import check_picture
+from addiff_env.tiny.prompt_splits import balanced, load_split
 from addiff_env.types import Action
 
 
@@ -36,7 +36,9 @@ def outcomes(env: DiffusionDenoiseVectorEnv, rows: Sequence[dict[str, Any]], ref
             env.step(np.full(env.num_envs, Action.REFINE))
             _continue_to_last(env)
         env.step(np.full(env.num_envs, Action.STOP))
-        results += [judge(env.final_image(lane), part[lane]["prompt"]).satisfied for lane in range(env.num_envs)]
+        results += [
+            check_picture(env.final_image(lane), part[lane]["prompt"]).satisfied for lane in range(env.num_envs)
+        ]
     return np.array(results[: len(rows)])
 
 

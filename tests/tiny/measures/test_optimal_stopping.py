@@ -8,11 +8,11 @@ import torch
 
 import addiff_env
 from addiff_env.env.config import EnvConfig
-from addiff_env.tiny import calibration, finishes
-from addiff_env.tiny import optimal_stopping as dp
-from addiff_env.tiny.optimal_stopping import Refinement, Walks
+from addiff_env.tiny.measures import calibration, finishes
+from addiff_env.tiny.measures import optimal_stopping as dp
+from addiff_env.tiny.measures.optimal_stopping import Refinement, Walks
+from addiff_env.tiny.prompt_splits import balanced, load_split
 from addiff_env.tiny.recipes import endings
-from addiff_env.tiny.scenes import balanced, load_split
 from addiff_env.types import Action
 
 N = 6
@@ -40,7 +40,7 @@ def test_fixed_stops_by_hand() -> None:
     made = walks()
     satisfied = made.ended[made.refines == 0].mean()
     for after, success, evaluations in ((3, 0.0, 4.0), (4, satisfied, 5.0), (5, satisfied, 6.0), (6, satisfied, 6.0)):
-        found = dp.judge(made, dp.fixed(after), Refinement())
+        found = dp.mean_outcome(made, dp.fixed(after), Refinement())
         assert found == pytest.approx((success, evaluations))
 
 
@@ -51,7 +51,7 @@ def test_a_refinement_is_worth_what_followed_it() -> None:
     outcome = refinement(failed, 3)
     assert outcome[:, 0] == pytest.approx(1.0, abs=0.02)
     assert outcome[:, 1] == pytest.approx(dp.REFINE_K + N - 3, abs=0.1)
-    found = dp.judge(made, dp.threshold(3, 0.5), refinement)
+    found = dp.mean_outcome(made, dp.threshold(3, 0.5), refinement)
     share = 1 - made.ended[made.refines == 0].mean()
     assert found == pytest.approx((1.0, N + share * dp.REFINE_K), abs=0.05)
 
@@ -87,7 +87,7 @@ def test_a_record_becomes_walks(small_kwargs: dict[str, Any], monkeypatch: pytes
     verdicts = np.random.default_rng(0)
     outcome = {"score": 0.5, "objects": ()}
     monkeypatch.setattr(
-        endings, "judge", lambda *_: type("Verdict", (), outcome | {"satisfied": verdicts.random() < 0.5})
+        endings, "check_picture", lambda *_: type("CheckResult", (), outcome | {"satisfied": verdicts.random() < 0.5})
     )
     settings = addiff_env.TINY | small_kwargs | {"finish_steps": 2, "warmup_steps": 3}
     table = calibration.record(EnvConfig(**settings), balanced(load_split("dev"), 6))
@@ -118,11 +118,11 @@ def test_stops_of_a_grid_are_judged_after_their_finish(
 ) -> None:
     seen: list[np.ndarray] = []
 
-    def judge(picture: np.ndarray, prompt: str) -> Any:
+    def check_picture(picture: np.ndarray, prompt: str) -> Any:
         seen.append(picture)
-        return type("Verdict", (), {"satisfied": len(seen) % 2 == 0})
+        return type("CheckResult", (), {"satisfied": len(seen) % 2 == 0})
 
-    monkeypatch.setattr(finishes, "judge", judge)
+    monkeypatch.setattr(finishes, "check_picture", check_picture)
     config = EnvConfig(**addiff_env.TINY | small_kwargs | {"num_inference_steps": 4, "finish_steps": 2})
     rows = [{"prompt": "a red circle", "seed": 3}, {"prompt": "a blue star", "seed": 4}]
     found = finishes.outcomes(config, rows, 2, (1, 2, 3))
