@@ -346,7 +346,7 @@ def test_the_model_card_carries_what_was_measured() -> None:
 
 @pytest.mark.parametrize("name", ["someone/none", "not a repository!", "/nowhere/at/all"])
 def test_a_missing_agent_is_named(name: str) -> None:
-    with pytest.raises(FileNotFoundError, match="make train") as error:
+    with pytest.raises(FileNotFoundError, match="addiff train") as error:
         Agent.from_pretrained(name)
     assert repr(name) in str(error.value)
     assert ("on the Hub" in str(error.value)) == (name == "someone/none")

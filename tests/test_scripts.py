@@ -314,6 +314,6 @@ def test_four_shards_merged_equal_one_run(uninterrupted, tmp_path):
 
 def test_mistakes_are_named(run_here, tmp_path):
     result = run_here("evaluate.py", "agent=/nowhere/agent", f"hydra.run.dir={tmp_path}")
-    assert result.returncode != 0 and "/nowhere/agent" in result.stderr and "make train" in result.stderr
+    assert result.returncode != 0 and "/nowhere/agent" in result.stderr and "addiff train" in result.stderr
     result = run_here("train_sb3.py", "+env.kwargs.mask=nose", f"hydra.run.dir={tmp_path}")
     assert result.returncode != 0 and "nose" in result.stderr and "low_attention" in result.stderr

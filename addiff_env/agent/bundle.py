@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from addiff_env.env.config import EnvConfig
 from addiff_env.env.validation import plain
 from addiff_env.loading.isolation import exclusive, isolated
 from addiff_env.loading.weights import gated_advice
+from addiff_env.storage.files import replacing
 from addiff_env.storage.paths import looked_at, resolve_model
 
 if TYPE_CHECKING:
@@ -132,12 +132,9 @@ class Agent:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.contiguous() for name, value in self.policy.state_dict().items()}
         head = {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint}
-        save_file(weights, folder / (WEIGHTS + ".partial"))
-        (folder / (CONFIG + ".partial")).write_text(json.dumps(plain(head | self.config), indent=2) + "\n")
-        for name in (WEIGHTS, CONFIG):
-            with (folder / (name + ".partial")).open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(folder / (name + ".partial"), folder / name)
+        with replacing(folder / CONFIG, durable=True) as config, replacing(folder / WEIGHTS, durable=True) as tensors:
+            save_file(weights, tensors)
+            config.write_text(json.dumps(plain(head | self.config), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Agent:
@@ -151,7 +148,7 @@ class Agent:
         named, folder = looked_at(folder), Path(resolve_model(folder))
         for name in (WEIGHTS, CONFIG):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"no {name} in {named}; train an agent with: make train")
+                raise FileNotFoundError(f"no {name} in {named}; train an agent with: addiff train")
         _refuse_pickles(folder)
         config = _read_config(folder / CONFIG)
         described = config.pop("fingerprint", None)
@@ -202,7 +199,7 @@ class Agent:
             folder = snapshot_download(str(name), revision=revision, token=token, allow_patterns=files)
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
             raise FileNotFoundError(
-                f"no agent {looked_at(name)}, neither as a folder (train one with: make train) nor on the Hub: {error}"
+                f"no agent {looked_at(name)}, neither as a folder (make one: addiff train) nor on the Hub: {error}"
                 + gated_advice(error, str(name))
             ) from error
         return cls.load(folder)

@@ -11,7 +11,6 @@ flushed to the disk and renamed over it, so that at every moment a whole checkpo
 from __future__ import annotations
 
 import csv
-import os
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -33,6 +32,7 @@ from stable_baselines3.common.logger import (
 
 from addiff_env.sb3.callbacks import StatefulCallback
 from addiff_env.sb3.vec_env import DenoiseVecEnv
+from addiff_env.storage.files import replacing
 
 FORMAT_VERSION = 2
 FILE = "checkpoint.pt"
@@ -140,18 +140,9 @@ def save_checkpoint(
 
     ``config`` is the run's resolved configuration, as text; ``inputs`` the fingerprints of the files that it names.
     """
-    partial = path.with_name(path.name + ".partial")
     content = _plain({"format_version": FORMAT_VERSION, "config": config, "inputs": inputs, **state})
-    with partial.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renaming itself
-    finally:
-        os.close(folder)
+    with replacing(path, durable=True) as partial:
+        torch.save(content, partial)
 
 
 def _plain(tree: Any) -> Any:
@@ -266,10 +257,9 @@ def _continued_csv(path: Path, step: int) -> CSVOutputFormat:
                 rows = [row for row in csv.DictReader(file) if float(row.get("time/total_timesteps") or "inf") <= step]
             except (ValueError, csv.Error) as error:
                 raise ValueError(f"{path} is damaged: {error}; remove it to go on without the rows so far") from error
-    partial = path.with_name(path.name + ".partial")
-    writer = CSVOutputFormat(str(partial))
-    for row in rows:
-        numbers = {key: float(value) for key, value in row.items() if key and value}
-        writer.write(numbers, dict.fromkeys(numbers, ()))
-    os.replace(partial, path)  # the open file goes along
+    with replacing(path) as partial:  # the open file goes along
+        writer = CSVOutputFormat(str(partial))
+        for row in rows:
+            numbers = {key: float(value) for key, value in row.items() if key and value}
+            writer.write(numbers, dict.fromkeys(numbers, ()))
     return writer

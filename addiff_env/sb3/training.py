@@ -71,14 +71,14 @@ def train(cfg: DictConfig, run: Path, judge: MetricFn | None = None, callbacks: 
     Raises:
         ValueError: the folder holds a run with another configuration; every differing value is named. Or a value that
             no training can have.
-        RuntimeError: another process trains in the folder, or is to write its agent to the same ``cfg.out``.
+        FolderBusyError: another process trains in the folder, or is to write its agent to the same ``cfg.out``.
     """
     check_numbers(cfg)
     run = Path(run)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     with ExitStack() as held:
-        held.enter_context(alone_in(run))
+        held.enter_context(claim(run, "a training", instead=ELSEWHERE))
         if cfg.out and not _same_place(Path(cfg.out), run):
             held.enter_context(claim(Path(cfg.out), "a training's agent", instead="name another out"))
         return _train(cfg, run, judge, callbacks)
@@ -105,17 +105,6 @@ def _train(cfg: DictConfig, run: Path, judge: MetricFn | None, callbacks: Sequen
     keep_results(agent, out)
     agent.save(out)
     return Result(agent, training.model.num_timesteps, training.collapsed, training.held_out_summary)
-
-
-@contextmanager
-def alone_in(run: Path) -> Iterator[None]:
-    """Hold the folder: two processes that write the same checkpoint would spoil it. A killed process lets go.
-
-    Raises:
-        RuntimeError: another process holds it.
-    """
-    with claim(run, "a training", instead=ELSEWHERE):
-        yield
 
 
 def keep_results(agent: Agent, folder: Path) -> None:

@@ -140,17 +140,30 @@ def partial_of(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """A file to write that takes ``path``'s place at the end: whoever reads it sees the old one or the new one.
 
-    Where writing fails, the old one stays, and nothing beside it.
+    Where writing fails, the old one stays, and nothing beside it. What is ``durable`` is on the disk by then, so that a
+    power cut leaves one of the two whole as well.
     """
     partial = partial_of(path)
     try:
         yield partial
+        if durable:
+            _to_disk(partial)
         os.replace(partial, path)
+        if durable:
+            _to_disk(path.parent)  # the renaming itself
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -23,7 +23,7 @@ def resolve_model(model: str | os.PathLike[str]) -> str:
     is_configuration = relative.parts[:1] == ("configs",) and not (package / "configs").exists()
     found = (package.parent if is_configuration else package) / relative
     if relative.is_absolute() or ".." in relative.parts or not found.exists():
-        hint = "; retrain it with: make tiny" if relative.parts[:2] == ("tiny", "weights") else ""
+        hint = "; retrain it with: addiff world train" if relative.parts[:2] == ("tiny", "weights") else ""
         raise FileNotFoundError(f"packaged {name!r} is missing ({found}){hint}")
     return str(found)
 

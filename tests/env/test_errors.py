@@ -275,7 +275,7 @@ def test_missing_models_are_named(small_kwargs: Kwargs, tmp_path: Path, name: st
 
 
 def test_missing_packaged_models_say_how_to_get_them(small_kwargs: Kwargs) -> None:
-    with pytest.raises(FileNotFoundError, match="tiny/weights/gone.*make tiny"):
+    with pytest.raises(FileNotFoundError, match="tiny/weights/gone.*addiff world train"):
         gym.make(ID, **{**small_kwargs, "model": "addiff_env:tiny/weights/gone"})
 
 

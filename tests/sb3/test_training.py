@@ -35,10 +35,10 @@ from addiff_env.sb3 import command as train_command
 from addiff_env.sb3 import held_out
 from addiff_env.sb3.checkpoint import FILE, load_checkpoint, random_state, save_checkpoint, set_random_state
 from addiff_env.sb3.held_out import HELD_OUT_SEED
-from addiff_env.sb3.training import CONFIG_FILE, alone_in, train, weights_and_biases
+from addiff_env.sb3.training import CONFIG_FILE, train, weights_and_biases
 from addiff_env.sb3.vec_env import make_lanes
 from addiff_env.stats import spread
-from addiff_env.storage.files import FolderBusyError
+from addiff_env.storage.files import FolderBusyError, claim
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red circle", "a star", "a blue square and a green star", "a red star, a pink circle and a green cross"]
@@ -243,7 +243,7 @@ def test_the_filmstrips_are_of_prompts_from_all_over_the_list(small_kwargs, tmp_
 
 
 def test_two_processes_do_not_train_in_one_folder(small_kwargs, tmp_path):
-    with alone_in(tmp_path):
+    with claim(tmp_path, "a training"):
         with pytest.raises(FolderBusyError, match="another process") as error:
             train(configure(small_kwargs), tmp_path)
         assert str(tmp_path) in str(error.value)
@@ -252,10 +252,10 @@ def test_two_processes_do_not_train_in_one_folder(small_kwargs, tmp_path):
     holder = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(holder, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "held\n"
-        with pytest.raises(FolderBusyError, match="another process"), alone_in(tmp_path):
+        with pytest.raises(FolderBusyError, match="another process"), claim(tmp_path, "a training"):
             pass
         process.send_signal(signal.SIGKILL)
-    with alone_in(tmp_path):  # a killed process lets go
+    with claim(tmp_path, "a training"):  # a killed process lets go
         pass
 
 
@@ -361,13 +361,14 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / FILE, {"value": 1}, "a: 1")
 
     def half(value, file):
-        file.write(b"PK half a file")
+        file.write_bytes(b"PK half a file")
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(tmp_path / FILE, {"value": 2}, "a: 1")
     assert load_checkpoint(tmp_path / FILE)["value"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path):

@@ -43,7 +43,9 @@ def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: st
     except Exception as error:
         there = Path(folder).exists()
         where = f"folder {folder}" if there else f"model {looked_at(model)}, neither a local folder nor loadable"
-        hint = "retrain it with: make tiny" if folder != model else "download it, or pass model=<pipeline folder>"
+        hint = (
+            "retrain it with: addiff world train" if folder != model else "download it, or pass model=<pipeline folder>"
+        )
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) or not there else ValueError
         advice = "" if there else gated_advice(error, model)
         raise kind(f"cannot load a diffusers pipeline from {where}: {error}; {hint}{advice}") from error

@@ -124,7 +124,7 @@ class Measurements:
         """Renderings still satisfy their prompts after the shipped autoencoder."""
         folder = self.args.weights / "pipeline" / "vae"
         if not folder.is_dir():
-            raise FileNotFoundError(f"no autoencoder {folder}; train it with: make tiny")
+            raise FileNotFoundError(f"no autoencoder {folder}; train it with: addiff world train")
         with quiet_loading():
             vae = AutoencoderTiny.from_pretrained(folder).to(self.args.device)
         pictures = torch.from_numpy(np.stack([picture for _, _, picture in self.scenes]))

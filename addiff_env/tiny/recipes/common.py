@@ -6,7 +6,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from addiff_env.storage.files import replacing
 from addiff_env.tiny.world import WEIGHTS
 
 CHECKPOINT_SECONDS = 120
@@ -83,7 +83,6 @@ class Loop:
 
     def save(self) -> None:
         """Write the checkpoint so that a kill at any moment leaves the old or the new one whole."""
-        partial = self.path.with_suffix(".partial")
         state = {
             "modules": {key: module.state_dict() for key, module in self.modules.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -91,8 +90,8 @@ class Loop:
             "step": self.step,
             "seconds": self.seconds,
         }
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+        with replacing(self.path) as partial:
+            torch.save(state, partial)
 
     def run(self, loss_at: Callable[[torch.Generator], dict[str, torch.Tensor]], after: Any = None) -> None:
         """Train to ``args.steps``. ``loss_at`` gets the step's own CPU generator and returns named

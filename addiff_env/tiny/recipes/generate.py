@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 
 from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
 from addiff_env.diffusion.samplers import add_noise
+from addiff_env.storage.files import replacing
 from addiff_env.tiny.checker import check_picture
 from addiff_env.tiny.prompt_splits import sample_train_prompt
 from addiff_env.tiny.recipes import common, pairs
@@ -154,10 +154,8 @@ def _configuration(args: argparse.Namespace) -> dict[str, Any]:
 
 def save_arrays(path: Path, arrays: dict[str, Any], compress: bool = True) -> None:
     """Write an .npz file whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         (np.savez_compressed if compress else np.savez)(file, **arrays)
-    os.replace(partial, path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from addiff_env.storage.commands import command_line
+from addiff_env.storage.files import replacing
 from addiff_env.tiny.checker import Found
 from addiff_env.tiny.hard_negatives import hard_negative
 from addiff_env.tiny.prompt_splits import sample_train_prompt
@@ -39,9 +39,8 @@ _FACTS = (1 + len(_SHAPE_NAMES), len(COLORS), 2)  # classes of shape (0: nothing
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write an .npy file whole or not at all."""
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, array)
-    os.replace(partial, path)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, array)
 
 
 def describe(objects: Scene | tuple[Found, ...]) -> np.ndarray:
