@@ -1,7 +1,8 @@
 """Write the shipped prompt files: ``addiff world splits``.
 
-``splits/dev.jsonl`` and ``splits/test.jsonl`` are the evaluation splits; ``splits/train.txt`` lists
-distinct training captions, one a line, for training agents.
+``splits/dev.jsonl``, ``splits/test.jsonl`` and ``splits/final.jsonl`` are the evaluation splits; ``splits/train.txt``
+lists distinct training captions, one a line, for training agents. ``final`` is for one run with everything fixed: no
+choice is made on it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from addiff_env.tiny.prompt_splits import build_split, sample_train_prompt
+from addiff_env.tiny.prompt_splits import SPLITS, build_split, sample_train_prompt
 from addiff_env.tiny.prompts import CATEGORIES
 
-SPLITS = Path(__file__).resolve().parent / "splits"
+FOLDER = Path(__file__).resolve().parent / "splits"
 SHARES = (0.06, 0.13, 0.17, 0.07, 0.18, 0.13, 0.13, 0.13)  # of the categories among an agent's training captions
 
 
@@ -32,11 +33,11 @@ def train_captions(number: int = 6000, seed: int = 0) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write them; returns the exit status."""
-    text = "Write the shipped prompt files, splits/{dev,test}.jsonl and splits/train.txt."
+    text = "Write the shipped prompt files, splits/{dev,test,final}.jsonl and splits/train.txt."
     argparse.ArgumentParser(prog="addiff world splits", description=text).parse_args(argv)
-    SPLITS.mkdir(exist_ok=True)
-    for name in ("dev", "test"):
+    FOLDER.mkdir(exist_ok=True)
+    for name in SPLITS:  # the last leaves out what the others hold
         text = "".join(json.dumps(row) + "\n" for row in build_split(name))
-        (SPLITS / f"{name}.jsonl").write_text(text)
-    (SPLITS / "train.txt").write_text("".join(caption + "\n" for caption in train_captions()))
+        (FOLDER / f"{name}.jsonl").write_text(text)
+    (FOLDER / "train.txt").write_text("".join(caption + "\n" for caption in train_captions()))
     return 0

@@ -1,4 +1,4 @@
-"""The prompt splits: which captions belong to train, dev and test, and the shipped rows of dev and test."""
+"""The prompt splits: which captions belong to train, dev, test and final, and the shipped rows of the last three."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import hashlib
 import json
 from functools import cache
 from importlib import resources
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
-from addiff_env.tiny.prompts import CATEGORIES, Prompt, sample_prompt
+from addiff_env.tiny.prompts import CATEGORIES, Prompt, parse_caption, sample_prompt
 
 WORLD_VERSION = 1  # part of every split; bump whenever a caption or a split could change
+
+
+SPLITS = ("dev", "test", "final")
+# Held-out captions of the other categories are few, and ``dev`` and ``test`` use them up.
+FINAL_CATEGORIES = ("position", "color_attribution", "three_objects", "four_objects")
 
 
 def caption_split(prompt: Prompt) -> str:
@@ -22,12 +28,16 @@ def caption_split(prompt: Prompt) -> str:
     """
     if prompt.category == "single_object":
         return "train"  # too few of them: they occur in every split
+    bucket = int.from_bytes(hashlib.sha256(_meaning(prompt).encode()).digest()[:4], "big") % 10
+    return {0: "dev", 1: "test"}.get(bucket, "train")
+
+
+def _meaning(prompt: Prompt) -> str:
+    """What a prompt asks for, the same whatever the order of unrelated objects."""
     specs = [f"{s.count} {s.size} {s.color} {s.shape}" for s in prompt.objects]
     if prompt.relation is None:
         specs.sort()
-    key = f"v{WORLD_VERSION}|{'|'.join(specs)}|{prompt.relation}"
-    bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % 10
-    return {0: "dev", 1: "test"}.get(bucket, "train")
+    return f"v{WORLD_VERSION}|{'|'.join(specs)}|{prompt.relation}"
 
 
 def sample_train_prompt(rng: np.random.Generator, category: str | None = None) -> Prompt:
@@ -38,44 +48,62 @@ def sample_train_prompt(rng: np.random.Generator, category: str | None = None) -
             return prompt
 
 
-def build_split(name: str, per_category: int = 128) -> list[dict[str, Any]]:
-    """Make an evaluation split anew: rows of ``prompt``, ``seed``, ``category``, balanced.
+def build_split(name: str, number: int = 1024) -> list[dict[str, Any]]:
+    """Make an evaluation split anew: ``number`` rows of ``prompt``, ``seed``, ``category``, balanced.
+
+    ``dev`` and ``test`` have all `CATEGORIES`. ``final`` has `FINAL_CATEGORIES`, of captions that training leaves out
+    and whose meaning occurs in neither of the two; it needs their shipped files.
 
     Raises:
-        ValueError: ``name`` is neither ``dev`` nor ``test``.
+        ValueError: ``name`` is none of `SPLITS`.
     """
-    if name not in ("dev", "test"):
-        raise ValueError(f"unknown split {name!r}; known: dev, test")
+    _check_split(name)
+    categories = FINAL_CATEGORIES if name == "final" else CATEGORIES
     rows = []
-    for category in CATEGORIES:
+    for category in categories:
         entropy = hashlib.sha256(f"v{WORLD_VERSION}|{name}|{category}".encode()).digest()[:8]
         rng = np.random.default_rng(int.from_bytes(entropy, "big"))
-        wanted = "train" if category == "single_object" else name
         prompts: list[Prompt] = []
-        while len(prompts) < per_category:
+        while len(prompts) < number // len(categories):
             prompt = sample_prompt(rng, category)
-            if caption_split(prompt) == wanted:
+            if _belongs(prompt, name):
                 prompts.append(prompt)
-        base = 1_000_000 * (1 + ("dev", "test").index(name)) + 1_000 * CATEGORIES.index(category)
+        base = 1_000_000 * (1 + SPLITS.index(name)) + 1_000 * CATEGORIES.index(category)
         rows += [{"prompt": prompt.caption, "seed": base + i, "category": category} for i, prompt in enumerate(prompts)]
     return rows
 
 
+def _belongs(prompt: Prompt, split: str) -> bool:
+    if split == "final":
+        return caption_split(prompt) != "train" and _meaning(prompt) not in _meanings_in_use()
+    return caption_split(prompt) == ("train" if prompt.category == "single_object" else split)
+
+
+@cache
+def _meanings_in_use() -> frozenset[str]:
+    """What the captions of ``dev`` and ``test`` mean."""
+    return frozenset(_meaning(parse_caption(row["prompt"])) for name in ("dev", "test") for row in load_split(name))
+
+
+def _check_split(name: str) -> None:
+    if name not in SPLITS:
+        raise ValueError(f"unknown split {name!r}; known: {', '.join(SPLITS)}")
+
+
 @cache
 def load_split(name: str) -> tuple[dict[str, Any], ...]:
-    """The shipped evaluation split ``dev`` or ``test``: rows of ``prompt``, ``seed``, ``category``.
+    """A shipped evaluation split, one of `SPLITS`: rows of ``prompt``, ``seed``, ``category``.
 
     Raises:
         ValueError: unknown split.
     """
+    _check_split(name)
     path = resources.files("addiff_env.tiny") / "splits" / f"{name}.jsonl"
-    if not path.is_file():
-        raise ValueError(f"unknown split {name!r}; known: dev, test")
     return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
 
 
 def balanced(rows: tuple[dict[str, Any], ...], number: int) -> list[dict[str, Any]]:
     """The first ``number`` rows of a split, taken from its categories in turn."""
-    by_category = {c: [row for row in rows if row["category"] == c] for c in CATEGORIES}
-    turns = [by_category[c][i] for i in range(max(map(len, by_category.values()))) for c in CATEGORIES]
+    by_category = [[row for row in rows if row["category"] == c] for c in CATEGORIES]
+    turns = [row for turn in zip_longest(*by_category) for row in turn if row is not None]
     return turns[:number]

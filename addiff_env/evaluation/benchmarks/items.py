@@ -22,6 +22,9 @@ from addiff_env.env.prompts import (
 from addiff_env.evaluation.benchmarks.complexity import text_complexity, text_facts
 from addiff_env.evaluation.benchmarks.readers import SOURCES, Entry, Source, read_list, read_tiny
 from addiff_env.storage.paths import resolve_model
+from addiff_env.tiny.prompt_splits import SPLITS
+
+TINY = tuple(f"tiny-{split}" for split in SPLITS)  # the embedded world's splits
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def load_benchmark(
     """Load a benchmark by name, or a file of prompts by path.
 
     Args:
-        name: ``tiny-dev``, ``tiny-test``, a name in `SOURCES`, or the path of a file that
+        name: ``tiny-dev``, ``tiny-test``, ``tiny-final``, a name in `SOURCES`, or the path of a file that
             `addiff_env.env.prompts` reads.
         limit: keep the first prompts, categories in turn; None keeps all.
         root: folder of the public lists; by default the environment variable ``ADDIFF_DATA``.
@@ -80,7 +83,7 @@ def load_benchmark(
 
 def known_benchmarks() -> tuple[str, ...]:
     """Names that `load_benchmark` takes beside file paths."""
-    return ("tiny-dev", "tiny-test", *SOURCES)
+    return (*TINY, *SOURCES)
 
 
 def id_list_hash(items: Iterable[Item]) -> str:
@@ -97,7 +100,7 @@ def benchmark_record(name: str, items: Sequence[Item]) -> dict[str, Any]:
 
 
 def _entries(name: str, root: str | Path | None, any_length: bool) -> list[Entry]:
-    if name in ("tiny-dev", "tiny-test"):
+    if name in TINY:
         return read_tiny(name.removeprefix("tiny-"))
     if name in SOURCES:
         source = SOURCES[name]

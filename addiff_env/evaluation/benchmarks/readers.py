@@ -52,7 +52,7 @@ class Source:
 
 
 def read_tiny(split: str) -> list[Entry]:
-    """A split of the embedded world, ``dev`` or ``test``."""
+    """A split of the embedded world, one of `addiff_env.tiny.prompt_splits.SPLITS`."""
     entries = []
     for number, row in enumerate(load_split(split)):
         meaning = parse_caption(row["prompt"])

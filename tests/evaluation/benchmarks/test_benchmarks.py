@@ -269,6 +269,15 @@ def test_stated_seeds_give_distinct_seeds_to_further_pictures():
     assert len({item.seed for item in items}) == 24
 
 
+@pytest.mark.parametrize("name", ["tiny-dev", "tiny-test", "tiny-final"])
+def test_the_embedded_worlds_splits_are_benchmarks(name):
+    items = load_benchmark(name)
+    assert name in known_benchmarks() and len(items) == len({(item.prompt, item.seed) for item in items}) == 1024
+    categories = {item.category for item in items}
+    limited = load_benchmark(name, len(categories))
+    assert limited == items[: len(limited)] and {item.category for item in limited} == categories
+
+
 def test_facts_are_counted_as_the_embedded_world_counts_them():
     assert text_facts("A photo of a red cup, and the cat's well-worn mat!") == 5
     assert text_facts("") == 0
