@@ -81,7 +81,7 @@ class AdaptivePipeline:
         if env.max_episode_steps is not None:
             raise ValueError(f"the pipeline finishes every picture: no max_episode_steps, got {env.max_episode_steps}")
         if isinstance(agent, Agent):
-            agent.require_layout(env.perception.parts)
+            agent.require_layout(env.parts)
         if negative_prompt is not None:
             env.backbone.check_negative_prompt(check_prompt(negative_prompt), env.config.guidance_scale)
         self.env, self.agent, self.negative_prompt = env, agent, negative_prompt
@@ -152,7 +152,7 @@ class AdaptivePipeline:
             began = time.perf_counter()
             active = sorted(running)
             actions = np.zeros(env.num_envs, np.int64)
-            seen = flat_observation(observation, env.perception.parts)[active]
+            seen = flat_observation(observation, env.parts)[active]
             actions[active] = self._decide(seen, info["action_mask"][active], [running[lane] for lane in active])
             observation, reward, terminated, _, info = env.step(actions)
             share = (time.perf_counter() - began) / len(active)

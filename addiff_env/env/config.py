@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from addiff_env.diffusion.attention import MASKS
 from addiff_env.diffusion.backbones.offload import OFFLOADS
 from addiff_env.diffusion.samplers import SOLVERS
+from addiff_env.env.prices import read_price_range
 from addiff_env.env.validation import above, at_least, below, check_fields, multiple_of, one_of
 from addiff_env.loading.weights import DTYPES
 from addiff_env.perception.features import LOOK_PARTS
@@ -70,6 +71,7 @@ class EnvConfig:
     obs_backend: Annotated[str, one_of("numpy", "torch")] = "numpy"
     text_info: bool = False
     reward: Mapping[str, Any] | None = None
+    price_range: Sequence[float] | None = None
     render_mode: Annotated[str, one_of("rgb_array")] | None = None
     batch_size: Annotated[int, at_least(1)] = 64
     decode_memory: Annotated[float, at_least(0)] | None = None
@@ -89,6 +91,7 @@ class EnvConfig:
             raise ValueError("preview 'taesd' needs preview_model, e.g. 'madebyollin/taesd'")
         if isinstance(self.reads, str) or not set(self.reads) <= set(LOOK_PARTS):
             raise ValueError(f"reads must be a list of {', '.join(LOOK_PARTS)}, got {self.reads!r}")
+        object.__setattr__(self, "price_range", read_price_range(self.price_range))
         object.__setattr__(self, "reads", tuple(self.reads))  # as JSON gives it back, a list, it is the same setting
         if self.blur_sigma > (side := max(self.height, self.width)):
             raise ValueError(f"blur_sigma must be at most {side}, the picture's longer side, got {self.blur_sigma!r}")
@@ -103,6 +106,18 @@ class EnvConfig:
     def nfe_budget(self) -> int:
         """Denoiser evaluations an episode may spend: ``max_nfe``, or twice ``num_inference_steps``."""
         return 2 * self.num_inference_steps if self.max_nfe is None else self.max_nfe
+
+
+def check_names(settings: Iterable[str], own: Sequence[str]) -> None:
+    """Refuse what is no setting.
+
+    Raises:
+        TypeError: a name that is neither a field of `EnvConfig` nor one of the caller's ``own``.
+    """
+    known = [*own, *(field.name for field in fields(EnvConfig))]
+    for name in settings:
+        if name not in known:
+            raise TypeError(f"unexpected keyword argument {name!r}; known: {', '.join(known)}")
 
 
 def renoise_timestep(renoise: float | str, current: int, total: int) -> int:

@@ -58,6 +58,14 @@ def lane_info(values: dict[str, Any], texts: dict[str, Any], num_envs: int, list
     return Info.of(with_presence(listed), with_presence(hidden))
 
 
+def final_info(info: Info, final_obs: np.ndarray, ended: np.ndarray) -> dict[str, Any]:
+    """What Gymnasium's SAME_STEP adds to the next info: the last observations and info of the lanes that ``ended``."""
+    last = info.copy()
+    for values in (last, last.texts):
+        values.update({name: ended for name in values if name.startswith("_")})
+    return {"final_obs": final_obs, "_final_obs": ended, "final_info": last, "_final_info": ended}
+
+
 # TorchRL maps over ``info`` as a tree, in which torch takes only dictionaries of its own kinds apart.
 register_pytree_node(
     Info,

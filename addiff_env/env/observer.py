@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ from addiff_env.diffusion.attention import attention_entropy
 from addiff_env.diffusion.backbones import to_uint8
 from addiff_env.env.config import EnvConfig
 from addiff_env.env.denoiser import Denoiser
+from addiff_env.env.prices import position
 from addiff_env.env.state import LaneState
 from addiff_env.perception.features import (
     QUALITY,
@@ -144,11 +146,18 @@ class Observer:
 
     # ----------------------------------------------------------------- the observation
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """Widths of the flat observation's parts, in order."""
+        parts = self.perception.parts
+        quality = {"quality": parts.pop("quality")}  # stays last: rules find their numbers there
+        return {**parts, **({"price": 1} if self.config.price_range else {}), **quality}
+
     def space(self) -> gym.Space[Any]:
         """The space of one lane's observations."""
         bounds = self._bounds()
         if self.config.obs_mode == "flat":
-            low, high = (np.concatenate([bounds[name][side] for name in self.perception.parts]) for side in (0, 1))
+            low, high = (np.concatenate([bounds[name][side] for name in self.parts]) for side in (0, 1))
             return gym.spaces.Box(low, high, dtype=np.float32)
         return gym.spaces.Dict(
             {name: gym.spaces.Box(low, high, dtype=np.float32) for name, (low, high) in bounds.items()}
@@ -167,6 +176,7 @@ class Observer:
             "clip_text": symmetric(clip),
             "timestep": symmetric(TIMESTEP_WIDTH),
             **({"outlook": symmetric(1, limit)} if self.perception.reads_latents else {}),
+            **({"price": symmetric(1)} if self.config.price_range else {}),
             "quality": (low, high),
         }
         if self.config.obs_mode == "dict":
@@ -182,6 +192,7 @@ class Observer:
             "clip_text": state.clip_text,
             "timestep": timestep_embedding(self.schedule.timesteps[state.index(at)]),
             **({"outlook": state.features.outlook[:, None]} if self.perception.reads_latents else {}),
+            **({"price": self._price_slot(state, self.config.price_range)} if self.config.price_range else {}),
             "quality": self._quality_slots(state),
         }
         if self.config.obs_mode == "dict":
@@ -190,6 +201,10 @@ class Observer:
             return result if self.config.obs_backend == "torch" else {k: v.cpu().numpy() for k, v in result.items()}
         flat = torch.cat(list(parts.values()), dim=1).float()
         return flat if self.config.obs_backend == "torch" else flat.cpu().numpy()
+
+    def _price_slot(self, state: LaneState, price_range: Sequence[float]) -> torch.Tensor:
+        """Where the lanes' prices stand in the range, (B, 1)."""
+        return state.index(position(price_range, state.lane_price).astype(np.float32)[:, None])
 
     def _quality_slots(self, state: LaneState) -> torch.Tensor:
         """The eight numbers of `QUALITY`, (B, 8)."""

@@ -44,6 +44,7 @@ class ReadableParts:
 
     perception: Perception = _of("observer")
     previewer: Previewer = _of("observer")
+    parts: dict[str, int] = _of("observer")
 
     latents: torch.Tensor = _of("state")
     x0: torch.Tensor = _of("state")

@@ -10,10 +10,11 @@ import torch
 from gymnasium.utils import seeding
 
 from addiff_env.env.denoiser import Denoiser
+from addiff_env.env.prices import check_price
 from addiff_env.env.prompts import check_prompt
 from addiff_env.env.validation import as_list, check_seed, plain, shown
 
-LANE_OPTIONS = ("prompt", "negative_prompt", "seed", "latents")  # one value per lane each
+LANE_OPTIONS = ("prompt", "negative_prompt", "seed", "latents", "price")  # one value per lane each
 
 
 def as_mapping(options: Any) -> dict[str, Any]:
@@ -68,13 +69,16 @@ def read_options(options: dict[str, Any], number: int, denoiser: Denoiser) -> di
 
     Raises:
         TypeError, ValueError: an option that there is not, a prompt that is no string, a seed that is no whole number,
-        latents of another shape or not finite, or the wrong number of any of them; the message shows the value.
+        latents of another shape or not finite, a price that is none or outside of ``price_range``, or the wrong number
+        of any of them; the message shows the value.
     """
     if unknown := set(options) - set(LANE_OPTIONS):
         raise ValueError(f"unknown reset options {sorted(unknown)}; known: {', '.join(LANE_OPTIONS)}, reset_mask")
     given: dict[str, Any] = {}
     for name, value in options.items():
         rows = value if name == "latents" and depth(value) > 1 else as_list(value)
+        if name == "price" and rows is None:
+            rows = [value] * number  # the same for all
         if rows is None:
             raise TypeError(f"the vector environment takes one {name} per lane, got {shown(value)}")
         if len(rows) != number:
@@ -85,6 +89,9 @@ def read_options(options: dict[str, Any], number: int, denoiser: Denoiser) -> di
             given[name] = [check(value) for value in given[name]]
     if "negative_prompt" in given:
         given["negative_prompt"] = [_read_negative_prompt(value, denoiser) for value in given["negative_prompt"]]
+    if "price" in given:
+        within = denoiser.config.price_range
+        given["price"] = [None if value is None else check_price(value, within) for value in given["price"]]
     if "latents" in given:
         given["latents"] = _read_latents(given["latents"], denoiser)
     return given

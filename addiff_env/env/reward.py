@@ -10,7 +10,7 @@ the baseline that the terminal quality is counted from (`relative_to_baseline`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
@@ -72,6 +72,16 @@ class RewardConfig:
                 raise ValueError(f"unknown reward setting {name!r}; known: {', '.join(known)}")
         return cls(**values)
 
+    def check_reads(self, reads: Collection[str]) -> None:
+        """Refuse to pay for what is not looked at; ``reads`` names parts of a look, as the environment's setting does.
+
+        Raises:
+            ValueError: a part that is left out has a weight; the message shows both.
+        """
+        for part, weight in (("clip_image", "clip_weight"), ("reward", "reward_weight"), ("dino", "instability")):
+            if part not in reads and (value := getattr(self, weight)):
+                raise ValueError(f"reads leaves out {part!r}, but the reward has {weight} {value}: set it to 0")
+
     def for_scorer(self, mean: float, std: float) -> RewardConfig:
         """The same with a scorer's own scale where none was set: scorers differ, from cosines to ratings up to 10."""
         chosen = (
@@ -130,11 +140,13 @@ def step_reward(
     cost: np.ndarray,
     terminated: np.ndarray,
     fault: np.ndarray | None = None,
+    price: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Components and ``total`` of one transition of B lanes, each (B,) float64.
 
     ``phi`` and ``next_phi`` are the qualities of the preview before and of the preview (or the final
-    image) after; ``similarity`` the DINO cosine between the two; ``cost`` what was just paid, in ``efficiency_unit``.
+    image) after; ``similarity`` the DINO cosine between the two; ``cost`` what was just paid, in
+    ``efficiency_unit``, each at its lane's ``price`` (B,) (None: ``config.efficiency``).
     The potential of a terminal state is 0, as the theorem requires. ``fault`` (B,) bool marks lanes that broke down.
     """
     broken = np.zeros_like(terminated) if fault is None else fault
@@ -142,7 +154,7 @@ def step_reward(
     parts = {
         "shaping": config.shaping * (config.gamma * after - phi),
         "instability": -config.instability * (1 - similarity),
-        "efficiency": -config.efficiency * cost.astype(np.float64),
+        "efficiency": -(config.efficiency if price is None else price) * cost.astype(np.float64),
         "terminal": np.where(terminated & ~broken, config.terminal * next_phi, 0.0),
         "fault": np.where(broken, -config.fault, 0.0),
     }

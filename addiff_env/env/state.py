@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from addiff_env.diffusion.backbones import Backbone, Conditioning
+from addiff_env.env.prices import OWN
 from addiff_env.perception.features import Features
 
-FORMAT_VERSION = 2  # of `LaneState.state_dict`
+FORMAT_VERSION = 3  # of `LaneState.state_dict`
 
 
 @dataclass
@@ -38,6 +39,7 @@ class LaneState:
     net_flops: np.ndarray
     refines: np.ndarray
     decisions: np.ndarray
+    lane_price: np.ndarray  # of one evaluation, or `prices.OWN`
     done: np.ndarray  # bool: the lane has ended, or waits
     fault: np.ndarray  # bool: its numbers stopped being finite
     # What the latest look showed, on the host as well: one transfer a step serves reward and info.
@@ -83,6 +85,7 @@ class LaneState:
             net_flops=numbers,
             refines=counts.copy(),
             decisions=counts.copy(),
+            lane_price=np.full(n, OWN),
             done=np.ones(n, bool),  # no lane runs before its first start
             fault=np.zeros(n, bool),
             clip_score=numbers.copy(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Annotated, Any
 
 import gymnasium as gym
@@ -13,12 +12,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from addiff_env.env import reset_options
-from addiff_env.env.config import EnvConfig
+from addiff_env.env.config import EnvConfig, check_names
 from addiff_env.env.decisions import action_masks, admissible, read_actions, spent
 from addiff_env.env.denoiser import Denoiser
-from addiff_env.env.info import Info, lane_info
+from addiff_env.env.info import Info, final_info, lane_info
 from addiff_env.env.observer import Observer, observation_of
 from addiff_env.env.parts import ReadableParts
+from addiff_env.env.prices import charged, check_saved, start_prices
 from addiff_env.env.prompts import load_prompts
 from addiff_env.env.refine import refine
 from addiff_env.env.reward import COLUMNS, RewardComponents, RewardConfig, quality, step_reward
@@ -56,6 +56,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     | clip_text | CLIP's | [-1, 1] | unit features of the prompt |
     | timestep | 128 | [-1, 1] | sinusoidal embedding of the lane's timestep |
     | outlook | 1 | [-limit, limit] | only with a scorer of latents: its score of going on to the schedule's end |
+    | price | 1 | [-1, 1] | only with ``price_range``: where the log of the lane's price stands between its ends |
     | clip_score | 1 | [-1, 1] | cosine of picture and prompt |
     | clip_delta | 1 | [-2, 2] | its change since the look before |
     | reward_score | 1 | [-limit, limit] | the scorer's score; ``limit`` is its own: 30 for a logit, 1 for a cosine |
@@ -70,11 +71,13 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     what *stopping* here would give and needs no picture: with ``reads=["clip_text", "reward"]`` nothing is decoded.
 
     ## Rewards
-    See `addiff_env.env.reward`; ``info["reward_components"]`` carries every component.
+    See `addiff_env.env.reward`; ``info["reward_components"]`` carries every component. With ``price_range=[lo, hi]`` an
+    evaluation costs what each episode draws, log-uniformly by its seed alone, instead of the reward's ``efficiency``.
 
     ## Start, end
     ``reset(options={"prompt": [...], "seed": [...], "latents": ...})`` names the lanes' prompts (B strings), seeds
     (B ints) or initial latents (B, C, h, w), as diffusers' pipelines take them; what is left out is drawn.
+    ``"price"`` (one number or B; None: not named) is what an evaluation costs, within ``price_range`` where it is set.
     ``"negative_prompt"`` (B strings; None: the setting's) is what guidance leads away from. With
     ``"reset_mask"`` (B,) bool they are those of the lanes that start. An episode is ``terminated`` by *stop*, by
     the last solver step, or when the budget is spent; it is ``truncated`` after ``max_episode_steps`` decisions, if
@@ -82,7 +85,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     ``reset(options={"reset_mask": ...})`` names it.
 
     ## Info
-    ``prompt, seed, step_index, nfe, forward_passes, net_flops, action_mask, action_taken, clip_score,
+    ``prompt, seed, price, step_index, nfe, forward_passes, net_flops, action_mask, action_taken, clip_score,
     reward_score, fault, reward_components``; one array over lanes each. ``reward_components`` (B, 6) is a
     `addiff_env.env.reward.RewardComponents`: ``info["reward_components"]["terminal"]`` (B,).
     ``action_mask`` (B, 3) int8 is 1 where an action is admissible: ``action_space.sample(tuple(info["action_mask"]))``
@@ -138,11 +141,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         max_episode_steps: int | None = None,
         **settings: Any,
     ) -> None:
-        known = [f.name for f in fields(EnvConfig)]
-        for name in settings:
-            if name not in known:
-                own = "num_envs, autoreset_mode, max_episode_steps"
-                raise TypeError(f"unexpected keyword argument {name!r}; known: {own}, {', '.join(known)}")
+        check_names(settings, own=("num_envs", "autoreset_mode", "max_episode_steps"))
         self.num_envs = checked("num_envs", num_envs, Annotated[int, at_least(1)])
         self.autoreset_mode = read_autoreset_mode(autoreset_mode)
         self.max_episode_steps = step_limit(max_episode_steps)
@@ -157,20 +156,18 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         self._started = False
 
     def _load(self) -> None:
-        c = self.config
+        c, reward = self.config, RewardConfig.from_dict(self.config.reward)
         self.prompts = load_prompts(c.prompts)
-        reward = RewardConfig.from_dict(c.reward)
         self.denoiser = Denoiser.load(c)
         self.observer = Observer(c, self.denoiser)
         perception = self.observer.perception
-        for part, weight in (("clip_image", "clip_weight"), ("reward", "reward_weight"), ("dino", "instability")):
-            if part not in perception.reads and (value := getattr(reward, weight)):
-                raise ValueError(f"reads leaves out {part!r}, but the reward has {weight} {value}: set it to 0")
+        reward.check_reads(perception.reads)
         self.reward_config = reward.for_scorer(perception.scorer.mean, perception.scorer.std)
         flops = self.denoiser.flops_per_call | self.observer.flops_per_call
         self.flops_per_call = flops | {"start": flops["start"] + flops.pop("reading")}
-        widths = perception.clip.width, perception.dino.width
-        self.state = LaneState.empty(self.num_envs, self.denoiser.backbone, self.denoiser.latent_shape, *widths)
+        sizes = self.denoiser.latent_shape, perception.clip.width, perception.dino.width
+        self.state = LaneState.empty(self.num_envs, self.denoiser.backbone, *sizes)
+        self.state.lane_price[:] = start_prices(self.seed, None, c.price_range)
 
     def set_reward(self, config: RewardConfig) -> None:
         """Pay by other weights and scales from the next step on."""
@@ -187,7 +184,9 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
 
     @isolated()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`; raises as `LaneState.load_state_dict`."""
+        """Go on from a `state_dict`; raises as `LaneState.load_state_dict`, also for prices out of ``price_range``."""
+        self.state.check(state)
+        check_saved(state["lane_price"].numpy(), self.config.price_range)
         self.state.load_state_dict(state)
         self.denoiser.encode(self.state, np.arange(self.num_envs))
         self.np_random.bit_generator.state = state["stream"]
@@ -209,7 +208,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
 
         Raises:
             TypeError, ValueError: a prompt that is no string, a seed that is no whole number, latents of another shape
-            or not finite, or the wrong number of any of them; the message shows the value.
+            or not finite, a price that is none, or the wrong number of any of them; the message shows the value.
         """
         if "denoiser" not in self.__dict__:
             raise gym.error.ClosedEnvironmentError("reset() of an environment that was closed")
@@ -244,6 +243,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
             drawn = self.prompts[int(stream.integers(len(self.prompts)))], int(stream.integers(2**31))
             prompts.append(given["prompt"][row] if "prompt" in given else drawn[0])
             seeds.append(given["seed"][row] if "seed" in given else drawn[1])
+        self.state.lane_price[lanes] = start_prices(seeds, given.get("price"), self.config.price_range)
         self.denoiser.start(self.state, lanes, prompts, seeds, given.get("latents"), given.get("negative_prompt"))
         self.observer.start(self.state, lanes)
         for step in range(self.config.warmup_steps):
@@ -315,9 +315,9 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         similarity = np.ones(self.num_envs)  # without a new look there is no new picture to compare
         similarity[looked] = state.similarity[looked]
         paid = self._cost() - cost
-        parts = step_reward(self.reward_config, potential, self._potential(), similarity, paid, state.done, state.fault)
-        idle = np.ones(self.num_envs, bool)
-        idle[lanes] = False
+        after, ended = self._potential(), (state.done, state.fault)
+        parts = step_reward(self.reward_config, potential, after, similarity, paid, *ended, self.price)
+        idle = ~np.isin(np.arange(self.num_envs), lanes)
         return taken, {name: np.where(idle, 0.0, value) for name, value in parts.items()}
 
     def _potential(self) -> np.ndarray:
@@ -330,6 +330,11 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
             return self.nfe.copy()
         return self.net_flops / (self.passes_per_nfe * self.flops_per_call["denoiser"])
 
+    @property
+    def price(self) -> np.ndarray:
+        """What an evaluation costs in each lane (B,)."""
+        return charged(self.state.lane_price, self.reward_config.efficiency)
+
     def action_masks(self) -> np.ndarray:
         """Which actions are admissible now: (B, 3) bool; continue always is, stop once there is a prediction."""
         return action_masks(self.config, self.state)
@@ -337,6 +342,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     def _info(self, taken: np.ndarray, reward: dict[str, np.ndarray]) -> Info:
         values: dict[str, Any] = {
             "seed": self.seed.copy(),
+            "price": self.price,
             "step_index": self.step_index.copy(),
             "nfe": self.nfe.copy(),
             "forward_passes": self.nfe * self.passes_per_nfe,
@@ -348,23 +354,18 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
             "fault": self.fault.copy(),
             "reward_components": RewardComponents.stack(reward),
         }
-        texts: dict[str, Any] = {"prompt": np.array(self.prompt, dtype=object)}
+        texts = {"prompt": np.array(self.prompt, dtype=object)}
         return lane_info(values, texts, self.num_envs, self.config.text_info)
 
     def _reset_finished(self, lanes: np.ndarray, observation: Any, info: Info) -> tuple[Any, Info]:
         """SAME_STEP: restart ``lanes`` now; the last observation and info move to ``final_obs`` and ``final_info``."""
-        ended = np.zeros(self.num_envs, bool)
-        ended[lanes] = True
+        ended = np.isin(np.arange(self.num_envs), lanes)
         final_obs = np.full(self.num_envs, None, dtype=object)
         for lane in lanes:
             final_obs[lane] = observation_of(observation, lane)
         self._reset_lanes(lanes, {})
         fresh = self._info(info["action_taken"].copy(), {name: info["reward_components"][name] for name in COLUMNS})
-        last = info.copy()
-        for values in (last, last.texts):
-            values.update({name: ended for name in values if name.startswith("_")})
-        final = {"final_obs": final_obs, "_final_obs": ended, "final_info": last, "_final_info": ended}
-        return self.observer.observation(self.state), fresh | final
+        return self.observer.observation(self.state), fresh | final_info(info, final_obs, ended)
 
     @isolated()
     def preview_images(self) -> np.ndarray:

@@ -64,7 +64,7 @@ def survey(context: Mapping[str, Any], steps: int, seed: int, gains: Mapping[str
     layout = (lanes.config.obs_mode, lanes.config.obs_backend)
     if layout != ("flat", "numpy"):
         raise ValueError(f"RLlib needs obs_mode 'flat' and obs_backend 'numpy', got {layout}")
-    norm = PartNorm(lanes.perception.parts)
+    norm = PartNorm(lanes.parts)
     norm.calibrate(
         lambda: wrapped.reset(seed=seed)[0],
         lambda actions: wrapped.step(actions)[0],

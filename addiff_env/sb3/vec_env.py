@@ -36,7 +36,7 @@ def make_lanes(env_id: str, num_envs: int, **kwargs: Any) -> DiffusionDenoiseVec
 
 def observation_parts(env: DiffusionDenoiseVectorEnv) -> dict[str, int]:
     """Widths of the flat observation's parts, in order."""
-    return env.perception.parts
+    return env.parts
 
 
 class DenoiseVecEnv(VecEnv):

@@ -29,7 +29,8 @@ HARMLESS = (
     *("prompts", "reward", "render_mode", "device", "dtype", "compile", "channels_last", "batch_size"),
     *("decode_memory", "offload"),
 )
-_LATER = {"negative_prompt": None, "look_precision": "auto"}  # stated where they are set: earlier folders have none
+# Stated where they are set: earlier folders have none.
+_LATER = {"negative_prompt": None, "look_precision": "auto", "price_range": None}
 WEIGHTS = tuple(name for name in FILE_SETTINGS if name not in HARMLESS)
 CONTENTS, WEIGHTS_BEFORE = "contents", "weights"  # of the files that settings name; what earlier releases kept of them
 BENCHMARK, MODEL = "benchmark.name", "environment.model"
