@@ -206,9 +206,7 @@ def test_the_final_split_has_pairs_that_nobody_has_seen() -> None:
 
 def test_training_cannot_draw_what_the_final_split_asks_for(rng: np.random.Generator) -> None:
     prompts = [parse_caption(row["prompt"]) for row in prompt_splits.load_split("final")]
-    assert all(
-        prompt_splits.caption_split(prompt) != "train" for prompt in prompts
-    )
+    assert all(prompt_splits.caption_split(prompt) != "train" for prompt in prompts)
     wanted = {meaning(prompt.caption) for prompt in prompts}
     drawn = [
         prompt_splits.sample_train_prompt(rng, category)
@@ -236,9 +234,7 @@ def test_training_captions_are_as_generated() -> None:
 def test_balanced_takes_categories_in_turn() -> None:
     rows = prompt_splits.balanced(prompt_splits.load_split("dev"), 20)
     assert [row["category"] for row in rows] == [CATEGORIES[i % len(CATEGORIES)] for i in range(20)]
-    rows, four = (
-        prompt_splits.balanced(prompt_splits.load_split("final"), 10),
-        prompt_splits.FINAL_CATEGORIES,
-    )  # not all categories
+    final, four = prompt_splits.load_split("final"), prompt_splits.FINAL_CATEGORIES  # not all categories
+    rows = prompt_splits.balanced(final, 10)
     assert [row["category"] for row in rows] == [four[i % 4] for i in range(10)]
     assert len(prompt_splits.balanced(final, 5000)) == 1024
