@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from addiff_env import cli
 from addiff_env.agent import Agent
 from addiff_env.evaluation.run.rows import append_rows, read_rows, shard_path
 from addiff_env.evaluation.run.run_folder import read_trajectories, reported_rows
@@ -118,6 +119,56 @@ def test_evaluation_writes_rows_table_and_pictures_and_goes_on_after_a_kill(trai
         assert (resumed[key].actions, resumed[key].nfe) == (row.actions, row.nfe)
         # What was missing travelled in a smaller batch, which moves the last digits.
         assert resumed[key].scores == pytest.approx(row.scores, abs=1e-2)
+
+
+def test_the_pages_are_made_from_a_run_that_goes_on_after_ctrl_c(trained, tmp_path, monkeypatch, capsys):
+    folder, pages = tmp_path / "a run", [tmp_path / "my pages" / name for name in ("README.md", "results.md")]
+    pages[0].parent.mkdir()
+    for page, part in zip(pages, ("summary", "plot"), strict=True):
+        page.write_text(f"before\n<!-- results: main/{part} -->\n<!-- end: main/{part} -->\nbehind\n")
+    words = ["reproduce", "--benchmark", "tiny-dev", "--limit", "8", "--methods", "ddim-2", "agent"]
+    words += ["--folder", str(folder), "--pages", *map(str, pages), "--set", f"agent={trained[0] / 'agent'}"]
+    words += ["num_envs=4", "filmstrips=0", "hydra/job_logging=disabled", "~hydra.job_logging.handlers"]
+    words += ["hydra/hydra_logging=disabled"]
+    before = [page.read_text() for page in pages]
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr("addiff_env.evaluation.run.runner.controls_of", interrupt)
+        cli.main(words)
+    assert ended.value.code == 130 and "16 rows are kept" in capsys.readouterr().err
+    assert [page.read_text() for page in pages] == before
+    kept = (folder / "rows.jsonl").read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert cli.main(words) == 0
+    assert (folder / "rows.jsonl").read_bytes().startswith(kept)
+    assert len(read_rows(folder / "rows.jsonl")) == 32
+    text = pages[0].read_text()
+    assert text.startswith("before\n<!--") and text.endswith("-->\nbehind\n") and "8 pictures (8 prompts)" in text
+    assert "`ddim-2`" in text and "`agent`" in text and "mask=full" not in text
+    plot = pages[0].parent / "quality_vs_compute_main.png"
+    assert f"({plot.name})" in pages[1].read_text() and plot.stat().st_size > 1000
+
+
+def test_reproducing_refuses_before_any_picture(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results: main/table -->\n<!-- end: main/table -->\n")
+    words = ["reproduce", "--folder", str(tmp_path / "run"), "--pages", str(page)]
+    for wrong, said in (
+        (["--benchmark", "tiny-finale"], "unknown benchmark 'tiny-finale'"),
+        (["--methods", "all"], "no part of 'all'"),
+        (["--pages", str(tmp_path / "none.md")], "none.md"),
+        (["--methods", "ddim-10", "no-such-method"], "no-such-method"),
+    ):
+        assert cli.main([*words, *wrong]) == 1 and said in capsys.readouterr().err
+        assert not list(tmp_path.glob("run/rows*"))
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--limit", "0"])
+    assert "must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_shards_merge_into_one_run(trained, run_here, tmp_path):

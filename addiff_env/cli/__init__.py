@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does
     "train-rllib": ("addiff_env.rllib.command", "train an agent with RLlib on Ray (Hydra overrides)"),
     "evaluate": ("addiff_env.evaluation.run.command", "compare an agent with fixed-step inference (Hydra overrides)"),
     "report": ("addiff_env.evaluation.report.html", "make a finished evaluation's report again, without any model"),
+    "reproduce": ("addiff_env.evaluation.reproduce", "make the README's and the results page's numbers anew"),
     "judge": (
         "addiff_env.evaluation.vlm_judge.judging",
         "have vision-language models compare a finished evaluation's pictures",
