@@ -108,11 +108,12 @@ class Observer:
         index, finished = state.index(lanes), state.done[lanes]
         at = np.minimum(state.step_index[lanes], self.config.num_inference_steps - 1)
         left = np.stack([np.full(len(lanes), self.config.finish_steps), self.schedule.num_inference_steps - at], 1)
+        spared = np.maximum(0, self.schedule.num_inference_steps - state.step_index[lanes] - self.config.finish_steps)
         done = state.index(finished)
         return Latents(
             _choose(done, state.latents[index], state.x0[index]),
             torch.where(done, 0, self.schedule.timesteps[state.index(at)]),
-            state.index(np.where(finished[:, None], 0, left)),
+            state.index(np.where(finished[:, None], spared[:, None], left)),
         )
 
     def _decode(self, state: LaneState, lanes: np.ndarray) -> torch.Tensor:

@@ -201,8 +201,8 @@ class Perception:
         """One lane's question to a scorer of latents; None for others."""
         if not self.reads_latents:
             return None
-        nothing = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        return Latents(torch.zeros(1, *self.scorer.latent_shape, device=self.device), nothing[:, 0], nothing)
+        asked = torch.ones(1, 2, dtype=torch.long, device=self.device)  # timestep 0 would be a finished picture
+        return Latents(torch.zeros(1, *self.scorer.latent_shape, device=self.device), asked[:, 0], asked)
 
     def text_flops(self) -> float:
         """FLOPs of reading one prompt, done once a lane: by CLIP, and by a scorer that reads apart from looking."""

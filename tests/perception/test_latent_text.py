@@ -85,6 +85,19 @@ def test_answers_depend_on_picture_prompt_level_and_question_alone(verifier: Lat
     torch.testing.assert_close(*verifier.score_latents(latents, PROMPTS, timesteps, beyond).unbind(1))
 
 
+def test_finished_pictures_are_looked_at_more_closely(folder: Path) -> None:
+    verifier = LatentTextReward.from_pretrained(folder)
+    latents, timesteps, evaluations = questions()
+    before = verifier.score_latents(latents, PROMPTS, timesteps, evaluations)
+    for parameter in (*verifier.finished_stem.parameters(), *verifier.finer.parameters(), verifier.spared.weight):
+        torch.nn.init.normal_(parameter, std=0.3)
+    after = verifier.score_latents(latents, PROMPTS, timesteps, evaluations)
+    torch.testing.assert_close(after[1:], before[1:])  # the first is finished
+    assert (after[0] - before[0]).abs().min() > 1e-3
+    alone = verifier.score_latents(latents[:1], PROMPTS[:1], timesteps[:1], torch.tensor([[0, 3]]))
+    assert float(alone[0, 0]) == pytest.approx(float(after[0, 0]), abs=1e-4) and alone[0, 0] != alone[0, 1]
+
+
 def test_latents_are_read_in_their_own_precision(verifier: LatentTextReward) -> None:
     latents, timesteps, evaluations = questions()
     exact = verifier.score_latents(latents, PROMPTS, timesteps, evaluations)
@@ -171,10 +184,12 @@ def test_a_cheap_look_decodes_nothing_and_asks_both_questions(
     assert env.single_observation_space.contains(observation[0])
     assert sum(env.perception.parts.values()) == observation.shape[1]
     monkeypatch.setattr(env.backbone, "decode", decode)
+    stopped_at = int(env.step_index[0])
     actions = np.array([Action.STOP, Action.CONTINUE, Action.REFINE])
     env.step(actions)
-    finished = torch.zeros(1, 2, dtype=torch.long)
-    final = verifier.score_latents(env.latents[:1], PROMPTS[:1], finished[:, 0], finished)
+    spared = torch.tensor([[steps - stopped_at - env.config.finish_steps]])
+    assert spared > 0
+    final = verifier.score_latents(env.latents[:1], PROMPTS[:1], torch.zeros(1, dtype=torch.long), spared)
     assert float(env.reward_score[0]) == pytest.approx(float(final[0, 0]), abs=1e-5)
     picture = (decode(env.latents[:1]) * 255).round().to(torch.uint8)[0].permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(env.final_image(0), picture)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import addiff_env
 from addiff_env.diffusion.backbones import denoise, initial_noise
@@ -194,6 +195,17 @@ def test_questions_by_hand() -> None:
     assert again.captions == ["a red circle", "a red circle"] and again.labels[:, 0].tolist() == [1, 0]
 
 
+def test_what_a_stop_spares_a_picture_is_what_the_grid_had_left_but_for_its_finish() -> None:
+    table = chunk() | {"ending_state": np.array([0, 1, -1]), "ending_evaluations": np.array([1, 3, 0])}
+    assert endings.evaluations_spared(table).tolist() == [2, 0, 0]
+    assert verifier.asked_of_endings(table).evaluations.tolist() == [[2, 0], [0, 0], [0, 0]]
+
+
+def test_early_stops_are_drawn_twice() -> None:
+    chosen = torch.tensor([True, False, True, True])
+    assert verifier.twice(torch.tensor([0, 1, 3]), chosen).tolist() == [0, 1, 3, 0, 3]
+
+
 def test_a_caption_is_held_out_with_all_its_pictures() -> None:
     captions = [f"caption {i % 60}" for i in range(300)]
     asked = Questions(torch.zeros(300), captions, *[torch.zeros(300)] * 2, torch.zeros(300, 2), torch.zeros(300))
@@ -236,6 +248,29 @@ def test_calibration_finds_scale_and_biases(scale: float, bias: float, finished_
     assert found == pytest.approx((scale, bias, finished_bias), abs=0.02)
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_training_can_go_on_from_a_verifier(older: bool, tmp_path: Path) -> None:
+    """An older one has one stem, which is where both start."""
+    small = {"width": 16, "layers": 1, "heads": 2, "channels": 4, "stem": 8}
+    tokenizer = verifier.build_tokenizer()
+    before, after = (LatentTextReward(len(tokenizer), **small) for _ in range(2))
+    before.save_pretrained(tmp_path, tokenizer)
+    if older:
+        held = load_file(tmp_path / "model.safetensors")
+        new = ("finished_stem", "finer", "spared")
+        save_file({k: v for k, v in held.items() if not k.startswith(new)}, tmp_path / "model.safetensors")
+    verifier.go_on_from_verifier(tmp_path, after)
+    latents = torch.randn(2, 4, 16, 16)
+    torch.testing.assert_close(after.stem(latents), before.stem(latents), atol=1e-2, rtol=1e-2)  # in half precision
+    closely = before.stem(latents) if older else before._see_finished(latents)
+    torch.testing.assert_close(after._see_finished(latents), closely, atol=1e-2, rtol=1e-2)
+
+
+def test_an_unknown_start_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--warm-start.*'0'"):
+        verifier.main(["--work", str(tmp_path), "--warm-start", "0"])
+
+
 def test_the_whole_recipe_and_its_measurement(
     weights: Path,
     tmp_path: Path,
@@ -255,7 +290,7 @@ def test_the_whole_recipe_and_its_measurement(
     words = ["--out", str(weights), "--work", str(tmp_path / "work")]
     command_line(monkeypatch, *words, "--batch", "24", "--number", "24", "--stops", "1", "--dtype", "float32")
     endings.main()
-    command_line(monkeypatch, *words, "--steps", "4", "--batch", "16", "--layers", "1", "--warm-start", "0")
+    command_line(monkeypatch, *words, "--steps", "4", "--batch", "16", "--layers", "1", "--warm-start", "none")
     verifier.main()
     model = LatentTextReward.from_pretrained(weights / "verifier")
     assert model.config["layers"] == 1 and model.config["scale"] != 1.0
@@ -304,7 +339,8 @@ def test_groups_by_hand(config: EnvConfig, monkeypatch: pytest.MonkeyPatch) -> N
         group = found[f"stopped after {at}"]
         assert group.n == len(chosen) == len(rows)
         assert group.satisfied == pytest.approx(table["ending_satisfied"][chosen].mean())
-        assert (group.foretold, group.paid) == pytest.approx((0.25, 0.05))  # two evaluations to come, then none
+        spared = max(0, config.num_inference_steps - at - 2)
+        assert (group.foretold, group.paid) == pytest.approx((0.25, 0.05 + spared / 10))  # two evaluations to come
     assert found["after 1 refinement"].n >= 1 and set(found) >= {row["category"] for row in rows}
     assert sum(found[row["category"]].n for row in rows) == len(table["ending_row"])
 

@@ -61,8 +61,9 @@ class LatentScorer(Protocol):
     ) -> torch.Tensor:
         """Scores (B, K) float32 of the pictures that K numbers of further denoiser evaluations lead to.
 
-        ``latents`` (B, C, h, w) are clean predictions x0 at the noise levels of ``timesteps`` (B,), or, at timestep 0
-        and with no evaluation to come, finished latents; ``evaluations`` (B, K) are whole numbers.
+        ``latents`` (B, C, h, w) are clean predictions x0 at the noise levels of ``timesteps`` (B,), or, at timestep 0,
+        finished latents; ``evaluations`` (B, K) are whole numbers. Of finished latents they are not those to come but
+        those that the picture was spared by stopping early, 0 at the end of the schedule.
 
         Raises:
             TypeError, ValueError: empty batch, another shape, not one prompt, timestep and row per picture.

@@ -1,7 +1,8 @@
 """`LatentTextReward` foretells a verdict from clean predictions themselves: nothing has to be decoded to ask it.
 
 It answers one question: does the picture satisfy its prompt after so many more evaluations? A policy asks it about the
-evaluations that stopping takes, and about those that are left on the grid.
+evaluations that stopping takes, and about those that are left on the grid. A finished picture is looked at once, and
+more closely: whether a shape is a little off decides, and costs a few convolutions at the latents' full resolution.
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ MODEL_TYPE = "latent_text_reward"
 class LatentTextReward(JointReader):
     """A small verifier of latents: clean prediction, noise level, evaluations to come and prompt, to one logit.
 
-    A convolutional stem turns the latents into tokens of 2x2 cells; these, the prompt's tokens and one learned read-out
-    token, which also knows the noise level, pass through a transformer. The evaluations to come meet what it read in
-    the head alone, so that several questions about one picture cost little more than one.
+    A convolutional stem turns the latents into tokens of 2x2 cells, another, deeper one those of finished pictures;
+    these, the prompt's tokens and one learned read-out token, all of which know the noise level, pass through a
+    transformer. The evaluations to come, or those that a finished picture was spared, meet what it read in the head
+    alone, so that several questions about one picture cost little more than one.
 
     Args:
         channels, cells: of the latents: C, and the side h = w.
-        stem: channels of the stem at full latent resolution.
+        stem: channels of the stems at full latent resolution.
+        finished_blocks: residual blocks that the stem of finished pictures has there beyond the other's one.
         max_evaluations: questions about more evaluations than these are answered as if for these.
         training_timesteps: of the diffusion model; timestep 0 means a finished picture.
         scale, bias, finished_bias: calibration: the logit is scale * raw + bias, or + finished_bias at timestep 0.
@@ -48,6 +51,7 @@ class LatentTextReward(JointReader):
         channels: int = 8,
         cells: int = 16,
         stem: int = 64,
+        finished_blocks: int = 3,
         max_evaluations: int = 10,
         training_timesteps: int = 1000,
         scale: float = 1.0,
@@ -63,31 +67,48 @@ class LatentTextReward(JointReader):
             "channels": channels,
             "cells": cells,
             "stem": stem,
+            "finished_blocks": finished_blocks,
             "max_evaluations": max_evaluations,
             "training_timesteps": training_timesteps,
             "scale": scale,
             "bias": bias,
             "finished_bias": finished_bias,
         }
-        stages = nn.Sequential(
-            nn.Conv2d(channels, stem, 3, padding=1),
-            Residual(stem),
-            nn.Conv2d(stem, width, 3, stride=2, padding=1),
-            Residual(width),
-        )
-        super().__init__(config, stages, (cells // 2) ** 2)
+        super().__init__(config, _stem(channels, stem, width), (cells // 2) ** 2)
+        self.finished_stem = _stem(channels, stem, width)
+        self.finer = nn.Sequential(*(Residual(stem) for _ in range(finished_blocks)))
+        for block in self.finer:
+            for parameter in block.body[-1].parameters():
+                nn.init.zeros_(parameter)  # so that they can be added to a stem that has learned
         self.level = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         nn.init.zeros_(self.level[-1].weight)  # learned upon tokens that mean something already
         self.evaluations = nn.Embedding(max_evaluations + 1, width)
-        nn.init.normal_(self.evaluations.weight, std=0.02)
+        self.spared = nn.Embedding(max_evaluations + 1, width)
+        for asked in (self.evaluations, self.spared):
+            nn.init.normal_(asked.weight, std=0.02)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 1))
         self.latent_shape = (channels, cells, cells)
         self._copies: dict[torch.dtype, LatentTextReward] = {}
 
     def see(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Picture tokens (B, 64, width), row by row, of clean predictions (B, C, h, w) at ``timesteps`` (B,)."""
-        tokens = self.stem(latents).flatten(2).transpose(1, 2) + self.place
+        finished = timesteps == 0
+        if finished.all():
+            seen = self._see_finished(latents)
+        elif finished.any():
+            closely = self._see_finished(latents[finished])
+            seen = closely.new_empty(len(latents), *closely.shape[1:])
+            seen[finished], seen[~finished] = closely, self.stem(latents[~finished])
+        else:
+            seen = self.stem(latents)
+        tokens = seen.flatten(2).transpose(1, 2) + self.place
         return tokens + self._level(timesteps, tokens.dtype)[:, None]
+
+    def _see_finished(self, latents: torch.Tensor) -> torch.Tensor:
+        """Features (B, width, h / 2, w / 2) of final latents."""
+        enter, first, halve, last = self.finished_stem
+        features: torch.Tensor = last(halve(self.finer(first(enter(latents)))))
+        return features
 
     def _level(self, timesteps: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Embedding (B, width) of the noise level."""
@@ -96,9 +117,10 @@ class LatentTextReward(JointReader):
         angles = timesteps.float()[:, None] / self.config["training_timesteps"] * frequencies
         return self.level(torch.cat([angles.cos(), angles.sin()], 1).to(dtype))
 
-    def read_out(self, mixed: torch.Tensor, evaluations: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of the mixed tokens' read-out for ``evaluations`` (B, K) to come, not calibrated."""
-        asked = self.evaluations(evaluations.clamp(0, self.config["max_evaluations"]))
+    def read_out(self, mixed: torch.Tensor, timesteps: torch.Tensor, evaluations: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K) of the mixed tokens' read-out, not calibrated; arguments as of `score_latents`."""
+        number, finished = evaluations.clamp(0, self.config["max_evaluations"]), (timesteps == 0)[:, None, None]
+        asked = torch.where(finished, self.spared(number), self.evaluations(number))
         return self.head(mixed[:, :1] + asked).squeeze(-1)
 
     def forward(
@@ -110,7 +132,7 @@ class LatentTextReward(JointReader):
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """Logits (B, K); arguments as of `score_latents`, ``ids`` and ``mask`` as `tokenize` gives them."""
-        raw = self.read_out(self.mix(self.see(latents, timesteps), ids, mask), evaluations)
+        raw = self.read_out(self.mix(self.see(latents, timesteps), ids, mask), timesteps, evaluations)
         bias = torch.where(timesteps == 0, self.config["finished_bias"], self.config["bias"])
         return self.config["scale"] * raw + bias.to(raw.dtype)[:, None]
 
@@ -121,7 +143,8 @@ class LatentTextReward(JointReader):
         """Logits (B, K) float32 that pictures satisfy their prompts after ``evaluations`` (B, K) more of them.
 
         ``latents`` (B, C, h, w) are clean predictions, or final latents, and are read in their own precision, as the
-        denoiser works in; ``timesteps`` (B,) are the levels they stand at, 0 at the end.
+        denoiser works in; ``timesteps`` (B,) are the levels they stand at, 0 at the end. There ``evaluations`` are
+        those that stopping early spared the picture.
 
         Raises:
             TypeError, ValueError: no latents, latents of another shape, or not one prompt, timestep and row of
@@ -156,6 +179,12 @@ class LatentTextReward(JointReader):
                 f"{tuple(evaluations.shape)}: expected one of each per picture, evaluations (B, K)"
             )
         return texts
+
+
+def _stem(channels: int, inner: int, width: int) -> nn.Sequential:
+    """Convolutions of latents (B, channels, h, w) to (B, width, h / 2, w / 2)."""
+    halve = nn.Conv2d(inner, width, 3, stride=2, padding=1)
+    return nn.Sequential(nn.Conv2d(channels, inner, 3, padding=1), Residual(inner), halve, Residual(width))
 
 
 @shared

@@ -18,7 +18,7 @@ import torch
 from addiff_env.env.config import EnvConfig
 from addiff_env.perception.scorers import LatentScorer
 from addiff_env.tiny.prompts import CATEGORIES
-from addiff_env.tiny.recipes.endings import FreeLanes, Recorder
+from addiff_env.tiny.recipes.endings import FreeLanes, Recorder, evaluations_spared
 from addiff_env.tiny.recipes.generate import save_arrays
 
 STOPS = (3, 4, 5, 7, 9)  # steps after which pictures are stopped at
@@ -122,8 +122,8 @@ def foretold_of_states(scorer: LatentScorer, table: dict[str, np.ndarray], evalu
 
 def paid_for_endings(scorer: LatentScorer, table: dict[str, np.ndarray]) -> np.ndarray:
     """Logits (N,) of all endings, as the finished pictures that they are."""
-    nothing = np.zeros(len(table["ending_row"]), np.int64)
-    return foretell(scorer, table, "ending_final", table["ending_row"], nothing, nothing)
+    finished, spared = np.zeros(len(table["ending_row"]), np.int64), evaluations_spared(table)
+    return foretell(scorer, table, "ending_final", table["ending_row"], finished, spared)
 
 
 def probability(logits: np.ndarray) -> np.ndarray:

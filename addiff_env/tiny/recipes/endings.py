@@ -252,6 +252,13 @@ class Recorder:
         self.lanes.refine(running, self.left_at[running], state)
 
 
+def evaluations_spared(table: dict[str, np.ndarray]) -> np.ndarray:
+    """How many evaluations of the grid each ending's picture was spared by its stop, (N,); 0: it ran to the end."""
+    state, steps = table["ending_state"], int(table["state_step_index"].max())
+    left = steps - table["state_step_index"][state].astype(np.int64) - table["ending_evaluations"]
+    return np.where(state >= 0, np.maximum(0, left), 0)
+
+
 def chunk_grid(chunk: int) -> int:
     """The grid that a chunk is recorded on: each its share of `GRIDS`, in turn."""
     pattern = [grid for grid, share in GRIDS.items() for _ in range(round(5 * share))]  # 10, 10, 10, 8, 7

@@ -16,21 +16,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from scipy.optimize import minimize
 
 from addiff_env.diffusion.backbones import load_backbone
 from addiff_env.perception.scorers import PixelTextReward
+from addiff_env.perception.scorers.joint import WEIGHTS
 from addiff_env.perception.scorers.latent_text import LatentTextReward
 from addiff_env.stats import auc
 from addiff_env.tiny.recipes import common, pairs
+from addiff_env.tiny.recipes.endings import evaluations_spared
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
 HELD_OUT = 12  # one in so many captions is held out, with all its trajectories
 FINISHED_SHARE = 0.25  # of a batch: endings, looked at as finished pictures
 STOPPED_SHARE = 0.4  # of a batch: states in which stopping was tried, too; what is left are states of all kinds
+EARLY = 4  # evaluations that a stop spared, from which on it is early; there verdicts differ most, and are drawn twice
 WRONG_CAPTIONS = (
     0.05  # of the satisfied endings in a batch; more of them make finished pictures look worse than they are
 )
+WARM_STARTS = ("reward", "verifier", "none")  # exported weights that training starts from
 UNASKED = -1.0  # label of a question that was not tried
 
 
@@ -83,13 +88,12 @@ def asked_of_states(chunk: dict[str, np.ndarray]) -> Questions:
 
 
 def asked_of_endings(chunk: dict[str, np.ndarray]) -> Questions:
-    """One chunk's endings, as finished pictures: nothing is to come."""
+    """One chunk's endings, as finished pictures: nothing is to come, but stops were spared some evaluations."""
     number = len(chunk["ending_row"])
     labels = np.stack([chunk["ending_satisfied"].astype(np.float32), np.full(number, UNASKED, np.float32)], 1)
-    nothing = np.zeros((number, 2), int)
-    return _questions(
-        chunk, "ending_final", chunk["ending_row"], nothing[:, 0], nothing, labels, chunk["ending_objects"]
-    )
+    spared = np.stack([evaluations_spared(chunk), np.zeros(number, int)], 1)
+    finished = np.zeros(number, int)
+    return _questions(chunk, "ending_final", chunk["ending_row"], finished, spared, labels, chunk["ending_objects"])
 
 
 def _questions(
@@ -153,6 +157,11 @@ def draw(questions: Questions, rows: torch.Tensor, number: int, generator: torch
     return replace(drawn, latents=drawn.latents.float())
 
 
+def twice(rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """``rows``, and once more those that are ``chosen`` (N,) among all."""
+    return torch.cat([rows, rows[chosen[rows]]])
+
+
 def mislabel(batch: Questions, generator: torch.Generator) -> Questions:
     """Finished pictures, some of the satisfied ones under a caption that they do not satisfy."""
     wrong = pairs.negatives(list(batch.captions), generator)
@@ -169,7 +178,14 @@ def verdict_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits[tried], labels[tried])
 
 
-def warm_start(args: argparse.Namespace, model: LatentTextReward, endings: Questions) -> None:
+def go_on_from_verifier(folder: Path, model: LatentTextReward) -> None:
+    """Take over the weights of an exported verifier; an older one lends its only stem to finished pictures."""
+    held = load_file(folder / WEIGHTS)
+    own = {f"finished_{name}": value for name, value in held.items() if name.startswith("stem.")}
+    model.load_state_dict(own | held, strict=False)
+
+
+def go_on_from_reward(args: argparse.Namespace, model: LatentTextReward, endings: Questions) -> None:
     """Take over from the reward model what reads tokens and words, and teach the stem to see latents as its own does.
 
     The stem learns from finished pictures: its tokens are to be those that the reward model sees in what is decoded.
@@ -192,6 +208,7 @@ def warm_start(args: argparse.Namespace, model: LatentTextReward, endings: Quest
         return {"loss": F.mse_loss(got, wanted) / wanted.var()}
 
     loop.run(loss_at)
+    model.finished_stem.load_state_dict(model.stem.state_dict())
 
 
 def train(args: argparse.Namespace, states: Questions, endings: Questions) -> common.EMA:
@@ -200,8 +217,10 @@ def train(args: argparse.Namespace, states: Questions, endings: Questions) -> co
     torch.manual_seed(args.seed)
     model = LatentTextReward(len(tokenizer), MAX_LENGTH, layers=args.layers)
     model = model.to(args.device, memory_format=torch.channels_last)
-    if args.warm_start:
-        warm_start(args, model, endings)
+    if args.warm_start == "reward":
+        go_on_from_reward(args, model, endings)
+    elif args.warm_start == "verifier":
+        go_on_from_verifier(args.out / "verifier", model)
     model.tokenizer = tokenizer
     width = model.config["width"]
     detector, grounder = pairs.Detector(width).to(args.device), pairs.Grounder(width).to(args.device)
@@ -210,6 +229,8 @@ def train(args: argparse.Namespace, states: Questions, endings: Questions) -> co
     loop = common.Loop("verifier", args, modules, args.lr)
     state_rows, ending_rows = split(states)[0], split(endings)[0]
     stopped_rows = state_rows[states.labels[state_rows, 1] != UNASKED]
+    stopped_rows = twice(stopped_rows, states.evaluations[:, 0] - states.evaluations[:, 1] >= EARLY)
+    ending_rows = twice(ending_rows, endings.evaluations[:, 0] >= EARLY)
     finished, stopped = (round(share * args.batch) for share in (FINISHED_SHARE, STOPPED_SHARE))
 
     def loss_at(generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -220,7 +241,7 @@ def train(args: argparse.Namespace, states: Questions, endings: Questions) -> co
         ids, mask = (tokens.to(args.device) for tokens in model.tokenize(list(batch.captions)))
         seen = model.see(_to_input(batch.latents, args.device), batch.timesteps.to(args.device))
         mixed = model.mix(seen, ids, mask)
-        logits = model.read_out(mixed, batch.evaluations.to(args.device)).float()
+        logits = model.read_out(mixed, batch.timesteps.to(args.device), batch.evaluations.to(args.device)).float()
         labels = batch.labels.to(args.device)
         verdict = verdict_loss(logits, labels)
         detection = detector.loss(seen, pairs.grid_targets(batch.objects).to(args.device))
@@ -290,11 +311,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch=128,
         lr=1e-3,
         layers=4,
-        warm_start=1,
+        warm_start="reward",
         stem_steps=300,
         dense=1.0,
         dtype="auto",
     )
+    if args.warm_start not in WARM_STARTS:
+        raise ValueError(f"--warm-start takes one of {', '.join(WARM_STARTS)}, got {args.warm_start!r}")
     states, endings = load_questions(args.work)
     print(f"{len(states)} states, {len(endings)} endings of {len(set(states.captions))} prompts", flush=True)
     model = train(args, states, endings).model
