@@ -15,6 +15,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.agent import Agent, flat_observation
+from addiff_env.env.prices import check_price
 from addiff_env.env.prompts import check_prompt
 from addiff_env.env.validation import as_list, check_seed
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
@@ -104,6 +105,8 @@ class AdaptivePipeline:
         prompts: str | Iterable[str],
         seeds: int | Iterable[int] | np.random.Generator | None = None,
         negative_prompt: str | Iterable[str | None] | None = None,
+        price: float | None = None,
+        target_nfe: float | None = None,
     ) -> list[Generated]:
         """Make one picture per prompt, in order.
 
@@ -111,12 +114,15 @@ class AdaptivePipeline:
             prompts: one, or any number of them.
             seeds: as many, each in [0, 2**63); None: drawn at random, as a `numpy.random.Generator` draws them, too.
             negative_prompt: one for all pictures, or one per prompt; None: the pipeline's own.
+            price: of one evaluation, which an agent with a price input acts by.
+            target_nfe: mean evaluations a picture, instead of the price that was measured to give them.
 
         Several threads may call: each waits for its turn.
 
         Raises:
             ValueError: different numbers of prompts, seeds and negative prompts, what is no seed, or a negative prompt
-                for a model without guidance.
+                for a model without guidance; an agent with a price input and not exactly one of ``price`` and
+                ``target_nfe``, either of them for one without, or a value beyond the agent's range.
             TypeError: a prompt that is no string.
         """
         texts = [check_prompt(prompt) for prompt in _items(prompts)]
@@ -128,7 +134,8 @@ class AdaptivePipeline:
         if len(texts) != len(numbers):
             raise ValueError(f"{len(texts)} prompts but {len(numbers)} seeds: each prompt needs its own")
         with self._turn:
-            results = dict(pair for group in self.stream(texts, numbers, negative_prompt) for pair in group)
+            groups = self.stream(texts, numbers, negative_prompt, price, target_nfe)
+            results = dict(pair for group in groups for pair in group)
         return [results[index] for index in range(len(texts))]
 
     def stream(
@@ -136,19 +143,21 @@ class AdaptivePipeline:
         prompts: Sequence[str],
         seeds: Sequence[int],
         negative_prompt: str | Iterable[str | None] | None = None,
+        price: float | None = None,
+        target_nfe: float | None = None,
     ) -> Iterator[list[tuple[int, Generated]]]:
         """Yield groups of (index, picture) as they finish; a lane that ends takes the next prompt at once.
 
         Raises:
             ValueError, TypeError: as a call.
         """
-        env = self.env
+        env, price = self.env, self._price(price, target_nfe)
         waiting = list(enumerate(zip(prompts, seeds, self._negatives(negative_prompt, len(prompts)), strict=True)))
         running: dict[int, _Episode] = {}  # by lane
         free = list(range(env.num_envs))
         while waiting or running:
             if waiting and free:
-                observation, info = self._start(free[: len(waiting)], waiting, running)
+                observation, info = self._start(free[: len(waiting)], waiting, running, price)
             began = time.perf_counter()
             active = sorted(running)
             actions = np.zeros(env.num_envs, np.int64)
@@ -167,6 +176,19 @@ class AdaptivePipeline:
             ended = [lane for lane in active if terminated[lane]]
             free = [lane for lane in range(env.num_envs) if lane not in running or lane in ended]
             yield [self._finish(running.pop(lane), lane, info) for lane in ended]
+
+    def _price(self, price: float | None, target_nfe: float | None) -> float | None:
+        """What an evaluation costs; None: what the environment says, which a policy without a price input ignores."""
+        if isinstance(self.agent, Agent):
+            if (price, target_nfe) == (None, None) and self.agent.price_range is None:
+                return None
+            self.agent.require_price_input()
+            if (price is None) == (target_nfe is None):
+                raise ValueError(f"name price or target_nfe, one of the two, got {price!r} and {target_nfe!r}")
+            price = self.agent.price_for(target_nfe) if price is None else price
+        elif target_nfe is not None:
+            raise ValueError(f"target_nfe needs an agent with a price input, got target_nfe={target_nfe!r}")
+        return None if price is None else check_price(price, self.env.config.price_range)
 
     def _negatives(self, given: str | Iterable[str | None] | None, number: int) -> list[str | None]:
         """A negative prompt per picture, None where it is the environment's; a wrong one is refused before any work."""
@@ -192,16 +214,17 @@ class AdaptivePipeline:
         lanes: list[int],
         waiting: list[tuple[int, tuple[str, int, str | None]]],
         running: dict[int, _Episode],
+        price: float | None,
     ) -> tuple[Any, dict[str, Any]]:
         began = time.perf_counter()
         taken = [waiting.pop(0) for _ in lanes]
         mask = np.isin(np.arange(self.env.num_envs), lanes)
         asked, seeds, negatives = (list(column) for column in zip(*(what for _, what in taken), strict=True))
-        options = {"prompt": asked, "seed": seeds, "negative_prompt": negatives, "reset_mask": mask}
+        options = {"prompt": asked, "seed": seeds, "negative_prompt": negatives, "price": price, "reset_mask": mask}
         result = self.env.reset(options=options)
         share = (time.perf_counter() - began) / len(lanes)
         for lane, (index, (prompt, seed, _)) in zip(lanes, taken, strict=True):
-            made = Generated(prompt, seed, np.zeros(0, np.uint8), seconds=share)
+            made = Generated(prompt, seed, np.zeros(0, np.uint8), seconds=share, price=price)
             running[lane] = _Episode(index, made, fresh=self.env.config.warmup_steps > 0)
         return result
 

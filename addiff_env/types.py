@@ -35,6 +35,7 @@ class Generated:
     seconds: float = 0.0  # wall-clock, shared equally by the lanes of a batch
     reward: float = 0.0  # rewards of all decisions, summed; 0 where nobody decided
     note: str = ""  # what its method has to say of it
+    price: float | None = None  # of one evaluation, where it was asked for at one
 
 
 @dataclass

@@ -131,3 +131,57 @@ def test_an_environment_of_one_lane_is_refused_by_name(small_kwargs):
     env = gym.make("AdDiffusion-Tiny-v0", **small_kwargs)
     with pytest.raises(TypeError, match="DiffusionDenoiseVectorEnv"):
         AdaptivePipeline(env, StopAt(2, 4))
+
+
+# ------------------------------------------------------------------ prices
+
+
+class PricedAgent(Agent):
+    """Stops the sooner the dearer an evaluation is."""
+
+    def act(self, obs, action_mask=None, deterministic=True, rng=None):
+        price, step = obs[:, -9], np.rint(obs[:, -3] * 6)
+        return np.where(step >= 4 - price, 1, 0).astype(np.int64)
+
+
+def priced_agent(kwargs, table=None):
+    env = {"id": "AdDiffusion-Tiny-v0", "kwargs": {**kwargs, "price_range": [0.001, 0.016]}}
+    parts = {"clip_image": 128, "clip_text": 128, "timestep": 128, "price": 1, "quality": 8}
+    kept = {} if table is None else {"prices": table}
+    return PricedAgent(PolicyNet(parts, 4), {"env": env, "hidden": 4, "observation": parts} | kept)
+
+
+def test_a_price_decides_what_a_picture_costs(small_kwargs):
+    points = [
+        {"price": price, "nfe": nfe, "net_flops": nfe, "reward": 0.5, "quality": 0.5}
+        for price, nfe in ((0.001, 5), (0.004, 4), (0.016, 3))
+    ]
+    agent = priced_agent(small_kwargs, {"points": points, "measured_on": {}})
+    pipeline = AdaptivePipeline(make_agent_env(agent, 2), agent)
+    for price, nfe in ((0.001, 5), (0.004, 4), (0.016, 3)):
+        made = pipeline(PROMPTS, SEEDS, price=price)
+        assert {(picture.nfe, picture.price) for picture in made} == {(nfe, price)}
+        assert [picture.nfe for picture in pipeline(PROMPTS[:1], SEEDS[:1], target_nfe=nfe)] == [nfe]
+    named, drawn = (pipeline.env.reset(options=o)[1]["price"] for o in ({"price": 0.002}, {"seed": [1, 2]}))
+    assert named.tolist() == [0.002] * 2 and len(set(drawn)) == 2  # the environment is as it was
+
+
+def test_a_call_names_price_or_target(agent, small_kwargs):
+    priced = AdaptivePipeline(make_agent_env(priced_agent(small_kwargs), 1), priced_agent(small_kwargs))
+    for asked in ({}, {"price": 0.004, "target_nfe": 4}):
+        with pytest.raises(ValueError, match="price or target_nfe"):
+            priced("a star", 0, **asked)
+    for price in (0.1, 0, -1, float("nan"), "0.004"):
+        with pytest.raises(ValueError, match="price must"):
+            priced("a star", 0, price=price)
+    with pytest.raises(ValueError, match="addiff agent table"):
+        priced("a star", 0, target_nfe=4)
+    plain = AdaptivePipeline(make_agent_env(agent, 1), agent)
+    for asked in ({"price": 0.004}, {"target_nfe": 4}):
+        with pytest.raises(ValueError, match="no price input"):
+            plain("a star", 0, **asked)
+    rule = AdaptivePipeline(make_agent_env(agent, 1), StopAt(3, 6))
+    with pytest.raises(ValueError, match="target_nfe=4"):
+        rule("a star", 0, target_nfe=4)
+    cheap, dear = (rule("a star", 0, price=price)[0] for price in (0.25, 0.5))
+    assert cheap.reward - dear.reward == pytest.approx(0.25 * (cheap.nfe - 2))  # the warm-up is not charged

@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import addiff_env
+from addiff_env.agent.card import model_card
 from addiff_env.agent.networks import PolicyNet, flat_observation
+from addiff_env.agent.price_table import PriceTable
 from addiff_env.env.config import EnvConfig
+from addiff_env.env.prices import read_price_range
 from addiff_env.env.validation import plain
 from addiff_env.loading.isolation import exclusive, isolated
 from addiff_env.loading.weights import gated_advice
@@ -51,7 +54,8 @@ class Agent:
     """A trained policy with everything needed to run it again.
 
     ``config`` holds ``env`` (``id`` and ``kwargs``), ``observation`` (part widths, in order), ``hidden``,
-    ``reward``, a ``training`` summary and, once measured, ``results``: benchmark -> metric -> value.
+    ``reward``, a ``training`` summary and, once measured, ``results`` (benchmark -> metric -> value) and ``prices``
+    (`addiff_env.agent.price_table.PriceTable`).
     """
 
     def __init__(self, policy: PolicyNet, config: dict[str, Any]) -> None:
@@ -74,6 +78,47 @@ class Agent:
         if unknown := sorted(set(kwargs) - {field.name for field in fields(EnvConfig)}):
             raise ValueError(f"this agent's environment has settings that there are not: {', '.join(unknown)}")
         return name, dict(kwargs)
+
+    @property
+    def price_range(self) -> tuple[float, float] | None:
+        """The prices of an evaluation that the agent was trained for; None: it has no price input."""
+        if "price" not in self.policy.norm.parts:
+            return None
+        name, kwargs = self.environment
+        return read_price_range((gym.spec(name).kwargs | kwargs).get("price_range"))
+
+    @property
+    def price_table(self) -> PriceTable | None:
+        """What was measured at which price, if anything was; ValueError: it is damaged."""
+        kept = self.config.get("prices")
+        return None if kept is None else PriceTable.read(kept)
+
+    def price_for(self, target_nfe: float | None = None, target_flops: float | None = None) -> float:
+        """The price at which pictures take ``target_nfe`` evaluations, or ``target_flops`` net FLOPs, on average.
+
+        Interpolated between the prices of `price_table`, which holds for the agent's own environment.
+
+        Raises:
+            ValueError: not exactly one target; an agent without a price input, or without a table; or a target beyond
+                what was measured: the message names the range.
+        """
+        if (target_nfe is None) == (target_flops is None):
+            raise ValueError(f"name target_nfe or target_flops, got {target_nfe!r} and {target_flops!r}")
+        self.require_price_input()
+        table = self.price_table
+        if table is None:
+            raise ValueError("this agent has no table of prices yet; measure it with: addiff agent table FOLDER")
+        if target_nfe is not None:
+            return table.price_for("target_nfe", "nfe", target_nfe)
+        return table.price_for("target_flops", "net_flops", target_flops)
+
+    def require_price_input(self) -> None:
+        """Check that the agent acts by the price of an evaluation; ValueError: it does not."""
+        if self.price_range is None:
+            raise ValueError(
+                f"the agent {self.fingerprint} has no price input: it was trained for one price; "
+                "train one with +env.kwargs.price_range=[lo,hi]"
+            )
 
     @property
     def flops(self) -> float:
@@ -240,80 +285,7 @@ class Agent:
 
     def model_card(self, repo_id: str = "owner/name") -> str:
         """Markdown for the Hub: what the agent does, how to run it, what was measured."""
-        from huggingface_hub import ModelCardData
-
-        data = ModelCardData(
-            model_name=repo_id.split("/")[-1],
-            library_name="addiff-env",
-            pipeline_tag="text-to-image",
-            tags=["reinforcement-learning", "diffusion", "gymnasium"],
-            eval_results=self._eval_results() or None,
-        )
-        return f"---\n{data.to_yaml()}\n---\n{self._card_text(repo_id)}"
-
-    def _eval_results(self) -> list[Any]:
-        from huggingface_hub import EvalResult
-
-        return [
-            EvalResult(
-                task_type="text-to-image",
-                dataset_type=benchmark,
-                dataset_name=benchmark,
-                metric_type=metric,
-                metric_value=value,
-            )
-            for benchmark, metrics in self.config.get("results", {}).items()
-            for metric, value in metrics.items()
-        ]
-
-    def _card_text(self, repo_id: str) -> str:
-        training, results = self.config.get("training", {}), self.config.get("results", {})
-        held_out = {f"held_out/{name}": value for name, value in training.get("held_out", {}).items()}
-        measured = [_markdown_table(name, values) for name, values in results.items()]
-        numbers = training.get("last_rollout", {}) | held_out
-        return _CARD_TEXT.format(
-            name=repo_id.split("/")[-1],
-            repo_id=repo_id,
-            env=self.config.get("env", {}).get("id", "an unnamed environment"),
-            measured="\n\n".join(measured) or "Not yet evaluated on a benchmark.",
-            timesteps=training.get("timesteps", "an unknown number of"),
-            seed=training.get("seed", "unknown"),
-            fingerprint=self.fingerprint,
-            training=_markdown_table("last rollout, held-out prompts", numbers) if numbers else "",
-        )
-
-
-_CARD_TEXT = """
-# {name}
-
-A policy that decides, step by step, how a text-to-image diffusion model spends its evaluations: continue, stop, or
-refine a region. Trained on `{env}`; the diffusion model's weights are not in here and were not changed.
-
-```python
-from addiff_env.pipeline import AdaptivePipeline
-
-pipeline = AdaptivePipeline.from_pretrained("{repo_id}")
-made = pipeline("a red circle left of a blue star", seeds=7)[0]
-print(made.nfe, made.picture.shape)  # uint8 (H, W, 3)
-```
-
-Two files, `agent.safetensors` and `agent.json`; loading them runs no code.
-
-## Measured
-
-{measured}
-
-## Training
-
-{timesteps} decisions, seed {seed}; weights `{fingerprint}`.
-
-{training}
-"""
-
-
-def _markdown_table(title: str, values: dict[str, Any]) -> str:
-    rows = [f"| {name} | {value} |" for name, value in values.items()]
-    return "\n".join([f"| {title} | value |", "|---|---|", *rows])
+        return model_card(self, repo_id)
 
 
 def _refuse_pickles(folder: Path) -> None:

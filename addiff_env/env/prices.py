@@ -20,7 +20,7 @@ _STREAM = 1  # of a seed's draws, the one that prices come from
 _SLACK = 1e-6  # relative: a bound in single precision is the bound
 
 
-def read_price_range(value: Any) -> PriceRange | None:
+def read_price_range(value: Any) -> tuple[float, float] | None:
     """The setting ``price_range``, checked; None stays None.
 
     Raises:
@@ -101,4 +101,5 @@ def position(price_range: PriceRange, price: Any) -> np.ndarray:
 def price_at(price_range: PriceRange, where: Any) -> np.ndarray:
     """The prices at positions in [-1, 1]: the reverse of `position`."""
     low, high = np.log(price_range)
-    return np.clip(np.exp(low + (np.asarray(where) + 1) / 2 * (high - low)), *price_range)
+    prices = np.exp(low + (np.asarray(where) + 1) / 2 * (high - low))
+    return np.clip(prices, price_range[0], price_range[1])
