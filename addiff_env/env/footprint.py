@@ -169,6 +169,7 @@ class Layout:
     vae: Callable[[], Any]
     passes: int  # of one evaluation
     upcast: bool = False  # whether float16 decodes in float32
+    published: str = "float32"  # dtype of the published weights
 
 
 LAYOUTS = {
@@ -183,6 +184,7 @@ LAYOUTS = {
         (_clip_text, _t5),
         lambda: _autoencoder(16, use_quant_conv=False, use_post_quant_conv=False),
         passes=1,
+        published="bfloat16",
     ),
 }
 # Of every id: CLIP, DINOv2 and ImageReward, in float32.
@@ -193,10 +195,9 @@ _LOOKERS: tuple[Callable[[], Any], ...] = (
 )
 
 
-def _call(env_id: str, network: Any, rows: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Inputs of a denoiser's call on ``rows`` rows at the id's size."""
-    preset = addiff_env.PRESETS[env_id]
-    height, width = preset["height"] // 8, preset["width"] // 8
+def _call(env_id: str, network: Any, rows: int, dtype: torch.dtype, size: tuple[int, int]) -> dict[str, Any]:
+    """Inputs of a denoiser's call on ``rows`` rows, for pictures of ``size`` (height, width)."""
+    height, width = (pixels // 8 for pixels in size)
     tokens = _TEXT_TOKENS.get(env_id, 77)
 
     def zeros(*shape: int) -> torch.Tensor:
@@ -219,12 +220,12 @@ def _call(env_id: str, network: Any, rows: int, dtype: torch.dtype) -> dict[str,
 
 
 @cache
-def _denoiser_bytes(env_id: str, dtype: torch.dtype) -> tuple[float, float]:
+def _denoiser_bytes(env_id: str, dtype: torch.dtype, size: tuple[int, int]) -> tuple[float, float]:
     """Activations of a denoiser call: what it takes anyway, and per row."""
     with made_in(dtype), FakeTensorMode():
         network = LAYOUTS[env_id].denoiser().eval()
         one, two = (
-            peak_allocation(lambda rows=rows: network(**_call(env_id, network, rows, dtype))) for rows in (2, 4)
+            peak_allocation(lambda rows=rows: network(**_call(env_id, network, rows, dtype, size))) for rows in (2, 4)
         )
     return 2 * one - two, (two - one) / 2
 
@@ -243,15 +244,21 @@ class Footprint:
     lookers: int  # weights of CLIP, DINOv2, ImageReward and the preview decoder
     denoiser: float  # activations of a call for ``lanes``
     decode: int  # activations per picture decoded at a time
+    largest: int  # weights of the largest network
 
     @property
     def peak(self) -> float:
         """Expected peak with one picture decoded at a time, or as many as fit beside what the denoiser takes."""
-        return self.networks + self.lookers + max(self.denoiser, self.decode)
+        return self.peak_with("none")
+
+    def peak_with(self, offload: str) -> float:
+        """The same where networks wait on the host: all but the one at work, or all but its layer at work."""
+        weights = {"none": self.networks, "model": self.largest, "sequential": 0}[offload]
+        return weights + self.lookers + max(self.denoiser, self.decode)
 
 
-def footprint(env_id: str, dtype: str, lanes: int) -> Footprint:
-    """The accounting of one id.
+def footprint(env_id: str, dtype: str, lanes: int, size: tuple[int, int] | None = None) -> Footprint:
+    """The accounting of one id; ``size`` (height, width) is the id's own unless it is given.
 
     Raises:
         ValueError: another id than those of `LAYOUTS`, an unknown dtype, or no lane.
@@ -260,14 +267,25 @@ def footprint(env_id: str, dtype: str, lanes: int) -> Footprint:
         known = f"{', '.join(LAYOUTS)}; {', '.join(DTYPES)}; at least 1 lane"
         raise ValueError(f"no accounting of {env_id!r} in {dtype!r} with {lanes} lanes; known: {known}")
     layout, kind, preset = LAYOUTS[env_id], DTYPES[dtype], addiff_env.PRESETS[env_id]
+    height, width = size or (preset["height"], preset["width"])
     decoder_kind = torch.float32 if layout.upcast and kind == torch.float16 else kind
-    networks = sum(parameter_bytes(build, kind) for build in (layout.denoiser, *layout.texts))
-    networks += parameter_bytes(layout.vae, decoder_kind)
+    networks = [parameter_bytes(build, kind) for build in (layout.denoiser, *layout.texts)]
+    networks.append(parameter_bytes(layout.vae, decoder_kind))
     lookers = sum(parameter_bytes(build, torch.float32) for build in _LOOKERS) + parameter_bytes(AutoencoderTiny, kind)
     with made_in(decoder_kind), torch.device("meta"):
-        decode = bytes_per_pixel(layout.vae()) * preset["height"] * preset["width"]
-    fixed, per_row = _denoiser_bytes(env_id, kind)
-    return Footprint(env_id, dtype, lanes, networks, lookers, fixed + per_row * layout.passes * lanes, decode)
+        decode = bytes_per_pixel(layout.vae()) * height * width
+    fixed, per_row = _denoiser_bytes(env_id, kind, (height, width))
+    denoiser = fixed + per_row * layout.passes * lanes
+    return Footprint(env_id, dtype, lanes, sum(networks), lookers, denoiser, decode, max(networks))
+
+
+def download_bytes(env_id: str) -> dict[str, int]:
+    """About how large the published weights are that an id's settings name, bytes, by the setting."""
+    layout = LAYOUTS[env_id]
+    parts = (layout.denoiser, *layout.texts, layout.vae)
+    sizes = {"model": sum(parameter_bytes(build, DTYPES[layout.published]) for build in parts)}
+    lookers = zip(("clip", "dino", "scorer", "preview_model"), (*_LOOKERS, AutoencoderTiny), strict=True)
+    return sizes | {setting: parameter_bytes(build, torch.float32) for setting, build in lookers}
 
 
 def memory_table(

@@ -199,7 +199,7 @@ class OpenCLIPEncoder(ContrastiveEncoder):
         import open_clip
 
         name = setting.removeprefix(OPEN_CLIP)
-        architecture, weights = _split(name)
+        architecture, weights = parse_open_clip(name)
         options = {"require_pretrained": True, "force_quick_gelu": _uses_quick_gelu(architecture, weights)}
         try:
             with quiet_open_clip():
@@ -217,7 +217,7 @@ class OpenCLIPEncoder(ContrastiveEncoder):
         return self.model.encode_text(self.tokenizer([prompt]).to(self.device))[0]
 
 
-def _split(name: str) -> tuple[str, str | None]:
+def parse_open_clip(name: str) -> tuple[str, str | None]:
     """Architecture and weights (a tag or a file) of what follows ``open_clip:``.
 
     Raises:

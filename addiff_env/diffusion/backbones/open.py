@@ -22,7 +22,7 @@ from addiff_env.loading.weights import (
     some,
 )
 
-_OPTIONS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
+PIPELINE_OPTIONS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
 _MATRICES = (("lora_A.", "lora_B."), ("lora.down.", "lora.up."))  # of a layer's LoRA
 
 
@@ -56,11 +56,11 @@ def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: st
 
 def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Any:
     """A pipeline all of whose networks' weights are the files'; diffusers itself would only warn."""
-    folder = model if Path(model).is_dir() else DiffusionPipeline.download(model, revision=revision, **_OPTIONS)
+    folder = model if Path(model).is_dir() else DiffusionPipeline.download(model, revision=revision, **PIPELINE_OPTIONS)
     networks = {
         name: load_network(kind, part, dtype=dtype, use_safetensors=True) for name, kind, part in _parts(folder)
     }
-    return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **networks, **_OPTIONS)
+    return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **networks, **PIPELINE_OPTIONS)
 
 
 def _parts(folder: str) -> Iterator[tuple[str, Any, Path]]:
@@ -70,7 +70,7 @@ def _parts(folder: str) -> Iterator[tuple[str, Any, Path]]:
         if not isinstance(entry, (list, tuple)) or entry[0] not in ("diffusers", "transformers") or not part.is_dir():
             continue
         kind = getattr(importlib.import_module(entry[0]), entry[1], None)
-        if name not in _OPTIONS and isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+        if name not in PIPELINE_OPTIONS and isinstance(kind, type) and issubclass(kind, torch.nn.Module):
             yield name, kind, part
 
 

@@ -40,11 +40,11 @@ def load_scorer(setting: str, device: str = "cpu") -> Scorer:
         if stored_model_type(folder) == LatentTextReward.model_type:
             return load_latent_text_reward(folder, device)
         return load_pixel_text_reward(folder, device)
-    path, options = _read_options(setting, rest)
+    path, options = read_options(setting, rest)
     return LOADERS[name](path, device=device, **options)
 
 
-def _read_options(setting: str, rest: str) -> tuple[str | None, dict[str, str]]:
+def read_options(setting: str, rest: str) -> tuple[str | None, dict[str, str]]:
     """Path and options of what follows the scorer's name."""
     known = [name for name in inspect.signature(LOADERS[setting.partition(":")[0]]).parameters][2:]
     parts = [part for part in rest.split(",") if part]
