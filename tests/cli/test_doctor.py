@@ -151,7 +151,7 @@ def test_shards_that_an_index_lists_are_asked_for(
     ("settings", "named"),
     [
         ({"model": "./nowhere"}, "nowhere"),
-        ({"model": "addiff_env:tiny/weights/gone"}, "make tiny"),
+        ({"model": "addiff_env:tiny/weights/gone"}, "addiff world train"),
         ({"model": "owner/nobody-has-this"}, "model_index.json"),
         ({"scorer": "imagrewrd"}, "imagrewrd"),
         ({"scorer": "imagereward:/nowhere/ImageReward.pt"}, "/nowhere/ImageReward.pt"),
