@@ -17,11 +17,8 @@ FORMAT_VERSION = 3  # of `LaneState.state_dict`
 
 
 @dataclass
-class LaneState:
-    """Everything that changes while B lanes are denoised; `Denoiser`, `refine` and `Observer` write it.
-
-    Tensors live on the device and hold a lane per row; what is counted is on the host, in arrays (B,).
-    """
+class LaneFields:
+    """What is known of B lanes. Tensors are on the device, a lane per row; counts on the host, in arrays (B,)."""
 
     latents: torch.Tensor  # (B, C, h, w) in the network's dtype
     x0: torch.Tensor  # (B, C, h, w) latest clean predictions
@@ -51,6 +48,10 @@ class LaneState:
     pictures: list[np.ndarray | None]  # final pictures uint8 (H, W, 3) of lanes that have ended
     generators: list[torch.Generator]  # each lane's own noise
     conditioning: Conditioning = field(metadata={"saved": False})  # encoded again from the prompts
+
+
+class LaneState(LaneFields):
+    """Everything that changes while B lanes are denoised; `Denoiser`, `refine` and `Observer` write it."""
 
     @classmethod
     def empty(
@@ -136,7 +137,7 @@ class LaneState:
 
 
 def _saved_names() -> Iterator[str]:
-    return (f.name for f in fields(LaneState) if f.metadata.get("saved", True))
+    return (f.name for f in fields(LaneFields) if f.metadata.get("saved", True))
 
 
 def _saved(value: Any) -> Any:

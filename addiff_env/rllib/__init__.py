@@ -12,18 +12,13 @@ Its parts load when they are asked for.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from addiff_env.loading.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from addiff_env.rllib.lanes import make_lanes
     from addiff_env.rllib.training import train
 
 __all__ = ["make_lanes", "train"]
-_MODULES = {"make_lanes": "lanes", "train": "training"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_attributes(__name__, {"make_lanes": "lanes", "train": "training"})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from addiff_env.loading.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from addiff_env.sb3.callbacks import CollapseAlarm, CollapseWarning, EpisodeLog, RunningNormalisation, TargetNFE
@@ -31,28 +32,25 @@ __all__ = [
     "observation_parts",
     "prompt_complexity",
 ]
-_MODULES = {
-    "CollapseAlarm": "callbacks",
-    "CollapseWarning": "callbacks",
-    "DenoisePolicy": "policies",
-    "DenoiseVecEnv": "vec_env",
-    "EpisodeLog": "callbacks",
-    "HeldOut": "held_out",
-    "MaskableDenoisePolicy": "policies",
-    "PartNormExtractor": "policies",
-    "PromptOrder": "episodes",
-    "RunningNormalisation": "callbacks",
-    "Stage": "episodes",
-    "TargetNFE": "callbacks",
-    "calibrate": "policies",
-    "make_lanes": "vec_env",
-    "make_vec_env": "vec_env",
-    "observation_parts": "vec_env",
-    "prompt_complexity": "episodes",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "CollapseAlarm": "callbacks",
+        "CollapseWarning": "callbacks",
+        "DenoisePolicy": "policies",
+        "DenoiseVecEnv": "vec_env",
+        "EpisodeLog": "callbacks",
+        "HeldOut": "held_out",
+        "MaskableDenoisePolicy": "policies",
+        "PartNormExtractor": "policies",
+        "PromptOrder": "episodes",
+        "RunningNormalisation": "callbacks",
+        "Stage": "episodes",
+        "TargetNFE": "callbacks",
+        "calibrate": "policies",
+        "make_lanes": "vec_env",
+        "make_vec_env": "vec_env",
+        "observation_parts": "vec_env",
+        "prompt_complexity": "episodes",
+    },
+)

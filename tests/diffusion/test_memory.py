@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
 import addiff_env
-from addiff_env.diffusion.backbones import FluxBackbone, StableDiffusionBackbone, load_backbone
+from addiff_env.diffusion.backbones import BackboneOptions, FluxBackbone, StableDiffusionBackbone, load_backbone
 from addiff_env.diffusion.backbones.memory import bytes_per_pixel, in_slices
 from addiff_env.diffusion.backbones.open import open_pipeline
 from addiff_env.diffusion.backbones.prompt_cache import PromptCache
@@ -351,7 +351,7 @@ def test_offloaded_networks_compute_the_same(folders: dict[str, Path], kind: str
     """The hooks, with the CPU in the accelerator's place: text, prediction with its attention, pictures both ways."""
     plain = load(folders[kind])
     pipeline = open_pipeline(str(folders[kind]), None, torch.float32)
-    hooked = BUILD[kind](pipeline, "m", attention_stride=2, offload=offload)
+    hooked = BUILD[kind](pipeline, BackboneOptions("m", attention_stride=2, offload=offload))
     shape = plain.latent_shape(64, 64)
     latents = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     schedule, at = plain.schedule(4, shape), torch.tensor([0, 1])
@@ -369,7 +369,7 @@ def test_offloaded_networks_compute_the_same(folders: dict[str, Path], kind: str
 
 def test_one_network_at_a_time_is_on_the_device(folders: dict[str, Path]) -> None:
     pipeline = open_pipeline(str(folders["flux"]), None, torch.float32)
-    backbone = FluxBackbone(pipeline, "m", offload="model")
+    backbone = FluxBackbone(pipeline, BackboneOptions("m", attention_stride=2, offload="model"))
     networks = (backbone.clip, backbone.t5, backbone.transformer, backbone.vae)
     where: dict[int, str] = {id(network): "cpu" for network in networks}
     for network in networks:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from addiff_env.diffusion.backbones.base import (
-    Backbone,
-    Conditioning,
-    Prediction,
-    denoise,
-    draw_noise,
-    initial_noise,
-    to_uint8,
-)
+from addiff_env.diffusion.backbones.base import Backbone, denoise, draw_noise, initial_noise, to_uint8
 from addiff_env.diffusion.backbones.flux import FluxBackbone
 from addiff_env.diffusion.backbones.offload import check_offload
 from addiff_env.diffusion.backbones.open import open_pipeline
 from addiff_env.diffusion.backbones.stable_diffusion import StableDiffusionBackbone
+from addiff_env.diffusion.backbones.types import BackboneOptions, Conditioning, Prediction
 from addiff_env.diffusion.flops import count_flops
 from addiff_env.loading.weights import DTYPES, resolve_device, resolve_dtype, shared
 
 __all__ = [
     "Backbone",
+    "BackboneOptions",
     "Conditioning",
     "FluxBackbone",
     "Prediction",
@@ -62,26 +56,18 @@ def load_backbone(
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)  # "auto" and what it stands for are the same model
     check_offload(offload, device, compile)
-    return _load(model, revision, device, dtype, attention_stride, lora, compile, channels_last, decode_memory, offload)
+    return _load(
+        BackboneOptions(
+            model, revision, device, dtype, attention_stride, channels_last, compile, decode_memory, offload
+        ),
+        lora,
+    )
 
 
 @shared
-def _load(
-    model: str,
-    revision: str | None,
-    device: str,
-    dtype: str,
-    attention_stride: int,
-    lora: str | None,
-    compile: bool,
-    channels_last: bool,
-    decode_memory: float | None,
-    offload: str,
-) -> Backbone:
-    pipeline = open_pipeline(model, revision, DTYPES[dtype], lora)
+def _load(options: BackboneOptions, lora: str | None) -> Backbone:
+    pipeline = open_pipeline(options.name, options.revision, DTYPES[options.dtype_name], lora)
     kind = CLASSES.get(type(pipeline).__name__)
     if kind is None:
-        raise ValueError(f"{model!r} is a {type(pipeline).__name__}; supported: {', '.join(CLASSES)}")
-    return kind(
-        pipeline, model, revision, device, dtype, attention_stride, channels_last, compile, decode_memory, offload
-    )
+        raise ValueError(f"{options.name!r} is a {type(pipeline).__name__}; supported: {', '.join(CLASSES)}")
+    return kind(pipeline, options)

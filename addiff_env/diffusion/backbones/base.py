@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,61 +15,13 @@ import torch
 from addiff_env.diffusion.backbones.memory import activation_ceiling, bytes_per_pixel, in_slices
 from addiff_env.diffusion.backbones.offload import attach_offload, load_now
 from addiff_env.diffusion.backbones.prompt_cache import PromptCache
+from addiff_env.diffusion.backbones.types import BackboneOptions, Conditioning, Prediction
 from addiff_env.diffusion.flops import count_flops
 from addiff_env.diffusion.samplers import Level, Schedule, make_schedule, solver_step
 from addiff_env.loading.isolation import frozen_call, isolated
 from addiff_env.loading.weights import DTYPES
 
 _RECOMPILE_LIMIT = 256  # of one function: a network's blocks share their code, and each shape is a graph of its own
-
-
-@dataclass
-class Conditioning:
-    """Encoded prompts of B lanes; what a model does not use is None."""
-
-    embeddings: torch.Tensor  # (B, tokens, width) of the prompt
-    content: torch.Tensor  # (B, tokens) bool: the prompt's own words, without BOS, EOS and padding
-    negative: torch.Tensor | None = None  # (B, tokens, width) of the negative prompt
-    pooled: torch.Tensor | None = None  # (B, width) of the prompt (SDXL, Flux)
-    negative_pooled: torch.Tensor | None = None  # (B, width) of the negative prompt (SDXL)
-
-    def __getitem__(self, lanes: torch.Tensor) -> Conditioning:
-        """The conditioning of some lanes, by index."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return Conditioning(*(None if value is None else value[lanes] for value in values))
-
-    def put(self, lanes: torch.Tensor, other: Conditioning) -> None:
-        """Overwrite some lanes."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is not None:
-                value[lanes] = getattr(other, f.name)
-
-    @classmethod
-    def stack(cls, rows: Sequence[Conditioning]) -> Conditioning:
-        """One batch of single-lane encodings, each without the lane dimension."""
-        columns = ([getattr(row, f.name) for row in rows] for f in fields(cls))
-        return cls(*(None if column[0] is None else torch.stack(column) for column in columns))
-
-    def to(self, device: torch.device) -> Conditioning:
-        """The same on ``device``."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return Conditioning(*(None if value is None else value.to(device) for value in values))
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return sum(value.nbytes for value in values if value is not None)
-
-
-@dataclass
-class Prediction:
-    """One denoiser evaluation of B lanes."""
-
-    x0: torch.Tensor  # (B, C, h, w) clean prediction, latents' dtype
-    maps: torch.Tensor  # (B, tokens, h', w') float32 cross-attention of the conditional half; no tokens if not captured
-    features: torch.Tensor  # (B, channels) float32, pooled activations of the network's middle
 
 
 class Backbone(ABC):
@@ -95,18 +47,11 @@ class Backbone(ABC):
     encodes_negative: bool = False  # whether guidance encodes the empty prompt where no negative one is given
     vae: Any  # the autoencoder
 
-    def __init__(
-        self,
-        name: str,
-        revision: str | None,
-        device: str,
-        dtype_name: str,
-        decode_memory: float | None = None,
-        offload: str = "none",
-    ) -> None:
-        self.name, self.revision = name, revision
-        self.device, self.dtype, self.dtype_name = torch.device(device), DTYPES[dtype_name], dtype_name
-        self.decode_memory, self.offload = decode_memory, offload
+    def __init__(self, options: BackboneOptions) -> None:
+        self.name, self.revision, self.dtype_name = options.name, options.revision, options.dtype_name
+        self.device, self.dtype = torch.device(options.device), DTYPES[options.dtype_name]
+        self.attention_stride = options.attention_stride
+        self.decode_memory, self.offload = options.decode_memory, options.offload
         self._prompts: PromptCache[Conditioning] = PromptCache(self.device)
         self._warned: set[str] = set()
         self._flops: dict[tuple[Any, ...], float] = {}
@@ -344,6 +289,17 @@ def to_uint8(pictures: torch.Tensor) -> np.ndarray:
 def with_negative(prompt: Conditioning, negative: Conditioning) -> Conditioning:
     """``prompt`` with the embeddings of ``negative`` to lead away from; they are shared, not copied."""
     return Conditioning(prompt.embeddings, prompt.content, negative.embeddings, prompt.pooled, negative.pooled)
+
+
+@contextmanager
+def read_outputs(module: Any, read: Callable[[Any], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """What ``read`` makes of each of a module's outputs, in order, for as long as the block lasts."""
+    found: list[torch.Tensor] = []
+    hook = module.register_forward_hook(lambda module, args, output: found.append(read(output)))
+    try:
+        yield found
+    finally:
+        hook.remove()
 
 
 def compile_block(module: Any) -> None:

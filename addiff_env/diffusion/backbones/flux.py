@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from addiff_env.diffusion.attention import capture_joint_attention
-from addiff_env.diffusion.backbones.base import Backbone, Conditioning, Prediction, compile_block, scheduler_settings
+from addiff_env.diffusion.backbones.base import Backbone, compile_block, read_outputs, scheduler_settings
 from addiff_env.diffusion.backbones.tokens import content_tokens, truncated_words
+from addiff_env.diffusion.backbones.types import BackboneOptions, Conditioning, Prediction
 from addiff_env.diffusion.samplers import Level, to_x0
 from addiff_env.loading.isolation import frozen_call
 
@@ -25,33 +26,19 @@ class FluxBackbone(Backbone):
 
     Args:
         pipeline: the loaded pipeline (`open_pipeline`).
-        name, revision, device, dtype_name, channels_last, compile, decode_memory, offload: as of
-            `StableDiffusionBackbone`.
-        attention_stride: must be 2, the side of Flux's tokens in latent cells.
+        options: their ``attention_stride`` must be 2, the side of Flux's tokens in latent cells.
 
     Raises:
         ValueError: another ``attention_stride``.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,
-        name: str,
-        revision: str | None = None,
-        device: str = "cpu",
-        dtype_name: str = "float32",
-        attention_stride: int = _PATCH,
-        channels_last: bool = True,
-        compile: bool = False,
-        decode_memory: float | None = None,
-        offload: str = "none",
-    ) -> None:
-        super().__init__(name, revision, device, dtype_name, decode_memory, offload)
-        if attention_stride != _PATCH:
-            raise ValueError(f"attention_stride of Flux is {_PATCH}, its tokens' side; got {attention_stride}")
+    def __init__(self, pipeline: Any, options: BackboneOptions) -> None:
+        super().__init__(options)
+        if self.attention_stride != _PATCH:
+            raise ValueError(f"attention_stride of Flux is {_PATCH}, its tokens' side; got {self.attention_stride}")
         modules = (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.transformer, pipeline.vae)
         self.clip, self.t5, self.transformer, self.vae = map(self._frozen, modules)
-        if channels_last:
+        if options.channels_last:
             self.vae = self.vae.to(memory_format=torch.channels_last)
         self.clip_tokenizer, self.tokenizer = pipeline.tokenizer, pipeline.tokenizer_2
         # The pipeline's own limits: schnell was distilled with 256 tokens, dev with 512.
@@ -61,13 +48,12 @@ class FluxBackbone(Backbone):
         self.latent_channels = self.transformer.config.in_channels // _PATCH**2
         self.spatial_factor = pipeline.vae_scale_factor
         self.size_multiple = self.spatial_factor * _PATCH
-        self.attention_stride = attention_stride
         self.feature_width = self.transformer.inner_dim
         depth = len(self.transformer.transformer_blocks)
         first = depth // 2
         number = min(_LAYERS, depth - first)
         self._attention_layers = [first + i * (depth - first) // number for i in range(number)]
-        if compile:
+        if options.compile:
             for block in self.transformer.single_transformer_blocks:  # attention is captured in the others
                 compile_block(block)
             compile_block(self.vae.decoder)
@@ -123,16 +109,12 @@ class FluxBackbone(Backbone):
         """
         lanes, _, height, width = latents.shape
         side = (height // _PATCH, width // _PATCH)
-        features: list[torch.Tensor] = []
-        hook = self.transformer.transformer_blocks[-1].register_forward_hook(
-            lambda module, args, output: features.append(output[1].float().mean(1))
-        )
-        try:
-            layers = self._attention_layers if capture else []
-            with capture_joint_attention(self.transformer, layers) as record:
-                output = self.transformer(**self._inputs(latents, timesteps, conditioning, guidance_scale)).sample
-        finally:
-            hook.remove()
+        layers, middle = self._attention_layers if capture else [], self.transformer.transformer_blocks[-1]
+        with (
+            read_outputs(middle, lambda output: output[1].float().mean(1)) as features,
+            capture_joint_attention(self.transformer, layers) as record,
+        ):
+            output = self.transformer(**self._inputs(latents, timesteps, conditioning, guidance_scale)).sample
         x0 = to_x0(unpack_latents(output, height, width), latents, level, self.prediction_type)
         maps = record.maps(*side) if capture else torch.zeros(lanes, 0, *side, device=latents.device)
         return Prediction(x0, maps, features[0])

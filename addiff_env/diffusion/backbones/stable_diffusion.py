@@ -9,15 +9,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from addiff_env.diffusion.attention import capture_cross_attention, cross_attention_layers
-from addiff_env.diffusion.backbones.base import (
-    Backbone,
-    Conditioning,
-    Prediction,
-    compile_block,
-    guide,
-    scheduler_settings,
-)
+from addiff_env.diffusion.backbones.base import Backbone, compile_block, guide, read_outputs, scheduler_settings
 from addiff_env.diffusion.backbones.tokens import content_tokens, spelled_out_words, truncated_words
+from addiff_env.diffusion.backbones.types import BackboneOptions, Conditioning, Prediction
 from addiff_env.diffusion.samplers import Level, to_x0
 from addiff_env.loading.isolation import frozen_call
 
@@ -29,35 +23,14 @@ class StableDiffusionBackbone(Backbone):
 
     Args:
         pipeline: the loaded pipeline (`open_pipeline`).
-        name, revision: where it came from.
-        device: where the networks live.
-        dtype_name: ``float32``, ``float16``, ``bfloat16``, of weights and latents.
-        attention_stride: latent cells per attention cell, of the layers whose cross-attention is read.
-        channels_last: memory layout of the convolutions.
-        compile: compile the U-Net's residual blocks and the decoder (``torch.compile``), once for all batch sizes.
-        decode_memory: ceiling of what the autoencoder's activations take at a time, GiB; at least one picture is
-            decoded at a time. None: half of a GPU's free memory, elsewhere 4.
-        offload: networks wait on the host: ``none``, ``model`` (all but the one at work), ``sequential`` (all but the
-            layer at work).
+        options: how its networks are held and run.
 
     Raises:
         ValueError: no attention runs at ``attention_stride``.
     """
 
-    def __init__(
-        self,
-        pipeline: Any,
-        name: str,
-        revision: str | None = None,
-        device: str = "cpu",
-        dtype_name: str = "float32",
-        attention_stride: int = 4,
-        channels_last: bool = True,
-        compile: bool = False,
-        decode_memory: float | None = None,
-        offload: str = "none",
-    ) -> None:
-        super().__init__(name, revision, device, dtype_name, decode_memory, offload)
+    def __init__(self, pipeline: Any, options: BackboneOptions) -> None:
+        super().__init__(options)
         self.is_xl = isinstance(pipeline, StableDiffusionXLPipeline)
         self._sizes: dict[tuple[int, int], torch.Tensor] = {}
         self._channels: torch.Tensor | None = None
@@ -66,7 +39,7 @@ class StableDiffusionBackbone(Backbone):
         self.tokenizer = self.tokenizers[0]
         names = ("text_encoder", "text_encoder_2") if self.is_xl else ("text_encoder",)
         self.text_encoders = [self._frozen(m) for m in (getattr(pipeline, n) for n in names) if m is not None]
-        self._format = torch.channels_last if channels_last else torch.contiguous_format
+        self._format = torch.channels_last if options.channels_last else torch.contiguous_format
         self.unet, self.vae = (self._frozen(m).to(memory_format=self._format) for m in (pipeline.unet, pipeline.vae))
         # SDXL's decoder overflows in float16. Others' are as diffusers runs them: where a file lacks the flag,
         # AutoencoderKL fills in that of SDXL, which the pipelines of other models do not look at.
@@ -80,11 +53,10 @@ class StableDiffusionBackbone(Backbone):
         self.latent_channels = self.unet.config.in_channels
         self.spatial_factor = self.size_multiple = pipeline.vae_scale_factor
         self.feature_width = self.unet.config.block_out_channels[-1]
-        self.attention_stride = attention_stride
-        layers = cross_attention_layers(self.unet, self._blocks_at(attention_stride))
+        layers = cross_attention_layers(self.unet, self._blocks_at(self.attention_stride))
         number = min(_LAYERS, len(layers))
         self._attention_layers = [layers[i * len(layers) // number] for i in range(number)]
-        if compile:
+        if options.compile:
             self._compile()
         self._attach_offload(*self.text_encoders, self.unet, self.vae)
 
@@ -172,18 +144,15 @@ class StableDiffusionBackbone(Backbone):
         lanes, repeat = len(latents), self.passes(guidance_scale)
         inputs = latents.repeat(repeat, 1, 1, 1).contiguous(memory_format=self._format)
         conditional = slice(lanes * (repeat - 1), lanes * repeat)
-        features: list[torch.Tensor] = []
-        hook = self.unet.mid_block.register_forward_hook(
-            lambda module, args, output: features.append(output[conditional].float().mean((2, 3)))
+        layers, context = (
+            self._attention_layers if capture else [],
+            self._context(conditioning, repeat == 2, latents.shape),
         )
-        try:
-            layers = self._attention_layers if capture else []
-            with capture_cross_attention(self.unet, layers, conditional) as record:
-                output = self.unet(
-                    inputs, timesteps.repeat(repeat), **self._context(conditioning, repeat == 2, latents.shape)
-                ).sample
-        finally:
-            hook.remove()
+        with (
+            read_outputs(self.unet.mid_block, lambda output: output[conditional].float().mean((2, 3))) as features,
+            capture_cross_attention(self.unet, layers, conditional) as record,
+        ):
+            output = self.unet(inputs, timesteps.repeat(repeat), **context).sample
         output = guide(output, guidance_scale) if repeat == 2 else output
         x0 = to_x0(output, latents, level, self.prediction_type)
         side = [-(-cells // self.attention_stride) for cells in latents.shape[2:]]
