@@ -17,6 +17,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from addiff_env.agent import Agent
+from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.run.rows import read_rows
 from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.stats import clustered_wilson
@@ -34,22 +35,23 @@ def measured(agent: Agent, folder: Path) -> tuple[str, dict[str, float]]:
         ValueError: it holds no rows of this agent, not all, or rows that do not belong together; or the agent's
             environment was altered.
     """
-    for name in ("rows.jsonl", "config.yaml", "items.jsonl"):
-        if not (folder / name).is_file():
+    run = RunFolder(folder)
+    for path in (run.rows, run.config, run.items):
+        if not path.is_file():
             raise FileNotFoundError(
-                f"no {name} in {looked_at(folder)}: --evaluation wants a finished run of evaluate.py"
+                f"no {path.name} in {looked_at(folder)}: --evaluation wants a finished run of evaluate.py"
             )
-    rows = [row for row in read_rows(folder / "rows.jsonl") if row.policy == agent.fingerprint]
+    rows = [row for row in read_rows(run.rows) if row.policy == agent.fingerprint]
     rows = [row for row in rows if agent_runs([row.method])]  # one of several is named after its training seed
     if not rows:
-        raise ValueError(f"{folder / 'rows.jsonl'} has no rows of agent {agent.fingerprint}: evaluate this one")
+        raise ValueError(f"{run.rows} has no rows of agent {agent.fingerprint}: evaluate this one")
     kinds = sorted({(row.code_version, row.dtype, row.backbone, row.solver) for row in rows})
     if len(kinds) > 1:
-        raise ValueError(f"{folder / 'rows.jsonl'} mixes measurements of this agent: {kinds}")
-    pictures = len(read_objects(folder / "items.jsonl"))
+        raise ValueError(f"{run.rows} mixes measurements of this agent: {kinds}")
+    pictures = len(read_objects(run.items))
     if len(rows) != pictures:
         raise ValueError(f"{folder} has {len(rows)} of {pictures} pictures of agent {agent.fingerprint}: finish it")
-    cfg = read_yaml(folder / "config.yaml")
+    cfg = read_yaml(run.config)
     if altered := OmegaConf.to_container(cfg.env):
         raise ValueError(f"{folder} was made in another environment than the agent's own: {altered}")
     return str(cfg.benchmark.name), _numbers(rows)

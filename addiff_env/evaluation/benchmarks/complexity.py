@@ -1,4 +1,4 @@
-"""How much a prompt asks for: its number of facts, and a level made of it."""
+"""How much a prompt asks for: its number of requirements, and a level made of it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _FUNCTION_WORDS = frozenset(
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
 
-def text_facts(prompt: str) -> int:
-    """Content words of a free-text prompt: an estimate of the number of facts where no structure is published."""
+def count_content_words(prompt: str) -> int:
+    """Content words of a free-text prompt: an estimate of its requirements where no structure is published."""
     return sum(word.lower() not in _FUNCTION_WORDS for word in _WORD.findall(prompt))
 
 
@@ -28,17 +28,17 @@ def text_complexity(words: int) -> str:
     return COMPLEXITIES[(words > 3) + (words > 7)]
 
 
-def structured_complexity(objects: int, facts: int) -> str:
+def structured_complexity(objects: int, num_requirements: int) -> str:
     """Level of a prompt with a published meaning.
 
-    Simple: one object, whatever is said about it; mixed: several objects and at most 3 facts; full: 4 facts or more.
+    Simple: one object, whatever is said about it; mixed: several objects and at most 3 requirements; full: 4 or more.
     GenEval's single objects and colours are simple, two objects and positions mixed, colour attribution full.
     """
-    return COMPLEXITIES[0 if objects <= 1 else 1 + (facts > 3)]
+    return COMPLEXITIES[0 if objects <= 1 else 1 + (num_requirements > 3)]
 
 
-def required_facts(include: Sequence[Mapping[str, Any]]) -> int:
-    """Facts of GenEval's ``include`` clauses, counted as the embedded world counts its own.
+def count_requirements(include: Sequence[Mapping[str, Any]]) -> int:
+    """Requirements of GenEval's ``include`` clauses, counted as the embedded world counts its own.
 
     Every object is one, its colour another; a relation is one.
     """

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 from addiff_env.env.prompts import (
     READERS,
 )
-from addiff_env.evaluation.benchmarks.complexity import text_complexity, text_facts
+from addiff_env.evaluation.benchmarks.complexity import count_content_words, text_complexity
 from addiff_env.evaluation.benchmarks.readers import SOURCES, Entry, Source, read_list, read_tiny
 from addiff_env.storage.paths import resolve_model
 from addiff_env.tiny.prompt_splits import SPLITS
@@ -35,26 +35,35 @@ class Item:
     seed: int
     category: str
     id: str = ""  # what the list itself calls the prompt: caption id, or number of the line, from 0
-    facts: int = 0  # how much a picture must get right, see `text_facts` and `required_facts`
+    num_requirements: int = 0  # on a picture, see `count_content_words` and `count_requirements`
     complexity: str = ""  # one of COMPLEXITIES
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)  # the list's other fields
 
 
-def load_benchmark(
+def load_benchmark(name: str | os.PathLike[str], limit: int | None = None, **protocol: Any) -> list[Item]:
+    """The items of `load_prompts`; the first ``limit`` prompts' only, categories in turn, where that is not None.
+
+    Raises:
+        ValueError: a limit below 1; and as `load_prompts`.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    return [item for group in load_prompts(name, **protocol)[:limit] for item in group]
+
+
+def load_prompts(
     name: str | os.PathLike[str],
-    limit: int | None = None,
     *,
     root: str | Path | None = None,
     images_per_prompt: int | None = None,
     first_seed: int = 0,
     any_length: bool = False,
-) -> list[Item]:
-    """Load a benchmark by name, or a file of prompts by path.
+) -> list[list[Item]]:
+    """Load a benchmark by name, or a file of prompts by path: the pictures of each prompt, categories in turn.
 
     Args:
         name: ``tiny-dev``, ``tiny-test``, ``tiny-final``, a name in `SOURCES`, or the path of a file that
             `addiff_env.env.prompts` reads.
-        limit: keep the first prompts, categories in turn; None keeps all.
         root: folder of the public lists; by default the environment variable ``ADDIFF_DATA``.
         images_per_prompt: by default the benchmark's own protocol (GenEval 4, T2I-CompBench 10, others 1).
         first_seed: seeds count up from here, one for each picture of the whole list, so that a limit does not move
@@ -62,13 +71,12 @@ def load_benchmark(
         any_length: accept a public list of another length than the published one.
 
     Raises:
-        ValueError: unknown name, a limit or number of images below 1, a list of another length than published,
+        ValueError: unknown name, a number of images below 1, a list of another length than published,
             a damaged line, a seed that is no whole number of at least 0, the same (prompt, seed) twice.
         FileNotFoundError: no such file, or the public list is not in the folder; says where it comes from.
     """
-    for word, number in (("limit", limit), ("images_per_prompt", images_per_prompt)):
-        if number is not None and number < 1:
-            raise ValueError(f"{word} must be at least 1, got {number}")
+    if images_per_prompt is not None and images_per_prompt < 1:
+        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
     name = os.fspath(name)
     source = SOURCES.get(name)
     groups = _give_seeds(
@@ -76,9 +84,8 @@ def load_benchmark(
     )
     if source is None or source.in_turn:
         groups = categories_in_turn(groups)
-    items = [item for group in groups[:limit] for item in group]
-    _refuse_repeats(name, items)
-    return items
+    _refuse_repeats(name, [item for group in groups for item in group])
+    return groups
 
 
 def known_benchmarks() -> tuple[str, ...]:
@@ -141,9 +148,9 @@ def _give_seeds(entries: Sequence[Entry], images: int, first_seed: int) -> list[
 
 def _item(entry: Entry, index: int, first_seed: int, repeat: int) -> Item:
     seed = first_seed + index if entry.seed is None else _derived_seed(entry.seed, repeat)
-    facts = text_facts(entry.prompt) if entry.facts is None else entry.facts
-    level = entry.complexity or text_complexity(facts)
-    return Item(entry.prompt, seed, entry.category, entry.id, facts, level, entry.metadata)
+    number = count_content_words(entry.prompt) if entry.num_requirements is None else entry.num_requirements
+    level = entry.complexity or text_complexity(number)
+    return Item(entry.prompt, seed, entry.category, entry.id, number, level, entry.metadata)
 
 
 def _derived_seed(seed: int, repeat: int) -> int:

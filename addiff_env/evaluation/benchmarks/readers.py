@@ -17,7 +17,7 @@ from addiff_env.env.prompts import (
     shorten,
     split_lines,
 )
-from addiff_env.evaluation.benchmarks.complexity import required_facts, structured_complexity
+from addiff_env.evaluation.benchmarks.complexity import count_requirements, structured_complexity
 from addiff_env.tiny.prompt_splits import load_split
 from addiff_env.tiny.prompts import parse_caption
 
@@ -34,7 +34,7 @@ class Entry:
     category: str
     id: str
     seed: int | None = None
-    facts: int | None = None  # None: counted from the words
+    num_requirements: int | None = None  # None: counted from the words
     complexity: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -109,10 +109,10 @@ def _structured(entry: Entry, path: Path) -> Entry:
     include = entry.metadata.get("include")
     if not include or not _is_include(include) or "tag" not in entry.metadata:
         raise ValueError(f"{path}:{int(entry.id) + 1}: no GenEval metadata: {dict(entry.metadata)!r}")
-    facts = required_facts(include)
-    level = structured_complexity(sum(clause["count"] for clause in include), facts)
+    number = count_requirements(include)
+    level = structured_complexity(sum(clause["count"] for clause in include), number)
     metadata = {**entry.metadata, "prompt": entry.prompt}
-    return Entry(entry.prompt, entry.category, entry.id, entry.seed, facts, level, metadata)
+    return Entry(entry.prompt, entry.category, entry.id, entry.seed, number, level, metadata)
 
 
 def _is_include(clauses: Any) -> bool:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.run.rows import CONFIGURATION
 from addiff_env.storage.files import read_json
 from addiff_env.types import ResultRow
 
-PROTOCOLS, SET_METRICS = "protocols.json", "set_metrics.json"
 SPREAD = {"kid": "kid_std"}  # a set metric's standard deviation over random subsets, by the metric
 _NO_METRIC = ("pictures", *SPREAD.values())
 OVERALL = "overall"  # GenEval's headline number: the mean over tags
@@ -68,7 +68,7 @@ def read_set_results(folder: Path, rows: Sequence[ResultRow], items: Sequence[It
 
     Set metrics of other pictures, measured before the run grew or the code changed, are left out.
     """
-    protocols, sets = _read(folder / PROTOCOLS), _read(folder / SET_METRICS)
+    protocols, sets = _read(RunFolder(folder).protocols), _read(RunFolder(folder).set_metrics)
     now = pictures_of(rows, items)
     of = {metric: {name: found[name] for name in now if name in found} for metric, found in protocols.items()}
     measured, measured_on = sets.get("methods", {}), sets.get("measured_on", now)  # earlier releases did not say

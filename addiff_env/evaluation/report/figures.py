@@ -24,7 +24,7 @@ from addiff_env.evaluation.statistics.summary import (
     COSTS,
     Estimate,
     MethodSummary,
-    by_facts,
+    by_num_requirements,
     counted,
     decision_counts,
     estimate,
@@ -181,9 +181,9 @@ def actions_figure(rows: Sequence[ResultRow]) -> Figure:
     return figure
 
 
-def complexity_figure(rows: Sequence[ResultRow], facts: Mapping[tuple[str, int], int]) -> Figure:
+def complexity_figure(rows: Sequence[ResultRow], num_requirements: Mapping[tuple[str, int], int]) -> Figure:
     """NFE against what a picture must get right: discs sized by the number of pictures, means with 95% intervals."""
-    levels = by_facts(rows, facts)
+    levels = by_num_requirements(rows, num_requirements)
     spent = {level: [row.nfe for row in group] for level, group in levels.items()}
     found = [estimate(spent[level], [row.prompt for row in group]) for level, group in levels.items()]
     discs = [(level, nfe, values.count(nfe)) for level, values in spent.items() for nfe in sorted(set(values))]
@@ -193,7 +193,7 @@ def complexity_figure(rows: Sequence[ResultRow], facts: Mapping[tuple[str, int],
         axis.scatter(x, y, s=area, color=FAMILIES[0], alpha=0.35, linewidths=0, label="pictures")
         means = [e.mean for e in found]
         axis.errorbar(list(levels), means, yerr=_lengths(found, 1), fmt="o-", color=AGENT, capsize=2.5, label="mean")
-        axis.set(xlabel="facts that the prompt states", ylabel="NFE")
+        axis.set(xlabel="requirements that the prompt states", ylabel="NFE")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=2, markerscale=0.6)
     return figure

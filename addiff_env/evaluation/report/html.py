@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.metrics.set_results import read_set_results
 from addiff_env.evaluation.report.exports import latex_table, write_csv, write_set_results_csv
 from addiff_env.evaluation.report.figures import actions_figure, quality_figure
@@ -102,7 +103,7 @@ def _caption(rows: Sequence[ResultRow], provenance: Mapping[str, Any]) -> str:
 def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdicts: Sequence[Decision]) -> str:
     """The page as text, see `write_report`. Everything read from files is escaped by the template."""
     own = by_method(rows).get(subject_of(rows), [])
-    facts = {(item.prompt, item.seed): item.facts for item in items}
+    num_requirements = {(item.prompt, item.seed): item.num_requirements for item in items}
     rules = read_rules(folder, headline_metric(rows))
     cards, provenance = Cards(rows, folder), read_provenance(folder)
     return _template().render(
@@ -125,7 +126,7 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         judged=judge_tables(folder),
         plots=[inline_svg(quality_figure(rows, [name]), f"quality-{name}") for name in ("net_flops", "nfe")],
         actions=_actions(own),
-        complexity=complexity_table(own, facts) if own else None,
+        complexity=complexity_table(own, num_requirements) if own else None,
         categories=category_section(rows),
         gallery=[cards.trajectory(strip) for strip in read_trajectories(folder)],
         failures=cards.failures() if own else None,
@@ -183,7 +184,7 @@ def _actions(own: Sequence[ResultRow]) -> dict[str, Any] | None:
 
 def _provenance(folder: Path, rows: Sequence[ResultRow], kept: Mapping[str, Any]) -> dict[str, Any]:
     """What is needed to run this again."""
-    config = folder / "config.yaml"
+    config = RunFolder(folder).config
     return {
         "kept": _flat({name: value for name, value in kept.items() if name not in ("methods", LEFT_OUT)}),
         "settings": SETTINGS,
@@ -210,7 +211,7 @@ def decide_again(folder: Path) -> list[Decision]:
     """
     rows, items = reported_rows(folder), read_items(folder)
     rules = configured_rules(folder, headline_metric(rows))
-    complexity = {(item.prompt, item.seed): float(item.facts) for item in items}
+    complexity = {(item.prompt, item.seed): float(item.num_requirements) for item in items}
     runs = agent_runs(by_method(rows))
     verdicts = decide(rows, complexity, rules, runs) if runs else []
     write_verdicts(folder, verdicts, rules)
@@ -225,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--decide", action="store_true", help="decide H1-H4 anew, by the rules in its config.yaml")
     options = parser.parse_args(argv)
     folder = options.folder
-    if not (folder / "rows.jsonl").exists():
+    if not RunFolder(folder).rows.exists():
         raise FileNotFoundError(f"no rows.jsonl in {looked_at(folder)}")
     with claim(folder, "the report"):
         _remake(folder, options.decide)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.metrics.set_results import SetResults
 from addiff_env.evaluation.report.figures import complexity_figure
 from addiff_env.evaluation.report.svg import inline_svg
@@ -30,8 +31,8 @@ from addiff_env.evaluation.statistics.pairing import on_common_pictures
 from addiff_env.evaluation.statistics.summary import (
     NOT_AVAILABLE,
     Estimate,
-    by_facts,
     by_method,
+    by_num_requirements,
     categories_of,
     estimate,
     headline_metric,
@@ -41,7 +42,6 @@ from addiff_env.evaluation.statistics.summary import (
     scores_of,
     share_metrics,
 )
-from addiff_env.evaluation.vlm_judge.client import JUDGEMENT
 from addiff_env.evaluation.vlm_judge.pairs import OUTCOMES
 from addiff_env.storage.files import read_json
 from addiff_env.types import ResultRow, SampleKey
@@ -156,17 +156,21 @@ def comparison_tables(rows: Sequence[ResultRow]) -> dict[str, Any]:
     return {"tables": [(name, [one for one in found if one.metric == name]) for name in metrics], "notes": notes}
 
 
-def complexity_table(own: Sequence[ResultRow], facts: Mapping[SampleKey, int]) -> dict[str, Any]:
+def complexity_table(own: Sequence[ResultRow], num_requirements: Mapping[SampleKey, int]) -> dict[str, Any]:
     """NFE and quality by how much the pictures must get right."""
     metric = headline_metric(own)
     is_share = metric in share_metrics(own)
     lines = []
-    for level, group in by_facts(own, facts).items():
+    for level, group in by_num_requirements(own, num_requirements).items():
         prompts = [row.prompt for row in group]
         spent = shown(score_cell(estimate([row.nfe for row in group], prompts), False, len(group)))
         quality = shown(score_cell(_estimate_of(metric, group, is_share), is_share, len(group)))
         lines.append((level, len(group), spent, quality))
-    return {"svg": inline_svg(complexity_figure(own, facts), "complexity"), "lines": lines, "percent": is_share}
+    return {
+        "svg": inline_svg(complexity_figure(own, num_requirements), "complexity"),
+        "lines": lines,
+        "percent": is_share,
+    }
 
 
 def _estimate_of(metric: str, group: Sequence[ResultRow], is_share: bool) -> Estimate | None:
@@ -181,7 +185,7 @@ def _estimate_of(metric: str, group: Sequence[ResultRow], is_share: bool) -> Est
 
 def judge_tables(folder: Path) -> dict[str, Any] | None:
     """What vision-language models preferred, from ``judge.json``; None where nobody was asked."""
-    path = folder / JUDGEMENT
+    path = RunFolder(folder).judgement
     if not path.exists():
         return None
     found = read_json(path)

@@ -15,6 +15,7 @@ from typing import Any
 from addiff_env.agent import Agent
 from addiff_env.diffusion.backbones import StableDiffusionBackbone
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.methods.base import Method
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.registry import AUTO
@@ -23,8 +24,7 @@ from addiff_env.storage.files import alone_in, read_json, write_whole
 from addiff_env.storage.paths import PACKAGE_PREFIX, resolve_model
 
 ALL = "all"
-FILE = "methods.json"
-METRICS = "left_out_metrics"  # in that file
+METRICS = "left_out_metrics"  # in methods.json
 DISTILLED = ("lcm-4", "sdxl-turbo-1")  # need weights of their own: of "all", left out where those are missing
 _DIFFUSION = {
     "ddim": (5, 10, 20, 30, 50),
@@ -175,7 +175,7 @@ def keep_plan(folder: Path, wanted: str | Sequence[str], found: Plan, skipped: M
         whole = [*names, *found.left_out] if wanted == ALL else kept[ALL]
         metrics = {**kept.get(METRICS, {}), **(skipped or {})}
         plan = {"made": made, "left_out": left_out, METRICS: metrics, ALL: whole}
-        write_whole(folder / FILE, json.dumps(plan, indent=2) + "\n")
+        write_whole(RunFolder(folder).methods, json.dumps(plan, indent=2) + "\n")
 
 
 def left_out(folder: Path) -> list[str]:
@@ -187,7 +187,7 @@ def left_out(folder: Path) -> list[str]:
 
 def read_plan(folder: Path) -> dict[str, Any]:
     """What `keep_plan` kept; nothing where no process began to make rows."""
-    path = folder / FILE
+    path = RunFolder(folder).methods
     return read_json(path) if path.exists() else {"made": {}, "left_out": {}, ALL: []}
 
 

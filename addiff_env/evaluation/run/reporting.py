@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from addiff_env.agent import Agent
 from addiff_env.env.trajectories import filmstrip_figure, record_trajectories
-from addiff_env.env.vector import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.benchmarks.items import Item, benchmark_record
+from addiff_env.evaluation.benchmarks.items import benchmark_record
 from addiff_env.evaluation.metrics.registry import missing, protocol_scores, reported_score
-from addiff_env.evaluation.metrics.set_results import PROTOCOLS, SET_METRICS, pictures_of
+from addiff_env.evaluation.metrics.set_results import pictures_of
 from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, set_scores
 from addiff_env.evaluation.report.figures import plot_quality_against_compute
 from addiff_env.evaluation.report.html import write_report
 from addiff_env.evaluation.report.text import summary_table
+from addiff_env.evaluation.run.evaluation_run import EvaluationRun, plain
 from addiff_env.evaluation.run.planning import ALL, left_out
 from addiff_env.evaluation.run.run_folder import (
     Trajectory,
@@ -34,15 +31,9 @@ from addiff_env.evaluation.statistics.decide import decide
 from addiff_env.evaluation.statistics.decision import UNDECIDED, Decision, describe
 from addiff_env.evaluation.statistics.rules import rules_of
 from addiff_env.evaluation.statistics.summary import counted, lead_with, score_value
-from addiff_env.pipeline import make_agent_env
 from addiff_env.storage.commands import this_program
 from addiff_env.storage.files import write_whole
 from addiff_env.types import Action, ResultRow
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """A group of the configuration as a dictionary."""
-    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
 
 
 def choose_filmstrips(rows: list[ResultRow], number: int, metric: str = "success") -> list[ResultRow]:
@@ -64,84 +55,61 @@ def choose_filmstrips(rows: list[ResultRow], number: int, metric: str = "success
     return [*turns, *(row for row in rows if row.key not in scores)][:number]
 
 
-def record_filmstrips(
-    rows: list[ResultRow], items: Sequence[Item], agent: Agent, env: DiffusionDenoiseVectorEnv
-) -> list[Trajectory]:
+def record_filmstrips(run: EvaluationRun, rows: Sequence[ResultRow]) -> list[Trajectory]:
     """Run the rows' items again, one by one, and keep what happened."""
-    known = {(item.prompt, item.seed): item for item in items}
-    trajectories = []
+    known = {(item.prompt, item.seed): item for item in run.items}
+    env, trajectories = run.make_env(1), []
     for row in rows:
         item = known[row.prompt, row.seed]
-        (frames,) = record_trajectories(env, agent.act, [item.prompt], [item.seed])
+        (frames,) = record_trajectories(env, run.agent.act, [item.prompt], [item.seed])
         trajectories.append(Trajectory(item, row.reason, frames))
     return trajectories
 
 
-def keep_run(
-    cfg: DictConfig,
-    folder: Path,
-    rows: list[ResultRow],
-    items: Sequence[Item],
-    agents: Mapping[str, Agent],
-    overrides: dict[str, Any],
-    metric: str,
-) -> None:
+def keep_run(run: EvaluationRun, rows: Sequence[ResultRow], metric: str) -> None:
     """Keep what the report needs to be made again, and what a reader needs to run this again."""
-    first = next(iter(agents.values()))
-    name, kwargs = first.environment
-    facts = {
-        **benchmark_record(cfg.benchmark.name, items),
+    name, kwargs = run.agent.environment
+    values = {
+        **benchmark_record(run.cfg.benchmark.name, run.items),
         "metric": metric,
-        "agent": first.fingerprint,
-        "agents": {name: agent.fingerprint for name, agent in agents.items()},
-        "environment": {"id": name, **kwargs, **overrides},
-        "left_out": left_out(folder),
+        "agent": run.agent.fingerprint,
+        "agents": {name: agent.fingerprint for name, agent in run.agents.items()},
+        "environment": {"id": name, **kwargs, **run.overrides},
+        "left_out": left_out(run.folder),
     }
-    write_items(folder, items)
-    write_provenance(folder, rows, **facts)
+    write_items(run.folder, run.items)
+    write_provenance(run.folder, rows, **values)
+    write_whole(run.files.config, OmegaConf.to_yaml(run.cfg))  # a merge has no shard's
 
 
-def report(
-    cfg: DictConfig,
-    folder: Path,
-    rows: list[ResultRow],
-    items: Sequence[Item],
-    agents: Mapping[str, Agent],
-    overrides: dict[str, Any],
-) -> None:
+def report(run: EvaluationRun) -> None:
     """Write and print the table and the verdicts; write the plot, the filmstrips, ``report.html`` and its exports."""
-    metric = reported_score(rows, cfg.primary)
-    whole, rows = rows, lead_with(rows, metric)
-    if len(rows) < len(whole):
-        print(f"{len(whole) - len(rows)} of {len(whole)} rows have no {metric} and are left out of the report")
+    cfg, files, metric = run.cfg, run.files, reported_score(run.rows, run.cfg.primary)
+    rows = lead_with(run.rows, metric)
+    if len(rows) < len(run.rows):
+        print(f"{len(run.rows) - len(rows)} of {len(run.rows)} rows have no {metric} and are left out of the report")
     table = summary_table(rows)
-    (folder / "table.txt").write_text(table + "\n")
-    written = [folder / "table.txt", folder / "rows.jsonl", folder / "quality_vs_compute.png"]
-    plot_quality_against_compute(rows, written[-1])
-    head = f"{cfg.benchmark.name}, {counted(len(items), 'picture')} a method, {rows[0].dtype}"
+    files.table.write_text(table + "\n")
+    written = [files.table, files.rows, files.plot]
+    plot_quality_against_compute(rows, files.plot)
+    head = f"{cfg.benchmark.name}, {counted(len(run.items), 'picture')} a method, {rows[0].dtype}"
     print(f"\n{head}; {metric}, shares in percent")
     print(f"{table}\n")
-    name, agent = next(iter(agents.items()))
-    own = [row for row in rows if row.method == name]
-    trajectories: list[Trajectory] = []
+    own, trajectories = run.own_rows(rows), []
     if own and cfg.filmstrips:
-        one_lane = make_agent_env(agent, 1, **overrides)
-        trajectories = record_filmstrips(choose_filmstrips(own, cfg.filmstrips, metric), items, agent, one_lane)
-        written.append(folder / "filmstrips.png")
-        titled = [
-            (f"{trajectory.item.prompt!r}: {trajectory.reason}", trajectory.frames) for trajectory in trajectories
-        ]
-        filmstrip_figure(titled).savefig(written[-1])
+        trajectories = record_filmstrips(run, choose_filmstrips(own, cfg.filmstrips, metric))
+        titled = [(f"{strip.item.prompt!r}: {strip.reason}", strip.frames) for strip in trajectories]
+        filmstrip_figure(titled).savefig(files.filmstrips)
+        written.append(files.filmstrips)
     rules = rules_of(metric, plain(cfg.rules))
-    facts = {(item.prompt, item.seed): item.facts for item in items}
-    verdicts = decide(rows, facts, rules, list(agents))
+    requirements = {(item.prompt, item.seed): item.num_requirements for item in run.items}
+    verdicts = decide(rows, requirements, rules, list(run.agents))
     print("\n".join(map(describe, verdicts)) if verdicts else "no verdicts: no agent is among the methods")
     print("".join(f"\n{line}\n" for line in what_decides(cfg, verdicts)))
-    keep_run(cfg, folder, rows, items, agents, overrides, metric)
-    save_trajectories(folder, trajectories)
-    write_verdicts(folder, verdicts, rules)
-    write_whole(folder / "config.yaml", OmegaConf.to_yaml(cfg))  # a merge has no shard's
-    written += [folder / "verdicts.json", *write_report(folder, rows, items, verdicts)]
+    keep_run(run, rows, metric)
+    save_trajectories(run.folder, trajectories)
+    write_verdicts(run.folder, verdicts, rules)
+    written += [files.verdicts, *write_report(run.folder, rows, run.items, verdicts)]
     print("wrote")
     for path in written:
         print(f"  {path}")
@@ -162,30 +130,30 @@ def what_decides(cfg: DictConfig, verdicts: Sequence[Decision]) -> list[str]:
     ]
 
 
-def measure_whole(folder: Path, rows: list[ResultRow], items: Sequence[Item], references: References) -> None:
+def measure_whole(run: EvaluationRun, references: References) -> None:
     """What is measured of a method's pictures together: the benchmark's own protocol, and the set metrics."""
-    (folder / PROTOCOLS).unlink(missing_ok=True)  # of other rows
-    if scores := protocol_scores(rows):
-        (folder / PROTOCOLS).write_text(json.dumps(scores, indent=2) + "\n")
+    run.files.protocols.unlink(missing_ok=True)  # of other rows
+    if scores := protocol_scores(run.rows):
+        run.files.protocols.write_text(json.dumps(scores, indent=2) + "\n")
         for metric, methods in scores.items():
             for method, shares in methods.items():
                 print(f"{metric}, {method}: " + "  ".join(f"{name} {share:.4f}" for name, share in shares.items()))
     if references.features:
-        sets = set_scores(rows, folder, references)
-        kept = {**sets, "measured_on": pictures_of(rows, items)}
-        (folder / SET_METRICS).write_text(json.dumps(kept, indent=2) + "\n")
+        sets = set_scores(run.rows, run.folder, references)
+        kept = {**sets, "measured_on": pictures_of(run.rows, run.items)}
+        run.files.set_metrics.write_text(json.dumps(kept, indent=2) + "\n")
         print(describe_sets(sets))
 
 
-def open_references(cfg: DictConfig, folder: Path, device: str) -> References:
+def open_references(run: EvaluationRun, device: str) -> References:
     """The references of set metrics; what they need is missed before any picture is made."""
-    options = SetOptions(**plain(cfg.set_metrics))
-    if options.names and not cfg.save_images:
+    options = SetOptions(**plain(run.cfg.set_metrics))
+    if options.names and not run.cfg.save_images:
         raise ValueError(f"set metrics {list(options.names)} need the pictures: save_images=true")
     try:
-        return References(options, folder, device)
+        return References(options, run.folder, device)
     except (FileNotFoundError, ImportError) as error:
-        if not cfg.allow_missing:
+        if not run.cfg.allow_missing:
             raise missing("set metrics", error) from error
         print(f"left out set metrics {list(options.names)}: {error}")
-        return References(SetOptions(), folder, device)
+        return References(SetOptions(), run.folder, device)

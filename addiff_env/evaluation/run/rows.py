@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from addiff_env.evaluation.files import RunFolder
 from addiff_env.storage.commands import LAUNCHED
 from addiff_env.storage.files import replacing
 from addiff_env.storage.jsonl import append_objects, read_objects
@@ -118,7 +119,7 @@ def shard(items: Sequence[T], index: int, shards: int) -> list[T]:
 def shard_path(folder: Path, index: int, shards: int) -> Path:
     """Where a shard writes: ``rows.jsonl`` for a run that is not split, else ``rows-<index>-of-<shards>.jsonl``."""
     _check_shard(index, shards)
-    return folder / ("rows.jsonl" if shards == 1 else f"rows-{index:04d}-of-{shards:04d}.jsonl")
+    return RunFolder(folder).rows if shards == 1 else folder / f"rows-{index:04d}-of-{shards:04d}.jsonl"
 
 
 def _check_shard(index: int, shards: int) -> None:

@@ -1,11 +1,6 @@
 """What a finished run keeps beside its rows, so that its report can be made again without any model.
 
-| file | what |
-|---|---|
-| ``items.jsonl`` | prompt, seed, category and complexity of every picture |
-| ``verdicts.json`` | H1-H4 with their parts, and the rules that they were reached by |
-| ``provenance.json`` | benchmark, agent, environment, libraries |
-| ``filmstrips/`` | a folder per recorded trajectory: its frames and masks as PNG, and ``strip.json`` |
+`RunFolder` names the files. A recorded trajectory is a folder of its frames and masks as PNG, and ``strip.json``.
 """
 
 from __future__ import annotations
@@ -18,12 +13,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.run.rows import CONFIGURATION, read_rows
 from addiff_env.evaluation.statistics.decision import Decision, Part, Rules
 from addiff_env.evaluation.statistics.summary import lead_with
@@ -32,12 +28,10 @@ from addiff_env.storage.jsonl import read_objects
 from addiff_env.storage.pictures import read_picture
 from addiff_env.types import ResultRow
 
-T = TypeVar("T")
-REPORTED = ".reported"  # what the latest report was about
-ITEMS, VERDICTS, PROVENANCE, STRIPS = "items.jsonl", "verdicts.json", "provenance.json", "filmstrips"
 LIBRARIES = ("torch", "diffusers", "transformers", "gymnasium", "numpy")
 SETTINGS = (*CONFIGURATION, "code_version")  # of a method's rows
-_KEPT = ("prompt", "seed", "category", "id", "facts", "complexity")  # of an item
+_KEPT = ("prompt", "seed", "category", "id", "num_requirements", "complexity")  # of an item
+_BEFORE = {"facts": "num_requirements"}  # fields that earlier runs kept by another name
 
 
 @dataclass(frozen=True)
@@ -59,13 +53,13 @@ class Trajectory:
 
 def is_reported(folder: Path, settings: str, rows: Sequence[ResultRow]) -> bool:
     """Whether another process has reported the same rows with the same settings; see `mark_reported`."""
-    path = folder / REPORTED
+    path = RunFolder(folder).reported
     return path.exists() and path.read_text() == _digest(settings, rows)
 
 
 def mark_reported(folder: Path, settings: str, rows: Sequence[ResultRow]) -> None:
     """Say that ``rows`` were reported with ``settings``, for the processes of one launch that end after this one."""
-    write_whole(folder / REPORTED, _digest(settings, rows))
+    write_whole(RunFolder(folder).reported, _digest(settings, rows))
 
 
 def _digest(settings: str, rows: Sequence[ResultRow]) -> str:
@@ -81,18 +75,19 @@ def _digest(settings: str, rows: Sequence[ResultRow]) -> str:
 def write_items(folder: Path, items: Iterable[Item]) -> None:
     """Keep what the report needs to know of the benchmark."""
     lines = (json.dumps({name: getattr(item, name) for name in _KEPT}) + "\n" for item in items)
-    write_whole(folder / ITEMS, "".join(lines))
+    write_whole(RunFolder(folder).items, "".join(lines))
 
 
 def read_items(folder: Path) -> list[Item]:
     """The run's items, without the benchmark's own metadata."""
-    return [_made(Item, values, f"{folder / ITEMS}:{k}") for k, values in enumerate(read_objects(folder / ITEMS), 1)]
+    path = RunFolder(folder).items
+    return [_item(values, f"{path}:{k}") for k, values in enumerate(read_objects(path), 1)]
 
 
-def _made(kind: type[T], values: dict[str, Any], place: str) -> T:
-    """An object of a kept line's ``values``; raises ValueError with its ``place`` where they do not fit."""
+def _item(values: dict[str, Any], place: str) -> Item:
+    """The item of a kept line's ``values``; raises ValueError with its ``place`` where they do not fit."""
     try:
-        return kind(**values)
+        return Item(**{_BEFORE.get(name, name): value for name, value in values.items()})
     except TypeError as error:
         raise ValueError(f"{place} is damaged: {error}") from error
 
@@ -100,14 +95,14 @@ def _made(kind: type[T], values: dict[str, Any], place: str) -> T:
 def write_verdicts(folder: Path, verdicts: Sequence[Decision], rules: Rules) -> None:
     """Keep the verdicts with the numbers behind them, and the rules that they were reached by."""
     kept = {"rules": asdict(rules), "verdicts": [asdict(verdict) for verdict in verdicts]}
-    write_whole(folder / VERDICTS, json.dumps(kept, indent=2) + "\n")
+    write_whole(RunFolder(folder).verdicts, json.dumps(kept, indent=2) + "\n")
 
 
 def read_verdicts(folder: Path) -> list[Decision]:
     """The run's verdicts; none where no agent was evaluated."""
-    if not (folder / VERDICTS).exists():
+    path = RunFolder(folder).verdicts
+    if not path.exists():
         return []
-    path = folder / VERDICTS
     found = read_json(path, object)
     try:
         found = found["verdicts"] if isinstance(found, dict) else found  # earlier releases kept no rules
@@ -116,17 +111,17 @@ def read_verdicts(folder: Path) -> list[Decision]:
         raise ValueError(f"{path} holds no verdicts: {type(error).__name__}: {error}") from error
 
 
-def write_provenance(folder: Path, rows: Sequence[ResultRow], **facts: Any) -> None:
-    """Keep JSON-able ``facts``, the settings of each method, and the versions of the libraries that ran them."""
+def write_provenance(folder: Path, rows: Sequence[ResultRow], **values: Any) -> None:
+    """Keep JSON-able ``values``, the settings of each method, and the versions of the libraries that ran them."""
     settings = {row.method: {part: getattr(row, part) for part in SETTINGS} for row in rows}
     libraries = {"python": python_version(), **{name: version(name) for name in LIBRARIES}}
-    kept = {**facts, "libraries": libraries, "methods": settings}
-    write_whole(folder / PROVENANCE, json.dumps(kept, indent=2) + "\n")
+    kept = {**values, "libraries": libraries, "methods": settings}
+    write_whole(RunFolder(folder).provenance, json.dumps(kept, indent=2) + "\n")
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
     """What `write_provenance` kept; empty where nothing was."""
-    path = folder / PROVENANCE
+    path = RunFolder(folder).provenance
     return read_json(path) if path.exists() else {}
 
 
@@ -136,7 +131,7 @@ def reported_rows(folder: Path) -> list[ResultRow]:
     Raises:
         ValueError: some of them are not there; a damaged file.
     """
-    rows, kept = read_rows(folder / "rows.jsonl"), read_provenance(folder)
+    rows, kept = read_rows(RunFolder(folder).rows), read_provenance(folder)
     methods = kept.get("methods")
     if methods is None:
         return rows
@@ -158,9 +153,10 @@ def reported_rows(folder: Path) -> list[ResultRow]:
 
 def save_trajectories(folder: Path, trajectories: Sequence[Trajectory]) -> None:
     """Keep trajectories as pictures and numbers; those of an earlier report are replaced."""
-    shutil.rmtree(folder / STRIPS, ignore_errors=True)
+    place = RunFolder(folder).trajectories
+    shutil.rmtree(place, ignore_errors=True)
     for number, trajectory in enumerate(trajectories):
-        _save_trajectory(folder / STRIPS / f"{number:03d}", trajectory)
+        _save_trajectory(place / f"{number:03d}", trajectory)
 
 
 def _save_trajectory(folder: Path, trajectory: Trajectory) -> None:
@@ -180,7 +176,7 @@ def _save_trajectory(folder: Path, trajectory: Trajectory) -> None:
 
 def read_trajectories(folder: Path) -> list[Trajectory]:
     """The run's trajectories, in the order they were chosen; masks in [0, 1] to the nearest 1/255."""
-    return [_read_trajectory(path.parent) for path in sorted((folder / STRIPS).glob("*/strip.json"))]
+    return [_read_trajectory(path.parent) for path in sorted(RunFolder(folder).trajectories.glob("*/strip.json"))]
 
 
 def _read_trajectory(folder: Path) -> Trajectory:
@@ -191,4 +187,4 @@ def _read_trajectory(folder: Path) -> Trajectory:
         path = folder / f"{number:03d}-mask.png"
         mask = read_picture(path, "L") / 255.0 if path.exists() else None  # (h, w)
         frames.append({**frame, "picture": picture, "mask": mask})
-    return Trajectory(Item(**kept["item"]), kept["reason"], frames)
+    return Trajectory(_item(kept["item"], str(folder / "strip.json")), kept["reason"], frames)

@@ -37,7 +37,7 @@ def decide_all(
 
     Args:
         rows: per-image rows.
-        complexity: of every (prompt, seed), e.g. `Item.facts`.
+        complexity: of every (prompt, seed), e.g. `Item.num_requirements`.
         agent: the agent's training runs, as method names; by default `agent_runs` of the rows.
         rules: margins and levels.
 

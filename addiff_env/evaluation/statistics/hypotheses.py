@@ -214,7 +214,7 @@ def h3_adaptivity(
     Args:
         rows: per-image rows.
         agent: the agent's training runs, as method names; the mean of their own correlations counts.
-        complexity: of every (prompt, seed), e.g. `Item.facts`.
+        complexity: of every (prompt, seed), e.g. `Item.num_requirements`.
         rules: margins and levels.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.statistics.decision import Rules
 from addiff_env.storage.files import read_json, read_yaml
 
@@ -36,12 +37,13 @@ def read_rules(folder: Path, metric: str) -> Rules:
     Raises:
         ValueError: rules that make no sense.
     """
-    return rules_of(metric, _stated(folder / "verdicts.json") or _configured(folder / "config.yaml"))
+    run = RunFolder(folder)
+    return rules_of(metric, _stated(run.verdicts) or _configured(run.config))
 
 
 def configured_rules(folder: Path, metric: str) -> Rules:
     """The rules that a run's ``config.yaml`` asks for, over the defaults; raises as `read_rules`."""
-    return rules_of(metric, _configured(folder / "config.yaml"))
+    return rules_of(metric, _configured(RunFolder(folder).config))
 
 
 def rules_of(metric: str, stated: Mapping[str, Any]) -> Rules:

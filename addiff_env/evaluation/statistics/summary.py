@@ -235,15 +235,17 @@ def decision_counts(rows: Sequence[ResultRow]) -> np.ndarray:
     return counts
 
 
-def by_facts(rows: Sequence[ResultRow], facts: Mapping[tuple[str, int], int]) -> dict[int, list[ResultRow]]:
-    """Rows by how much their pictures must get right (`Item.facts`), least first.
+def by_num_requirements(
+    rows: Sequence[ResultRow], num_requirements: Mapping[tuple[str, int], int]
+) -> dict[int, list[ResultRow]]:
+    """Rows by how much their pictures must get right (`Item.num_requirements`), least first.
 
     Raises:
         ValueError: a row of no known (prompt, seed).
     """
     levels: dict[int, list[ResultRow]] = {}
     for row in rows:
-        if (row.prompt, row.seed) not in facts:
+        if (row.prompt, row.seed) not in num_requirements:
             raise ValueError(f"{row.prompt!r}, seed {row.seed} belongs to no item: its complexity is not known")
-        levels.setdefault(facts[row.prompt, row.seed], []).append(row)
+        levels.setdefault(num_requirements[row.prompt, row.seed], []).append(row)
     return dict(sorted(levels.items()))

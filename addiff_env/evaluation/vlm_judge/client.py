@@ -30,7 +30,6 @@ from addiff_env.evaluation.vlm_judge.pairs import FIRST, SECOND, TIE, Pair, Pref
 from addiff_env.evaluation.vlm_judge.settings import JudgeSettings
 from addiff_env.storage.jsonl import append_objects, read_objects
 
-ANSWERS, JUDGEMENT = "judge-answers.jsonl", "judge.json"  # of a judged run folder
 _QUESTION = (
     "Two pictures were made for the prompt below. Which one follows the prompt better (objects, counts, colours, "
     "relations)? Where both follow it equally well, prefer the one with fewer visible defects. Answer 'tie' if neither "

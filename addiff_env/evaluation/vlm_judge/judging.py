@@ -26,11 +26,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.report.html import write_report
 from addiff_env.evaluation.run.run_folder import read_items, read_verdicts, reported_rows
 from addiff_env.evaluation.statistics.summary import by_method
 from addiff_env.evaluation.vlm_judge.agreement import cohens_kappa, rank_methods
-from addiff_env.evaluation.vlm_judge.client import ANSWERS, JUDGEMENT, CostCeilingError, Judge, JudgeError
+from addiff_env.evaluation.vlm_judge.client import CostCeilingError, Judge, JudgeError
 from addiff_env.evaluation.vlm_judge.pairs import OUTCOMES, Pair, Preference, pairs_of
 from addiff_env.evaluation.vlm_judge.settings import JudgeSettings
 from addiff_env.stats import wilson_interval
@@ -90,7 +91,9 @@ def open_judges(names: Sequence[str], folder: Path, again: bool = False) -> dict
     """
     if not names or len(set(names)) < len(names):
         raise ValueError(f"expected judges, each once, got {list(names)}")
-    judges = {name: Judge(JudgeSettings.from_environment(name), folder / ANSWERS, again) for name in names}
+    judges = {
+        name: Judge(JudgeSettings.from_environment(name), RunFolder(folder).judge_answers, again) for name in names
+    }
     for one, other in combinations(judges, 2):
         if judges[one].endpoint == judges[other].endpoint:
             raise ValueError(f"{one!r} and {other!r} are the same judge, {judges[one].settings.model}")
@@ -216,7 +219,7 @@ def judgement(judges: Mapping[str, Judge], by_judge: Mapping[str, Sequence[Prefe
 
 def write_judgement(folder: Path, found: Mapping[str, Any]) -> Path:
     """Keep it beside the run's rows; a kill leaves the old file or the new one."""
-    path = folder / JUDGEMENT
+    path = RunFolder(folder).judgement
     write_whole(path, json.dumps(found, indent=2) + "\n")
     return path
 
@@ -272,11 +275,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge a run, write ``judge.json`` and make the report again; returns the exit status."""
     told = _arguments(argv)
-    if not (told.folder / "rows.jsonl").exists():
+    if not RunFolder(told.folder).rows.exists():
         raise FileNotFoundError(f"no rows.jsonl in {looked_at(told.folder)}")
     held = nullcontext() if told.estimate else claim(told.folder, "judging")
     try:
-        with interruptible(lambda: f"the answers so far are kept in {told.folder / ANSWERS}"), held:
+        with interruptible(lambda: f"the answers so far are kept in {RunFolder(told.folder).judge_answers}"), held:
             return _judge(told)
     except JudgeError as error:
         raise OSError(str(error)) from error

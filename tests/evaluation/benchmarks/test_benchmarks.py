@@ -9,7 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from addiff_env.evaluation.benchmarks.complexity import COMPLEXITIES, required_facts, structured_complexity, text_facts
+from addiff_env.evaluation.benchmarks.complexity import (
+    COMPLEXITIES,
+    count_content_words,
+    count_requirements,
+    structured_complexity,
+)
 from addiff_env.evaluation.benchmarks.items import (
     Item,
     benchmark_record,
@@ -91,8 +96,8 @@ def test_geneval_has_four_pictures_a_prompt_and_its_metadata(root):
     position = items[-1]
     assert position.metadata["include"][1]["position"] == ["left of", 0]
     assert position.metadata["prompt"] == position.prompt and position.metadata["tag"] == "position"
-    assert (items[0].facts, items[0].complexity) == (1, "simple")
-    assert (position.facts, position.complexity) == (3, "mixed")
+    assert (items[0].num_requirements, items[0].complexity) == (1, "simple")
+    assert (position.num_requirements, position.complexity) == (3, "mixed")
     assert len(load_benchmark("geneval", root=root, any_length=True, images_per_prompt=1)) == 2
 
 
@@ -278,12 +283,12 @@ def test_the_embedded_worlds_splits_are_benchmarks(name):
     assert limited == items[: len(limited)] and {item.category for item in limited} == categories
 
 
-def test_facts_are_counted_as_the_embedded_world_counts_them():
-    assert text_facts("A photo of a red cup, and the cat's well-worn mat!") == 5
-    assert text_facts("") == 0
+def test_requirements_are_counted_as_the_embedded_world_counts_them():
+    assert count_content_words("A photo of a red cup, and the cat's well-worn mat!") == 5
+    assert count_content_words("") == 0
     cup, red_cat = {"class": "cup", "count": 3}, {"class": "cat", "count": 1, "color": "red", "position": ["above", 0]}
-    assert required_facts([cup]) == 3
-    assert required_facts([cup, red_cat]) == 6
+    assert count_requirements([cup]) == 3
+    assert count_requirements([cup, red_cat]) == 6
     assert [structured_complexity(*args) for args in ((1, 5), (2, 2), (2, 3), (2, 4))] == [
         "simple",
         "mixed",
@@ -291,7 +296,7 @@ def test_facts_are_counted_as_the_embedded_world_counts_them():
         "full",
     ]
     tiny = {item.prompt: item for item in load_benchmark("tiny-test")}
-    assert all(item.complexity in COMPLEXITIES and item.facts for item in tiny.values())
+    assert all(item.complexity in COMPLEXITIES and item.num_requirements for item in tiny.values())
 
 
 # --------------------------------------------------------------------------- the real lists

@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> Run:
         for k, prompt in enumerate(PROMPTS)
     ]  # fmt: skip
     append_rows(folder / "rows.jsonl", rows)
-    write_items(folder, [Item(prompt, k, "three_objects", facts=1) for k, prompt in enumerate(PROMPTS)])
+    write_items(folder, [Item(prompt, k, "three_objects", num_requirements=1) for k, prompt in enumerate(PROMPTS)])
     write_provenance(folder, rows, benchmark="tiny-final", metric="success")
     write_verdicts(folder, [Decision("H1", SUPPORTED, "every condition holds", 20)], Rules())
     (folder / "quality_vs_compute.png").write_bytes(b"a plot")

@@ -34,7 +34,7 @@ from addiff_env.evaluation.run.run_folder import (
 from addiff_env.evaluation.statistics.decision import SUPPORTED, UNDECIDED, Decision, Part, Rules
 from addiff_env.evaluation.statistics.rules import read_rules
 from addiff_env.evaluation.statistics.summary import (
-    by_facts,
+    by_num_requirements,
     decision_counts,
     estimate,
     headline_metric,
@@ -46,7 +46,10 @@ from addiff_env.types import Action, ResultRow
 
 HOSTILE = """<script>alert('x')</script> & "quoted" <img src=http://evil.example/x.png> {{ 7 * 7 }} $x^{2}$"""
 PROMPTS = [HOSTILE, "a red circle", "two blue stars", "a green ring"]
-ITEMS = [Item(prompt, seed, ("simple_<b>", "full")[seed % 2], facts=1 + seed) for seed, prompt in enumerate(PROMPTS)]
+ITEMS = [
+    Item(prompt, seed, ("simple_<b>", "full")[seed % 2], num_requirements=1 + seed)
+    for seed, prompt in enumerate(PROMPTS)
+]
 SCORES = {  # method -> (success, reward_score) of each item
     "ddim-5": ([0, 1, 0, 1], [0.0, 1.0, -1.0, 2.0]),
     "ddim-10": ([1, 1, 0, 1], [0.5, 1.5, -0.5, 2.5]),
@@ -325,9 +328,9 @@ def test_training_runs_of_an_agent_are_shown_as_one_agent(tmp_path):
 
 def test_the_verdicts_are_decided_anew_by_the_configured_rules(tmp_path, capsys):
     rng, methods = np.random.default_rng(0), {"agent": 6, "ddim-5": 5, "ddim-50": 50, "euler-5": 5}
-    items = [Item(f"prompt {k // 2}", k, "full", facts=k % 3) for k in range(60)]
+    items = [Item(f"prompt {k // 2}", k, "full", num_requirements=k % 3) for k in range(60)]
     rows = [
-        ResultRow(name, i.prompt, i.seed, i.category, "b", name, name, "float32", "1", nfe=nfe + i.facts,
+        ResultRow(name, i.prompt, i.seed, i.category, "b", name, name, "float32", "1", nfe=nfe + i.num_requirements,
                   net_flops=nfe * 1e9, scores={"success": float(rng.random() < 0.8)})
         for name, nfe in methods.items() for i in items
     ]  # fmt: skip
@@ -508,10 +511,14 @@ def test_decisions_and_levels_of_complexity():
     rows = [row for row in rows_of() if row.method == "agent"]
     assert decision_counts(rows).tolist() == [[3, 0, 1], [1, 2, 1], [1, 1, 0], [0, 1, 0]]
     assert decision_counts([]).shape == (0, 3)
-    facts = {(item.prompt, item.seed): item.facts // 2 for item in ITEMS}
-    assert {level: len(group) for level, group in by_facts(rows, facts).items()} == {0: 1, 1: 2, 2: 1}
+    num_requirements = {(item.prompt, item.seed): item.num_requirements // 2 for item in ITEMS}
+    assert {level: len(group) for level, group in by_num_requirements(rows, num_requirements).items()} == {
+        0: 1,
+        1: 2,
+        2: 1,
+    }
     with pytest.raises(ValueError, match="belongs to no item"):
-        by_facts(rows, {})
+        by_num_requirements(rows, {})
 
 
 # --------------------------------------------------------------------------- exports

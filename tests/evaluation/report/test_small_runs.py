@@ -28,8 +28,10 @@ from addiff_env.evaluation.report.exports import latex_table
 from addiff_env.evaluation.report.figures import plot_quality_against_compute
 from addiff_env.evaluation.report.html import write_report
 from addiff_env.evaluation.report.text import summary_table
-from addiff_env.evaluation.run import reporting, runner
+from addiff_env.evaluation.run import reporting
+from addiff_env.evaluation.run.evaluation_run import EvaluationRun
 from addiff_env.evaluation.run.progress import RunProgress
+from addiff_env.evaluation.run.row_maker import RowMaker
 from addiff_env.evaluation.run.rows import append_rows
 from addiff_env.evaluation.run.run_folder import (
     read_verdicts,
@@ -86,7 +88,10 @@ def runs(draw, most=64):
     categories = draw(st.lists(st.sampled_from(CATEGORIES), min_size=1, unique=True))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     own = [categories[k] for k in rng.integers(len(categories), size=distinct)]
-    items = [Item(f"prompt {k % distinct}", k, own[k % distinct], facts=int(rng.integers(1, 9))) for k in range(number)]
+    items = [
+        Item(f"prompt {k % distinct}", k, own[k % distinct], num_requirements=int(rng.integers(1, 9)))
+        for k in range(number)
+    ]
     rows = []
     complete = draw(st.booleans())
     for method in draw(st.lists(st.sampled_from(METHODS), min_size=1, unique=True)):
@@ -109,9 +114,9 @@ def runs(draw, most=64):
 
 
 def decided(items, rows, metric, draws=QUICK):
-    facts = {(item.prompt, item.seed): float(item.facts) for item in items}
+    num_requirements = {(item.prompt, item.seed): float(item.num_requirements) for item in items}
     runs = agent_runs(dict.fromkeys(row.method for row in rows))
-    return decide(rows, facts, replace(rules_of(metric, {}), draws=draws), runs)
+    return decide(rows, num_requirements, replace(rules_of(metric, {}), draws=draws), runs)
 
 
 def report(folder, items, rows, wanted=None):
@@ -187,13 +192,13 @@ def test_pictures_that_a_method_lacks_are_left_out_for_all_and_said():
     rng = np.random.default_rng(0)
     coins = rng.integers(0, 2, (3, 30)).astype(float)
     whole = [row for name, own in zip(("ddim-5", "ddim-50", "agent"), coins, strict=True) for row in rows_of(name, own)]
-    facts = {(row.prompt, row.seed): 1 + row.seed % 5 for row in whole}
+    num_requirements = {(row.prompt, row.seed): 1 + row.seed % 5 for row in whole}
     lacking = [row for row in whole if row.method != "ddim-50" or row.seed >= 4]
     nan = [replace(row, scores={"success": math.nan}) if row not in lacking else row for row in whole]
     complete = [row for row in whole if row.seed >= 4]
     quick = Rules(draws=QUICK)
     for rows in (lacking, nan):
-        found, expected = decide(rows, facts, quick), decide(complete, facts, quick)
+        found, expected = decide(rows, num_requirements, quick), decide(complete, num_requirements, quick)
         for one, other in zip(found[:2], expected[:2], strict=True):
             assert one.parts == other.parts and one.prompts == 26
             assert "ddim-50 lacks 4 of 30 pictures" in one.reason
@@ -204,18 +209,18 @@ def test_a_method_without_the_metric_keeps_a_hypothesis_from_being_supported():
     good, bad = [1.0] * 40, [0.0] * 36 + [1.0] * 4
     rivals = ("ddim-5", "euler-8", "best-of-2:ddim-5")
     rows = rows_of("agent", good) + [row for name in rivals for row in rows_of(name, bad)]
-    facts = {(row.prompt, row.seed): 1 for row in rows}
-    h2 = decide(rows, facts, Rules(draws=QUICK))[1]
+    num_requirements = {(row.prompt, row.seed): 1 for row in rows}
+    h2 = decide(rows, num_requirements, Rules(draws=QUICK))[1]
     assert h2.outcome == SUPPORTED
-    h2 = decide([*rows, *rows_of("ddim-50", [None] * 40)], facts, Rules(draws=QUICK))[1]
+    h2 = decide([*rows, *rows_of("ddim-50", [None] * 40)], num_requirements, Rules(draws=QUICK))[1]
     assert h2.outcome == UNDECIDED and "ddim-50 has no success" in h2.reason
     worse = [replace(row, scores={"success": 1 - row.scores["success"]}) for row in rows]
-    h2 = decide([*worse, *rows_of("ddim-50", [None] * 40)], facts, Rules(draws=QUICK))[1]
+    h2 = decide([*worse, *rows_of("ddim-50", [None] * 40)], num_requirements, Rules(draws=QUICK))[1]
     assert h2.outcome == NOT_SUPPORTED  # what was measured refutes
 
 
 def test_the_page_of_a_run_can_be_made_again_where_scores_are_missing(tmp_path):
-    items = [Item(f"p{k}", k, "c", facts=1 + k) for k in range(3)]
+    items = [Item(f"p{k}", k, "c", num_requirements=1 + k) for k in range(3)]
     rows = rows_of("agent", [1.0, None, 0.0]) + rows_of("ddim-5", [None] * 3)
     append_rows(tmp_path / "rows.jsonl", rows)
     report(tmp_path, items, rows)
@@ -279,7 +284,7 @@ def test_set_metrics_of_few_pictures(tmp_path, monkeypatch, number):
     assert {name for name in least if name in found["methods"]["agent"]} == {n for n in least if number >= least[n]}
     notes = [f"agent: {n} needs {least[n]} pictures, got {number}" for n in least if number < least[n]]
     assert found["notes"] == notes and all(note in describe_sets(found) for note in notes)
-    items = [Item(row.prompt, row.seed, "c", facts=1) for row in rows]
+    items = [Item(row.prompt, row.seed, "c", num_requirements=1) for row in rows]
     (tmp_path / "run" / "set_metrics.json").write_text(json.dumps(found))
     report(tmp_path / "run", items, rows)
     assert read_set_results(tmp_path / "run", rows, items).notes == notes
@@ -378,16 +383,16 @@ def limited(limit, name="tiny-test"):
 @pytest.mark.parametrize("limit", [0, -1, "abc", 2.5, True])
 def test_a_limit_that_is_none_is_refused(limit):
     with pytest.raises(ValueError, match=rf"benchmark\.limit must be a whole number of at least 1.*{limit}"):
-        runner.load_items(limited(limit))
+        assert not EvaluationRun(limited(limit), Path()).items
 
 
 def test_a_limit_beyond_the_benchmark_takes_all_of_it_and_says_so(capsys, tmp_path):
-    assert len(runner.load_items(limited(5))) == 5 and not capsys.readouterr().out
+    assert len(EvaluationRun(limited(5), tmp_path).items) == 5 and not capsys.readouterr().out
     prompts = tmp_path / "mine.txt"
     prompts.write_text("a red circle\na red circle\na blue star\n")
-    assert len(runner.load_items(limited(9, str(prompts)))) == 3
+    assert len(EvaluationRun(limited(9, str(prompts)), tmp_path).items) == 3
     assert f"benchmark.limit=9: {prompts} has 3 prompts" in capsys.readouterr().out
-    assert len(runner.load_items(limited(3, str(prompts)))) == 3 and not capsys.readouterr().out
+    assert len(EvaluationRun(limited(3, str(prompts)), tmp_path).items) == 3 and not capsys.readouterr().out
 
 
 def test_filmstrips_are_chosen_whatever_is_missing():
@@ -403,7 +408,7 @@ def test_a_picture_without_a_finite_score_is_no_row_of_other_metrics(tmp_path):
     backbone = SimpleNamespace(name="b", revision=None, dtype_name="float32")
     method = SimpleNamespace(name="ddim-2", solver="ddim-2", policy="ddim-2", backbone=backbone)
     env = SimpleNamespace(config=SimpleNamespace(negative_prompt=None))
-    evaluation = runner.Evaluation(tmp_path / "rows.jsonl", env, [Broken()], False)
+    evaluation = RowMaker(tmp_path / "rows.jsonl", env, [Broken()], False)
     items = [Item("p", seed, "c") for seed in range(3)]
     scored = score_pictures([Broken()], np.zeros((3, 8, 8, 3), np.uint8), items)
     for item, (scores, words) in zip(items, scored, strict=True):

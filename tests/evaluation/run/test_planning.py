@@ -155,19 +155,19 @@ def test_several_agents_are_named_by_their_training_seeds(tmp_path: Path) -> Non
 
 
 def test_a_group_of_agents_is_judged_as_one_and_h4_by_the_first() -> None:
-    rng, items = np.random.default_rng(0), [Item(f"prompt {k}", k, "colors", facts=k % 3) for k in range(40)]
+    rng, items = np.random.default_rng(0), [Item(f"prompt {k}", k, "colors", num_requirements=k % 3) for k in range(40)]
     agents, controls = ["agent-s3", "agent-s5"], list(control_names("agent-s3"))
     assert controls == ["agent-s3, mask=full", "agent-s3, continued"]
     spent = {"ddim-5": 5, "ddim-50": 50, "agent-s3": 8, "agent-s5": 16, **dict.fromkeys(controls, 8)}
     rows = [
         ResultRow(name, item.prompt, item.seed, "colors", "b", "ddim-10", name, "float32", "1",
-                  actions=[0, 2, 1] if "agent" in name else [], nfe=nfe + item.facts, net_flops=float(nfe),
+                  actions=[0, 2, 1] if "agent" in name else [], nfe=nfe + item.num_requirements, net_flops=float(nfe),
                   scores={"success": float(rng.random() < 0.8)})
         for name, nfe in spent.items()
         for item in items
     ]  # fmt: skip
-    facts = {(item.prompt, item.seed): item.facts for item in items}
-    verdicts = decide(rows, facts, Rules(draws=200), agents)  # agent-s5 spends twice what the controls do
+    num_requirements = {(item.prompt, item.seed): item.num_requirements for item in items}
+    verdicts = decide(rows, num_requirements, Rules(draws=200), agents)  # agent-s5 spends twice what the controls do
     assert [verdict.hypothesis for verdict in verdicts] == ["H1", "H2", "H3", "H4"]
     assert all("agent-s3" in part.condition for part in verdicts[3].parts) and len(verdicts[3].parts) == 2
 
