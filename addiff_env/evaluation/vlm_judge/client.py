@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,8 +46,8 @@ _SCHEMA = {
 }
 _KEPT = 2000  # characters of what a judge said
 _DEARER = 1.1  # times the estimate: more than what prompts differ by
+_NO_COMPLETION = 599  # the status of what says 200 and is none: the client asks again, as after any of 500 and above
 _SHOWN = 200  # characters of what is no completion
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds before asking again, doubling, as the client's own
 _PROTOCOL = hashlib.sha256(json.dumps([_QUESTION, _SCHEMA]).encode()).hexdigest()[:12]  # a new wording asks anew
 
 
@@ -79,7 +78,7 @@ class Judge:
     """
 
     def __init__(self, settings: JudgeSettings, cache: Path, again: bool = False) -> None:
-        self.settings, self.cache = settings, cache
+        self.settings, self.cache, self.ceiling_usd = settings, cache, settings.max_usd
         self.endpoint = _hash([settings.base_url, settings.model])[:12]
         kept = read_objects(cache)
         self.answers: dict[str, str] = {row["key"]: row["winner"] for row in kept if row["winner"]}
@@ -122,17 +121,26 @@ class Judge:
             FileNotFoundError: a picture that is not there.
         """
         pending = self._pending(pairs)
-        self._check_budget(pending)
+        self._require_budget(pending)
         for question in watch(pending):
             self._ask_and_keep(question, pending)
         return [self._preference(pair) for pair in pairs]
 
-    def _check_budget(self, questions: Sequence[_Question]) -> None:
+    def require_budget(self, pairs: Iterable[Pair]) -> None:
+        """Check that asking the pairs, with what was spent before, costs no more than ``ceiling_usd``.
+
+        Raises:
+            CostCeilingError: it does.
+        """
+        self._require_budget(self._pending(pairs))
+
+    def _require_budget(self, questions: Sequence[_Question]) -> None:
         estimate = sum(self._price_estimate(question) for question in questions)
-        if questions and self.spent_usd + estimate > self.settings.max_usd:
+        if questions and self.spent_usd + estimate > self.ceiling_usd:
+            shared = ", the other judges' share aside" if self.ceiling_usd < self.settings.max_usd else ""
             raise CostCeilingError(
                 f"{len(questions)} questions to {self.settings.model} cost about ${estimate:.2f}, "
-                f"${self.spent_usd:.2f} is spent, the ceiling is ${self.settings.max_usd:.2f}"
+                f"${self.spent_usd:.2f} is spent, the ceiling is ${max(self.ceiling_usd, 0.0):.2f}{shared}"
             )
 
     def _pending(self, pairs: Iterable[Pair]) -> list[_Question]:
@@ -171,14 +179,13 @@ class Judge:
         """
         while self._is_open(question):
             estimate = self._price_estimate(question)
-            if self.spent_usd + estimate > self.settings.max_usd:
-                raise CostCeilingError(f"${self.spent_usd:.2f} of ${self.settings.max_usd:.2f} are spent")
+            self._require_budget([question])
             self._ask_once(question)
             if self._price_estimate(question) > _DEARER * estimate:
-                self._check_budget([other for other in pending if self._is_open(other)])
+                self._require_budget([other for other in pending if self._is_open(other)])
 
     def _ask_once(self, question: _Question) -> None:
-        completion = self._call(question)
+        completion = json.loads(self._post(question))
         text, tokens = _content(completion), _tokens(completion)
         usd = self._dollars(*tokens) if tokens else self._price_estimate(question)
         winner, reason = parse_answer(text) or (None, text or "")
@@ -193,18 +200,8 @@ class Judge:
         else:
             self.answers[question.key] = winner
 
-    def _call(self, question: _Question) -> dict[str, Any]:
-        """The endpoint's completion; whatever else it sends is waited out."""
-        for attempt in range(self.settings.retries + 1):
-            if attempt:
-                time.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT))
-            sent = self._post(question)
-            if completion := _completion(sent):
-                return completion
-        raise JudgeError(self._no_completion(sent))
-
     def _post(self, question: _Question) -> str:
-        """The body of the endpoint's answer, unparsed: the client makes of it whatever was expected."""
+        """The endpoint's completion, unparsed: of one that lacks a part the client would make whatever was expected."""
         import openai
 
         try:
@@ -217,6 +214,8 @@ class Judge:
             )
         except openai.OpenAIError as error:
             # Not chained: the original holds the request and with it the key.
+            if isinstance(error, openai.APIStatusError) and error.status_code == _NO_COMPLETION:
+                raise JudgeError(self._no_completion(str(error.response.text))) from None
             raise JudgeError(self._without_key(f"{self.settings.model}: {type(error).__name__}: {error}")) from None
         return str(response.http_response.text)
 
@@ -265,14 +264,29 @@ def _text_tokens(prompt: str) -> int:
 
 def _connect(settings: JudgeSettings) -> Any:
     try:
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
     except ImportError as error:
         raise JudgeError("the judge needs the package `openai`: pip install 'addiff-env[judge]'") from error
     key = os.environ.get(settings.key_variable)
     if not key:
         raise JudgeError(f"no key in the environment variable {settings.key_variable}")
-    # The client backs off exponentially with jitter and honours Retry-After.
-    return OpenAI(api_key=key, base_url=settings.base_url, max_retries=settings.retries, timeout=settings.timeout)
+    # The client backs off exponentially with jitter and honours Retry-After; so it does after what is no completion.
+    watched = DefaultHttpxClient(event_hooks={"response": [_fail_without_completion]})
+    return OpenAI(
+        api_key=key,
+        base_url=settings.base_url,
+        max_retries=settings.retries,
+        timeout=settings.timeout,
+        http_client=watched,
+    )
+
+
+def _fail_without_completion(response: Any) -> None:
+    """Take the status of success from an answer that is no completion: a web page, or an error."""
+    if response.is_success:
+        response.read()
+        if not _is_completion(response.text):
+            response.status_code = _NO_COMPLETION
 
 
 def _messages(question: _Question) -> list[dict[str, Any]]:
@@ -289,12 +303,10 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _completion(sent: str) -> dict[str, Any] | None:
-    """A completion from its JSON; None where it is none, e.g. a web page, or an error that came with status 200."""
+def _is_completion(sent: str) -> bool:
     body = _parsed(sent)
-    if not isinstance(body, dict) or body.get("error") or not isinstance(body.get("choices"), list):
-        return None
-    return body if body["choices"] else None
+    choices = body.get("choices") if isinstance(body, dict) and not body.get("error") else None
+    return isinstance(choices, list) and bool(choices)
 
 
 def _content(completion: Mapping[str, Any]) -> str | None:

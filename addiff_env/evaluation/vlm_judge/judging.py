@@ -18,7 +18,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -31,7 +31,7 @@ from addiff_env.evaluation.report.html import write_report
 from addiff_env.evaluation.run.run_folder import read_items, read_verdicts, reported_rows
 from addiff_env.evaluation.statistics.summary import by_method
 from addiff_env.evaluation.vlm_judge.agreement import cohens_kappa, rank_methods
-from addiff_env.evaluation.vlm_judge.client import CostCeilingError, Judge, JudgeError
+from addiff_env.evaluation.vlm_judge.client import Judge, JudgeError
 from addiff_env.evaluation.vlm_judge.pairs import OUTCOMES, Pair, Preference, pairs_of
 from addiff_env.evaluation.vlm_judge.settings import JudgeSettings
 from addiff_env.stats import wilson_interval
@@ -60,8 +60,8 @@ def run_pairs(
     """
     known = by_method(rows)
     chosen = list(dict.fromkeys(methods or known))
-    if strangers := [name for name in chosen if name not in known]:
-        raise ValueError(f"no rows of {strangers}; the run has {', '.join(known)}")
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"no rows of {unknown}; the run has {', '.join(known)}")
     if len(chosen) < 2:
         raise ValueError(f"a comparison needs two methods, got {chosen}; the run has {', '.join(known)}")
     if limit is not None and limit < 1:
@@ -100,26 +100,25 @@ def open_judges(names: Sequence[str], folder: Path, again: bool = False) -> dict
     return judges
 
 
-def check_budget(judges: Mapping[str, Judge], pairs: Sequence[Pair], max_usd: float | None) -> float:
-    """About what asking all judges costs without repeats; said before anything is asked.
+def check_budget(judges: Mapping[str, Judge], pairs: Sequence[Pair], max_usd: float | None) -> None:
+    """Say about what asking all judges costs without repeats, before anything is asked.
 
     Raises:
         CostCeilingError: with what was spent before it exceeds ``max_usd``, or a judge's own ceiling.
     """
-    total = 0.0
     for name, judge in judges.items():
-        estimate = judge.estimate_usd(pairs)
-        print(
-            f"{name} ({judge.settings.model}): {len(pairs)} pairs cost about ${estimate:.2f}, "
-            f"${judge.spent_usd:.2f} is spent"
-        )
-        total += estimate
-        if estimate and judge.spent_usd + estimate > judge.settings.max_usd:
-            raise CostCeilingError(f"that exceeds the ceiling of {name}, ${judge.settings.max_usd:.2f}")
-    spent = _spent(judges)
-    if max_usd is not None and total and spent + total > max_usd:
-        raise CostCeilingError(f"${spent:.2f} spent and about ${total:.2f} to come exceed --max-usd {max_usd:g}")
-    return total
+        estimate, spent = judge.estimate_usd(pairs), judge.spent_usd
+        print(f"{name} ({judge.settings.model}): {len(pairs)} pairs cost about ${estimate:.2f}, ${spent:.2f} is spent")
+    for name, judge in judges.items():
+        _share_ceiling(judges, name, pairs, max_usd)
+        judge.require_budget(pairs)
+
+
+def _share_ceiling(judges: Mapping[str, Judge], name: str, pairs: Sequence[Pair], max_usd: float | None) -> None:
+    """Leave to a judge what of ``max_usd`` the others have not spent, and will not need."""
+    if max_usd is not None:
+        others = sum(judge.spent_usd + judge.estimate_usd(pairs) for key, judge in judges.items() if key != name)
+        judges[name].ceiling_usd = min(judges[name].settings.max_usd, max_usd - others)
 
 
 def _spent(judges: Mapping[str, Judge]) -> float:
@@ -135,11 +134,7 @@ def ask_all(
     """
     found: dict[str, list[Preference]] = {}
     for name, judge in judges.items():
-        if max_usd is not None:
-            others = {key: one for key, one in judges.items() if key != name}
-            promised = sum(one.estimate_usd(pairs) for one in others.values())
-            own = max_usd - _spent(others) - promised
-            judge.settings = replace(judge.settings, max_usd=min(judge.settings.max_usd, own))
+        _share_ceiling(judges, name, pairs, max_usd)
         found[name] = judge.compare(pairs, partial(tqdm, desc=name, unit="question"))
     return found
 
@@ -274,30 +269,30 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Judge a run, write ``judge.json`` and make the report again; returns the exit status."""
-    told = _arguments(argv)
-    if not RunFolder(told.folder).rows.exists():
-        raise FileNotFoundError(f"no rows.jsonl in {looked_at(told.folder)}")
-    held = nullcontext() if told.estimate else claim(told.folder, "judging")
+    options = _arguments(argv)
+    if not RunFolder(options.folder).rows.exists():
+        raise FileNotFoundError(f"no rows.jsonl in {looked_at(options.folder)}")
+    held = nullcontext() if options.estimate else claim(options.folder, "judging")
     try:
-        with interruptible(lambda: f"the answers so far are kept in {RunFolder(told.folder).judge_answers}"), held:
-            return _judge(told)
+        with interruptible(lambda: f"the answers so far are kept in {RunFolder(options.folder).judge_answers}"), held:
+            return _judge(options)
     except JudgeError as error:
         raise OSError(str(error)) from error
 
 
-def _judge(told: argparse.Namespace) -> int:
-    rows = reported_rows(told.folder)
-    pairs = run_pairs(told.folder, rows, told.methods, told.limit)
+def _judge(options: argparse.Namespace) -> int:
+    rows = reported_rows(options.folder)
+    pairs = run_pairs(options.folder, rows, options.methods, options.limit)
     with ExitStack() as stack:
-        judges = open_judges(told.judges, told.folder, told.again)
+        judges = open_judges(options.judges, options.folder, options.again)
         for judge in judges.values():
             stack.enter_context(judge)
-        check_budget(judges, pairs, told.max_usd)
-        if told.estimate:
+        check_budget(judges, pairs, options.max_usd)
+        if options.estimate:
             return 0
-        found = judgement(judges, ask_all(judges, pairs, told.max_usd))
+        found = judgement(judges, ask_all(judges, pairs, options.max_usd))
     print(describe(found))
-    print(write_judgement(told.folder, found))
-    for path in write_report(told.folder, rows, read_items(told.folder), read_verdicts(told.folder)):
+    print(write_judgement(options.folder, found))
+    for path in write_report(options.folder, rows, read_items(options.folder), read_verdicts(options.folder)):
         print(path)
     return 0

@@ -89,7 +89,7 @@ def test_the_cost_is_said_and_refused_before_anything_is_asked(run, judges, caps
     assert judge(run, "eye", "ear", "--max-usd", "0.4") == 1
     assert not judges.requests and not (run / "judge.json").exists()
     captured = capsys.readouterr()
-    assert captured.out.count("12 pairs cost about $0.2") == 2 and "exceed --max-usd 0.4" in captured.err
+    assert captured.out.count("12 pairs cost about $0.2") == 2 and "the ceiling is $0.14" in captured.err
     judge(run, "eye", "--estimate")
     said = capsys.readouterr().out
     assert "12 pairs cost about" in said and "at most" not in said
@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_and_its_money_counts(run, judges, capsys):
     assert "AuthenticationError" in capsys.readouterr().err and len(judges.requests) == 6
     three_more = ["eye", "--methods", "agent", "ddim-5", "--max-usd"]  # five are paid for
     assert judge(run, *three_more, "0.03") == 1
-    assert "$0.02 spent" in capsys.readouterr().err
+    assert "$0.02 is spent, the ceiling is $0.03" in capsys.readouterr().err
     judge(run, *three_more, "0.06")
     assert len(judges.requests) == 6 + 3
     assert json.loads((run / "judge.json").read_text())["spent_usd"] == pytest.approx(8 * 0.0035)
@@ -114,7 +114,7 @@ def test_no_judge_spends_what_the_next_was_promised(run, judges, capsys):
     judges.script = ["mumble"] * 24  # the first judge's repeats
     judges.prompt_tokens = 3000  # about as estimated
     assert judge(run, "eye", "ear", "--methods", "agent", "ddim-5", "--max-usd", "0.176") == 1
-    assert "are spent" in capsys.readouterr().err
+    assert "the ceiling is $0.09" in capsys.readouterr().err
     assert all(body["model"] == "eye-1" for body in judges.requests)
 
 
