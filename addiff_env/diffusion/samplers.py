@@ -57,11 +57,6 @@ class Level(NamedTuple):
         """The levels of some lanes, by index."""
         return Level(self.alpha[index], self.sigma[index])
 
-    @classmethod
-    def of_power(cls, alphas_cumprod: torch.Tensor) -> Level:
-        """Levels of a variance-preserving process from its signal powers (B,) float64 in [0, 1]."""
-        return cls(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
-
     def shaped(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``alpha`` and ``sigma`` shaped to multiply latents (B, C, h, w)."""
         shape = (-1, *[1] * (latents.ndim - 1))

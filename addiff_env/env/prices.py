@@ -7,7 +7,7 @@ noise of the seed stays what it is without prices.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -59,7 +59,7 @@ def draw_price(price_range: PriceRange, rng: np.random.Generator) -> float:
 
 
 def start_prices(
-    seeds: Sequence[int], named: Sequence[float | None] | None, price_range: PriceRange | None
+    seeds: Iterable[int], named: Sequence[float | None] | None, price_range: PriceRange | None
 ) -> np.ndarray:
     """Prices (L,) of episodes with these ``seeds``; `OWN` where none is named nor to be drawn."""
     prices = []

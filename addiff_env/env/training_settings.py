@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from addiff_env.env.prompts import load_prompts
 from addiff_env.stats import spread
-from addiff_env.storage.inputs import FILE_SETTINGS, differing
+from addiff_env.storage.inputs import FILE_SETTINGS, differing, flatten
 
 
 def env_settings(cfg: DictConfig) -> dict[str, Any]:
@@ -92,19 +92,10 @@ def differing_values(
         named: what the message shows of a setting that is not among ours.
         cosmetic: settings and groups that may differ, as they decide no result: ``logging``, ``rllib.nodes``.
     """
-    here, there = (_decisive(cfg, cosmetic) for cfg in (ours, theirs))
-    return differing(here, there, contents_now, contents_there, named)
+    mine, others = (_decisive(cfg, cosmetic) for cfg in (ours, theirs))
+    return differing(mine, others, contents_now, contents_there, named)
 
 
 def _decisive(cfg: DictConfig, cosmetic: Collection[str]) -> dict[str, Any]:
-    flat = _flatten(as_mapping(cfg))
+    flat = flatten(as_mapping(cfg))
     return {name: value for name, value in flat.items() if name not in cosmetic and name.split(".")[0] not in cosmetic}
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{name}" if prefix else str(name))
-    return flat

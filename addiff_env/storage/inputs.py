@@ -36,11 +36,11 @@ def fingerprint(setting: Any) -> str | None:
     if (whole := _contents_of(text)) is not None:
         return whole
     parts = re.split("([,=@])", text)
-    told = [_told(part, after) for part, after in zip(parts, [*parts[1:], ""], strict=True)]
-    return None if told == parts else hashlib.sha256("".join(told).encode()).hexdigest()[:DIGITS]
+    shown = [_with_contents(part, after) for part, after in zip(parts, [*parts[1:], ""], strict=True)]
+    return None if shown == parts else hashlib.sha256("".join(shown).encode()).hexdigest()[:DIGITS]
 
 
-def _told(part: str, after: str) -> str:
+def _with_contents(part: str, after: str) -> str:
     """A part of a setting, where it is a path (also behind colons) with the contents in its place."""
     pieces = part.split(":")
     for start in range(len(pieces) if after != "=" else 0):  # what stands before that is an option's name
@@ -104,6 +104,16 @@ def _hash_large(path: str, *_state: int) -> str:
     return digest.hexdigest()
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings by their dotted names; an empty mapping is a leaf."""
+    if not isinstance(tree, Mapping) or not tree:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
 def differing(
     ours: Mapping[str, Any],
     theirs: Mapping[str, Any],
@@ -127,10 +137,10 @@ def differing(
     """
     found = []
     for name in dict.fromkeys([*ours, *theirs, *contents_now]):
-        here, there = ours.get(name, _NOTHING), theirs.get(name, _NOTHING)
+        mine, other = ours.get(name, _NOTHING), theirs.get(name, _NOTHING)
         now, before = contents_now.get(name), contents_there.get(name)
-        if here != there and (now is None or now != before or name in by_name):
-            found.append(f"{name}: {there} there, {here} now")
-        elif here == there and None not in (now, before) and now != before:
-            found.append(f"{name}: {named.get(name, here)} has other contents now ({before} there, {now} now)")
+        if mine != other and (now is None or now != before or name in by_name):
+            found.append(f"{name}: {other} there, {mine} now")
+        elif mine == other and None not in (now, before) and now != before:
+            found.append(f"{name}: {named.get(name, mine)} has other contents now ({before} there, {now} now)")
     return found

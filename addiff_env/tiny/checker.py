@@ -88,17 +88,6 @@ def check_picture(picture: np.ndarray, prompt: str | Prompt) -> CheckResult:
     return CheckResult(all(met), reason, float(np.mean(met)), objects)
 
 
-def check_pictures(pictures: np.ndarray, prompts: Sequence[str | Prompt]) -> list[CheckResult]:
-    """`check_picture` for pictures (B, H, W, 3) and as many prompts.
-
-    Raises:
-        ValueError: different numbers of pictures and prompts, or as `check_picture`.
-    """
-    if len(pictures) != len(prompts):
-        raise ValueError(f"{len(pictures)} pictures but {len(prompts)} prompts")
-    return [check_picture(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-
-
 def match_objects(objects: Sequence[Found], prompt: str | Prompt) -> list[Found | None]:
     """Which found object stands for each one the prompt asks for, counts written out; None: nothing is left for it.
 

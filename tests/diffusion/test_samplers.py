@@ -62,7 +62,8 @@ def run(schedule: Schedule, latents: torch.Tensor) -> torch.Tensor:
 
 
 def power(level: float) -> Level:
-    return Level.of_power(torch.tensor([level], dtype=torch.float64))
+    alphas_cumprod = torch.tensor([level], dtype=torch.float64)
+    return Level(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
 
 
 # ------------------------------------------------------------------ schedules

@@ -1,19 +1,17 @@
 """RLlib's side of the environment; the training itself needs Ray, which has an environment of its own."""
 
-import copy
 import importlib.util
 import json
 import shutil
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from composed import rllib_config
 from gymnasium.wrappers.vector import DictInfoToList
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf
 
 from addiff_env import cli, rllib
 from addiff_env.agent import Agent, PolicyNet
@@ -22,25 +20,10 @@ from addiff_env.rllib import checkpoint
 from addiff_env.rllib.lanes import Survey, survey
 from addiff_env.rllib.settings import ALLOWED, UNUSED, check_settings, claim, share_gpus, train_batch_size
 from addiff_env.rllib.training import Progress, bundle, make_config, ppo_options
-from addiff_env.storage.paths import configs_folder
 
 ID = "AdDiffusion-Tiny-v0"
 HAS_RAY = importlib.util.find_spec("ray") is not None
 LITTLE = ["num_envs=4", "algorithm.n_steps=5"]
-
-
-def rllib_config(*overrides: str, name: str = "train_rllib", **kwargs: object) -> DictConfig:
-    """The trainer's configuration with these overrides, and these settings of the environment."""
-    cfg = copy.deepcopy(_composed(name, overrides))
-    with open_dict(cfg):
-        cfg.env.kwargs.update(kwargs)
-    return cfg
-
-
-@cache
-def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
-    with initialize_config_dir(str(configs_folder()), version_base="1.3"):
-        return compose(name, list(overrides))
 
 
 def test_lanes_are_as_an_env_runner_takes_them(small_kwargs):

@@ -23,6 +23,7 @@ from models import save
 from omegaconf import OmegaConf
 from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainings import LITTLE, PROMPTS, ROOT, KillAt, Killed, configure
 
 import addiff_env
 from addiff_env.agent import Agent
@@ -40,21 +41,6 @@ from addiff_env.sb3.vec_env import make_lanes
 from addiff_env.stats import spread
 from addiff_env.storage.files import FolderBusyError, claim
 
-ROOT = Path(__file__).parents[2]
-PROMPTS = ["a red circle", "a star", "a blue square and a green star", "a red star, a pink circle and a green cross"]
-LITTLE = [
-    "num_envs=3",
-    "algorithm.n_steps=5",
-    "algorithm.batch_size=15",
-    "algorithm.n_epochs=2",
-    "algorithm.total_timesteps=90",  # six rollouts
-    "calibration_steps=3",
-    "progress_bar=false",
-    "logging.formats=[csv,tensorboard]",
-    "logging.held_out_every=2",
-    "logging.filmstrips=2",
-    "prompts.held_out.number=2",
-]
 # Everything that has a memory at once.
 EVERYTHING = [
     "algorithm=maskable_ppo",
@@ -63,18 +49,6 @@ EVERYTHING = [
     "reward=running",
     "reward.target_nfe=5",
 ]
-
-
-def configure(kwargs, *overrides):
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("train", [*LITTLE, *overrides])
-    OmegaConf.set_struct(cfg, False)
-    kwargs = {name: value for name, value in kwargs.items() if name != "prompts"}
-    return OmegaConf.merge(cfg, {"env": {"kwargs": kwargs}, "prompts": {"source": PROMPTS}})
-
-
-class Killed(Exception):
-    pass
 
 
 class AdvantagesByHand(BaseCallback):
@@ -95,19 +69,6 @@ class AdvantagesByHand(BaseCallback):
             expected = delta[t] + lam * goes_on[t] * buffer.advantages[t + 1]
             np.testing.assert_allclose(buffer.advantages[t], expected, atol=1e-5)
             self.compared += int(goes_on[t].sum())
-
-
-class KillAt(BaseCallback):
-    """Ends the process' work in the middle of a rollout, as far as a test can."""
-
-    def __init__(self, timesteps):
-        super().__init__()
-        self.timesteps = timesteps
-
-    def _on_step(self):
-        if self.num_timesteps >= self.timesteps:
-            raise Killed
-        return True
 
 
 def weights(folder):

@@ -7,11 +7,11 @@ import shutil
 import gymnasium as gym
 import pytest
 import torch
+from composed import rllib_config
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from test_rllib import rllib_config
-from test_training import KillAt, Killed, configure
+from trainings import KillAt, Killed, configure
 
 from addiff_env.agent import Agent
 from addiff_env.env.baseline_cache import BaselineCache, baseline_configuration, compute_baselines

@@ -7,9 +7,9 @@ from typing import Any
 
 import gymnasium as gym
 import pytest
+from composed import rllib_config
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from test_rllib import rllib_config
 
 from addiff_env import TINY
 from addiff_env.agent import Agent

@@ -233,15 +233,6 @@ def test_bad_values_are_quoted() -> None:
             checker.read_objects(picture)
 
 
-def test_batch_is_the_single_judge() -> None:
-    pictures, prompts = zip(*(pairs(category, 1)[0] for category in CATEGORIES), strict=True)
-    captions = [prompt.caption for prompt in prompts]
-    singly = [checker.check_picture(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
-    assert checker.check_pictures(np.stack(pictures), captions) == singly
-    with pytest.raises(ValueError, match="8 pictures but 7 prompts"):
-        checker.check_pictures(np.stack(pictures), captions[1:])
-
-
 def test_foreign_caption_is_quoted() -> None:
     with pytest.raises(ValueError, match="'a dog'"):
         checker.check_picture(red_square_left_of_blue_circle(), "a dog")

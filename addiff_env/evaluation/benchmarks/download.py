@@ -118,11 +118,11 @@ def _check_relations(prompts: set[str], folder: Path) -> None:
     home = SOURCES["t2i-compbench"].home
     for name in _RELATIONS:
         try:
-            strangers = [entry.prompt for entry in read_list(folder / name) if entry.prompt not in prompts]
+            unexpected = [entry.prompt for entry in read_list(folder / name) if entry.prompt not in prompts]
         except ValueError as error:
             raise FetchError(f"not the published list: {str(error).replace(str(folder), '')}; from {home}") from error
-        if strangers:
-            raise FetchError(f"{name} has {len(strangers)} lines of no prompt, e.g. {strangers[0]!r}; from {home}")
+        if unexpected:
+            raise FetchError(f"{name} has {len(unexpected)} lines of no prompt, e.g. {unexpected[0]!r}; from {home}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,10 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", choices=FILES, help="of the benchmark")
     parser.add_argument("folder", type=Path, help="data folder: ADDIFF_DATA, or benchmark.root of evaluate.py")
     parser.add_argument("--timeout", type=float, default=TIMEOUT, metavar="S", help="seconds without any answer")
-    told = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     try:
-        for path in fetch(told.name, told.folder, told.timeout):
+        for path in fetch(options.name, options.folder, options.timeout):
             print(path)
     except FetchError as error:
-        raise OSError(f"{told.name}: {error}") from error
+        raise OSError(f"{options.name}: {error}") from error
     return 0

@@ -59,12 +59,12 @@ class Batched:
     def _generated(
         self, item: Item, picture: np.ndarray, passes: float, decodes: int = 1, verdicts: int = 0
     ) -> Generated:
-        """A result whose cost is that of `bill`."""
+        """A result whose cost is that of `total_flops`."""
         nfe = round(passes / self.env.passes_per_nfe)
-        bill = self.bill(passes, decodes, verdicts)
-        return Generated(item.prompt, item.seed, picture, [], nfe, round(passes), bill)
+        flops = self.total_flops(passes, decodes, verdicts)
+        return Generated(item.prompt, item.seed, picture, [], nfe, round(passes), flops)
 
-    def bill(self, passes: float, decodes: int = 1, verdicts: int = 0) -> float:
+    def total_flops(self, passes: float, decodes: int = 1, verdicts: int = 0) -> float:
         """Net FLOPs of ``passes`` of the network, ``decodes``, and ``verdicts`` of the reward model, with the texts.
 
         Nobody else looks at these pictures: of the encoders that the environment's policies see with none is charged.

@@ -137,7 +137,7 @@ def best_of_grid(env: DiffusionDenoiseVectorEnv, net_flops: float) -> list[str]:
     found, solver = [], env.backbone.solver
     for number in NUMBERS:
         method = BestOf(FixedSteps(env, 1), number)
-        left = MATCHED * net_flops - method.bill(0, number, number)
+        left = MATCHED * net_flops - method.total_flops(0, number, number)
         steps = int(left // (number * env.passes_per_nfe * env.flops_per_call["denoiser"]))
         found += [f"best-of-{number}:{solver}-{steps}"] if steps >= 1 else []
     return found or [f"best-of-{NUMBERS[0]}:{solver}-1"]

@@ -34,7 +34,7 @@ INCEPTION, INCEPTION_LAYER = "inception-v3-compat", "2048"
 
 
 @dataclass(frozen=True)
-class Stamp:
+class Fingerprint:
     """Everything that the features of a set of pictures depend on."""
 
     id_list_sha256: str  # which pictures, see `benchmarks.id_list_hash` or `file_list_hash`
@@ -157,7 +157,7 @@ def _refuse_empty(paths: Sequence[Path]) -> None:
 
 
 def inception_name(weights: Path | None = None) -> str:
-    """What a `Stamp` says of the features of `inception_features`, for a file of weights with its hash.
+    """What a `Fingerprint` says of the features of `inception_features`, for a file of weights with its hash.
 
     Raises:
         FileNotFoundError: no such file.
@@ -323,28 +323,28 @@ def _pair(x: np.ndarray, y: np.ndarray) -> list[Any]:
 # --------------------------------------------------------------------------- reference features
 
 
-def reference_features(path: Path, stamp: Stamp, compute: Callable[[], np.ndarray]) -> np.ndarray:
+def reference_features(path: Path, fingerprint: Fingerprint, compute: Callable[[], np.ndarray]) -> np.ndarray:
     """Features of a reference set from its file, made and kept there if absent.
 
     Raises:
-        ValueError: the file's stamp is another one; says what differs.
+        ValueError: the file's fingerprint is another one; says what differs.
     """
     if path.exists():
-        return _load_features(path, stamp)
+        return _load_features(path, fingerprint)
     features = np.asarray(compute(), np.float32)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial, partial.open("wb") as file:  # shards may measure it at the same time
-        np.savez(file, features=features, stamp=np.array(json.dumps(asdict(stamp))))
+        np.savez(file, features=features, stamp=np.array(json.dumps(asdict(fingerprint))))
     return features
 
 
-def _load_features(path: Path, stamp: Stamp) -> np.ndarray:
+def _load_features(path: Path, fingerprint: Fingerprint) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as kept:
             found, features = json.loads(str(kept["stamp"])), kept["features"]
     except (ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} holds no features of references ({error}); delete it to make them again") from error
-    wanted = asdict(stamp)
+    wanted = asdict(fingerprint)
     other = [f"{key} {found.get(key)!r} instead of {wanted[key]!r}" for key in wanted if found.get(key) != wanted[key]]
     if other:
         raise ValueError(f"{path} holds features of another reference: {', '.join(other)}; delete it or name another")

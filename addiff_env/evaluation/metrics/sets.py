@@ -12,7 +12,7 @@ import numpy as np
 
 from addiff_env.env.baseline_cache import weights_fingerprint
 from addiff_env.evaluation.metrics.set_distances import (
-    Stamp,
+    Fingerprint,
     clip_features,
     cmmd,
     codec_of,
@@ -71,7 +71,7 @@ class References:
     def __init__(self, options: SetOptions, cache: Path, device: str) -> None:
         self.options, self.device = options, device
         self.features: dict[str, np.ndarray] = {}
-        self.stamps: dict[str, Stamp] = {}
+        self.fingerprints: dict[str, Fingerprint] = {}
         if not options.names:
             return
         paths = pictures_in(Path(resolve_model(str(options.reference))))
@@ -82,8 +82,8 @@ class References:
             path, extract = cache / f"references-{kind}.npz", self._extract(kind)
             try:
                 network = self._network(kind)  # kept features do not need it, the methods' pictures will
-                self.stamps[kind] = self._stamp(kind, paths)
-                self.features[kind] = reference_features(path, self.stamps[kind], partial(extract, paths))
+                self.fingerprints[kind] = self._fingerprint(kind, paths)
+                self.features[kind] = reference_features(path, self.fingerprints[kind], partial(extract, paths))
                 del network  # until here, so that it is loaded once
             except OSError as error:  # offline, not cached
                 raise FileNotFoundError(
@@ -91,11 +91,11 @@ class References:
                     f"set_metrics.{kind}=<its {'file' if kind == 'inception' else 'folder'}>"
                 ) from error
 
-    def _stamp(self, kind: str, paths: Sequence[Path]) -> Stamp:
+    def _fingerprint(self, kind: str, paths: Sequence[Path]) -> Fingerprint:
         o, of_inception = self.options, kind == "inception"
         size = o.size if of_inception else None
         extractor = inception_name(self._inception) if of_inception else _clip_name(o.clip)
-        return Stamp(file_list_hash(paths), extractor, size, o.resizer if size else "none", codec_of(paths))
+        return Fingerprint(file_list_hash(paths), extractor, size, o.resizer if size else "none", codec_of(paths))
 
     @property
     def _inception(self) -> Path | None:
@@ -142,7 +142,7 @@ def _kind(name: str) -> str:
 
 
 def _clip_name(model: str) -> str:
-    """What a `Stamp` says of the features of `clip_features`, for local weights with their fingerprint."""
+    """What a `Fingerprint` says of the features of `clip_features`, for local weights with their fingerprint."""
     weights = weights_fingerprint(model)
     return f"CLIP {model}, weights {weights}" if weights else f"CLIP {model}"
 
@@ -160,7 +160,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def set_scores(rows: Sequence[ResultRow], folder: Path, references: References) -> dict[str, Any]:
-    """The set metrics of every method, with the stamps of what they were measured against.
+    """The set metrics of every method, with the fingerprints of what they were measured against.
 
     Args:
         rows: with the paths of their pictures, relative to ``folder``.
@@ -179,8 +179,8 @@ def set_scores(rows: Sequence[ResultRow], folder: Path, references: References) 
         paths = [folder / row.image for row in rows if row.method == method]
         methods[method] = {"pictures": len(paths), **references.measure(paths)}
         notes += [f"{method}: {why}" for why in lacking(references.options.names, len(paths))]
-    stamps = {kind: asdict(stamp) for kind, stamp in references.stamps.items()}
-    return {"references": stamps, "methods": methods, "notes": notes}
+    fingerprints = {kind: asdict(fingerprint) for kind, fingerprint in references.fingerprints.items()}
+    return {"references": fingerprints, "methods": methods, "notes": notes}
 
 
 def describe_sets(scores: Mapping[str, Any]) -> str:

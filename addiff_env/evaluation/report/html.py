@@ -51,6 +51,7 @@ from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.evaluation.statistics.rules import configured_rules, read_rules
 from addiff_env.evaluation.statistics.summary import by_method, counted, decision_counts, headline_metric
 from addiff_env.storage.files import claim
+from addiff_env.storage.inputs import flatten
 from addiff_env.storage.paths import looked_at
 from addiff_env.types import ACTIONS, ResultRow
 
@@ -186,21 +187,17 @@ def _provenance(folder: Path, rows: Sequence[ResultRow], kept: Mapping[str, Any]
     """What is needed to run this again."""
     config = RunFolder(folder).config
     return {
-        "kept": _flat({name: value for name, value in kept.items() if name not in ("methods", LEFT_OUT)}),
+        "kept": [
+            (name, str(value))
+            for name, value in flatten(kept).items()
+            if name.split(".")[0] not in ("methods", LEFT_OUT) and value != {}
+        ],
         "settings": SETTINGS,
         "methods": [
             (name, [distinct_text(group, part) for part in SETTINGS]) for name, group in by_method(rows).items()
         ],
         "config": config.read_text() if config.exists() else "",
     }
-
-
-def _flat(values: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
-    """Nested values as dotted names and text."""
-    found: list[tuple[str, str]] = []
-    for name, value in values.items():
-        found += _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else [(above + name, str(value))]
-    return found
 
 
 def decide_again(folder: Path) -> list[Decision]:

@@ -37,8 +37,8 @@ def evaluate(cfg: DictConfig) -> None:
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    told = (cfg.shard.index, cfg.shard.count)
-    place = told if cfg.shard.merge else launched_shard(*told)
+    asked = (cfg.shard.index, cfg.shard.count)
+    place = asked if cfg.shard.merge else launched_shard(*asked)
     path = shard_path(folder := Path(HydraConfig.get().runtime.output_dir), *place)
     is_part = place[1] > 1 and not cfg.shard.merge
     group, member = (f"shards of {place[1]}", str(place[0])) if is_part else ("", "")
@@ -46,7 +46,7 @@ def evaluate(cfg: DictConfig) -> None:
         interruptible(lambda: f"{count_rows(path)} rows are kept in {path}"),
         claim(folder, "an evaluation", group, member, instead="take another folder: hydra.run.dir=..."),
     ):
-        runner.run(cfg, folder, place, place != told)
+        runner.run(cfg, folder, place, place != asked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from addiff_env.env.config import EnvConfig
 from addiff_env.evaluation.benchmarks.items import Item, id_list_hash
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.storage.files import keep_first, read_json
-from addiff_env.storage.inputs import FILE_SETTINGS, differing, fingerprints
+from addiff_env.storage.inputs import FILE_SETTINGS, differing, fingerprints, flatten
 
 CONTROL = {"mask": "full"}  # how the environment of H4's control differs from the agent's
 # Settings that change no picture, or that each row states itself.
@@ -114,10 +114,10 @@ def differing_values(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list
     Of `ADDED` our names alone count, and of those no agent that they have not got. A file that lies elsewhere is the
     same if its contents are, except for the model, by whose name rows are told apart.
     """
-    mine, others = _flatten(ours), _flatten(theirs)
+    mine, others = ({name: value for name, value in flatten(tree).items() if value != {}} for tree in (ours, theirs))
     names = [name for name in dict.fromkeys([*mine, *others]) if not _may_lack(name, mine, others)]
-    here, there = ({name: values[name] for name in names if name in values} for values in (mine, others))
-    return differing(here, there, ours.get(CONTENTS, {}), theirs.get(CONTENTS, {}), mine, by_name=[MODEL])
+    now, before = ({name: values[name] for name in names if name in values} for values in (mine, others))
+    return differing(now, before, ours.get(CONTENTS, {}), theirs.get(CONTENTS, {}), mine, by_name=[MODEL])
 
 
 def _may_lack(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
@@ -127,13 +127,6 @@ def _may_lack(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
     if name == BENCHMARK and name not in theirs:
         return True  # earlier releases did not say
     return (group in ADDED and name not in ours) or (group == "agents" and name not in theirs)
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def keep_fingerprint(folder: Path, fingerprint: Mapping[str, Any], code_version: str) -> None:

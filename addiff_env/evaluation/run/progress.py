@@ -30,18 +30,18 @@ class RunProgress:
         self, expected: Mapping[str, float], pictures: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.expected, self.pictures, self._clock = dict(expected), pictures, clock
-        self._spent: dict[str, list[int]] = {name: [] for name in expected}
+        self._nfe: dict[str, list[int]] = {name: [] for name in expected}
         self._bar: tqdm | None = None
         self._kept, self._began = 0.0, 0.0
 
     def keep(self, name: str, rows: Sequence[ResultRow]) -> None:
         """Count a method's pictures that an earlier run made."""
-        self._spent[name] += [row.nfe for row in rows]
+        self._nfe[name] += [row.nfe for row in rows]
 
     def start(self) -> None:
         """Say how much there is to do, and begin to measure how fast it goes."""
         self._kept, self._began = self.done, self._clock()
-        if left := sum(self.pictures - len(spent) for spent in self._spent.values()):
+        if left := sum(self.pictures - len(spent) for spent in self._nfe.values()):
             work = f"{counted(left, 'picture')} by {counted(len(self.expected), 'method')}"
             work += f", about {self.total - self.done:,.0f} evaluations"
             print(f"{work} of the denoiser in all; how long that takes is said after the first batch")
@@ -50,13 +50,13 @@ class RunProgress:
     def add(self, name: str, rows: Sequence[ResultRow]) -> None:
         """Count pictures that were just made."""
         first = self.done == self._kept
-        self._spent[name] += [row.nfe for row in rows]
+        self._nfe[name] += [row.nfe for row in rows]
         if self._bar is None or not rows:
             return
         if first:
             self._bar.write(self._estimate(len(rows)))
         self._bar.total, self._bar.n = self.total, self.done
-        self._bar.set_description_str(f"{name} {len(self._spent[name])}/{self.pictures}", refresh=False)
+        self._bar.set_description_str(f"{name} {len(self._nfe[name])}/{self.pictures}", refresh=False)
         self._bar.refresh()
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class RunProgress:
     @property
     def done(self) -> float:
         """Evaluations of the pictures that are there."""
-        return sum(len(spent) * self._each(name) for name, spent in self._spent.items())
+        return sum(len(spent) * self._each(name) for name, spent in self._nfe.items())
 
     @property
     def seconds_left(self) -> float:
@@ -80,7 +80,7 @@ class RunProgress:
         return (self._clock() - self._began) / (self.done - self._kept) * (self.total - self.done)
 
     def _each(self, name: str) -> float:
-        spent = self._spent[name]
+        spent = self._nfe[name]
         return max(1.0, sum(spent) / len(spent) if spent else self.expected[name])
 
     def _estimate(self, number: int) -> str:

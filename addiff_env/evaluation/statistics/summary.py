@@ -18,7 +18,6 @@ import numpy as np
 from addiff_env.stats import Z95, clustered_wilson
 from addiff_env.types import ACTIONS, ResultRow
 
-SUCCESS = "success"  # the exact checker's result
 EVERYTHING = "(all)"  # the category that holds all others, in tidy tables
 NOT_AVAILABLE = "n/a"  # what stands where the rows do not tell a number
 NO_SCORE = "no score"  # the headline of rows without any

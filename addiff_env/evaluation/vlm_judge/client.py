@@ -318,10 +318,10 @@ def _content(completion: Mapping[str, Any]) -> str | None:
 
 
 def _tokens(completion: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Tokens in and out; None where they are not both told."""
+    """Tokens in and out; None where they are not both stated."""
     usage = completion.get("usage")
-    told: dict[str, Any] = usage if isinstance(usage, dict) else {}
-    counts: list[Any] = [told.get("prompt_tokens"), told.get("completion_tokens")]
+    stated: dict[str, Any] = usage if isinstance(usage, dict) else {}
+    counts: list[Any] = [stated.get("prompt_tokens"), stated.get("completion_tokens")]
     whole = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
     return (counts[0], counts[1]) if whole else None
 

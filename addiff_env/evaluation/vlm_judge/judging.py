@@ -121,7 +121,7 @@ def _share_ceiling(judges: Mapping[str, Judge], name: str, pairs: Sequence[Pair]
         judges[name].ceiling_usd = min(judges[name].settings.max_usd, max_usd - others)
 
 
-def _spent(judges: Mapping[str, Judge]) -> float:
+def _total_cost(judges: Mapping[str, Judge]) -> float:
     return sum(judge.spent_usd for judge in judges.values())
 
 
@@ -202,7 +202,7 @@ def judgement(judges: Mapping[str, Judge], by_judge: Mapping[str, Sequence[Prefe
         "prompts": len({prompt for prompt, _ in places}),
         "pictures": len(places),
         "methods": list(dict.fromkeys(name for p in together for name in (p.method_a, p.method_b))),
-        "spent_usd": _spent(judges),
+        "spent_usd": _total_cost(judges),
         "judges": {
             name: {"model": judge.settings.model, "spent_usd": judge.spent_usd, **describe_judge(by_judge[name])}
             for name, judge in judges.items()

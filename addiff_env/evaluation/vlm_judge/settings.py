@@ -54,8 +54,8 @@ class JudgeSettings:
         for part in ("ANSWER_TOKENS", "IMAGE_TOKENS"):
             if os.environ.get(f"{prefix}{part}"):
                 values[part.lower()] = int(_number(f"{prefix}{part}"))
-        if told := os.environ.get(f"{prefix}TEMPERATURE"):
-            values["temperature"] = None if told.lower() == "none" else _number(f"{prefix}TEMPERATURE")
+        if temperature := os.environ.get(f"{prefix}TEMPERATURE"):
+            values["temperature"] = None if temperature.lower() == "none" else _number(f"{prefix}TEMPERATURE")
         return cls(**{**values, **overrides})
 
 

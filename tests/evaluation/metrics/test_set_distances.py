@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import linalg
 
 from addiff_env.evaluation.metrics.set_distances import (
-    Stamp,
+    Fingerprint,
     clip_features,
     cmmd,
     codec_of,
@@ -28,7 +28,7 @@ from addiff_env.evaluation.metrics.set_distances import (
 )
 
 fidelity = pytest.importorskip("torch_fidelity")
-STAMP = Stamp("abc", "network/layer", 64, "bicubic", "png")
+STAMP = Fingerprint("abc", "network/layer", 64, "bicubic", "png")
 
 
 def pictures(folder: Path, rng, number=12, shift=0, size=(20, 20)) -> list[Path]:

@@ -95,8 +95,8 @@ def test_kept_features_are_of_the_network_that_is_asked_for_and_is_there(
     torch.save({"weight": torch.zeros(2)}, inception)
     shutil.copytree(CLIP, clip)
     asked = [SetOptions([name], str(reference), inception=str(inception), clip=str(clip)) for name in ("fid", "cmmd")]
-    first = [References(options, tmp_path, "cpu").stamps for options in asked]
-    assert [References(options, tmp_path, "cpu").stamps for options in asked] == first  # kept
+    first = [References(options, tmp_path, "cpu").fingerprints for options in asked]
+    assert [References(options, tmp_path, "cpu").fingerprints for options in asked] == first  # kept
     torch.save({"weight": torch.ones(2)}, inception)  # the same names, other networks
     (weights,) = clip.glob("*.safetensors")
     tensors = load_file(weights)
@@ -110,10 +110,10 @@ def test_kept_features_are_of_the_network_that_is_asked_for_and_is_there(
     for options, setting in zip(asked, ("inception=<its file>", "clip=<its folder>"), strict=True):
         with pytest.raises(FileNotFoundError, match=f"get the network and pass set_metrics.{setting}"):
             References(options, tmp_path, "cpu")
-    # A network that is fetched has no hash in the stamp, and is missed as well though its features are kept.
+    # A network that is fetched has no hash in the fingerprint, and is missed as well though its features are kept.
     fetched = SetOptions(["fid"], str(reference))
     monkeypatch.setattr(sets, "inception_weights", lambda weights: weights)
-    assert "weights" not in References(fetched, tmp_path / "other", "cpu").stamps["inception"].extractor
+    assert "weights" not in References(fetched, tmp_path / "other", "cpu").fingerprints["inception"].extractor
     monkeypatch.undo()
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", offline)
     with pytest.raises(FileNotFoundError, match="inception features for fid: OSError: offline"):

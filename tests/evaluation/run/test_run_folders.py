@@ -8,11 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from composed import rllib_config
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from processes import everything, held
-from test_rllib import rllib_config
 
 from addiff_env import cli, offline
 from addiff_env.env import baseline_cache

@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
+from chat_server import KEY, brighter
 from PIL import Image
-from test_client import KEY, brighter, server  # noqa: F401 (the fixture)
-from test_report import ITEMS, VERDICTS, Page, rows_of
+from reports import ITEMS, VERDICTS, Page, rows_of
 
 from addiff_env import cli
 from addiff_env.evaluation.report import html

@@ -1,0 +1,3 @@
+"""What the judge is tested with."""
+
+from chat_server import server  # noqa: F401 (the fixture)
