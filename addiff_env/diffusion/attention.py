@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
-MASKS = ("low_attention", "neglected_token", "random", "grid", "full")
+from addiff_env.diffusion.objects import object_mask
+
+MASKS = ("low_attention", "neglected_token", "neglected_object", "unattended", "random", "grid", "full")
 
 
 class AttentionRecord:
@@ -175,7 +177,9 @@ def refinement_mask(
     ``maps`` (B, tokens, h', w') and ``content`` (B, tokens) as in `content_maps`. Kinds:
     ``low_attention``: below the ``threshold`` quantile of the largest attention over tokens;
     ``neglected_token``: where the least-attended content token would go, above the
-    (1 - ``threshold``) quantile of its map; ``random``: above the quantile of smooth ``noise``
+    (1 - ``threshold``) quantile of its map; ``neglected_object``: the objects that words point to whose attention is
+    below ``threshold`` times the best one's, and ``unattended``: everything but the others, both without cutting an
+    object, see `addiff_env.diffusion.objects.object_mask`; ``random``: above the quantile of smooth ``noise``
     (B, 1, h', w'); ``grid``: a checkerboard; ``full``: everything.
 
     Raises:
@@ -190,6 +194,8 @@ def refinement_mask(
         rows, columns = (torch.arange(side, device=maps.device) * 4 // side for side in size)
         cell = ((rows[:, None] + columns) % 2).float()
         return gaussian_blur(cell.expand(batch, 1, *size), blur_sigma)
+    if kind in ("neglected_object", "unattended"):
+        return gaussian_blur(object_mask(maps, content, size, threshold, kind == "unattended"), blur_sigma)
     field = _mask_field(kind, maps.float(), content, noise)  # (B, 1, h', w'), low = renew
     field = F.interpolate(field, size=size, mode="bilinear", align_corners=False)
     level = torch.quantile(field.flatten(1), threshold, dim=1)[:, None, None, None]

@@ -184,7 +184,8 @@ def test_every_mask_is_a_share(kind: str, seed: int, size: tuple[int, int], thre
     noise = torch.randn(2, 1, *SIZE, generator=generator)
     mask = refinement_mask(kind, maps, content, size, threshold, sigma, noise)
     assert mask.shape == (2, 1, *size) and mask.dtype == torch.float32
-    assert mask.min() >= 0 and mask.max() <= 1 + 1e-6 and (mask.amax((1, 2, 3)) > 0).all()
+    assert mask.min() >= 0 and mask.max() <= 1 + 1e-6
+    assert kind == "neglected_object" or (mask.amax((1, 2, 3)) > 0).all()  # of which there may be none
 
 
 def test_unknown_mask_is_quoted() -> None:

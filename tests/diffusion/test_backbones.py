@@ -29,6 +29,7 @@ from addiff_env.diffusion.attention import capture_joint_attention
 from addiff_env.diffusion.backbones import load_backbone
 from addiff_env.diffusion.backbones.flux import FluxBackbone, pack_latents, unpack_latents
 from addiff_env.env import DiffusionDenoiseEnv, DiffusionDenoiseVectorEnv
+from addiff_env.env.refine import make_masks
 from addiff_env.perception.previews import LinearDecoder, fit_latent_rgb, make_previewer
 
 CONTINUE, STOP, REFINE = range(3)
@@ -258,6 +259,27 @@ def test_environments_share_their_models_and_the_last_frees_them(tiny_kwargs: Kw
 
 
 # ------------------------------------------------------------------ attention
+
+
+@pytest.mark.parametrize("kwargs", ["sd", "sdxl", "flux"], indirect=True)
+@pytest.mark.parametrize("mask", ["neglected_object", "unattended"])
+def test_masks_that_follow_objects_are_made_of_any_backbones_attention(kwargs: Kwargs, mask: str) -> None:
+    envs = vector({**kwargs, "mask": mask}, 2)
+    envs.reset(options={"prompt": PROMPTS[:2], "seed": [0, 1]})
+    size = envs.latents.shape[2:]
+    envs.denoiser.step(envs.state, np.arange(2))
+    made = make_masks(envs.denoiser, envs.state, np.arange(2))
+    assert made.shape == (2, 1, *size) and 0 <= made.min() <= made.max() <= 1 + 1e-6
+    content, maps = envs.state.conditioning.content, torch.full_like(envs.state.maps, 0.01)
+    for lane in range(2):  # the first word's object is in one corner, every other's in the other one
+        tokens = torch.nonzero(content[lane]).flatten()
+        maps[lane, tokens[0], 0, 0], maps[lane, tokens[1:], -1, -1] = 0.1, 0.9
+    envs.state.maps[:] = maps
+    first, last = ((..., 0, 0), (..., -1, -1))
+    made = make_masks(envs.denoiser, envs.state, np.arange(2))
+    assert (made[first] > 0.5).all() and (made[last] < 0.5).all()
+    envs.step([REFINE] * 2)
+    assert torch.isfinite(envs.latents).all()
 
 
 def test_flux_maps_by_hand(folders: dict[str, Path]) -> None:

@@ -77,7 +77,7 @@ def _masks(denoiser: Denoiser, lanes: FreeLanes, mask: str) -> torch.Tensor:
 
 
 def _stopped(lanes: FreeLanes, rows: Sequence[dict[str, Any]], last: int) -> list[bool]:
-    """Whether each picture is satisfied when its lane goes on to the step ``last`` and is stopped there, or done."""
+    """Whether each picture is satisfied when its lane goes on to the step ``last`` and is stopped there, or ended."""
     while len(going := np.flatnonzero(lanes.state.step_index < last)):
         lanes.step(going)
     latents = lanes.latents(np.arange(lanes.num_envs))
