@@ -46,6 +46,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does
         "measure success by grid, step stopped after and finishing steps",
     ),
     "world rules": ("addiff_env.tiny.measures.rules", "play plain rules on several grids, with the verifier alone"),
+    "world prices": ("addiff_env.evaluation.prices", "compare agents with hand-made rules at every price"),
     "world optimal": ("addiff_env.tiny.measures.optimal_stopping", "say what dynamic programming earns on a record"),
     "world repair": ("addiff_env.tiny.measures.repair", "measure what a refinement repairs, for each kind of mask"),
 }
