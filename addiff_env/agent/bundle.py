@@ -117,7 +117,7 @@ class Agent:
         if self.price_range is None:
             raise ValueError(
                 f"the agent {self.fingerprint} has no price input: it was trained for one price; "
-                "train one with +env.kwargs.price_range=[lo,hi]"
+                "train one with: addiff train reward.price_range=[lo,hi]"
             )
 
     @property

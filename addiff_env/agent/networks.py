@@ -12,6 +12,7 @@ from torch import nn
 from addiff_env.types import Action
 
 PART_NORM = 2.0  # root-mean-square length of every normalised part
+PRICE_STATISTICS = (0.0, 3**-0.5)  # mean and deviation of what is uniform in [-1, 1]
 CALIBRATION_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine
 
 
@@ -73,7 +74,11 @@ class PartNorm(nn.Module):
             actions = rng.choice(len(Action), size=len(observations[0]), p=probabilities)
             observations.append(np.asarray(step(actions)))
         seen = torch.as_tensor(np.concatenate(observations))
-        self.set_statistics(seen.mean(0), seen.std(0), gains)
+        mean, std = seen.mean(0), seen.std(0)
+        if "price" in self.parts:  # drawn once an episode: too seldom to tell
+            names = [name for name, width in self.parts.items() for _ in range(width)]
+            mean[names.index("price")], std[names.index("price")] = PRICE_STATISTICS
+        self.set_statistics(mean, std, gains)
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
         """Observations (B, width) to normalised ones, clipped to 10 standard deviations (by a gain, to fewer)."""

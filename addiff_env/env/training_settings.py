@@ -10,23 +10,29 @@ from typing import Any
 import gymnasium as gym
 from omegaconf import DictConfig, OmegaConf
 
+from addiff_env.env.prices import read_price_range
 from addiff_env.env.prompts import load_prompts
 from addiff_env.stats import spread
 from addiff_env.storage.inputs import FILE_SETTINGS, differing, flatten
 
+# Settings of the environment that have a place of their own in the configuration.
+_ELSEWHERE = {"reward": "reward.weights", "prompts": "prompts.source", "price_range": "reward.price_range"}
+
 
 def env_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The environment's keyword arguments: ``env.kwargs``, the prompts, and the reward over the id's own preset.
+    """The environment's keyword arguments: ``env.kwargs``, prompts, prices, and the reward over the id's own preset.
 
     Raises:
-        ValueError: the reward or the prompts are set in ``env.kwargs``, where they would have two truths.
+        ValueError: the reward, prompts or prices are set in ``env.kwargs``, where they would have two truths.
     """
     settings = as_mapping(cfg.env.kwargs)
-    for name, instead in (("reward", "reward.weights"), ("prompts", "prompts.source")):
-        if name in settings:
+    for name, instead in _ELSEWHERE.items():
+        if settings.get(name) is not None:
             raise ValueError(f"env.kwargs.{name}={settings[name]!r}: set {instead} instead")
     if cfg.prompts.source is not None:
         settings["prompts"] = _prompts(cfg.prompts.source)
+    if (prices := read_price_range(cfg.reward.get("price_range"))) is not None:  # earlier releases have none
+        settings["price_range"] = list(prices)
     if weights := as_mapping(cfg.reward.weights):
         preset = gym.spec(cfg.env.id).kwargs.get("reward") or {}
         settings["reward"] = {**preset, **weights}

@@ -29,6 +29,7 @@ def record_trajectories(
     prompts: Sequence[str],
     seeds: Sequence[int],
     shown: Sequence[int] | None = None,
+    price: float | None = None,
 ) -> list[list[Frame]]:
     """Run every lane once and keep a frame per decision, and the final picture, of those ``shown`` (None: all).
 
@@ -41,8 +42,9 @@ def record_trajectories(
         prompts: one per lane.
         seeds: of the initial noise, one per lane.
         shown: the lanes to record.
+        price: of an evaluation; None: as the environment has it.
     """
-    observation, info = env.reset(options={"prompt": list(prompts), "seed": list(seeds)})
+    observation, info = env.reset(options={"prompt": list(prompts), "seed": list(seeds), "price": price})
     lanes = range(env.num_envs) if shown is None else shown
     strips: dict[int, list[Frame]] = {lane: [] for lane in lanes}
     running = ~env.done

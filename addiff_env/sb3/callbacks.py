@@ -10,6 +10,7 @@ import inspect
 import time
 import warnings
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from addiff_env.env.config import EnvConfig
+from addiff_env.env.prices import position
 from addiff_env.env.reward import COMPONENTS, DualVariable, RunningScores
 from addiff_env.sb3.episodes import COMPLEXITIES, complexity_group
 from addiff_env.sb3.vec_env import DenoiseVecEnv
@@ -76,15 +78,26 @@ class Clock(StatefulCallback):
         self._before, self._began = state["seconds"], None
 
 
+THIRDS = ("low", "middle", "high")  # of a range of prices, by the logarithm
+
+
+def third_of(price_range: Sequence[float], price: float) -> str:
+    """Which of `THIRDS` a price is in."""
+    where = (float(position(price_range, price)) + 1) / 2
+    return THIRDS[min(len(THIRDS) - 1, int(where * len(THIRDS)))]
+
+
 class EpisodeLog(StatefulCallback):
     """TensorBoard keys of this project, and the latest means as ``summary``.
 
     ``action/`` shares and ``reward/`` components are means over the rollout's decisions (``rollout/ep_rew_mean`` is
-    SB3's mean return of an episode); ``episode/`` and ``nfe_by_complexity/`` are means over the episodes that ended.
+    SB3's mean return of an episode); ``episode/``, ``nfe_by_complexity/`` and ``nfe_by_price/`` (by thirds of a range
+    of prices) are means over the episodes that ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, price_range: Sequence[float] | None = None) -> None:
         super().__init__()
+        self.price_range = price_range
         self.summary: dict[str, float] = {}
         self._clear()
 
@@ -93,7 +106,8 @@ class EpisodeLog(StatefulCallback):
         self._rewards: dict[str, list[float]] = {name: [] for name in COMPONENTS}
         self._nfe: list[float] = []
         self._scores: list[float] = []
-        self._nfe_of: dict[str, list[float]] = {group: [] for group in COMPLEXITIES}
+        self._nfe_of: dict[str, list[float]] = {f"complexity/{group}": [] for group in COMPLEXITIES}
+        self._nfe_of |= {f"price/{third}": [] for third in THIRDS}
 
     def _on_step(self) -> bool:
         for info, done in zip(self.locals["infos"], self.locals["dones"], strict=True):
@@ -103,7 +117,9 @@ class EpisodeLog(StatefulCallback):
             if done:
                 self._nfe.append(info["nfe"])
                 self._scores.append(info["reward_score"])
-                self._nfe_of[complexity_group(info["prompt"])].append(info["nfe"])
+                self._nfe_of[f"complexity/{complexity_group(info['prompt'])}"].append(info["nfe"])
+                if self.price_range is not None:
+                    self._nfe_of[f"price/{third_of(self.price_range, info['price'])}"].append(info["nfe"])
         return True
 
     def _on_rollout_end(self) -> None:
@@ -126,7 +142,7 @@ class EpisodeLog(StatefulCallback):
             "episode/count": float(len(self._nfe)),
         }
         groups = {name: items for name, items in self._nfe_of.items() if items}
-        return values | {f"nfe_by_complexity/{name}": float(np.mean(items)) for name, items in groups.items()}
+        return values | {f"nfe_by_{name}": float(np.mean(items)) for name, items in groups.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The latest means; everything else starts anew with each rollout."""

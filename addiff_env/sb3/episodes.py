@@ -9,6 +9,7 @@ from typing import Any
 
 from gymnasium.utils import seeding
 
+from addiff_env.env.prices import draw_price
 from addiff_env.env.validation import check_seed
 
 _SEPARATORS = re.compile(
@@ -52,6 +53,7 @@ class PromptOrder:
         prompts: what to draw from, each as likely.
         stages: in ascending order; after the last one every prompt is drawn.
         seeds: the seeds a prompt may take; None: any of 2**31.
+        price_range: the environment's, which draws a price by the seed: of ``seeds``, a few, it is drawn here instead.
 
     Raises:
         ValueError: stages out of order, or one that leaves no prompt.
@@ -62,13 +64,14 @@ class PromptOrder:
         prompts: Sequence[str],
         stages: Sequence[Stage] = (),
         seeds: Callable[[str], Sequence[int]] | None = None,
+        price_range: Sequence[float] | None = None,
     ) -> None:
         ends = [stage.until for stage in stages]
         if ends != sorted(ends) or not all(0 < end <= 1 for end in ends):
             raise ValueError(f"curriculum stages must end at ascending shares in (0, 1], got {ends}")
         self.stages = [*stages, Stage(1.0, None, "full")]
         self._pools = [_choose(prompts, stage) for stage in self.stages]
-        self._seeds = seeds
+        self._seeds, self._price_range = seeds, price_range
         self._rng = seeding.np_random(None)[0]
         self.progress = 0.0
 
@@ -89,6 +92,12 @@ class PromptOrder:
             return prompt, int(self._rng.integers(2**31))
         known = self._seeds(prompt)
         return prompt, int(known[int(self._rng.integers(len(known)))])
+
+    def draw_price(self) -> float | None:
+        """The next episode's price of an evaluation; None where the environment says it."""
+        if self._price_range is None or self._seeds is None:
+            return None
+        return draw_price(self._price_range, self._rng)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands: numbers and strings only."""

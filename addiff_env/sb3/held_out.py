@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from stable_baselines3.common.logger import Figure
 
 from addiff_env.agent import Agent
+from addiff_env.env.prices import price_at
 from addiff_env.env.reward import quality
 from addiff_env.env.trajectories import filmstrip_figure, record_trajectories
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
@@ -23,6 +24,9 @@ MetricFn = Callable[[np.ndarray, Sequence[str]], dict[str, float]]
 
 class HeldOut(StatefulCallback):
     """Every so often and at the end, the most likely actions on prompts that are never trained on, as filmstrips too.
+
+    With a range of prices each prompt is run at both of its ends and in the middle: ``price_<price>/`` are the means at
+    one of them, the other numbers those over all three, and the filmstrips show the middle one.
 
     Args:
         lanes: an environment of its own, one lane per prompt, that waits when a lane has ended.
@@ -45,6 +49,10 @@ class HeldOut(StatefulCallback):
             raise ValueError(f"{len(prompts)} held-out prompts for {lanes.num_envs} lanes, every {every} rollouts")
         self.lanes, self.prompts, self.every, self.judge = lanes, list(prompts), every, judge
         self.shown = spread(range(len(prompts)), filmstrips)
+        price_range = lanes.config.price_range
+        self.prices: list[float | None] = [None]
+        if price_range is not None:
+            self.prices = list(dict.fromkeys(price_at(price_range, (0, -1, 1)).tolist()))  # the middle one first
         self.summary: dict[str, float] = {}
         self._rollouts = 0
 
@@ -71,8 +79,13 @@ class HeldOut(StatefulCallback):
         """Run every held-out prompt once and log what came out; returns the means."""
         agent = Agent(self.model.policy.export(), {"observation": {}})
         seeds = [HELD_OUT_SEED + k for k in range(self.lanes.num_envs)]
-        strips = record_trajectories(self.lanes, agent.act, self.prompts, seeds, self.shown)
-        self.summary = self._means()
+        found: dict[float | None, dict[str, float]] = {}
+        strips = []
+        for price in self.prices:
+            shown = [] if found else self.shown
+            strips += record_trajectories(self.lanes, agent.act, self.prompts, seeds, shown, price)
+            found[price] = self._means()
+        self.summary = _over_prices(found)
         for name, value in self.summary.items():
             self.logger.record(f"held_out/{name}", value)
         if strips:
@@ -101,3 +114,13 @@ class HeldOut(StatefulCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         self._rollouts, self.summary = state["rollouts"], dict(state["summary"])
+
+
+def _over_prices(found: Mapping[float | None, Mapping[str, float]]) -> dict[str, float]:
+    """The means at each price, by names that say it, and those over all prices."""
+    first = next(iter(found.values()))
+    whole = {name: float(np.mean([means[name] for means in found.values()])) for name in first}
+    if len(found) == 1:
+        return whole
+    ordered = sorted((price, means) for price, means in found.items() if price is not None)
+    return whole | {f"price_{price:.3g}/{name}": value for price, means in ordered for name, value in means.items()}

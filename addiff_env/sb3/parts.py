@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import gymnasium as gym
 from omegaconf import DictConfig
 from stable_baselines3.common.vec_env import VecMonitor
 
 from addiff_env.env.baseline_cache import BaselineCache
+from addiff_env.env.prices import read_price_range
 from addiff_env.env.reward import check_undiscounted
 from addiff_env.env.training_settings import (
     as_mapping,
@@ -49,7 +51,7 @@ def check_numbers(cfg: DictConfig) -> None:
     """Before any model is loaded; what depends on the environment is checked with it.
 
     Raises:
-        ValueError: no seed, no decision to train for, or a target that is no number.
+        ValueError: no seed, no decision to train for, a target that is no number, or one beside a range of prices.
     """
     checked("seed", cfg.seed, Annotated[int, at_least(0), below(2**32)])  # NumPy's global stream takes no more
     total, target = cfg.algorithm.total_timesteps, cfg.reward.target_nfe
@@ -57,6 +59,10 @@ def check_numbers(cfg: DictConfig) -> None:
         raise ValueError(f"algorithm.total_timesteps must be a number of at least 1, got {total!r}")
     if target is not None and not _is_number(target):
         raise ValueError(f"reward.target_nfe must be a number of evaluations or null, got {target!r}")
+    price_range = (gym.spec(cfg.env.id).kwargs | env_settings(cfg)).get("price_range")
+    if target is not None and read_price_range(price_range) is not None:
+        one, many = f"reward.target_nfe={target:g} searches one price", f"reward.price_range={price_range} draws many"
+        raise ValueError(f"{one}, {many}: set one of them")
 
 
 def _is_number(value: Any) -> bool:
@@ -72,7 +78,7 @@ def build_env(cfg: DictConfig) -> DenoiseVecEnv:
     lanes = make_lanes(cfg.env.id, cfg.num_envs, **env_settings(cfg))
     baselines = load_baselines(cfg, lanes) if cfg.reward.baselines else None
     stages = [Stage(**stage) for stage in cfg.prompts.stages]
-    order = PromptOrder(lanes.prompts, stages, baselines.seeds if baselines else None)
+    order = PromptOrder(lanes.prompts, stages, baselines.seeds if baselines else None, lanes.config.price_range)
     return DenoiseVecEnv(lanes, order, baselines)
 
 
@@ -135,7 +141,8 @@ def build_held_out(cfg: DictConfig, judge: MetricFn | None) -> HeldOut | None:
 
 def build_callbacks(cfg: DictConfig, env: DenoiseVecEnv, held_out: HeldOut | None) -> dict[str, StatefulCallback]:
     """The callbacks that a checkpoint remembers, by name, in the order they are called."""
-    callbacks: dict[str, StatefulCallback] = {"clock": Clock(), "log": EpisodeLog()}
+    log = EpisodeLog(env.env.config.price_range)
+    callbacks: dict[str, StatefulCallback] = {"clock": Clock(), "log": log}
     if cfg.reward.normalisation not in ("fixed", "running"):
         raise ValueError(f"unknown reward.normalisation {cfg.reward.normalisation!r}; known: fixed, running")
     if cfg.reward.normalisation == "running":

@@ -41,6 +41,7 @@ from addiff_env.storage.inputs import fingerprints
 
 CONFIG_FILE = "config.yaml"
 WANDB_FILE = "wandb-id.txt"
+MEASURED = ("results", "prices")  # of a bundle, what is measured after the training
 HYDRA = ".hydra"  # folder of what Hydra made the configuration of
 ELSEWHERE = "name another hydra.run.dir"
 COSMETIC = ("progress_bar", "threads", "out", "resume", "logging")  # may differ between a run and its continuation
@@ -113,8 +114,8 @@ def keep_results(agent: Agent, folder: Path) -> None:
         known = Agent.load(folder)
     except (FileNotFoundError, ValueError):
         return
-    if known.fingerprint == agent.fingerprint and "results" in known.config:
-        agent.config["results"] = known.config["results"]
+    if known.fingerprint == agent.fingerprint:
+        agent.config |= {name: known.config[name] for name in MEASURED if name in known.config}
 
 
 class Training:

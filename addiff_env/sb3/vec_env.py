@@ -19,7 +19,7 @@ from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.sb3.episodes import PromptOrder
 
 _TRIES = 3  # of a lane whose numbers are not finite before the first decision
-_SCALARS = ("seed", "nfe", "net_flops", "step_index", "action_taken", "clip_score", "reward_score", "fault")
+_SCALARS = ("seed", "price", "nfe", "net_flops", "step_index", "action_taken", "clip_score", "reward_score", "fault")
 
 
 def make_vec_env(env_id: str, num_envs: int, **kwargs: Any) -> DenoiseVecEnv:
@@ -42,8 +42,8 @@ def observation_parts(env: DiffusionDenoiseVectorEnv) -> dict[str, int]:
 class DenoiseVecEnv(VecEnv):
     """`DiffusionDenoiseVectorEnv` as an SB3 `VecEnv`; a lane restarts in the step that ends it, as SB3 wants.
 
-    The lanes' prompts and seeds come from ``order``; with ``baselines``, the terminal quality is counted from the
-    fixed-step quality of the same prompt and seed.
+    The lanes' prompts, seeds and prices come from ``order``; with ``baselines``, the terminal quality is counted from
+    the fixed-step quality of the same prompt and seed.
 
     Raises:
         ValueError: lanes that restart by themselves, or observations other than flat NumPy arrays.
@@ -82,10 +82,10 @@ class DenoiseVecEnv(VecEnv):
         return [number] * self.num_envs
 
     def reset(self) -> np.ndarray:
-        """Start every lane, by the ``prompt`` and ``seed`` of `set_options` where given; observations (B, width).
+        """Start every lane, by `set_options`' ``prompt``, ``seed`` and ``price`` where given; observations (B, width).
 
         Raises:
-            ValueError: an option that is not a prompt or a seed.
+            ValueError: an option that is none of these.
             RuntimeError: lanes whose numbers are not finite before the first decision, however often they are drawn.
                 A seed that was named is not drawn again: its lane's first step ends it, with the penalty of a fault.
         """
@@ -109,15 +109,15 @@ class DenoiseVecEnv(VecEnv):
         raise RuntimeError(f"{len(lanes)} lanes were not finite in {_TRIES} warm-ups in {dtype}: try another dtype")
 
     def _draw(self, lanes: np.ndarray, options: Sequence[dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
-        prompts, seeds = [], []
+        chosen: dict[str, list[Any]] = {"prompt": [], "seed": [], "price": []}
         for option in options:
-            if unknown := set(option) - {"prompt", "seed"}:
-                raise ValueError(f"unknown options {sorted(unknown)}; known: prompt, seed")
+            if unknown := set(option) - set(chosen):
+                raise ValueError(f"unknown options {sorted(unknown)}; known: {', '.join(chosen)}")
             prompt, seed = self.order.draw()
-            prompts.append(option.get("prompt", prompt))
-            seeds.append(option.get("seed", seed))
-        mask = np.isin(np.arange(self.num_envs), lanes)
-        return self.env.reset(options={"prompt": prompts, "seed": seeds, "reset_mask": mask})
+            drawn = {"prompt": prompt, "seed": seed, "price": self.order.draw_price()}
+            for name, values in chosen.items():
+                values.append(option.get(name, drawn[name]))
+        return self.env.reset(options={**chosen, "reset_mask": np.isin(np.arange(self.num_envs), lanes)})
 
     def step_async(self, actions: np.ndarray) -> None:
         """Remember the actions."""

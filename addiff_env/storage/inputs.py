@@ -125,7 +125,8 @@ def differing(
     """Every value in which two runs differ, in words.
 
     A file that lies elsewhere is no difference, other contents in the same place are one. Contents that one of them
-    does not know (an earlier release kept none) are not compared.
+    does not know (an earlier release kept none) are not compared, and a setting that is null in one and that the other
+    does not have is off in both.
 
     Args:
         ours: flat settings.
@@ -139,7 +140,8 @@ def differing(
     for name in dict.fromkeys([*ours, *theirs, *contents_now]):
         mine, other = ours.get(name, _NOTHING), theirs.get(name, _NOTHING)
         now, before = contents_now.get(name), contents_there.get(name)
-        if mine != other and (now is None or now != before or name in by_name):
+        differs = mine != other and not (mine in (None, _NOTHING) and other in (None, _NOTHING))
+        if differs and (now is None or now != before or name in by_name):
             found.append(f"{name}: {other} there, {mine} now")
         elif mine == other and None not in (now, before) and now != before:
             found.append(f"{name}: {named.get(name, mine)} has other contents now ({before} there, {now} now)")

@@ -57,6 +57,16 @@ def test_a_survey_calibrates_and_describes(small_kwargs, small_looks):
         survey({**context, "kwargs": {**small_kwargs, "obs_mode": "dict"}}, steps=1, seed=0)
 
 
+def test_runners_draw_prices_and_the_policy_reads_them(small_kwargs):
+    context = {"id": ID, "kwargs": {**small_kwargs, "price_range": [0.001, 0.016]}, "num_envs": 3}
+    seen = survey(context, steps=2, seed=0)
+    at = [*seen.norm.parts].index("price")
+    part = torch.split(seen.norm.scale, [*seen.norm.parts.values()])[at]
+    assert part.item() == pytest.approx(2 * 3**0.5)  # of a uniform number, however few episodes were seen
+    _, infos = DictInfoToList(rllib.make_lanes(context)).reset(seed=0)
+    assert len({info["price"] for info in infos}) == 3
+
+
 # --------------------------------------------------------------------------- settings
 
 
@@ -132,6 +142,7 @@ def test_numbers_out_of_bounds_are_refused_before_ray_is_started(name, tmp_path)
         (["rllib.address=6379"], "rllib.address.*6379"),
         (["+env.kwargs.prompts=[a star]"], "set prompts.source instead"),
         (["+env.kwargs.reward={efficiency: 1}"], "set reward.weights instead"),
+        (["reward.price_range=[0.01,0.001]"], "price_range must be"),
         (["algorithm.gamma=0.9"], "algorithm.gamma is 0.9, the reward's gamma 1.0"),
         (["+reward.weights.gamma=0.9"], "algorithm.gamma is 1.0, the reward's gamma 0.9"),
         (["+reward.weights.colour=1"], "colour"),

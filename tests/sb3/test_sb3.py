@@ -67,11 +67,12 @@ def test_vec_env_contract(vec_env):
     assert all("TimeLimit.truncated" in info for info in infos)
 
 
-def test_vec_env_restarts_what_the_environment_itself_would(small_kwargs):
+@pytest.mark.parametrize("more", [{}, {"price_range": [0.001, 0.016]}], ids=str)
+def test_vec_env_restarts_what_the_environment_itself_would(small_kwargs, more):
     """The same seed gives the same prompts, noises and rewards as an environment that restarts lanes itself."""
-    adapter = make_vec_env(ID, 2, **small_kwargs)
+    adapter = make_vec_env(ID, 2, **small_kwargs, **more)
     adapter.seed(8)
-    own = gym.make_vec(ID, num_envs=2, autoreset_mode=AutoresetMode.SAME_STEP, **small_kwargs)
+    own = gym.make_vec(ID, num_envs=2, autoreset_mode=AutoresetMode.SAME_STEP, **small_kwargs, **more)
     np.testing.assert_array_equal(adapter.reset(), own.reset(seed=8)[0])
     for action in np.random.default_rng(0).choice(3, size=(10, 2), p=[0.5, 0.3, 0.2]):
         observations, rewards, dones, infos = adapter.step(action)
@@ -137,6 +138,28 @@ def test_terminal_quality_is_counted_from_the_baseline(small_kwargs, tmp_path):
     assert infos[0]["reward_components"]["terminal"] == pytest.approx((made - plain)[0])
     assert rewards[0] == pytest.approx(sum(infos[0]["reward_components"].values()), rel=1e-5)
     assert infos[1]["reward_components"]["terminal"] == 0
+
+
+def test_prices_are_many_where_seeds_are_few(small_kwargs):
+    """The environment draws a price by the seed; baselines have few of those."""
+    lanes = make_lanes(ID, 3, **small_kwargs | {"prompts": ["a red circle"], "price_range": [0.001, 0.016]})
+    order = PromptOrder(lanes.prompts, seeds=lambda prompt: [0, 1], price_range=lanes.config.price_range)
+    env = DenoiseVecEnv(lanes, order)
+    env.seed(3)
+    env.reset()
+    seen = {info["price"] for info in env.reset_infos}
+    saved, plan = env.state_dict(), [np.array(actions) for actions in ([1, 1, 1], [1, 0, 1], [0, 1, 1])]
+    first = [env.step(actions) for actions in plan]
+    env.load_state_dict(saved)
+    for (observations, rewards, *_), actions in zip(first, plan, strict=True):
+        again = env.step(actions)
+        np.testing.assert_array_equal(again[0], observations)
+        np.testing.assert_array_equal(again[1], rewards)
+        seen |= {info["price"] for info in env.reset_infos}
+    assert len(seen) > 6 and all(0.001 <= price <= 0.016 for price in seen)
+    env.set_options({"price": 0.002})
+    env.reset()
+    assert {info["price"] for info in env.reset_infos} == {0.002}
 
 
 def test_other_autoreset_modes_are_refused(small_kwargs):

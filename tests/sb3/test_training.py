@@ -399,6 +399,7 @@ def test_baselines_must_cover_every_prompt_before_the_run_begins(small_kwargs, t
         (["logging.formats=[paper]"], "'paper'"),
         (["alarm.share=1.5"], "1.5"),
         (["reward.target_nfe=-2"], "-2"),
+        (["+env.kwargs.price_range=[0.001,0.01]"], "set reward.price_range instead"),
     ],
 )
 def test_mistakes_are_named(small_kwargs, tmp_path, overrides, complaint):
@@ -435,6 +436,9 @@ def test_what_the_checker_cannot_judge_is_said_before_training(overrides, compla
         ("algorithm.total_timesteps=10k", "total_timesteps .* got '10k'"),
         ("reward.target_nfe=few", "target_nfe must be a number of evaluations or null, got 'few'"),
         ("reward.target_nfe=true", "target_nfe .* got True"),
+        ("reward.price_range=[0.01,0.001]", r"price_range must be .* got \[0.01, 0.001\]"),
+        ("reward.price_range=0.004", "price_range must be .* got 0.004"),
+        ("reward={price_range: [0.001, 0.01], target_nfe: 5}", "target_nfe=5 searches one price.*0.01. draws many"),
     ],
 )
 def test_numbers_are_checked_before_models_are_loaded(small_kwargs, tmp_path, override, complaint):
@@ -553,3 +557,61 @@ def test_every_preset_resolves(env):
         cfg = compose("train", [f"env={env}"])
     assert cfg.env.id.startswith("AdDiffusion-") and "???" not in OmegaConf.to_yaml(cfg, resolve=True)
     assert cfg.num_envs * cfg.algorithm.n_steps % cfg.algorithm.batch_size == 0  # no truncated mini-batch
+
+
+PRICED = [
+    "algorithm=maskable_ppo",
+    "algorithm.total_timesteps=45",
+    "prompts=curriculum",
+    "reward.price_range=[0.001,0.016]",
+]
+
+
+@pytest.fixture(scope="module")
+def priced(tmp_path_factory, small_kwargs):
+    """An uninterrupted run with a range of prices."""
+    folder = tmp_path_factory.mktemp("priced")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the policy has collapsed")
+        result = train(
+            configure(small_kwargs, *PRICED), folder, judge=lambda images, prompts: {"bright": images.mean()}
+        )
+    return folder, result
+
+
+def test_a_run_with_prices_goes_on_as_if_nothing_had_happened(priced, small_kwargs, tmp_path):
+    with pytest.raises(Killed):
+        train(configure(small_kwargs, *PRICED), tmp_path, callbacks=[KillAt(22)])
+    scramble()
+    train(configure(small_kwargs, *PRICED), tmp_path)
+    for name, value in weights(priced[0]).items():
+        assert torch.equal(weights(tmp_path)[name], value), name
+
+
+def test_looks_are_at_prices_across_the_range(priced):
+    folder, result = priced
+    prices = [f"price_{price}/" for price in ("0.001", "0.004", "0.016")]
+    for name in ("quality", "nfe_mean", "bright"):
+        each = [result.held_out[price + name] for price in prices]
+        assert result.held_out[name] == pytest.approx(np.mean(each))
+    logged = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
+    assert {"held_out/price_0.004/nfe_mean", "nfe_by_price/low", "nfe_by_price/high"} <= set(logged)
+
+
+def test_an_agent_for_many_prices_says_so(priced):
+    agent = Agent.load(priced[0] / "agent")
+    assert agent.price_range == (0.001, 0.016) and agent.config["observation"]["price"] == 1
+    made = AdaptivePipeline(make_agent_env(agent, 1), agent)("a star", 3, price=0.004)
+    assert made[0].price == 0.004
+    with pytest.raises(ValueError, match="price or target_nfe"):
+        AdaptivePipeline(make_agent_env(agent, 1), agent)("a star", 3)
+
+
+def test_a_run_of_before_there_were_prices_goes_on(whole, small_kwargs, tmp_path):
+    """A setting that is null is none."""
+    shutil.copytree(whole, tmp_path / "run")
+    state = load_checkpoint(tmp_path / "run" / FILE)
+    before = OmegaConf.create(state.pop("config"))
+    del before.reward.price_range, state["format_version"]
+    save_checkpoint(tmp_path / "run" / FILE, state, OmegaConf.to_yaml(before), state.pop("inputs"))
+    assert train(configure(small_kwargs, *EVERYTHING), tmp_path / "run").timesteps == 90
