@@ -17,6 +17,7 @@ from gymnasium.vector import AutoresetMode
 from addiff_env.agent import Agent, flat_observation
 from addiff_env.env.prices import check_price
 from addiff_env.env.prompts import check_prompt
+from addiff_env.env.reward import quality
 from addiff_env.env.validation import as_list, check_seed
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.types import Generated
@@ -231,6 +232,8 @@ class AdaptivePipeline:
     def _finish(self, episode: _Episode, lane: int, info: dict[str, Any]) -> tuple[int, Generated]:
         made = episode.made
         made.picture = self.env.final_image(lane)
+        scores = self.env.clip_score[[lane]], self.env.reward_score[[lane]]
+        made.quality = float(quality(*scores, self.env.reward_config)[0])
         if info["fault"][lane]:
             made.note = "the model's numbers stopped being finite: the picture is its last finite prediction"
         made.nfe, made.forward_passes = int(info["nfe"][lane]), int(info["forward_passes"][lane])

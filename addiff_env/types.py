@@ -36,6 +36,7 @@ class Generated:
     reward: float = 0.0  # rewards of all decisions, summed; 0 where nobody decided
     note: str = ""  # what its method has to say of it
     price: float | None = None  # of one evaluation, where it was asked for at one
+    quality: float = 0.0  # of the picture, as the environment's reward weighs it; 0 where nobody decided
 
 
 @dataclass

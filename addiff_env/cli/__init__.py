@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does
     "search": ("addiff_env.sb3.search", "run one worker of a hyperparameter search with Optuna"),
     "record": ("addiff_env.offline", "record trajectories as a Minari dataset"),
     "share": ("addiff_env.evaluation.share", "write results into an agent's bundle, put it on the Hugging Face Hub"),
+    "agent table": ("addiff_env.evaluation.price_table", "measure an agent at each price, for target_nfe"),
     "convert": ("addiff_env.sb3.zips", "convert agents to and from Stable-Baselines3 zips"),
     "download": ("addiff_env.evaluation.benchmarks.download", "fetch a public benchmark's prompts"),
     "baselines": ("addiff_env.env.baseline_cache", "score fixed-step inference, for rewards relative to it"),

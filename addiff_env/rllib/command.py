@@ -25,6 +25,8 @@ def train_agent(cfg: DictConfig) -> None:
     run = Path(HydraConfig.get().runtime.output_dir)
     with interruptible(lambda: describe_kept(run)):
         train(cfg, run)
+    if cfg.reward.price_range is not None:
+        print(f"what it does at which price: {command_line('addiff', 'agent', 'table', run / 'agent')}")
     print(f"agent -> {run / 'agent'}   (TensorBoard: {command_line('tensorboard', '--logdir', run)})")
 
 

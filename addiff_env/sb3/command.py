@@ -70,6 +70,8 @@ def train_agent(cfg: DictConfig) -> None:
     out = cfg.out or run / "agent"
     look = command_line("tensorboard", "--logdir", run)
     print(f"agent {result.agent.fingerprint} -> {out}   (TensorBoard: {look})")
+    if result.agent.price_range is not None and result.agent.price_table is None:
+        print(f"what it does at which price: {command_line('addiff', 'agent', 'table', out)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
