@@ -62,6 +62,7 @@ class ResultRow:
     image: str = ""  # path of the picture relative to the run folder, "" if not kept
     peak_memory: int = 0  # bytes: CUDA's peak allocation while the batch was made, else the process' peak; 0: unknown
     negative_prompt: str | None = None  # what guidance led away from; left out of the file where there was none
+    price: float | None = None  # of an evaluation, that a policy acted by; left out likewise
 
     @property
     def key(self) -> tuple[Any, ...]:

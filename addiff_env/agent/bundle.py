@@ -23,7 +23,7 @@ from addiff_env.agent.card import model_card
 from addiff_env.agent.networks import PolicyNet, flat_observation
 from addiff_env.agent.price_table import PriceTable
 from addiff_env.env.config import EnvConfig
-from addiff_env.env.prices import read_price_range
+from addiff_env.env.prices import check_price, price_at, read_price_range
 from addiff_env.env.validation import plain
 from addiff_env.loading.isolation import exclusive, isolated
 from addiff_env.loading.weights import gated_advice
@@ -88,6 +88,11 @@ class Agent:
         return read_price_range((gym.spec(name).kwargs | kwargs).get("price_range"))
 
     @property
+    def middle_price(self) -> float | None:
+        """The geometric mean of `price_range`: where the agent is judged unless a price is named."""
+        return None if self.price_range is None else float(f"{price_at(self.price_range, 0):.6g}")
+
+    @property
     def price_table(self) -> PriceTable | None:
         """What was measured at which price, if anything was; ValueError: it is damaged."""
         kept = self.config.get("prices")
@@ -111,6 +116,11 @@ class Agent:
         if target_nfe is not None:
             return table.price_for("target_nfe", "nfe", target_nfe)
         return table.price_for("target_flops", "net_flops", target_flops)
+
+    def check_price(self, price: Any) -> float:
+        """A price of an evaluation that the agent can act by; ValueError: it cannot act by any, or by this one."""
+        self.require_price_input()
+        return check_price(price, self.price_range)
 
     def require_price_input(self) -> None:
         """Check that the agent acts by the price of an evaluation; ValueError: it does not."""

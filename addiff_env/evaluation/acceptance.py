@@ -129,6 +129,7 @@ class AcceptanceReport:
     policy_runs: Sequence[PolicyRun]  # the agent's first
     prompts: Sequence[str]
     conditions: Sequence[Condition]
+    price: float | None = None  # of an evaluation, for agents with a price input
 
     @property
     def passed(self) -> bool:
@@ -155,12 +156,14 @@ class AcceptanceReport:
         """JSON-able."""
         numbers = {"pictures": len(self.prompts), "rows": self.rows(), "passed": self.passed}
         head = {"agent": self.agent, "fingerprint": self.fingerprint, "dtype": self.dtype, "rule": asdict(self.rule)}
+        head |= {} if self.price is None else {"price": self.price}
         return head | numbers | {"conditions": [asdict(condition) for condition in self.conditions]}
 
     def text(self) -> str:
         """The table and the verdicts."""
         rule = self.rule
         head = f"{self.agent} ({self.fingerprint}), {len(self.prompts)} pictures of tiny-dev, {self.dtype}"
+        head += "" if self.price is None else f", price {self.price:g}"
         chosen = (
             f"threshold rule: look after n = {rule.look_at} steps, tau = {rule.tau:g}: the best of {rule.rules} on "
             f"{rule.prompts} training prompts (return {rule.value:.4f})"
@@ -205,10 +208,16 @@ class AcceptanceTest:
     """Measures agents on the same items; what does not depend on the agent is measured once per environment."""
 
     def __init__(
-        self, items: Sequence[Item], tuning: int, num_envs: int, seed: int, opponents: Path | None = None
+        self,
+        items: Sequence[Item],
+        tuning: int,
+        num_envs: int,
+        seed: int,
+        opponents: Path | None = None,
+        price: float | None = None,
     ) -> None:
         self.items, self.tuning, self.num_envs, self.seed = list(items), tuning, num_envs, seed
-        self.file = opponents
+        self.file, self.price = opponents, price
         self._known: dict[str, tuple[DiffusionDenoiseVectorEnv, Opponents]] = {}
 
     def measure(self, folder: Path, agent: Agent) -> AcceptanceReport:
@@ -217,30 +226,33 @@ class AcceptanceTest:
         Raises:
             FileNotFoundError, ValueError: as the environment and `read_opponents`.
         """
-        env, others = self._opponents(agent)
+        price = agent.middle_price if self.price is None else agent.check_price(self.price)
+        env, others = self._opponents(agent, price)
         choice, rule = others.choice, others.rule
-        own = run_policy(env, agent, self.items, "agent")
-        constant = [*others.constant, run_policy(env, RandomPolicy(own.shares, self.seed), self.items, "random")]
+        own = run_policy(env, agent, self.items, "agent", price)
+        drawn = run_policy(env, RandomPolicy(own.shares, self.seed), self.items, "random", price)
+        constant = [*others.constant, drawn]
         prompts = [item.prompt for item in self.items]
         found = conditions(own, constant, rule, prompts)
         dtype, policy_runs = env.backbone.dtype_name, [own, rule, *constant]
-        return AcceptanceReport(str(folder), agent.fingerprint, dtype, choice, policy_runs, prompts, found)
+        return AcceptanceReport(str(folder), agent.fingerprint, dtype, choice, policy_runs, prompts, found, price)
 
-    def _opponents(self, agent: Agent) -> tuple[DiffusionDenoiseVectorEnv, Opponents]:
+    def _opponents(self, agent: Agent, price: float | None) -> tuple[DiffusionDenoiseVectorEnv, Opponents]:
         reward = agent.config.get("reward")  # as training left it: price and scales may have moved
-        key = json.dumps([agent.environment, reward], sort_keys=True)
+        key = json.dumps([agent.environment, reward, price], sort_keys=True)
         if key not in self._known:
             env = make_agent_env(agent, self.num_envs, **({"reward": reward} if reward else {}))
-            self._known[key] = env, self._measure_opponents(env)
+            self._known[key] = env, self._measure_opponents(env, price)
         return self._known[key]
 
-    def _measure_opponents(self, env: DiffusionDenoiseVectorEnv) -> Opponents:
-        stamp = self._stamp(env)
+    def _measure_opponents(self, env: DiffusionDenoiseVectorEnv, price: float | None) -> Opponents:
+        stamp = self._stamp(env) | ({} if price is None else {"price": price})
         if self.file and self.file.is_file():
             return read_opponents(self.file, stamp)
-        choice = choose_rule(env, tuning_items(env, self.tuning, self.seed))
+        choice = choose_rule(env, tuning_items(env, self.tuning, self.seed), price=price)
         rule = ThresholdRule(choice.look_at, choice.tau, env.config.num_inference_steps)
-        found = Opponents(choice, constants(env, self.items), run_policy(env, rule, self.items, rule.fingerprint))
+        played = run_policy(env, rule, self.items, rule.fingerprint, price)
+        found = Opponents(choice, constants(env, self.items, price), played)
         if self.file:
             write_opponents(self.file, stamp, found)
         return found
@@ -303,10 +315,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Decide; returns the exit status: 1 where an agent misses the bar."""
     options = _parser().parse_args(argv)
     items = load_benchmark("tiny-dev", options.limit)
-    bar = AcceptanceTest(items, options.tuning, options.num_envs, options.seed, options.opponents)
+    bar = AcceptanceTest(items, options.tuning, options.num_envs, options.seed, options.opponents, options.price)
     reports: list[AcceptanceReport] = []
     try:
         agents = [load_agent(folder) for folder in options.agents]  # all of them before the first is measured
+        if options.price is not None:
+            for agent in agents:
+                agent.check_price(options.price)
         for folder, agent in zip(options.agents, agents, strict=True):
             reports.append(bar.measure(folder, agent))
             if not options.json:
@@ -327,5 +342,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-envs", type=at_least_one, default=64, help="lanes denoised in one batch")
     parser.add_argument("--seed", type=int, default=0, help="of the training prompts and of the random policy")
     parser.add_argument("--opponents", type=Path, help="file that keeps what does not depend on the agent")
+    parser.add_argument(
+        "--price", type=float, help="of an evaluation, for agents with a price input (default: the middle of its range)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of tables")
     return parser

@@ -27,8 +27,10 @@ from addiff_env.storage.paths import looked_at, resolve_model
 from addiff_env.types import ResultRow
 
 
-def measured(agent: Agent, folder: Path) -> tuple[str, dict[str, float]]:
-    """The benchmark that ``folder``, a run of `evaluate.py`, was made on, and what it says about ``agent``.
+def measured(agent: Agent, folder: Path) -> dict[str, dict[str, float]]:
+    """What ``folder``, a run of `evaluate.py`, says about ``agent``, by its benchmark: ``tiny-test``.
+
+    Of an agent with a price input by benchmark and price, ``tiny-test, price 0.004``.
 
     Raises:
         FileNotFoundError: no such run, or one that has not come to its report.
@@ -49,12 +51,16 @@ def measured(agent: Agent, folder: Path) -> tuple[str, dict[str, float]]:
     if len(kinds) > 1:
         raise ValueError(f"{run.rows} mixes measurements of this agent: {kinds}")
     pictures = len(read_objects(run.items))
-    if len(rows) != pictures:
-        raise ValueError(f"{folder} has {len(rows)} of {pictures} pictures of agent {agent.fingerprint}: finish it")
+    groups = {price: [row for row in rows if row.price == price] for price in dict.fromkeys(row.price for row in rows)}
+    for group in groups.values():
+        if len(group) != pictures:
+            of = f"pictures of {group[0].method} ({agent.fingerprint})"
+            raise ValueError(f"{folder} has {len(group)} of {pictures} {of}: finish it")
     cfg = read_yaml(run.config)
     if altered := OmegaConf.to_container(cfg.env):
         raise ValueError(f"{folder} was made in another environment than the agent's own: {altered}")
-    return str(cfg.benchmark.name), _numbers(rows)
+    name = str(cfg.benchmark.name)
+    return {name if price is None else f"{name}, price {price!r}": _numbers(group) for price, group in groups.items()}
 
 
 def _numbers(rows: Sequence[ResultRow]) -> dict[str, float]:
@@ -79,7 +85,7 @@ def record(folder: Path, evaluations: Sequence[Path]) -> Agent:
     """
     folder = Path(resolve_model(folder))
     agent = Agent.load(folder)
-    found = dict(measured(agent, evaluation) for evaluation in evaluations)
+    found = {name: numbers for evaluation in evaluations for name, numbers in measured(agent, evaluation).items()}
     if found:
         with claim(folder, "share"):
             agent = Agent.load(folder)  # another process may have recorded something meanwhile

@@ -1,12 +1,14 @@
 """Rows on disk, intervals, the table, and the methods of the evaluation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from addiff_env.evaluation.benchmarks.items import load_benchmark
-from addiff_env.evaluation.report.figures import plot_quality_against_compute
+from addiff_env.evaluation.report.figures import plot_quality_against_compute, quality_figure
 from addiff_env.evaluation.report.text import summary_table
-from addiff_env.evaluation.run.rows import append_rows, read_rows
+from addiff_env.evaluation.run.rows import append_rows, merge_rows, read_rows
 from addiff_env.evaluation.statistics.summary import action_shares, estimate, lead_with
 from addiff_env.stats import effective_size, wilson_interval
 from addiff_env.types import ResultRow
@@ -37,6 +39,15 @@ def test_rows_survive_the_disk(tmp_path):
     append_rows(path, [row(seed=1), row(seed=2, actions=[0, 2, 1])])
     append_rows(path, [row(seed=3)])
     assert read_rows(path) == [row(seed=1), row(seed=2, actions=[0, 2, 1]), row(seed=3)]
+
+
+def test_prices_are_kept_and_of_one_method_the_same(tmp_path):
+    first, second = (replace(row("agent@0.004", seed), price=0.004) for seed in (1, 2))
+    append_rows(tmp_path / "rows.jsonl", [first, row(seed=2)])
+    assert read_rows(tmp_path / "rows.jsonl") == [first, row(seed=2)]
+    assert '"price"' not in (tmp_path / "rows.jsonl").read_text().splitlines()[1]  # as files of earlier releases
+    with pytest.raises(ValueError, match="'agent@0.004' was run with 2 values of price: 0.004.*0.002"):
+        merge_rows([[first, replace(second, price=0.002)]], [("a red circle", 1), ("a red circle", 2)])
 
 
 def test_torn_last_line_is_dropped_and_cut(tmp_path):
@@ -137,6 +148,16 @@ def test_plot_is_written(tmp_path):
     path = tmp_path / "plot.png"
     plot_quality_against_compute([row(), row("agent", nfe=7)], path)
     assert path.stat().st_size > 5000
+
+
+def test_an_agent_at_several_prices_is_a_front_of_its_own():
+    names = ["ddim-5", "ddim-10", "agent@0.002", "agent@0.004", "stop-3"]
+    rows = [row(name, seed, nfe=5 + k) for k, name in enumerate(names) for seed in range(3)]
+    (axis,) = quality_figure(rows, ["nfe"]).axes
+    found = zip(*axis.get_legend_handles_labels(), strict=True)
+    lines = {label: len((line if hasattr(line, "get_xdata") else line[0]).get_xdata()) for line, label in found}
+    assert lines["agent"] == 2 and lines["stop-3"] == 1
+    assert {"@0.002", "@0.004"} <= {text.get_text() for text in axis.texts}
 
 
 def test_benchmark_limit_is_balanced_and_fixed():

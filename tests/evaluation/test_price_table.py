@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import torch
+from models import thrifty_agent
 
 from addiff_env import cli
-from addiff_env.agent import Agent, PolicyNet
+from addiff_env.agent import Agent
 from addiff_env.agent.price_table import PriceTable
 from addiff_env.env.reward import quality
 from addiff_env.evaluation import price_table
@@ -16,23 +16,13 @@ from addiff_env.pipeline import make_agent_env
 from addiff_env.tiny.checker import check_picture
 
 RANGE = [0.001, 0.016]
-PARTS = {"clip_image": 128, "clip_text": 128, "timestep": 128, "price": 1, "quality": 8}
 
 
 @pytest.fixture
 def bundle(small_kwargs, tmp_path):
-    """Stops at once where evaluations are dear, goes on where they are cheap."""
-    net = PolicyNet(PARTS, 4)
-    with torch.no_grad():
-        for layer in (net.body[0], net.body[2], net.head):
-            layer.weight.zero_(), layer.bias.zero_()
-        net.body[0].weight[0, sum(PARTS.values()) - 9] = 9.0
-        net.body[2].weight[0, 0] = 9.0
-        net.head.weight[0, 0], net.head.weight[1, 0] = -9.0, 9.0
-    kwargs = {name: value for name, value in small_kwargs.items() if name != "prompts"} | {"price_range": RANGE}
-    reward = {"reward_mean": 0.5, "reward_std": 2.0}
-    env = {"id": "AdDiffusion-Tiny-v0", "kwargs": kwargs}
-    Agent(net, {"env": env, "observation": PARTS, "hidden": 4, "reward": reward}).save(tmp_path)
+    agent = thrifty_agent(small_kwargs)
+    agent.config["reward"] = {"reward_mean": 0.5, "reward_std": 2.0}
+    agent.save(tmp_path)
     return tmp_path
 
 

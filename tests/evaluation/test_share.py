@@ -59,7 +59,7 @@ def test_each_of_several_agents_finds_its_own_rows(agent, rows, tmp_path):
     own = [replace(row, method="agent-s1") for row in rows]
     others = [replace(row, method="agent-s0", policy="0123456789ab", nfe=99) for row in rows]
     controls = [replace(row, method="agent-s1, mask=full", nfe=50) for row in rows]
-    name, numbers = share.measured(agent, write(tmp_path / "run", [*others, *own, *controls]))
+    ((name, numbers),) = share.measured(agent, write(tmp_path / "run", [*others, *own, *controls])).items()
     assert name == "tiny-test" and numbers["pictures"] == 4 and numbers["nfe"] == 8
 
 
@@ -90,3 +90,14 @@ def test_rows_of_others_and_mixtures_are_refused(agent, rows, tmp_path, capsys):
         assert cli.main(["share", str(tmp_path / "agent"), "--evaluation", str(folder)]) == 1
         assert words in capsys.readouterr().err
     assert "results" not in Agent.load(tmp_path / "agent").config
+
+
+def test_each_price_has_its_own_results(agent, rows, tmp_path):
+    cheap, dear = ([replace(row, method=f"agent@{p!r}", price=p, nfe=round(1 / p)) for row in rows] for p in (0.1, 0.2))
+    found = share.measured(agent, write(tmp_path / "run", [*cheap, *dear]))
+    assert {name: numbers["nfe"] for name, numbers in found.items()} == {
+        "tiny-test, price 0.1": 10,
+        "tiny-test, price 0.2": 5,
+    }
+    with pytest.raises(ValueError, match=r"3 of 4 pictures of agent@0.2 .*finish it"):
+        share.measured(agent, write(tmp_path / "part", [*cheap, *dear[1:]]))

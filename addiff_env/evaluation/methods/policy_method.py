@@ -7,20 +7,28 @@ from collections.abc import Iterator
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.rule_policies import Policy
+from addiff_env.evaluation.statistics.families import at_price
 from addiff_env.pipeline import AdaptivePipeline
 from addiff_env.types import Generated
 
 
 class PolicyMethod:
-    """A policy on its environment: a trained agent, or a hand-made rule, which pays for the looks that it reads."""
+    """A policy on its environment: a trained agent, or a hand-made rule, which pays for the looks that it reads.
 
-    def __init__(self, env: DiffusionDenoiseVectorEnv, policy: Policy, name: str = "agent") -> None:
-        self.pipeline, self.name, self.backbone = AdaptivePipeline(env, policy), name, env.backbone
+    ``price`` is that of an evaluation, for agents with a price input; it becomes part of the name.
+    """
+
+    def __init__(
+        self, env: DiffusionDenoiseVectorEnv, policy: Policy, name: str = "agent", price: float | None = None
+    ) -> None:
+        self.pipeline, self.backbone, self.price = AdaptivePipeline(env, policy), env.backbone, price
+        self.name = at_price(name, price)
         self.solver = f"{env.config.solver}-{env.config.num_inference_steps}"
         self.policy = policy.fingerprint
         self.expected_nfe = float(env.config.num_inference_steps)
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Run the policy on every item."""
-        for group in self.pipeline.stream([item.prompt for item in items], [item.seed for item in items]):
+        prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
+        for group in self.pipeline.stream(prompts, seeds, price=self.price):
             yield [(items[index], made) for index, made in group]

@@ -41,6 +41,7 @@ class Setup:
     agent: Agent | None
     options: MethodOptions
     benchmark: Sequence[Item]  # all items of the list
+    run: str = "agent"  # what the agent's training run is called
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,12 @@ def make_method(
     agent: Agent | None = None,
     options: MethodOptions = MethodOptions(),  # noqa: B008 (frozen)
     benchmark: Sequence[Item] = (),
+    run: str = "agent",
 ) -> Method:
     """The method that ``spec`` names (`known_methods`), on the model and settings of ``env``.
 
-    ``benchmark`` holds all items of the list, also those of other shards and beyond the limit.
+    ``benchmark`` holds all items of the list, also those of other shards and beyond the limit; ``run`` is what the
+    agent's training run is called, if one of several.
 
     Raises:
         ValueError: unknown, or its numbers do not parse; the message quotes it.
@@ -141,7 +144,7 @@ def make_method(
     """
     try:
         pattern, found = fitting(spec)
-        return pattern.make(Setup(spec, env, agent, options, benchmark), **pattern.convert(found))
+        return pattern.make(Setup(spec, env, agent, options, benchmark, run), **pattern.convert(found))
     except ValueError as error:
         known = ", ".join(known_methods())
         raise ValueError(f"cannot make the method {spec!r}: {error}; known: {known}") from error
@@ -152,9 +155,21 @@ def make_method(
 
 @method("agent")
 def _agent(setup: Setup) -> Method:
-    if setup.agent is None:
+    """At the one price it was trained for, or in the middle of its range."""
+    agent = _required(setup.agent)
+    return PolicyMethod(setup.env, agent, setup.run, agent.middle_price)
+
+
+@method("agent@{price}")
+def _agent_at(setup: Setup, price: float) -> Method:
+    agent = _required(setup.agent)
+    return PolicyMethod(setup.env, agent, setup.run, agent.check_price(price))
+
+
+def _required(agent: Agent | None) -> Agent:
+    if agent is None:
         raise ValueError("there is no agent")
-    return PolicyMethod(setup.env, setup.agent)
+    return agent
 
 
 @method("ddim-{steps}", "dpmpp_2m-{steps}")

@@ -76,9 +76,11 @@ class PolicyRun:
         return np.bincount(taken, minlength=len(ACTIONS)) / len(taken)
 
 
-def run_policy(env: DiffusionDenoiseVectorEnv, policy: Policy, items: Sequence[Item], name: str) -> PolicyRun:
-    """Run ``policy`` once on every item."""
-    method, episodes = PolicyMethod(env, policy, name), {}
+def run_policy(
+    env: DiffusionDenoiseVectorEnv, policy: Policy, items: Sequence[Item], name: str, price: float | None = None
+) -> PolicyRun:
+    """Run ``policy`` once on every item, at a ``price`` of an evaluation (None: the environment's)."""
+    method, episodes = PolicyMethod(env, policy, name, price), {}
     for group in _counted(method.make(list(items)), len(items), name):
         for item, made in group:
             success = float(check_picture(made.picture, item.prompt).satisfied)
@@ -87,7 +89,12 @@ def run_policy(env: DiffusionDenoiseVectorEnv, policy: Policy, items: Sequence[I
 
 
 def stop_outcomes(
-    env: DiffusionDenoiseVectorEnv, policy: Policy, look_at: int, items: Sequence[Item], name: str
+    env: DiffusionDenoiseVectorEnv,
+    policy: Policy,
+    look_at: int,
+    items: Sequence[Item],
+    name: str,
+    price: float | None = None,
 ) -> list[list[StopOutcome]]:
     """Follow ``policy``, and from ``look_at`` steps on see at every decision how stopping there would end.
 
@@ -95,17 +102,17 @@ def stop_outcomes(
     score is under tau tells it for every smaller tau too. The last outcome of each item is the policy's own.
     """
     size = env.num_envs
-    batches = (_stop_outcomes(env, policy, look_at, items[at : at + size]) for at in range(0, len(items), size))
+    batches = (_stop_outcomes(env, policy, look_at, items[at : at + size], price) for at in range(0, len(items), size))
     return [found for batch in _counted(batches, len(items), name) for found in batch]
 
 
 def _stop_outcomes(
-    env: DiffusionDenoiseVectorEnv, policy: Policy, look_at: int, items: Sequence[Item]
+    env: DiffusionDenoiseVectorEnv, policy: Policy, look_at: int, items: Sequence[Item], price: float | None
 ) -> list[list[StopOutcome]]:
     rollouts = [Rollout(item) for item in items]
     mask = np.arange(env.num_envs) < len(items)
     options = {"prompt": [item.prompt for item in items], "seed": [item.seed for item in items]}
-    observation, info = env.reset(options=options | {"reset_mask": mask})
+    observation, info = env.reset(options=options | {"price": price, "reset_mask": mask})
     env.park(~mask)  # lanes without an item wait
     while (running := ~env.done).any():
         actions = policy.act(observation, info["action_mask"])
@@ -178,13 +185,15 @@ class RuleChoice:
     rules: int  # how many were compared
 
 
-def choose_rule(env: DiffusionDenoiseVectorEnv, items: Sequence[Item], taus: Sequence[float] = TAUS) -> RuleChoice:
-    """Try every n and every tau on ``items``; of equal ones the first counts."""
+def choose_rule(
+    env: DiffusionDenoiseVectorEnv, items: Sequence[Item], taus: Sequence[float] = TAUS, price: float | None = None
+) -> RuleChoice:
+    """Try every n and every tau on ``items``, at one ``price``; of equal ones the first counts."""
     steps, first = env.config.num_inference_steps, max(1, env.config.warmup_steps)
     table: dict[tuple[int, float], float] = {}
     for look_at in range(first, steps):
         policy = ThresholdRule(look_at, max(taus), steps)
-        found = stop_outcomes(env, policy, look_at, items, f"looking after {look_at} steps")
+        found = stop_outcomes(env, policy, look_at, items, f"looking after {look_at} steps", price)
         table |= {(look_at, tau): float(np.mean([_stopped(own, tau).value for own in found])) for tau in taus}
     (look_at, tau), value = max(table.items(), key=lambda entry: entry[1])
     return RuleChoice(look_at, tau, value, len(items), len(table))
@@ -195,14 +204,14 @@ def _stopped(found: Sequence[StopOutcome], tau: float) -> Episode:
     return next(outcome.episode for outcome in found if outcome.score >= tau)
 
 
-def constants(env: DiffusionDenoiseVectorEnv, items: Sequence[Item]) -> list[PolicyRun]:
+def constants(env: DiffusionDenoiseVectorEnv, items: Sequence[Item], price: float | None = None) -> list[PolicyRun]:
     """Stop after k steps for every k, always continue, refine always."""
     steps = env.config.num_inference_steps
-    found = stop_outcomes(env, StopAt(steps, steps), 0, items, "stop-k")
+    found = stop_outcomes(env, StopAt(steps, steps), 0, items, "stop-k", price)
     numbers = range(max(1, env.config.warmup_steps), steps)
     stops = [PolicyRun(f"stop-{k}", [_after(own, k - numbers.start) for own in found]) for k in numbers]
     continued = PolicyRun("always-continue", [own[-1].episode for own in found])
-    return [*stops, continued, run_policy(env, RefineAlways(), items, "refine-always")]
+    return [*stops, continued, run_policy(env, RefineAlways(), items, "refine-always", price)]
 
 
 def _after(found: Sequence[StopOutcome], decisions: int) -> Episode:

@@ -40,6 +40,7 @@ from addiff_env.evaluation.metrics.registry import (
     primary_score,
     reward_score,
 )
+from addiff_env.evaluation.statistics.families import at_price
 from addiff_env.pipeline import make_agent_env
 from addiff_env.stats import at_least_one
 from addiff_env.storage.files import keep_first, read_json
@@ -144,22 +145,29 @@ def best_of_grid(env: DiffusionDenoiseVectorEnv, net_flops: float) -> list[str]:
 
 
 def tune(
-    env: DiffusionDenoiseVectorEnv, agent: Agent, items: Sequence[Item], metrics: Sequence[Metric], metric: str
+    env: DiffusionDenoiseVectorEnv,
+    agent: Agent,
+    items: Sequence[Item],
+    metrics: Sequence[Metric],
+    metric: str,
+    price: float | None = None,
 ) -> Tuning:
     """Measure the agent, threshold rules and best-of-N on ``items``, which are not those of the evaluation.
+
+    ``price`` is that of an evaluation, for an agent with a price input; None: the middle of its range.
 
     Raises:
         ValueError: an item that ``metric`` says nothing of.
     """
     _refuse_unmeasured(items, metrics, metric)
-    own = measure(make_method("agent", env, agent), env, items, metrics, metric)
+    own = measure(make_method(at_price("agent", price), env, agent), env, items, metrics, metric)
     grid = threshold_grid(env, own.reward_scores)
     tried, pictures = (
         [measure(make_method(spec, env), env, items, metrics, metric) for spec in tqdm(specs, "tuning", unit="method")]
         for specs in (grid, best_of_grid(env, own.net_flops))
     )
     shares = [round(share, 4) for share in own.shares[1:]]
-    stamp = stamp_of(agent, env, items, metric)
+    stamp = stamp_of(agent, env, items, metric, price)
     rule, several = (best_matched(candidates, own.net_flops).spec for candidates in (tried, pictures))
     random = ":".join(f"{share:g}" for share in (round(1 - sum(shares), 4), *shares))
     kept = [
@@ -203,12 +211,16 @@ def tuning_items(
     return [item for group in ordered[:limit] for item in group]
 
 
-def stamp_of(agent: Agent, env: DiffusionDenoiseVectorEnv, items: Sequence[Item], metric: str) -> dict[str, Any]:
+def stamp_of(
+    agent: Agent, env: DiffusionDenoiseVectorEnv, items: Sequence[Item], metric: str, price: float | None = None
+) -> dict[str, Any]:
     """What a tuning depends on."""
     settings = hashlib.sha256(repr(env.config).encode()).hexdigest()[:12]
     prompts = {"prompts": id_list_hash(items), "items": len(items)}
     files = fingerprints({name: getattr(env.config, name) for name in FILE_SETTINGS if name != "prompts"})
-    return {"agent": agent.fingerprint, "settings": settings, **prompts, "metric": metric, "contents": files}
+    price = agent.middle_price if price is None else price
+    paid = {} if price is None else {"price": price}
+    return {"agent": agent.fingerprint, "settings": settings, **prompts, "metric": metric, "contents": files, **paid}
 
 
 def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Callable[[], Tuning]) -> list[str]:
@@ -240,13 +252,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--benchmark", default="tiny-dev", help="prompts to tune on; never those of the evaluation")
     parser.add_argument("--limit", type=at_least_one, default=64, help="prompts, categories in turn")
     parser.add_argument("--metric", help="metric to maximise (default: the checker, or hpsv2.1)")
+    parser.add_argument("--price", type=float, help="of an evaluation, for an agent with a price input")
     parser.add_argument("--num-envs", type=at_least_one, default=32, help="lanes denoised in one batch")
     options = parser.parse_args(argv)
     agent, items = Agent.from_pretrained(options.agent), load_benchmark(options.benchmark, options.limit)
     env = make_agent_env(agent, options.num_envs)
     metrics, _ = open_metrics([options.metric or default_metrics(items)[0]], env.perception, items)
     metric = primary_score([columns_of(metrics, item) for item in items])
-    print(describe(tune(env, agent, items, metrics, metric)))
+    print(describe(tune(env, agent, items, metrics, metric, options.price)))
     return 0
 
 

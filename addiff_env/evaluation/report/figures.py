@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from addiff_env.env.trajectories import ACCENT, INK
-from addiff_env.evaluation.statistics.families import solver_families
+from addiff_env.evaluation.statistics.families import agent_fronts, solver_families
 from addiff_env.evaluation.statistics.front import front_quality
 from addiff_env.evaluation.statistics.summary import (
     COSTS,
@@ -102,13 +102,16 @@ def quality_figure(rows: Sequence[ResultRow], costs: Sequence[str], size: tuple[
 
 
 def _series(methods: list[str]) -> list[tuple[str, list[str], str, str]]:
-    """Label, methods, colour and marker of each line or point: solver families first, the agent last."""
+    """Label, methods, colour and marker of each line or point: solver families first, the agent, by price, last."""
     families = solver_families(methods)
     single = [name for name in methods if name not in sum(families.values(), [])]
+    fronts = {run: members for run, members in agent_fronts(single).items() if len(members) > 1}
+    single = [name for name in single if name not in sum(fronts.values(), [])]
     colors = [FAMILIES[k % len(FAMILIES)] for k in range(len(families) + len(single))]
     found = [(label, members, colors[k], "o-") for k, (label, members) in enumerate(families.items())]
     for k, name in enumerate(name for name in single if name != "agent"):
         found.append((name, [name], colors[len(families) + k], "sDv^P"[k % 5]))
+    found += [(run, members, AGENT, "*-") for run, members in fronts.items()]
     return found + [("agent", ["agent"], AGENT, "*")] * ("agent" in single)
 
 
@@ -130,16 +133,18 @@ def _draw_points(
         "xerr": _lengths([point.costs[name] for point in points], 1 / unit),
         "yerr": _lengths([point.scores[metric] for point in points], scale),
     }
-    size = 13 if marker == "*" else 5
+    size = 13 if marker[0] == "*" else 5
     thin: dict[str, Any] = {"capsize": 2.5, "linewidth": 0.8, "elinewidth": 0.9}
     axis.errorbar(x, y, fmt=marker, color=color, label=label, markersize=size, **thin, **bounds)
     for point, px, py in zip(points, x, y, strict=True):
-        mark = _mark(point.method) if marker == "o-" else ""
+        mark = _mark(point.method) if marker[1:] == "-" else ""
         axis.annotate(mark, (px, py), textcoords="offset points", xytext=(5, 5), fontsize=8.5, color=color)
 
 
 def _mark(method: str) -> str:
-    """What tells members of a family apart: the number of steps, or of pictures that the best is taken of."""
+    """What tells members of a family apart: the number of steps, of pictures that the best is taken of, the price."""
+    if agent_fronts([method]):
+        return "@" + method.partition("@")[2]
     head, _, tail = method.partition(":")
     return f"×{head.rpartition('-')[2]}" if tail else head.rpartition("-")[2]
 

@@ -14,18 +14,21 @@ from typing import Any
 
 from addiff_env.agent import Agent
 from addiff_env.diffusion.backbones import StableDiffusionBackbone
+from addiff_env.env.prices import price_at
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.methods.base import Method
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.registry import AUTO
 from addiff_env.evaluation.metrics.registry import missing
+from addiff_env.evaluation.statistics.families import at_price
 from addiff_env.storage.files import alone_in, read_json, write_whole
 from addiff_env.storage.paths import PACKAGE_PREFIX, resolve_model
 
 ALL = "all"
 METRICS = "left_out_metrics"  # in methods.json
 DISTILLED = ("lcm-4", "sdxl-turbo-1")  # need weights of their own: of "all", left out where those are missing
+PRICES = (0.0, -1.0, -0.5, 0.5, 1.0)  # of "all", positions in an agent's range of prices
 _DIFFUSION = {
     "ddim": (5, 10, 20, 30, 50),
     "dpmpp_2m": (5, 10, 20),
@@ -98,8 +101,15 @@ def all_methods(env: DiffusionDenoiseVectorEnv, options: MethodOptions, tunable:
         names += _distilled(config.model, options)
     own = backbone.solver
     names += [f"best-of-{number}:{own}-{10 if diffusion else 4}" for number in (2, 3, 4)]
-    names += [f"oracle-stop:{own}-{config.num_inference_steps}", *(AUTO if tunable else ()), "agent"]
-    return names
+    names += [f"oracle-stop:{own}-{config.num_inference_steps}", *(AUTO if tunable else ())]
+    return [*names, *_agent_at_prices(config.price_range)]
+
+
+def _agent_at_prices(price_range: Sequence[float] | None) -> list[str]:
+    """The agent, or with a range of prices the agent at some of them: in the middle first, which verdicts are about."""
+    if price_range is None or price_range[0] == price_range[1]:
+        return ["agent"]
+    return [at_price("agent", float(f"{price:.6g}")) for price in price_at(price_range, PRICES)]
 
 
 def _distilled(model: str, options: MethodOptions) -> list[str]:

@@ -21,6 +21,7 @@ from addiff_env.types import ResultRow, SampleKey
 
 T = TypeVar("T")
 CONFIGURATION = ("backbone", "solver", "policy", "dtype")  # one value each per method
+_OPTIONAL = ("negative_prompt", "price")  # left out of the file where there is none
 _SHOWN = 5  # offending values that a message lists
 
 
@@ -65,9 +66,7 @@ def append_rows(path: Path, rows: Iterable[ResultRow]) -> None:
 
 def _as_object(row: ResultRow) -> dict[str, Any]:
     values = asdict(row)
-    if row.negative_prompt is None:
-        del values["negative_prompt"]
-    return values
+    return {name: value for name, value in values.items() if name not in _OPTIONAL or value is not None}
 
 
 # --------------------------------------------------------------------------- shards
@@ -155,9 +154,9 @@ def merge_rows(
             whatever appears, in that order: a method of which every shard lacks all rows is then not missed.
 
     Raises:
-        ValueError: mixed configurations (several code versions, or several backbones, solvers, policies, dtypes or
-            negative prompts of one method), duplicates, gaps, or rows that belong to no item; with the offending
-            values.
+        ValueError: mixed configurations (several code versions, or several backbones, solvers, policies, dtypes,
+            negative prompts or prices of one method), duplicates, gaps, or rows that belong to no item; with the
+            offending values.
     """
     rows = [row for part in parts for row in part if methods is None or row.method in methods]
     names = list(dict.fromkeys(row.method for row in rows)) if methods is None else list(methods)
@@ -175,7 +174,7 @@ def _refuse_mixed(rows: Sequence[ResultRow]) -> None:
     if len(versions) > 1:
         raise ValueError(f"rows of {len(versions)} code versions: {_counts(versions)}")
     for name in dict.fromkeys(row.method for row in rows):
-        for part in (*CONFIGURATION, "negative_prompt"):
+        for part in (*CONFIGURATION, *_OPTIONAL):
             values = Counter(getattr(row, part) for row in rows if row.method == name)
             if len(values) > 1:
                 raise ValueError(f"method {name!r} was run with {len(values)} values of {part}: {_counts(values)}")

@@ -14,6 +14,7 @@ FIXED_STEP_SOLVERS = (
 )  # the model's own inference; others change it
 BEST_OF = "best-of-N"  # the family of best-of-N at every N
 FULL_IMAGE, CONTINUED = "agent, mask=full", "agent, continued"  # H4's controls, by method name
+_AGENT = re.compile(r"(?P<run>agent(-s\d+)?)(@(?P<price>[^,]+))?")
 Groups = Mapping[str, Sequence[str]]  # a name and the methods that are its training runs
 
 
@@ -32,9 +33,27 @@ def solver_fronts(methods: Iterable[str]) -> dict[str, list[str]]:
     return fronts
 
 
+def at_price(run: str, price: float | None) -> str:
+    """What a training run's rows at a price of an evaluation are called: ``agent@0.004``; None: it has no price."""
+    return run if price is None else f"{run}@{price!r}"
+
+
 def agent_runs(methods: Iterable[str]) -> list[str]:
-    """Training runs of the agent among method names: ``agent``, or ``agent-s0``, ``agent-s1``, ..."""
-    return [name for name in methods if re.fullmatch(r"agent(-s\d+)?", name)]
+    """Training runs of the agent among method names: ``agent``, or ``agent-s0``, ``agent-s1``, ...
+
+    Of an agent at several prices (``agent@0.004``) those at the one that is named first: verdicts are about that one.
+    """
+    found = [(name, match["price"]) for name in methods if (match := _AGENT.fullmatch(name))]
+    return [name for name, price in found if price == found[0][1]]
+
+
+def agent_fronts(methods: Iterable[str]) -> dict[str, list[str]]:
+    """Training runs of the agent with their methods, one a price: ``{"agent": ["agent@0.002", "agent@0.004"]}``."""
+    fronts: dict[str, list[str]] = {}
+    for name in methods:
+        if match := _AGENT.fullmatch(name):
+            fronts.setdefault(match["run"], []).append(name)
+    return fronts
 
 
 def solver_families(methods: Sequence[str]) -> dict[str, list[str]]:
