@@ -167,7 +167,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         self.flops_per_call = flops | {"start": flops["start"] + flops.pop("reading")}
         sizes = self.denoiser.latent_shape, perception.clip.width, perception.dino.width
         self.state = LaneState.empty(self.num_envs, self.denoiser.backbone, *sizes)
-        self.state.lane_price[:] = start_prices(self.seed, None, c.price_range)
+        self.state.lane_price[:] = start_prices(self.seed.tolist(), None, c.price_range)
 
     def set_reward(self, config: RewardConfig) -> None:
         """Pay by other weights and scales from the next step on."""

@@ -156,8 +156,8 @@ class AcceptanceReport:
         """JSON-able."""
         numbers = {"pictures": len(self.prompts), "rows": self.rows(), "passed": self.passed}
         head = {"agent": self.agent, "fingerprint": self.fingerprint, "dtype": self.dtype, "rule": asdict(self.rule)}
-        head |= {} if self.price is None else {"price": self.price}
-        return head | numbers | {"conditions": [asdict(condition) for condition in self.conditions]}
+        paid = {} if self.price is None else {"price": self.price}
+        return head | paid | numbers | {"conditions": [asdict(condition) for condition in self.conditions]}
 
     def text(self) -> str:
         """The table and the verdicts."""

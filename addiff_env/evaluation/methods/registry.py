@@ -6,7 +6,7 @@ A further method is one more function with `method` above it; fields are convert
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
@@ -150,6 +150,34 @@ def make_method(
         raise ValueError(f"cannot make the method {spec!r}: {error}; known: {known}") from error
 
 
+def is_agent(spec: str) -> bool:
+    """Whether ``spec`` names the agent, at a price or not."""
+    return spec.partition("@")[0] == "agent"
+
+
+def usual_price(agent: Any) -> float | None:
+    """The price at which a policy acts unless one is named; None: it has no price input, as rules have none."""
+    return getattr(agent, "middle_price", None)
+
+
+def first_price(specs: Iterable[str], agent: Agent) -> float | None:
+    """The price of the first of ``specs`` that names the agent, or where none does the middle of its range.
+
+    None: it has no price input.
+
+    Raises:
+        ValueError: no price, or one that the agent cannot act by.
+    """
+    named = next(filter(is_agent, specs), "agent")
+    if named == "agent":
+        return usual_price(agent)
+    try:
+        pattern, found = fitting(named)
+        return agent.check_price(pattern.convert(found)["price"])
+    except ValueError as error:
+        raise ValueError(f"cannot make the method {named!r}: {error}") from error
+
+
 # --------------------------------------------------------------------------- the methods
 
 
@@ -157,7 +185,7 @@ def make_method(
 def _agent(setup: Setup) -> Method:
     """At the one price it was trained for, or in the middle of its range."""
     agent = _required(setup.agent)
-    return PolicyMethod(setup.env, agent, setup.run, agent.middle_price)
+    return PolicyMethod(setup.env, agent, setup.run, usual_price(agent))
 
 
 @method("agent@{price}")

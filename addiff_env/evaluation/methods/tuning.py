@@ -28,7 +28,7 @@ from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item, categories_in_turn, id_list_hash, load_benchmark
 from addiff_env.evaluation.benchmarks.readers import SOURCES
 from addiff_env.evaluation.methods.base import Method
-from addiff_env.evaluation.methods.registry import AUTO, make_method
+from addiff_env.evaluation.methods.registry import AUTO, make_method, usual_price
 from addiff_env.evaluation.methods.samplers import FixedSteps
 from addiff_env.evaluation.methods.search import BestOf
 from addiff_env.evaluation.metrics.base import Metric, columns_of, score_pictures
@@ -218,7 +218,7 @@ def stamp_of(
     settings = hashlib.sha256(repr(env.config).encode()).hexdigest()[:12]
     prompts = {"prompts": id_list_hash(items), "items": len(items)}
     files = fingerprints({name: getattr(env.config, name) for name in FILE_SETTINGS if name != "prompts"})
-    price = agent.middle_price if price is None else price
+    price = usual_price(agent) if price is None else price
     paid = {} if price is None else {"price": price}
     return {"agent": agent.fingerprint, "settings": settings, **prompts, "metric": metric, "contents": files, **paid}
 

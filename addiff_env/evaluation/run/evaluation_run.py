@@ -15,10 +15,12 @@ from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item, load_prompts
 from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
+from addiff_env.evaluation.methods.registry import first_price
 from addiff_env.evaluation.metrics.registry import default_metrics
 from addiff_env.evaluation.run.fingerprint import run_fingerprint
 from addiff_env.evaluation.run.planning import named_agents
 from addiff_env.evaluation.run.rows import shard_path
+from addiff_env.evaluation.statistics.families import at_price
 from addiff_env.pipeline import make_agent_env
 from addiff_env.types import ResultRow
 
@@ -99,14 +101,28 @@ class EvaluationRun:
         return named_agents(self.cfg.agent, listed(self.cfg.agents))
 
     @property
-    def agent_name(self) -> str:
-        """The first agent's, whose controls are made."""
-        return next(iter(self.agents))
-
-    @property
     def agent(self) -> Agent:
         """The first one."""
-        return self.agents[self.agent_name]
+        return next(iter(self.agents.values()))
+
+    @cached_property
+    def price(self) -> float | None:
+        """Of an evaluation, at which agents are judged: the first that a method names; None: they have no price input.
+
+        Raises:
+            ValueError: as `first_price`.
+        """
+        return first_price([] if isinstance(self.cfg.methods, str) else self.cfg.methods, self.agent)
+
+    @property
+    def runs(self) -> list[str]:
+        """Names of the agents' rows that verdicts are about."""
+        return [at_price(name, self.price) for name in self.agents]
+
+    @property
+    def agent_name(self) -> str:
+        """The first one's, whose controls are made."""
+        return self.runs[0]
 
     @cached_property
     def overrides(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.methods.base import Method
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
-from addiff_env.evaluation.methods.registry import AUTO
+from addiff_env.evaluation.methods.registry import AUTO, is_agent
 from addiff_env.evaluation.metrics.registry import missing
 from addiff_env.evaluation.statistics.families import at_price
 from addiff_env.storage.files import alone_in, read_json, write_whole
@@ -213,4 +213,4 @@ def expected_methods(folder: Path, wanted: str | Sequence[str], controls: Sequen
     if unknown or not asked:
         raise ValueError(f"no process was asked for {', '.join(unknown) or wanted} in {folder}: make its rows first")
     names = [name for spec in asked if spec in kept["made"] for name in kept["made"][spec]]
-    return list(dict.fromkeys([*names, *(controls if "agent" in asked else ())]))
+    return list(dict.fromkeys([*names, *(controls if any(map(is_agent, asked)) else ())]))

@@ -61,7 +61,7 @@ def record_filmstrips(run: EvaluationRun, rows: Sequence[ResultRow]) -> list[Tra
     env, trajectories = run.make_env(1), []
     for row in rows:
         item = known[row.prompt, row.seed]
-        (frames,) = record_trajectories(env, run.agent.act, [item.prompt], [item.seed])
+        (frames,) = record_trajectories(env, run.agent.act, [item.prompt], [item.seed], price=run.price)
         trajectories.append(Trajectory(item, row.reason, frames))
     return trajectories
 
@@ -103,7 +103,7 @@ def report(run: EvaluationRun) -> None:
         written.append(files.filmstrips)
     rules = rules_of(metric, plain(cfg.rules))
     requirements = {(item.prompt, item.seed): item.num_requirements for item in run.items}
-    verdicts = decide(rows, requirements, rules, list(run.agents))
+    verdicts = decide(rows, requirements, rules, run.runs)
     print("\n".join(map(describe, verdicts)) if verdicts else "no verdicts: no agent is among the methods")
     print("".join(f"\n{line}\n" for line in what_decides(cfg, verdicts)))
     keep_run(run, rows, metric)

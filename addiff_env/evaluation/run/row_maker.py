@@ -53,6 +53,7 @@ class RowMaker:
             dtype=backbone.dtype_name,
             code_version=self.version,
             negative_prompt=self.env.config.negative_prompt,
+            price=getattr(method, "price", None),
         )
 
     def require_scores(self, method: Method, items: Sequence[Item]) -> None:

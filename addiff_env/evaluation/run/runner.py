@@ -15,8 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.methods.controls import MatchedSteps, Replay
-from addiff_env.evaluation.methods.policy_method import PolicyMethod
-from addiff_env.evaluation.methods.registry import AUTO, Method, make_method
+from addiff_env.evaluation.methods.registry import AUTO, Method, is_agent, make_method
 from addiff_env.evaluation.methods.tuning import resolve, stamp_of, tune, tuning_items
 from addiff_env.evaluation.metrics.base import columns_of
 from addiff_env.evaluation.metrics.registry import is_embedded_world, open_metrics, primary_score
@@ -51,9 +50,8 @@ def plan_run(run: EvaluationRun, maker: RowMaker, metric: str) -> Plan:
     asked = asked_methods(cfg.methods, env, run.options, tunable)
 
     def make(spec: str) -> list[Method]:
-        if spec == "agent":
-            return [PolicyMethod(env, agent, name) for name, agent in run.agents.items()]
-        return [make_method(spec, env, run.agent, run.options, run.benchmark)]
+        agents = run.agents if is_agent(spec) else {run.agent_name: run.agent}
+        return [make_method(spec, env, agent, run.options, run.benchmark, name) for name, agent in agents.items()]
 
     def tuned(specs: Sequence[str]) -> list[str]:
         return tuned_specs(run, specs, maker, metric)
@@ -79,8 +77,9 @@ def tuned_specs(run: EvaluationRun, specs: Sequence[str], maker: RowMaker, metri
     if name is None:
         raise ValueError(f"{', '.join(AUTO)} need tune.benchmark=<prompts that the evaluation does not use>")
     items = tuning_items(name, cfg.tune.limit, run.benchmark, cfg.benchmark.root, cfg.benchmark.any_length)
-    stamp = stamp_of(run.agent, maker.env, items, metric)
-    return resolve(specs, run.files.tuning, stamp, lambda: tune(maker.env, run.agent, items, maker.metrics, metric))
+    env, agent, price = maker.env, run.agent, run.price
+    stamp = stamp_of(agent, env, items, metric, price)
+    return resolve(specs, run.files.tuning, stamp, lambda: tune(env, agent, items, maker.metrics, metric, price))
 
 
 def make_rows(run: EvaluationRun, maker: RowMaker, methods: Sequence[Method]) -> list[ResultRow]:

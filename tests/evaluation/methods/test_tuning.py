@@ -157,7 +157,7 @@ def test_the_embedded_world_is_tuned_on_dev_prompts_that_test_does_not_share(
     assert len(shared) == 18  # the splits share single-object captions
     seen: list[Item] = []
 
-    def tuned(env: Any, agent: Any, items: Any, metrics: Any, metric: str) -> Tuning:
+    def tuned(env: Any, agent: Any, items: Any, metrics: Any, metric: str, price: Any) -> Tuning:
         seen.extend(items)
         return Tuning(*TUNING_SPECS, metric, stamp_of(agent, env, items, metric), [])
 
