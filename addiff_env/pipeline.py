@@ -69,7 +69,7 @@ class AdaptivePipeline:
     Raises:
         TypeError: an environment of another kind, e.g. of one lane.
         ValueError: lanes that restart by themselves or are cut short, an agent that sees other observations than
-            ``env`` makes, or a negative prompt for a model without guidance.
+            ``env`` makes or was trained for another range of prices, or a negative prompt for a model without guidance.
 
     >>> pipeline = AdaptivePipeline.from_pretrained("addiff_env:tiny/weights/agent")  # doctest: +SKIP
     >>> pictures = pipeline(["a red circle", "two blue stars"], seeds=[0, 1])  # doctest: +SKIP
@@ -84,6 +84,7 @@ class AdaptivePipeline:
             raise ValueError(f"the pipeline finishes every picture: no max_episode_steps, got {env.max_episode_steps}")
         if isinstance(agent, Agent):
             agent.require_layout(env.parts)
+            agent.require_prices(env.config.price_range)
         if negative_prompt is not None:
             env.backbone.check_negative_prompt(check_prompt(negative_prompt), env.config.guidance_scale)
         self.env, self.agent, self.negative_prompt = env, agent, negative_prompt

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,6 +232,18 @@ class Agent:
         differing = [text for n, text in zip(names, differing, strict=True) if ours.get(n) != parts.get(n)]
         what = "; ".join(differing) or f"the order is {list(ours)} in the agent, {list(parts)} here"
         raise ValueError(f"the agent sees other observations than this environment makes ({what})")
+
+    def require_prices(self, price_range: Sequence[float] | None) -> None:
+        """Check that an environment's range of prices, in which the observation places a price, is this agent's.
+
+        Raises:
+            ValueError: it is another one; the message shows both.
+        """
+        if price_range is not None and self.price_range is not None and tuple(price_range) != self.price_range:
+            raise ValueError(
+                f"the agent was trained for price_range {list(self.price_range)}, the environment has "
+                f"{list(price_range)}: it would take each price for another one"
+            )
 
     # ----------------------------------------------------------------- sharing
 

@@ -236,11 +236,16 @@ class TargetNFE(StatefulCallback):
     evaluation takes, may need more or fewer.
 
     Raises:
-        ValueError: no positive price to start from, or a mean that no policy can have.
+        ValueError: no positive price to start from, a mean that no policy can have, or a range of prices.
     """
 
     def __init__(self, env: DenoiseVecEnv, target_nfe: float, rate: float) -> None:
         super().__init__()
+        if env.env.config.price_range is not None:
+            raise ValueError(
+                f"reward.target_nfe={target_nfe:g} searches one price, price_range {list(env.env.config.price_range)} "
+                "draws one an episode: set one of them"
+            )
         least, most = reachable_nfe(env.env.config)
         if not least <= target_nfe <= most:
             raise ValueError(

@@ -123,4 +123,4 @@ def _over_prices(found: Mapping[float | None, Mapping[str, float]]) -> dict[str,
     if len(found) == 1:
         return whole
     ordered = sorted((price, means) for price, means in found.items() if price is not None)
-    return whole | {f"price_{price:.3g}/{name}": value for price, means in ordered for name, value in means.items()}
+    return whole | {f"price_{price:.6g}/{name}": value for price, means in ordered for name, value in means.items()}

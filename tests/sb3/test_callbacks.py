@@ -256,6 +256,11 @@ def test_a_target_that_no_policy_can_meet_is_refused(target):
     assert str(target) in str(error.value)
 
 
+def test_one_price_is_not_searched_where_each_episode_draws_its_own():
+    with pytest.raises(ValueError, match=r"target_nfe=10 .* price_range \[0.001, 0.01\]"):
+        TargetNFE(Lanes(price_range=[0.001, 0.01]), 10, 0.3)
+
+
 def test_the_price_follows_the_episodes_and_says_where_it_can_go_no_further():
     lanes = Lanes()
     with warnings.catch_warnings():

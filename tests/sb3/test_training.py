@@ -607,8 +607,7 @@ def test_an_agent_for_many_prices_says_so(priced):
         AdaptivePipeline(make_agent_env(agent, 1), agent)("a star", 3)
 
 
-def test_a_run_of_before_there_were_prices_goes_on(whole, small_kwargs, tmp_path):
-    """A setting that is null is none."""
+def test_a_setting_that_is_null_and_one_that_is_not_there_are_the_same(whole, small_kwargs, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     state = load_checkpoint(tmp_path / "run" / FILE)
     before = OmegaConf.create(state.pop("config"))
