@@ -115,7 +115,7 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         prompts=len({row.prompt for row in rows}),
         metric=headline_metric(rows),
         verdicts=verdicts,
-        claims={name: claim.format(max_nfe=rules.max_nfe) for name, claim in CLAIMS.items()},
+        claims={one.hypothesis: CLAIMS[one.hypothesis[:2]].format(max_nfe=rules.max_nfe) for one in verdicts},
         rules=_rules(rules),
         left_out=provenance.get(LEFT_OUT, []),
         subject=subject_of(rows),

@@ -17,6 +17,7 @@ from addiff_env.evaluation.statistics.families import (
     FULL_IMAGE,
     Groups,
     agent_runs,
+    agent_runs_by_price,
     control_names,
     members_of,
     solver_families,
@@ -58,15 +59,10 @@ def decide_all(
             return _undecided("H1", f"50-step inference ({' or '.join(wanted)}) was not run", _prompts(paired))
         return h1_efficiency(paired, own, reference, _known(solvers, others), rules)
 
-    def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
-        if not others:
-            return _undecided("H2", "no solver was run", _prompts(paired))
-        return h2_quality(paired, own, _known(families, others), rules)
-
     compared = [*([reference] if reference else ()), *members_of(solvers)]
     return [
         _on_common(h1, "H1", rows, runs, compared, rules),
-        _on_common(h2, "H2", rows, runs, members_of(families), rules),
+        _h2_on_common(rows, runs, families, rules),
         _h3_on_common(rows, runs, complexity, rules),
         _h4_on_common(rows, runs, _controls(methods, runs), rules),
     ]
@@ -117,6 +113,28 @@ def _noting(decision: Decision, further: Sequence[Part], notes: Sequence[str]) -
     return replace(decision, reason="; ".join([decision.reason, *notes]))
 
 
+def _h2_on_common(rows: Sequence[ResultRow], agent: Sequence[str], families: Groups, rules: Rules) -> Decision:
+    """H2 with every solver and best-of-N."""
+
+    def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
+        if not others:
+            return _undecided("H2", "no solver was run", _prompts(paired))
+        return h2_quality(paired, own, _known(families, others), rules)
+
+    return _on_common(h2, "H2", rows, agent, members_of(families), rules)
+
+
+def _at_other_prices(rows: Sequence[ResultRow], agents: Sequence[str], rules: Rules) -> list[Decision]:
+    """H2 at every further price that the agents were run at, by names that say it."""
+    methods = list(dict.fromkeys(row.method for row in rows))
+    found = []
+    for price, runs in agent_runs_by_price(methods).items():
+        if not set(runs) & set(agents):
+            decision = _h2_on_common(rows, runs, solver_families(methods), rules)
+            found.append(replace(decision, hypothesis=f"H2 at price {price}"))
+    return found
+
+
 def _h3_on_common(
     rows: Sequence[ResultRow], agent: Sequence[str], complexity: Mapping[SampleKey, float], rules: Rules
 ) -> Decision:
@@ -150,10 +168,18 @@ def decide(
 ) -> list[Decision]:
     """Verdicts on H1-H4 from any rows; none without rows of ``agents``, which are training runs of one group.
 
-    Of several the first alone has H4's controls, so that H4 is about that one.
+    Of several the first alone has H4's controls, so that H4 is about that one. H2 is decided at every further price
+    that they were run at, too.
     """
     if not {row.method for row in rows} & set(agents):
         return []
+    return [*_decide_group(rows, complexity, rules, agents), *_at_other_prices(rows, agents, rules)]
+
+
+def _decide_group(
+    rows: Sequence[ResultRow], complexity: Mapping[SampleKey, float], rules: Rules, agents: Sequence[str]
+) -> list[Decision]:
+    """H1-H4 of one group."""
     if len(agents) == 1:
         return decide_all(rows, complexity, agent=agents, rules=rules)
     controls = control_names(agents[0])

@@ -43,8 +43,16 @@ def agent_runs(methods: Iterable[str]) -> list[str]:
 
     Of an agent at several prices (``agent@0.004``) those at the one that is named first: verdicts are about that one.
     """
-    found = [(name, match["price"]) for name in methods if (match := _AGENT.fullmatch(name))]
-    return [name for name, price in found if price == found[0][1]]
+    return next(iter(agent_runs_by_price(methods).values()), [])
+
+
+def agent_runs_by_price(methods: Iterable[str]) -> dict[str, list[str]]:
+    """Training runs of the agent at each price, as the names say it (empty: without): ``{"0.004": [...]}``."""
+    found: dict[str, list[str]] = {}
+    for name in methods:
+        if match := _AGENT.fullmatch(name):
+            found.setdefault(match["price"] or "", []).append(name)
+    return found
 
 
 def agent_fronts(methods: Iterable[str]) -> dict[str, list[str]]:

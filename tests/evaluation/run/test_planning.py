@@ -172,6 +172,27 @@ def test_a_group_of_agents_is_judged_as_one_and_h4_by_the_first() -> None:
     assert all("agent-s3" in part.condition for part in verdicts[3].parts) and len(verdicts[3].parts) == 2
 
 
+def test_quality_at_equal_compute_is_decided_at_every_price() -> None:
+    """Each price as if the agent had been run at it alone; everything else at the first."""
+    rng, keys = np.random.default_rng(0), [(f"prompt {k}", k) for k in range(40)]
+    spent = {"ddim-5": 5, "ddim-20": 20, "agent@0.004": 8, "agent@0.001": 12}
+    worth = {"ddim-5": 0.5, "ddim-20": 0.6, "agent@0.004": 0.98, "agent@0.001": 0.55}
+    rows = [
+        ResultRow(name, prompt, seed, "colors", "b", "ddim-10", name, "float32", "1", actions=[0], nfe=nfe,
+                  net_flops=float(nfe), scores={"success": float(rng.random() < worth[name])})
+        for name, nfe in spent.items()
+        for prompt, seed in keys
+    ]  # fmt: skip
+    requirements, rules = {key: key[1] % 3 for key in keys}, Rules(draws=200)
+    first, second = "agent@0.004", "agent@0.001"
+    found = {one.hypothesis: one for one in decide(rows, requirements, rules, [first])}
+    assert list(found) == ["H1", "H2", "H3", "H4", "H2 at price 0.001"]
+    for name, of in (("H2", first), ("H2 at price 0.001", second)):
+        alone = [row for row in rows if row.method not in {first, second} - {of}]
+        assert found[name].parts == decide(alone, requirements, rules, [of])[1].parts
+    assert found["H2"].parts[0].estimate > 0.2 > found["H2 at price 0.001"].parts[0].estimate
+
+
 # ------------------------------------------------------------------ methods
 
 
