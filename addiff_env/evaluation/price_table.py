@@ -25,10 +25,11 @@ from addiff_env.agent.price_table import PricePoint, PriceTable
 from addiff_env.env.prices import check_price, price_at
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item, id_list_hash, load_benchmark
+from addiff_env.evaluation.methods.policy_method import PolicyMethod
 from addiff_env.evaluation.metrics.registry import is_embedded_world
 from addiff_env.evaluation.report.text import aligned
 from addiff_env.evaluation.run.fingerprint import WEIGHTS, environment_of
-from addiff_env.pipeline import AdaptivePipeline, make_agent_env
+from addiff_env.pipeline import make_agent_env
 from addiff_env.stats import at_least_one
 from addiff_env.storage.commands import interruptible
 from addiff_env.storage.files import claim
@@ -45,10 +46,9 @@ def measure_price(
     env: DiffusionDenoiseVectorEnv, agent: Agent, items: Sequence[Item], price: float, judged: bool
 ) -> PricePoint:
     """Means over pictures of ``items`` at ``price``; ``judged``: also the share that the exact checker accepts."""
-    prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
     rows, successes = [], []
     with tqdm(total=len(items), desc=f"price {price:g}", unit="image", leave=False) as bar:
-        for group in AdaptivePipeline(env, agent).stream(prompts, seeds, price=price):
+        for group in PolicyMethod(env, agent, price=price).make(list(items)):
             rows += [(made.nfe, made.net_flops, made.reward, made.quality) for _, made in group]
             successes += [check_picture(made.picture, made.prompt).satisfied for _, made in group if judged]
             bar.update(len(group))
