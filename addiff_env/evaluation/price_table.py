@@ -72,9 +72,9 @@ def record_table(
         FileNotFoundError, ValueError: as `Agent.load` and `load_benchmark`; an agent without a price input, or a price
             beyond its range. FolderBusyError: another process writes the bundle.
     """
+    Agent.load(folder).require_price_input()
     with claim(folder, "agent table"):
-        agent = Agent.load(folder)
-        agent.require_price_input()
+        agent = Agent.load(folder)  # another process may have recorded something meanwhile
         asked = _asked_prices(agent, prices)
         name = benchmark or (EMBEDDED if agent.environment[0].startswith("AdDiffusion-Tiny-") else EVERYDAY)
         items = load_benchmark(resolve_model(name), limit)

@@ -1,6 +1,7 @@
 """The table of an agent's prices, measured: against a run by hand, and gone on with after an interruption."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from addiff_env.env.reward import quality
 from addiff_env.evaluation import price_table
 from addiff_env.evaluation.benchmarks.items import load_benchmark
 from addiff_env.pipeline import make_agent_env
+from addiff_env.storage.paths import resolve_model
 from addiff_env.tiny.checker import check_picture
 
 RANGE = [0.001, 0.016]
@@ -87,8 +89,10 @@ def test_prices_beyond_the_range_are_refused_and_nothing_is_lost(bundle, price, 
 
 
 def test_an_agent_without_a_price_input_has_no_table(capsys):
+    before = sorted(Path(resolve_model("addiff_env:tiny/weights/agent")).iterdir())
     assert cli.main(["agent", "table", "addiff_env:tiny/weights/agent"]) == 1
     assert "no price input" in capsys.readouterr().err
+    assert sorted(Path(resolve_model("addiff_env:tiny/weights/agent")).iterdir()) == before
 
 
 def test_a_file_of_other_prompts_has_no_verdicts(bundle, tmp_path):
