@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does
     "baselines": ("addiff_env.env.baseline_cache", "score fixed-step inference, for rewards relative to it"),
     "profile": ("addiff_env.env.costs", "measure FLOPs and milliseconds of encoders, scorers and a denoiser step"),
     "doctor": ("addiff_env.cli.doctor", "say whether an environment can run here, and what to do where it cannot"),
+    "selftest": ("addiff_env.cli.selftest", "run a model once against what it must equal, and measure it"),
     "world data": ("addiff_env.tiny.recipes.data", "render the embedded world's training pictures"),
     "world splits": ("addiff_env.tiny.make_splits", "write the embedded world's prompt splits"),
     "world train": ("addiff_env.tiny.recipes.command", "train the embedded world's models, all of them or one"),
