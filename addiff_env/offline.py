@@ -24,7 +24,7 @@ from gymnasium.vector import AutoresetMode
 from addiff_env.agent import Agent
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.storage.commands import interruptible
-from addiff_env.storage.files import claim_file
+from addiff_env.storage.files import claim_file, told_when_full
 
 RANDOM_SHARES = (0.8, 0.08, 0.12)  # continue, stop, refine of the random policy
 Act = Callable[[Any, np.ndarray], np.ndarray]  # observations (B, width), masks (B, 3) -> actions (B,)
@@ -210,9 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of prompts, initial noises and random actions")
     options = parser.parse_args(argv)
     check_free(options.name)
+    place = _minari().storage.get_dataset_path(options.name)
     with (
         interruptible(lambda: "a dataset is written whole, nothing is kept"),
-        claim_file(_minari().storage.get_dataset_path(options.name), "offline", "choose another name or version"),
+        claim_file(place, "offline", "choose another name or version"),
+        told_when_full(place),
     ):
         check_free(options.name)  # another recording may have ended just now
         _record(options)

@@ -22,6 +22,9 @@ from addiff_env.env.validation import as_list, check_seed
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.types import Generated
 
+# What a picture's note says where the environment reports a fault.
+FAULT = "the model's numbers stopped being finite: the picture is its last finite prediction, or grey"
+
 
 def make_agent_env(agent: Agent, num_envs: int, **overrides: Any) -> DiffusionDenoiseVectorEnv:
     """The environment an agent was trained on, with lanes that wait when they have ended.
@@ -236,7 +239,7 @@ class AdaptivePipeline:
         scores = self.env.clip_score[[lane]], self.env.reward_score[[lane]]
         made.quality = float(quality(*scores, self.env.reward_config)[0])
         if info["fault"][lane]:
-            made.note = "the model's numbers stopped being finite: the picture is its last finite prediction"
+            made.note = FAULT
         made.nfe, made.forward_passes = int(info["nfe"][lane]), int(info["forward_passes"][lane])
         made.net_flops = float(info["net_flops"][lane]) + len(made.actions) * self.agent.flops
         if self._selective:

@@ -26,7 +26,7 @@ from addiff_env.env.config import EnvConfig
 from addiff_env.env.prices import check_price, price_at, read_price_range
 from addiff_env.env.validation import plain
 from addiff_env.loading.isolation import exclusive, isolated
-from addiff_env.loading.weights import gated_advice
+from addiff_env.loading.weights import check_finite, gated_advice
 from addiff_env.storage.files import replacing
 from addiff_env.storage.paths import looked_at, resolve_model
 
@@ -197,8 +197,8 @@ class Agent:
 
         Raises:
             FileNotFoundError: a file is missing; ValueError: unknown format version, damaged weights,
-            weights that do not fit the description or are not those it was saved with, or a file beside them that
-            could run code.
+            weights that do not fit the description, are not those it was saved with or are not finite, or a file beside
+            them that could run code.
         """
         named, folder = looked_at(folder), Path(resolve_model(folder))
         for name in (WEIGHTS, CONFIG):
@@ -216,6 +216,7 @@ class Agent:
         agent = cls(policy, config)
         if described not in (None, agent.fingerprint):
             raise ValueError(f"{folder}: {CONFIG} describes weights {described}, {WEIGHTS} holds {agent.fingerprint}")
+        check_finite(policy.state_dict(), folder / WEIGHTS)
         return agent
 
     def require_layout(self, parts: dict[str, int]) -> None:

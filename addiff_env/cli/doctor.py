@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="addiff doctor", description=(__doc__ or "").split("\n")[0])
     add_settings(parser)
     parser.add_argument("--online", action="store_true", help="ask the Hub for what is not here")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     chosen = read_chosen(options.settings)
     findings = examine(chosen, options.online)
     print(report(chosen, findings))

@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_settings(parser)
     parser.add_argument("--checks", default=",".join(CHECKS), help="some of these, by name (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="also write the report there")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     names = options.checks.split(",")
     if unknown := [name for name in names if name not in CHECKS]:
         raise ValueError(f"no check {', '.join(map(repr, unknown))}; known: {', '.join(CHECKS)}")

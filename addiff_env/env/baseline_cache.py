@@ -27,7 +27,7 @@ from addiff_env.env.reward import RewardConfig, quality
 from addiff_env.env.validation import at_least, check_seed, checked
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.storage.commands import command_line, interruptible, json_argument
-from addiff_env.storage.files import claim_file, write_whole
+from addiff_env.storage.files import claim_file, told_when_full, write_whole
 from addiff_env.storage.inputs import fingerprint
 from addiff_env.storage.jsonl import read_objects
 from addiff_env.storage.paths import looked_at, resolve_model
@@ -271,7 +271,7 @@ def _complete(
     missing = [pair for pair in wanted if pair not in cache.scores]
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_lines(path, lines or [header])
-    with path.open("a", encoding="utf-8") as file:
+    with told_when_full(path), path.open("a", encoding="utf-8") as file:
         scored = score_fixed_steps(env, steps, missing)
         for prompt, seed, clip, reward in tqdm(scored, total=len(missing), desc=f"{steps} steps", unit="picture"):
             cache.put(prompt, seed, clip, reward)

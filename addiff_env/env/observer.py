@@ -83,6 +83,11 @@ class Observer:
     def _look_at(self, state: LaneState, lanes: np.ndarray, first: bool) -> None:
         index, finished = state.index(lanes), state.done[lanes]
         pictures = self._decode(state, lanes) if self.perception.reads_pictures or finished.any() else None
+        if pictures is not None:
+            if finished.any():
+                broken = ~torch.isfinite(pictures).flatten(1).all(1).cpu().numpy()
+                state.fault[lanes[finished & broken]] = True
+            pictures = _finite(pictures)
         prompts, latents = [state.prompt[lane] for lane in lanes], self._latents_to_score(state, lanes)
         features = self.perception.look(pictures, prompts, True, latents)
         before = features if first else state.features.at(index)
@@ -122,7 +127,7 @@ class Observer:
         reads = self.perception.reads_pictures
         if isinstance(self.previewer, FullDecoder) and reads:
             latents = _choose(state.index(finished), state.latents[index], state.x0[index])
-            return _finite(self.backbone.decode(latents))
+            return self.backbone.decode(latents)
         pictures = torch.zeros(len(lanes), 3, self.config.height, self.config.width, device=self.backbone.device)
         for rows, decode, latents in (
             (np.flatnonzero(finished), self.backbone.decode, state.latents),
@@ -130,7 +135,7 @@ class Observer:
         ):
             if len(rows):
                 pictures[state.index(rows)] = decode(latents[state.index(lanes[rows])])
-        return _finite(pictures)
+        return pictures
 
     def blank(self, state: LaneState, lanes: np.ndarray) -> None:
         """Forget what was seen of ``lanes``: without warm-up there is no prediction yet."""

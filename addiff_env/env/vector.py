@@ -90,9 +90,10 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     `addiff_env.env.reward.RewardComponents`: ``info["reward_components"]["terminal"]`` (B,).
     ``action_mask`` (B, 3) int8 is 1 where an action is admissible: ``action_space.sample(tuple(info["action_mask"]))``
     draws such actions, and `action_masks` has the same as bool. ``action_taken`` is -1 where nothing was carried out.
-    ``fault`` says that the lane's numbers stopped being finite: it is terminated with its last finite prediction and
-    pays the reward's ``fault`` penalty. Where that happens in the warm-up, ``reset`` says so in ``fault``, and the
-    lane's first step ends it so, whatever the action. Everything is a number but for ``prompt``, which
+    ``fault`` says that the lane's numbers stopped being finite: it is terminated with its last finite prediction (grey
+    where the decoder's numbers did) and pays the reward's ``fault`` penalty. Where that happens in the warm-up,
+    ``reset`` says so in ``fault``, and the lane's first step ends it so, whatever the action.
+    Everything is a number but for ``prompt``, which
     ``info["prompt"]`` gives and iterating passes over: TorchRL, `NumpyToTorch` and Gymnasium's vector environments of
     single ones collect what is iterated over (`addiff_env.env.info.Info`). ``text_info=True`` lists it with the rest.
 

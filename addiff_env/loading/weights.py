@@ -112,8 +112,8 @@ def load_network(loader: Any, model: str | Path, *, may_lack: str | None = None,
         options: of ``from_pretrained``.
 
     Raises:
-        ValueError: tensors are missing, not known or of another shape; the message names them. Whatever the library
-            raises for files that are not there or damaged.
+        ValueError: tensors are missing, not known, of another shape, or hold numbers that are not finite; the message
+            names them. Whatever the library raises for files that are not there or damaged.
     """
     if loader.__module__.startswith("transformers."):
         options["ignore_mismatched_sizes"] = True  # else it raises without a name
@@ -127,6 +127,7 @@ def load_network(loader: Any, model: str | Path, *, may_lack: str | None = None,
     if found:
         kind = type(network).__name__
         raise ValueError(f"{str(model)!r} is not the {kind} that it says: its weights {'; they '.join(found)}")
+    check_finite(network.state_dict(), model)
     return network
 
 

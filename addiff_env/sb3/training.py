@@ -36,7 +36,7 @@ from addiff_env.sb3.held_out import MetricFn
 from addiff_env.sb3.parts import build_callbacks, build_env, build_held_out, build_model, check_numbers, input_settings
 from addiff_env.sb3.policies import calibrate
 from addiff_env.sb3.vec_env import observation_parts
-from addiff_env.storage.files import claim, write_whole
+from addiff_env.storage.files import claim, told_when_full, write_whole
 from addiff_env.storage.inputs import fingerprints
 
 CONFIG_FILE = "config.yaml"
@@ -82,6 +82,7 @@ def train(cfg: DictConfig, run: Path, judge: MetricFn | None = None, callbacks: 
         held.enter_context(claim(run, "a training", instead=ELSEWHERE))
         if cfg.out and not _same_place(Path(cfg.out), run):
             held.enter_context(claim(Path(cfg.out), "a training's agent", instead="name another out"))
+        held.enter_context(told_when_full(run))
         return _train(cfg, run, judge, callbacks)
 
 

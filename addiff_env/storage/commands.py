@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from addiff_env.storage.files import DiskFullError
+
 INTERRUPTED = 130  # exit status of what Ctrl-C ended, as shells have it
 NO_WORDS = ("null", "true", "false", "inf", "nan")  # what Hydra reads as something else
 LAUNCHED = ("RANK", "WORLD_SIZE")  # set by accelerate and torchrun, one process each
@@ -93,6 +95,8 @@ def _started_by() -> list[str]:
 def interruptible(kept: Callable[[], str], further: Sequence[str] = ()) -> Iterator[None]:
     """Turn Ctrl-C into a line that says what was ``kept`` and how to go on, and exit status 130.
 
+    An error of a full disk says it, too.
+
     Args:
         kept: says it, when asked.
         further: words that the command needs besides, to go on.
@@ -104,3 +108,6 @@ def interruptible(kept: Callable[[], str], further: Sequence[str] = ()) -> Itera
         again = f"go on with: {this_command(*further)}" if alone else "the same launch goes on"
         print(f"\ninterrupted: {kept()}; {again}", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
+    except DiskFullError as error:
+        text = f"{error.strerror}; {kept()}; make room, and the same command goes on"
+        raise DiskFullError(error.errno, text) from error

@@ -5,11 +5,13 @@ Locks are the operating system's: whatever ends a process, a kill or a crash amo
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import time
 import uuid
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 LOCK = ".lock"
 PROGRAM = ".program"  # begins the names of the locks that programs hold for as long as they run
@@ -31,6 +34,10 @@ _HASHED = re.compile(r"(^|\.)[0-9a-f]{10}$")  # how the names end that `file_nam
 
 class FolderBusyError(OSError):
     """Another program is at work in a folder, or on a file."""
+
+
+class DiskFullError(OSError):
+    """There is no room to write a file; says which, and how much is free there."""
 
 
 # --------------------------------------------------------------------------- who may write
@@ -134,6 +141,37 @@ def _patience() -> float:
 # --------------------------------------------------------------------------- how
 
 
+@contextmanager
+def told_when_full(path: Path) -> Iterator[None]:
+    """While writing a file, or files of a folder: let what a full disk does to that say where it was.
+
+    Raises:
+        DiskFullError: in place of what Python, or a library, says of it, which names no file.
+    """
+    try:
+        yield
+    except DiskFullError:  # told already, of the file itself
+        raise
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if not _is_full(error):
+            raise
+        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+        free = shutil.disk_usage(there).free / 2**20
+        text = f"no space left to write {path}: {free:,.1f} MiB are free there"
+        raise DiskFullError(errno.ENOSPC, text) from error
+
+
+def _is_full(error: Exception) -> bool:
+    number = getattr(error, "errno", None)
+    if number is not None:
+        return number in (errno.ENOSPC, errno.EDQUOT)
+    return any(words in str(error) for words in _FULL)
+
+
+# How libraries put it that hand no number on: HDF5 and safetensors, and PyTorch, which says nothing else.
+_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
+
+
 def partial_of(path: Path) -> Path:
     """A name beside ``path`` that no other process uses, here or on another machine."""
     return path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
@@ -148,12 +186,13 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
     """
     partial = partial_of(path)
     try:
-        yield partial
-        if durable:
-            _to_disk(partial)
-        os.replace(partial, path)
-        if durable:
-            _to_disk(path.parent)  # the renaming itself
+        with told_when_full(path):
+            yield partial
+            if durable:
+                _to_disk(partial)
+            os.replace(partial, path)
+            if durable:
+                _to_disk(path.parent)  # the renaming itself
     finally:
         partial.unlink(missing_ok=True)
 
@@ -176,13 +215,14 @@ def keep_first(path: Path, text: str) -> None:
     """Write a file, unless another process was faster: whole or not at all, and never over another's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
-    partial.write_text(text, encoding="utf-8")
     try:
-        os.link(partial, path)
+        with told_when_full(path):
+            partial.write_text(text, encoding="utf-8")
+            os.link(partial, path)
     except FileExistsError:
         pass
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
 def read_text(path: Path) -> str:

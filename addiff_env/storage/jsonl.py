@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from addiff_env.storage.files import told_when_full
+
 _BLOCK = 1 << 16  # bytes read at a time while looking for the last newline
 
 
@@ -39,11 +41,12 @@ def append_objects(path: Path, objects: Iterable[dict[str, Any]]) -> None:
     """Append objects and force them to disk; a torn last line left by a kill is cut off first.
 
     Raises:
-        ValueError: a number that JSON has no word for (NaN, infinity); nothing is written then.
+        ValueError: a number that JSON has no word for (NaN, infinity); nothing is written then. DiskFullError: there is
+            no room; what stood there stays.
     """
     lines = [_line(values) for values in objects]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    with told_when_full(path), path.open("a+b") as file:
         _cut_torn_line(cast(BinaryIO, file))
         file.write(b"".join(lines))
         file.flush()

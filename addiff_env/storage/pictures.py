@@ -7,6 +7,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from addiff_env.storage.files import told_when_full
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Write a picture uint8 (H, W, 3) or (H, W) to a file; its folder is made. Nothing is left where that fails.
+
+    Raises:
+        DiskFullError: there is no room.
+    """
+    try:
+        with told_when_full(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
 
 def open_picture(path: Path) -> Image.Image:
     """A picture file, decoded.

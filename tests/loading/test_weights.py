@@ -214,6 +214,18 @@ def add(state: dict[str, torch.Tensor]) -> str:
     return stranger
 
 
+def overflow(state: dict[str, torch.Tensor]) -> str:
+    name = matrix(state)
+    state[name].flatten()[-1] = float("inf")
+    return name
+
+
+def spoil(state: dict[str, torch.Tensor]) -> str:
+    name = matrix(state)
+    state[name].flatten()[0] = float("nan")
+    return name
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_not_the_networks_are_refused(sound: dict[str, Path], tmp_path: Path, kind: str) -> None:
     """In every file of the folder in turn; the message names the tensor."""
@@ -230,6 +242,28 @@ def test_weights_that_are_not_the_networks_are_refused(sound: dict[str, Path], t
             known = 1 if kind == "mask2former" else 2  # a library renames its layers on their way
             last = [part for part in name.split(".") if not part.isdigit()][-known:]
             assert str(folder) in told and all(part in told for part in last), (edit, name, told)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_not_finite_are_refused(sound: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """One number of one tensor of any file; the message names the tensor, as far as a library keeps its name."""
+    for number, file in enumerate(weights(sound[kind])):
+        edit = (overflow, spoil)[number % 2]
+        shutil.copytree(sound[kind], folder := tmp_path / str(number))
+        name = change(folder / file.relative_to(sound[kind]), edit)
+        with pytest.raises(ValueError, match=str(folder)) as error:
+            KINDS[kind][1](folder)
+        if kind != "agent":  # whose configuration says which weights are its own
+            assert "not finite" in str(error.value) and name.rpartition(".")[2] in str(error.value)
+
+
+def test_an_agent_that_learnt_itself_to_pieces_is_refused(tmp_path: Path) -> None:
+    parts = {"a": 2, "b": 1}
+    net = PolicyNet(parts)
+    next(net.parameters()).data[0] = float("nan")
+    Agent(net, {"observation": parts, "hidden": 128}).save(tmp_path / "agent")
+    with pytest.raises(ValueError, match="agent.*not finite"):
+        Agent.load(tmp_path / "agent")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -421,6 +455,23 @@ def test_a_lora_of_other_files_is_refused(sound: dict[str, Path], loras: dict[st
     for name in ("cut", "none", "nan"):
         with pytest.raises(ValueError, match=f"{name}.safetensors"):
             with_lora(sound["sd"], tmp_path / f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("matrices", [("lora_A", "lora.down"), ("lora_B", "lora.up")])
+def test_a_lora_that_changes_nothing_is_refused(
+    sound: dict[str, Path], loras: dict[str, Path], tmp_path: Path, kind: str, matrices: tuple[str, str]
+) -> None:
+    """Training begins with B = 0; one layer that was trained is enough."""
+    state = load_file(next(loras[kind].iterdir()))
+    names = [name for name in state if any(word in name for word in matrices)]
+    assert names
+    blank = {name: torch.zeros_like(value) if name in names else value for name, value in state.items()}
+    save_file(blank, tmp_path / "blank.safetensors")
+    with pytest.raises(ValueError, match="blank.safetensors.*it changes nothing"):
+        with_lora(sound[kind], tmp_path / "blank.safetensors")
+    save_file(blank | {names[0]: state[names[0]]}, tmp_path / "one.safetensors")
+    with_lora(sound[kind], tmp_path / "one.safetensors")
 
 
 def test_a_model_that_was_refused_can_be_loaded_afterwards(sound: dict[str, Path], tmp_path: Path) -> None:

@@ -86,6 +86,7 @@ def _fuse_lora(pipeline: Any, lora: str) -> None:
             state = _lora_state(pipeline, place)
             check_finite(state, place)
             _check_names(state)
+            _check_effect(state)
             try:
                 pipeline.load_lora_weights(place, use_safetensors=True)
             except (IndexError, KeyError, TypeError) as error:  # how diffusers fails where it finds no layer
@@ -128,6 +129,18 @@ def _check_names(state: dict[str, torch.Tensor]) -> None:
     ]
     if lacking:
         raise ValueError(f"it lacks {len(lacking)} tensors of the layers that it changes: {some(lacking)}")
+
+
+def _check_effect(state: dict[str, torch.Tensor]) -> None:
+    """Refuse a LoRA that changes nothing: training begins with B = 0, and what is saved then is the model alone.
+
+    Raises:
+        ValueError: in every layer one of the two matrices is zero.
+    """
+    layers = [(name, name.replace(a, b)) for a, b in _MATRICES for name in state if a in name]
+    others = [name for name in state if not any(name in pair for pair in layers)]  # DoRA's magnitudes, LoHa's, ...
+    if layers and not others and not any(state[a].any() and state[b].any() for a, b in layers):
+        raise ValueError(f"it changes nothing: one of the two matrices of each of its {len(layers)} layers is zero")
 
 
 def _without_layer(pipeline: Any, state: dict[str, torch.Tensor]) -> list[str]:

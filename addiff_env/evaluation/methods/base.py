@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +15,15 @@ from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.loading.isolation import isolated
 from addiff_env.types import Generated
+
+NOT_FINITE = "the model's numbers stopped being finite: the picture is grey"  # of a row
+
+
+def decode_finite(backbone: Backbone, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures (B, 3, H, W) of latents (B, C, h, w), grey where not finite; and which (B,) bool are finite."""
+    pictures = backbone.decode(latents)
+    finite = torch.isfinite(pictures).flatten(1).all(1)
+    return torch.where(finite[:, None, None, None], pictures, 0.5), finite
 
 
 class Method(Protocol):
@@ -57,12 +66,19 @@ class Batched:
         return initial_noise(self.env.backbone, self.env.latent_shape, seeds)
 
     def _generated(
-        self, item: Item, picture: np.ndarray, passes: float, decodes: int = 1, verdicts: int = 0
+        self,
+        item: Item,
+        picture: np.ndarray,
+        passes: float,
+        decodes: int = 1,
+        verdicts: int = 0,
+        finite: Any = True,
     ) -> Generated:
-        """A result whose cost is that of `total_flops`."""
+        """A result whose cost is that of `total_flops`; one that is not ``finite`` says so."""
         nfe = round(passes / self.env.passes_per_nfe)
         flops = self.total_flops(passes, decodes, verdicts)
-        return Generated(item.prompt, item.seed, picture, [], nfe, round(passes), flops)
+        note = "" if finite else NOT_FINITE
+        return Generated(item.prompt, item.seed, picture, [], nfe, round(passes), flops, note=note)
 
     def total_flops(self, passes: float, decodes: int = 1, verdicts: int = 0) -> float:
         """Net FLOPs of ``passes`` of the network, ``decodes``, and ``verdicts`` of the reward model, with the texts.

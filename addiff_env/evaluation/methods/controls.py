@@ -10,6 +10,7 @@ from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.base import Batched
 from addiff_env.evaluation.methods.samplers import FixedSteps
+from addiff_env.pipeline import FAULT
 from addiff_env.types import Action, Generated, ResultRow
 
 Scripts = Mapping[tuple[str, int], ResultRow]  # an agent's rows by (prompt, seed)
@@ -52,6 +53,7 @@ class Replay(Batched):
                 int(info["nfe"][lane]),
                 int(info["forward_passes"][lane]),
                 float(info["net_flops"][lane]),
+                note=FAULT if info["fault"][lane] else "",
             )
             for lane, item in enumerate(items)
         ]

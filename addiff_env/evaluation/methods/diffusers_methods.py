@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from addiff_env.diffusion.backbones import Backbone, StableDiffusionBackbone, draw_noise, load_backbone, to_uint8
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.methods.base import Batched
+from addiff_env.evaluation.methods.base import NOT_FINITE, Batched, decode_finite
 from addiff_env.evaluation.metrics.phrases import NounPhrase, noun_phrases
 from addiff_env.loading.isolation import frozen, isolated
 from addiff_env.types import Generated
@@ -124,16 +124,18 @@ class DiffusersSolver(Batched):
                 output_type="latent",
                 **self._arguments(items),
             ).images
-        pictures = to_uint8(self.backbone.decode(latents))
+        pictures, finite = decode_finite(self.backbone, latents)
         passes = sum(rows) // len(items)
-        return [self._result(item, picture, len(rows), passes) for item, picture in zip(items, pictures, strict=True)]
+        made = zip(items, to_uint8(pictures), finite.tolist(), strict=True)
+        return [self._result(item, picture, len(rows), passes, is_finite) for item, picture, is_finite in made]
 
-    def _result(self, item: Item, picture: Any, nfe: int, passes: int) -> Generated:
+    def _result(self, item: Item, picture: Any, nfe: int, passes: int, is_finite: bool) -> Generated:
         backbone = self.backbone
         texts = backbone.texts_encoded(self.guidance_scale, self.negative_prompt)
         prices = {name: backbone.flops(name, self.shape) for name in ("denoiser", "decode", "text")}
         flops = passes * prices["denoiser"] + prices["decode"] + texts * prices["text"] + self._further_flops()
-        return Generated(item.prompt, item.seed, picture, [], nfe, passes, flops)
+        note = "" if is_finite else NOT_FINITE
+        return Generated(item.prompt, item.seed, picture, [], nfe, passes, flops, note=note)
 
     def _further_flops(self) -> float:
         """Spent on each lane of the latest batch beside forward passes, decode and text."""

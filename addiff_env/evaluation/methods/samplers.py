@@ -11,7 +11,7 @@ import torch
 from addiff_env.diffusion.backbones import denoise, to_uint8
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.methods.base import Batched
+from addiff_env.evaluation.methods.base import Batched, decode_finite
 from addiff_env.types import Generated
 
 
@@ -35,9 +35,10 @@ class FixedSteps(Batched):
 
     def _batch(self, items: list[Item]) -> list[Generated]:
         latents = self.latents([item.prompt for item in items], [item.seed for item in items])
-        pictures = to_uint8(self.env.backbone.decode(latents))
+        pictures, finite = decode_finite(self.env.backbone, latents)
         passes = self.steps * self.env.passes_per_nfe
-        return [self._generated(item, picture, passes) for item, picture in zip(items, pictures, strict=True)]
+        made = zip(items, to_uint8(pictures), finite.tolist(), strict=True)
+        return [self._generated(item, picture, passes, finite=is_finite) for item, picture, is_finite in made]
 
 
 class WordCount(Batched):

@@ -11,7 +11,7 @@ from addiff_env.diffusion.backbones import Prediction, to_uint8
 from addiff_env.diffusion.samplers import ddim_between
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.methods.base import Batched
+from addiff_env.evaluation.methods.base import Batched, decode_finite
 from addiff_env.evaluation.methods.samplers import FixedSteps
 from addiff_env.evaluation.metrics.registry import SCORERS, reward_score
 from addiff_env.perception.scorers import load_scorer
@@ -39,14 +39,15 @@ class BestOf(Batched):
         size = self.inner.batch_size  # of one picture's tries there may be more
         starts = range(0, len(prompts), size)
         latents = [self.inner.latents(prompts[at : at + size], seeds[at : at + size]) for at in starts]
-        pictures = self.env.backbone.decode(torch.cat(latents))
-        scores = reward_score(self.env.perception)(pictures, prompts).view(len(items), self.number)
-        best = scores.argmax(1).tolist()
+        pictures, finite = decode_finite(self.env.backbone, torch.cat(latents))
+        scores = _among_finite(reward_score(self.env.perception)(pictures, prompts), finite)
+        best = scores.view(len(items), self.number).argmax(1).tolist()
         images = to_uint8(pictures)
         passes = self.number * self.inner.steps * self.env.passes_per_nfe
+        chosen = [row * self.number + best[row] for row in range(len(items))]
         return [
-            self._generated(item, images[row * self.number + best[row]], passes, self.number, self.number)
-            for row, item in enumerate(items)
+            self._generated(item, images[place], passes, self.number, self.number, finite[place])
+            for item, place in zip(items, chosen, strict=True)
         ]
 
 
@@ -72,13 +73,13 @@ class OracleStop(Batched):
     def _batch(self, items: list[Item]) -> list[Generated]:
         prompts = [item.prompt for item in items]
         finish = self.env.config.finish_steps
-        stops: list[tuple[int, np.ndarray]] = []  # NFE and pictures of each
+        stops: list[tuple[int, np.ndarray, torch.Tensor]] = []  # NFE and pictures of each, and which are finite
         scores: list[torch.Tensor] = []
 
         def stop(nfe: int, latents: torch.Tensor) -> None:
-            pictures = self.env.backbone.decode(latents)
-            stops.append((nfe, to_uint8(pictures)))
-            scores.append(self.score(pictures, prompts))
+            pictures, finite = decode_finite(self.env.backbone, latents)
+            stops.append((nfe, to_uint8(pictures), finite))
+            scores.append(_among_finite(self.score(pictures, prompts), finite))
 
         def watch(index: int, latents: torch.Tensor, now: Prediction) -> None:
             if not finish:
@@ -92,7 +93,7 @@ class OracleStop(Batched):
         best = torch.stack(scores, 1).argmax(1).tolist()
         passes = self.env.passes_per_nfe
         return [
-            self._generated(item, stops[choice][1][row], stops[choice][0] * passes)
+            self._generated(item, stops[choice][1][row], stops[choice][0] * passes, finite=stops[choice][2][row])
             for row, (item, choice) in enumerate(zip(items, best, strict=True))
         ]
 
@@ -106,6 +107,11 @@ class OracleStop(Batched):
             now = env.backbone.predict(latents, timesteps, current, conditioning, env.config.guidance_scale, False)
             latents = ddim_between(latents, now.x0, current, next_level)
         return latents
+
+
+def _among_finite(scores: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
+    """Scores (B,) by which no picture is chosen that is not ``finite`` (B,), unless none is."""
+    return torch.where(finite.to(scores.device), scores, -torch.inf)
 
 
 def _scorer(env: DiffusionDenoiseVectorEnv, setting: str | None) -> Callable[[torch.Tensor, list[str]], torch.Tensor]:

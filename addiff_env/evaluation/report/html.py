@@ -50,7 +50,7 @@ from addiff_env.evaluation.statistics.decision import Decision, Rules, describe
 from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.evaluation.statistics.rules import configured_rules, read_rules
 from addiff_env.evaluation.statistics.summary import by_method, counted, decision_counts, headline_metric
-from addiff_env.storage.files import claim
+from addiff_env.storage.files import claim, told_when_full
 from addiff_env.storage.inputs import flatten
 from addiff_env.storage.paths import looked_at
 from addiff_env.types import ACTIONS, ResultRow
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.folder
     if not RunFolder(folder).rows.exists():
         raise FileNotFoundError(f"no rows.jsonl in {looked_at(folder)}")
-    with claim(folder, "the report"):
+    with claim(folder, "the report"), told_when_full(folder):
         _remake(folder, options.decide)
     return 0
 

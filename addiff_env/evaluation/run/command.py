@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from addiff_env.evaluation.run import runner
 from addiff_env.evaluation.run.rows import count_rows, launched_shard, shard_path
 from addiff_env.storage.commands import interruptible
-from addiff_env.storage.files import claim
+from addiff_env.storage.files import claim, told_when_full
 from addiff_env.storage.hydra_app import run_hydra
 
 
@@ -45,6 +45,7 @@ def evaluate(cfg: DictConfig) -> None:
     with (
         interruptible(lambda: f"{count_rows(path)} rows are kept in {path}"),
         claim(folder, "an evaluation", group, member, instead="take another folder: hydra.run.dir=..."),
+        told_when_full(folder),
     ):
         runner.run(cfg, folder, place, place != asked)
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
@@ -19,6 +18,7 @@ from addiff_env.evaluation.run.progress import RunProgress
 from addiff_env.evaluation.run.rows import append_rows, read_rows
 from addiff_env.evaluation.run.version import code_version, model_revision
 from addiff_env.storage.files import file_name
+from addiff_env.storage.pictures import save_picture
 from addiff_env.types import Generated, ResultRow
 
 
@@ -127,6 +127,5 @@ class RowMaker:
         # By the row's whole key: a folder may hold the same picture in two dtypes, or of two code versions.
         digest = hashlib.sha256(json.dumps(row.key).encode()).hexdigest()[:12]
         relative = Path("images") / file_name(row.method) / f"{row.seed}-{digest}.png"
-        (self.folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(made.picture).save(self.folder / relative)
+        save_picture(self.folder / relative, made.picture)
         return str(relative)

@@ -16,7 +16,6 @@ from platform import python_version
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.files import RunFolder
@@ -25,7 +24,7 @@ from addiff_env.evaluation.statistics.decision import Decision, Part, Rules
 from addiff_env.evaluation.statistics.summary import lead_with
 from addiff_env.storage.files import read_json, write_whole
 from addiff_env.storage.jsonl import read_objects
-from addiff_env.storage.pictures import read_picture
+from addiff_env.storage.pictures import read_picture, save_picture
 from addiff_env.types import ResultRow
 
 LIBRARIES = ("torch", "diffusers", "transformers", "gymnasium", "numpy")
@@ -163,10 +162,10 @@ def _save_trajectory(folder: Path, trajectory: Trajectory) -> None:
     folder.mkdir(parents=True)
     kept = []
     for number, frame in enumerate(trajectory.frames):
-        Image.fromarray(frame["picture"]).save(folder / f"{number:03d}.png")
+        save_picture(folder / f"{number:03d}.png", frame["picture"])
         if frame["mask"] is not None:
             levels = np.rint(255 * np.asarray(frame["mask"], float)).astype(np.uint8)  # (h, w)
-            Image.fromarray(levels).save(folder / f"{number:03d}-mask.png")
+            save_picture(folder / f"{number:03d}-mask.png", levels)
         kept.append({name: value for name, value in frame.items() if name not in ("picture", "mask")})
     item = {name: getattr(trajectory.item, name) for name in _KEPT}
     (folder / "strip.json").write_text(
