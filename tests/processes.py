@@ -6,6 +6,8 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from addiff_env.storage.files import LOCK
+
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = """
 import sys, time
@@ -32,6 +34,6 @@ def held(kind, place, *words, seconds=60):
 
 
 def everything(folder):
-    """Every file with its bytes and its time."""
+    """Every file with its bytes and its time; a lock has none to speak of: trying it may set it."""
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    return {path: (path.read_bytes(), path.suffix == LOCK or path.stat().st_mtime_ns) for path in files}

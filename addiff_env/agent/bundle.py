@@ -183,7 +183,7 @@ class Agent:
 
     def save(self, folder: str | Path) -> None:
         """Write the bundle; one that an interruption left half new is refused by `load`."""
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.contiguous() for name, value in self.policy.state_dict().items()}
         head = {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint}
@@ -257,7 +257,7 @@ class Agent:
         Raises:
             FileNotFoundError: neither such a folder nor such a repository; ValueError: as `load`.
         """
-        if Path(name).is_dir() or not _REPOSITORY.fullmatch(str(name)):
+        if Path(name).expanduser().is_dir() or not _REPOSITORY.fullmatch(str(name)):
             return cls.load(name)
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -15,6 +15,7 @@ from importlib import import_module
 import gymnasium as gym
 
 import addiff_env
+from addiff_env.storage.paths import expand_home
 
 VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does
     "train": ("addiff_env.sb3.command", "train an agent with Stable-Baselines3 (Hydra overrides)"),
@@ -102,7 +103,7 @@ def usage(verbs: Iterable[str]) -> str:
 def run(verb: str, argv: Sequence[str]) -> int:
     """Import the verb's module and run it; expected errors become one line on stderr."""
     try:
-        return import_module(VERBS[verb][0]).main(argv)
+        return import_module(VERBS[verb][0]).main(list(map(expand_home, argv)))
     except KeyboardInterrupt:
         return 130  # as shells count signals: 128 + SIGINT
     except EXPECTED as error:

@@ -240,7 +240,7 @@ def memory(subject: Subject) -> str:
 
 def image_reward(subject: Subject) -> str:
     """ImageReward's scores of its README's four pictures, where somebody says where they are."""
-    folder = os.environ.get(ASSETS)
+    folder = os.path.expanduser(os.environ.get(ASSETS, ""))
     if not folder:
         raise Skip(f"{ASSETS} does not name assets/images of ImageReward's repository")
     scorer = load_scorer(os.environ.get(CHECKPOINT, "imagereward"), resolve_device(subject.config.device))

@@ -256,8 +256,9 @@ def compute_baselines(
     steps = checked("steps", steps, Annotated[int, at_least(1)])
     prompts = [check_prompt(prompt) for prompt in prompts]
     seeds = [check_seed(seed) for seed in seeds]
-    with claim_file(Path(path), "baseline_cache"):
-        return _complete(Path(path), env, steps, prompts, seeds)
+    path = Path(path).expanduser()
+    with claim_file(path, "baseline_cache"):
+        return _complete(path, env, steps, prompts, seeds)
 
 
 def _complete(

@@ -142,7 +142,7 @@ def train(cfg: DictConfig, run: str | Path) -> list[float]:
     """
     check_settings(cfg)
     require_ray()
-    run = Path(run).resolve()  # Ray's storage takes absolute paths only
+    run = Path(run).expanduser().resolve()  # Ray's storage takes absolute paths only
     with storage.claim(run, "an RLlib training"), storage.told_when_full(run):
         claim(run, cfg)
         with running_ray(cfg):

@@ -75,13 +75,13 @@ def train(cfg: DictConfig, run: Path, judge: MetricFn | None = None, callbacks: 
         FolderBusyError: another process trains in the folder, or is to write its agent to the same ``cfg.out``.
     """
     check_numbers(cfg)
-    run = Path(run)
+    run = Path(run).expanduser()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     with ExitStack() as held:
         held.enter_context(claim(run, "a training", instead=ELSEWHERE))
-        if cfg.out and not _same_place(Path(cfg.out), run):
-            held.enter_context(claim(Path(cfg.out), "a training's agent", instead="name another out"))
+        if cfg.out and not _same_place(Path(cfg.out).expanduser(), run):
+            held.enter_context(claim(Path(cfg.out).expanduser(), "a training's agent", instead="name another out"))
         held.enter_context(told_when_full(run))
         return _train(cfg, run, judge, callbacks)
 
@@ -103,7 +103,7 @@ def _train(cfg: DictConfig, run: Path, judge: MetricFn | None, callbacks: Sequen
             agent = training.bundle()
         finally:
             training.close()
-    out = Path(cfg.out) if cfg.out else run / "agent"
+    out = Path(cfg.out).expanduser() if cfg.out else run / "agent"
     keep_results(agent, out)
     agent.save(out)
     return Result(agent, training.model.num_timesteps, training.collapsed, training.held_out_summary)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from addiff_env.storage.files import file_name
-from addiff_env.storage.paths import configs_folder
+from addiff_env.storage.paths import configs_folder, expand_home
 
 
 def run_hydra(task: Callable[[DictConfig], None], name: str, argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,8 @@ def run_hydra(task: Callable[[DictConfig], None], name: str, argv: Sequence[str]
     Raises:
         ValueError: the configuration is wrong; and whatever ``task`` raises.
     """
-    given, sys.argv = sys.argv, [sys.argv[0], *(sys.argv[1:] if argv is None else argv)]  # where Hydra looks
+    words = map(expand_home, sys.argv[1:] if argv is None else argv)
+    given, sys.argv = sys.argv, [sys.argv[0], *words]  # where Hydra looks
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands errors on instead of printing them and leaving
     try:
         hydra.main(version_base="1.3", config_path=str(configs_folder()), config_name=name)(task)()

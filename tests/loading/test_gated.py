@@ -57,6 +57,22 @@ def test_every_loader_says_what_to_do(call: Callable[[], Any], place: Any, monke
         call()
 
 
+@pytest.mark.parametrize(("call", "place"), CALLS, ids=["pipeline", "preview", "clip", "scorer", "fetching"])
+def test_an_id_that_nobody_has_is_named(call: Callable[[], Any], place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an advice to accept a licence: the Hub does not know it, or does not say."""
+
+    def unknown(*args: Any, **more: Any) -> Any:
+        raise refusal(RepositoryNotFoundError)
+
+    monkeypatch.setitem(globals(), "refuse", unknown)
+    if place is not None:
+        target, name = place
+        monkeypatch.setattr(target, unknown) if name is None else monkeypatch.setattr(target, name, unknown)
+    with pytest.raises(FileNotFoundError, match="owner/model|ImageReward") as error:
+        call()
+    assert "licence" not in str(error.value) and "download" in str(error.value)
+
+
 def test_the_page_is_named_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DiffusionPipeline, "download", refuse)
     with pytest.raises(FileNotFoundError, match="licence at https://huggingface.co/owner/model and run"):

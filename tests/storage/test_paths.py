@@ -11,7 +11,7 @@ from composed import rllib_config
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from addiff_env import TINY
+from addiff_env import TINY, cli
 from addiff_env.agent import Agent
 from addiff_env.env.baseline_cache import BaselineCache
 from addiff_env.env.prompts import load_prompts
@@ -22,12 +22,15 @@ from addiff_env.evaluation.metrics.geneval import open_geneval
 from addiff_env.evaluation.metrics.sets import References, SetOptions
 from addiff_env.evaluation.metrics.t2i_compbench import open_t2i
 from addiff_env.evaluation.run.planning import named_agents
+from addiff_env.evaluation.run.version import model_revision
 from addiff_env.evaluation.share import measured, record
 from addiff_env.loading.weights import resolve_model
 from addiff_env.perception.encoders import load_clip, load_dino
 from addiff_env.perception.scorers import PixelTextReward, load_scorer
 from addiff_env.rllib.lanes import make_lanes
 from addiff_env.sb3 import search, zips
+from addiff_env.storage.inputs import fingerprint
+from addiff_env.storage.paths import expand_home
 
 ID = "AdDiffusion-Tiny-v0"
 AGENT = "addiff_env:tiny/weights/agent"
@@ -201,3 +204,69 @@ def test_training_says_where_baselines_were_looked_for(elsewhere: Path) -> None:
     with pytest.raises(FileNotFoundError) as error:
         parts.load_baselines(cfg, lanes)
     assert str(elsewhere / "gone.jsonl") in str(error.value)
+
+
+# --------------------------------------------------------------------------- the home folder
+
+
+@pytest.fixture
+def home(elsewhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_models_and_files_are_read_from_the_home_folder(
+    home: Path, small_kwargs: dict[str, Any], small_model: Path
+) -> None:
+    for name, source in {**small_kwargs, "model": small_model}.items():
+        if name in ("model", "clip", "dino", "scorer"):
+            shutil.copytree(source, home / name)
+    (home / "mine.txt").write_text("a red circle\n")
+    models = {name: f"~/{name}" for name in ("model", "clip", "dino", "scorer")}
+    env: Any = gym.make(ID, **{**small_kwargs, **models, "prompts": "~/mine.txt"}).unwrapped
+    assert env.vector.prompts == ["a red circle"]
+    assert [item.prompt for item in load_benchmark("~/mine.txt")] == ["a red circle"]
+    assert load_scorer("clipscore:~/clip") is not None
+    assert fingerprint("~/model") == fingerprint(home / "model") is not None
+    assert model_revision("~/model", None) == "local"
+
+
+def test_agents_are_kept_in_and_taken_from_the_home_folder(home: Path, small_agent: Path) -> None:
+    agent = Agent.load(small_agent)
+    agent.save("~/agents/mine")
+    assert (home / "agents" / "mine" / "agent.json").is_file() and not Path("~").exists()
+    for load in (Agent.load, Agent.from_pretrained, lambda name: load_agent(Path(name))):
+        assert load("~/agents/mine").fingerprint == agent.fingerprint
+
+
+@pytest.mark.parametrize("load", [load_prompts, load_scorer, Agent.load, lambda name: load_clip(name, "cpu")])
+def test_what_is_not_in_the_home_folder_is_named_with_its_place(home: Path, load: Any) -> None:
+    with pytest.raises((FileNotFoundError, ValueError), match="gone.txt") as error:
+        load("~/gone.txt")
+    assert str(home / "gone.txt") in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("hydra.run.dir=~/runs", "hydra.run.dir={}/runs"),
+        ("+env.model=~/model", "+env.model={}/model"),
+        ("--json=~/costs.json", "--json={}/costs.json"),
+        ("~/runs/a", "{}/runs/a"),
+        ("~", "{}"),
+        ("~search", "~search"),  # Hydra's word for leaving a group out
+        ("~env.kwargs.lora", "~env.kwargs.lora"),
+        ("prompt=a ~/b", "prompt=a ~/b"),
+        ("a=b=~/c", "a=b=~/c"),
+        ("", ""),
+    ],
+)
+def test_words_of_a_command_line(home: Path, word: str, expected: str) -> None:
+    assert expand_home(word) == expected.format(home)
+
+
+def test_a_run_is_kept_in_the_home_folder(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where no shell has put it into the words."""
+    assert cli.main(["evaluate", "benchmark.name=~/gone.txt", "hydra.run.dir=~/runs/mine"]) == 1
+    assert str(home / "gone.txt") in capsys.readouterr().err
+    assert (home / "runs" / "mine").is_dir() and not Path("~").exists()

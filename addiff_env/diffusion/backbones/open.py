@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from addiff_env.loading.weights import (
+    PACKAGE_PREFIX,
     check_finite,
     gated_advice,
     load_network,
@@ -43,9 +44,8 @@ def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: st
     except Exception as error:
         there = Path(folder).exists()
         where = f"folder {folder}" if there else f"model {looked_at(model)}, neither a local folder nor loadable"
-        hint = (
-            "retrain it with: addiff world train" if folder != model else "download it, or pass model=<pipeline folder>"
-        )
+        packaged = model.startswith(PACKAGE_PREFIX)
+        hint = "retrain it with: addiff world train" if packaged else "download it, or pass model=<pipeline folder>"
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) or not there else ValueError
         advice = "" if there else gated_advice(error, model)
         raise kind(f"cannot load a diffusers pipeline from {where}: {error}; {hint}{advice}") from error
@@ -97,7 +97,7 @@ def _fuse_lora(pipeline: Any, lora: str) -> None:
             pipeline.unload_lora_weights()
     except Exception as error:
         kind = ValueError if Path(place).exists() else FileNotFoundError
-        advice = gated_advice(error, "" if Path(lora).exists() else lora)
+        advice = gated_advice(error, "" if Path(place).exists() else lora)
         hint = f"pass a Hub id or a .safetensors file{advice}"
         raise kind(f"cannot load the LoRA {looked_at(lora)}: {error}; {hint}") from error
 

@@ -42,6 +42,7 @@ from addiff_env.evaluation.metrics.t2i_rules import (
 from addiff_env.loading.isolation import frozen_call
 from addiff_env.loading.weights import fetching, load_network, quiet_loading
 from addiff_env.perception.scorers import Scorer, load_scorer
+from addiff_env.storage.paths import resolve_model
 
 T2I_METRICS = ("blip_vqa", "spatial", "spatial_3d", "numeracy", "non_spatial", "three_in_one", "t2i_compbench")
 OWN = {  # each category's own metric, as the benchmark has it
@@ -293,7 +294,7 @@ def open_t2i(name: str, rest: str, device: str, items: Sequence[Item]) -> T2IMet
     if needed & {"non_spatial", "three_in_one"}:
         parts["clip"] = load_scorer(options.get("clip", CLIP), device)
     if "lists" in options:
-        parts["lists"] = _read_lists(Path(options["lists"]))
+        parts["lists"] = _read_lists(Path(resolve_model(options["lists"])))
     elif "three_in_one" in needed:
         _warn_of_guesses(items)
     return T2IMetric(name, **parts, device=device)

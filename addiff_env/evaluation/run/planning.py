@@ -113,7 +113,7 @@ def _agent_at_prices(price_range: Sequence[float] | None) -> list[str]:
 
 
 def _distilled(model: str, options: MethodOptions) -> list[str]:
-    published = not model.startswith(PACKAGE_PREFIX) and not Path(model).exists()
+    published = not model.startswith(PACKAGE_PREFIX) and not Path(resolve_model(model)).exists()
     named = {"lcm-4": options.lcm_lora is not None, "sdxl-turbo-1": Path(resolve_model(options.sdxl_turbo)).exists()}
     return [name for name in DISTILLED if published or named[name]]
 

@@ -79,7 +79,7 @@ def model_revision(model: str, revision: str | None) -> str:
     """
     if model.startswith(PACKAGE_PREFIX):
         return revision or "packaged"
-    if Path(model).exists():
+    if Path(model).expanduser().exists():
         return revision or "local"
     cached = try_to_load_from_cache(model, "model_index.json", revision=revision)
     return Path(cached).parent.name if isinstance(cached, str) else revision or "unknown"
