@@ -153,13 +153,13 @@ def test_timesteps_crowd_where_shapes_are_decided() -> None:
     assert (drawn >= 850).double().mean().item() == pytest.approx(0.4 + 0.6 * beta.sf(0.85, 1.8, 1.4), abs=0.003)
 
 
-def test_told_layout_by_hand() -> None:
-    told = diffusion.told_layout("a small red star right of a circle").view(len(SHAPES), 4)
+def test_caption_layout_by_hand() -> None:
+    told = diffusion.caption_layout("a small red star right of a circle").view(len(SHAPES), 4)
     assert told[SHAPES.index("star")].tolist() == [0.5, -1, 1, 0]
     assert told[SHAPES.index("circle")].tolist() == [0.5, 0, -1, 0]
     assert not told[[SHAPES.index(shape) for shape in SHAPES if shape not in ("star", "circle")]].any()
-    assert diffusion.told_layout("three rings").view(len(SHAPES), 4)[SHAPES.index("ring")].tolist() == [1.5, 0, 0, 0]
-    above = diffusion.told_layout("a cross above a square").view(len(SHAPES), 4)
+    assert diffusion.caption_layout("three rings").view(len(SHAPES), 4)[SHAPES.index("ring")].tolist() == [1.5, 0, 0, 0]
+    above = diffusion.caption_layout("a cross above a square").view(len(SHAPES), 4)
     assert above[SHAPES.index("cross"), 3] == -1 and above[SHAPES.index("square"), 3] == 1
 
 

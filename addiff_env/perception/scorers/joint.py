@@ -69,6 +69,11 @@ def stored_model_type(folder: str | Path) -> str:
     return str(config.get("model_type", "")) if isinstance(config, dict) else ""
 
 
+def arguments_of(scope: dict[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments, from its ``locals()`` in its first line: what describes the model on disk."""
+    return {name: value for name, value in scope.items() if name not in ("self", "__class__")}
+
+
 class JointReader(nn.Module):
     """One learned read-out token, a picture's tokens and the prompt's tokens, mixed by a transformer.
 

@@ -16,7 +16,7 @@ from torch import nn
 from addiff_env.loading.isolation import frozen_call
 from addiff_env.loading.weights import shared
 from addiff_env.perception.preprocessing import check_texts
-from addiff_env.perception.scorers.joint import JointReader, Residual
+from addiff_env.perception.scorers.joint import JointReader, Residual, arguments_of
 
 MODEL_TYPE = "latent_text_reward"
 
@@ -58,22 +58,7 @@ class LatentTextReward(JointReader):
         bias: float = 0.0,
         finished_bias: float = 0.0,
     ) -> None:
-        config = {
-            "vocab_size": vocab_size,
-            "max_length": max_length,
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-            "channels": channels,
-            "cells": cells,
-            "stem": stem,
-            "finished_blocks": finished_blocks,
-            "max_evaluations": max_evaluations,
-            "training_timesteps": training_timesteps,
-            "scale": scale,
-            "bias": bias,
-            "finished_bias": finished_bias,
-        }
+        config = arguments_of(locals())
         super().__init__(config, _stem(channels, stem, width), (cells // 2) ** 2)
         self.finished_stem = _stem(channels, stem, width)
         self.finer = nn.Sequential(*(Residual(stem) for _ in range(finished_blocks)))

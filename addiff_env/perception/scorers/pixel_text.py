@@ -14,7 +14,7 @@ from torch import nn
 from addiff_env.loading.isolation import frozen_call
 from addiff_env.loading.weights import shared
 from addiff_env.perception.preprocessing import check_pairs
-from addiff_env.perception.scorers.joint import JointReader, Residual
+from addiff_env.perception.scorers.joint import JointReader, Residual, arguments_of
 
 MODEL_TYPE = "pixel_text_reward"
 
@@ -42,17 +42,7 @@ class PixelTextReward(JointReader):
         score_mean: float = 0.0,
         score_std: float = 1.0,
     ) -> None:
-        config = {
-            "vocab_size": vocab_size,
-            "max_length": max_length,
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-            "channels": list(channels),
-            "size": size,
-            "score_mean": score_mean,
-            "score_std": score_std,
-        }
+        config = arguments_of(locals()) | {"channels": list(channels)}
         widths = [3, *channels, width]
         stages: list[nn.Module] = []
         for before, after in zip(widths, widths[1:], strict=False):

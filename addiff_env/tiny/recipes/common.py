@@ -147,6 +147,14 @@ class EMA:
         torch._foreach_lerp_(average, [p.detach() for p in current], weight)
 
 
+def keep_result(args: argparse.Namespace, name: str, result: dict[str, float]) -> None:
+    """Write what was measured of a model into ``<work>/<name>.json``, and print it."""
+    (args.work / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    for key, value in result.items():
+        print(f"  {key:20s} {value:.4f}")
+    print(f"{name} -> {args.out / name}")
+
+
 def edit_json(path: Path, **values: Any) -> None:
     """Set entries of a JSON file; None removes one."""
     content = {k: v for k, v in (json.loads(path.read_text()) | values).items() if v is not None or k not in values}

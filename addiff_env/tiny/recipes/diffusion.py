@@ -23,7 +23,7 @@ from addiff_env.tiny.recipes.autoencoder import LATENT_CHANNELS
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
 TEXT_WIDTH = 160
-_TOLD = 4  # facts of each shape that `told_layout` lists
+_PER_SHAPE = 4  # numbers of `caption_layout`
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -73,36 +73,36 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def told_layout(caption: str) -> torch.Tensor:
-    """What a caption tells of each shape, (24,): half its number, size (-1 small, 1 large), half of the picture (x, y).
+def caption_layout(caption: str) -> torch.Tensor:
+    """What a caption says of each shape, (24,): half its number, size (-1 small, 1 large), half of the picture (x, y).
 
-    The half is -1 (left, upper), 1 (right, lower) or 0 (not told): `sample_scene` places related pairs so.
+    The half is -1 (left, upper), 1 (right, lower) or 0 (not stated): `sample_scene` places related pairs so.
     """
-    told, prompt = torch.zeros(len(SHAPES), _TOLD), parse_caption(caption)
+    stated, prompt = torch.zeros(len(SHAPES), _PER_SHAPE), parse_caption(caption)
     for spec in prompt.objects:
-        row = told[SHAPES.index(spec.shape)]
+        row = stated[SHAPES.index(spec.shape)]
         row[0] += spec.count / 2
         row[1] = {"small": -1.0, "large": 1.0, None: 0.0}[spec.size]
     if prompt.relation:
         along, sign = RELATION_AXES[prompt.relation]
         for spec, side in zip(prompt.objects, (sign, -sign), strict=True):
-            told[SHAPES.index(spec.shape), 2 + along] = side
-    return told.flatten()
+            stated[SHAPES.index(spec.shape), 2 + along] = side
+    return stated.flatten()
 
 
 class LayoutReader(nn.Linear):
-    """Reads `told_layout` off every token, and is thrown away after training.
+    """Reads `caption_layout` off every token, and is thrown away after training.
 
     A relation is a single word that turns the whole picture round, of which the denoiser's loss tells the text encoder
     little.
     """
 
     def __init__(self) -> None:
-        super().__init__(TEXT_WIDTH, _TOLD * len(SHAPES))
+        super().__init__(TEXT_WIDTH, _PER_SHAPE * len(SHAPES))
 
-    def loss(self, hidden: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
-        """Squared error, summed over facts, of tokens (B, L, width); one that comes before what it tells guesses."""
-        return (self(hidden).float() - told[:, None]).square().sum(-1).mean()
+    def loss(self, hidden: torch.Tensor, stated: torch.Tensor) -> torch.Tensor:
+        """Squared error, summed over the numbers, of tokens (B, L, width); a token before the words has to guess."""
+        return (self(hidden).float() - stated[:, None]).square().sum(-1).mean()
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -195,12 +195,12 @@ class TrainingSet:
         self.args = args
         self.latents = encode_all(vae, pictures[: args.pictures], args.work / "latents.pt", args.device)
         self.ids, self.empty = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
-        self.told = torch.stack([told_layout(caption) for caption in captions])  # (N, 24)
-        self.related = self.told.view(len(captions), -1, _TOLD)[..., 2:].any(-1).any(-1)  # (N,) bool
+        self.stated = torch.stack([caption_layout(caption) for caption in captions])  # (N, 24)
+        self.related = self.stated.view(len(captions), -1, _PER_SHAPE)[..., 2:].any(-1).any(-1)  # (N,) bool
         self.focused = rows_of(args.focus, captions)
 
     def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """``x0`` and noise (B, 8, 16, 16), timesteps (B,), token ids (B, 32) and told layout (B, 24), on the device.
+        """``x0`` and noise (B, 8, 16, 16), timesteps (B,), token ids (B, 32) and stated layout (B, 24), on the device.
 
         A caption that is dropped for guidance's sake tells nothing.
         """
@@ -212,8 +212,8 @@ class TrainingSet:
         timesteps = sample_timesteps(args.batch, generator, early)
         dropped = torch.rand(args.batch, 1, generator=generator) < args.dropout
         tokens = torch.where(dropped, self.empty, self.ids[index])
-        told = torch.where(dropped, 0.0, self.told[index])
-        return tuple(tensor.to(args.device) for tensor in (x0, noise, timesteps, tokens, told))
+        stated = torch.where(dropped, 0.0, self.stated[index])
+        return tuple(tensor.to(args.device) for tensor in (x0, noise, timesteps, tokens, stated))
 
     def _index(self, generator: torch.Generator) -> torch.Tensor:
         """Rows (B,) of a batch, a share of them from the category in focus."""
@@ -270,14 +270,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         predict = torch.compile(predict)
 
     def loss_at(generator: torch.Generator) -> dict[str, torch.Tensor]:
-        x0, noise, timesteps, tokens, told = scenes.draw(generator)
+        x0, noise, timesteps, tokens, stated = scenes.draw(generator)
         alpha, sigma = alphas_cumprod[timesteps].sqrt(), (1 - alphas_cumprod[timesteps]).sqrt()
         alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
         noisy = (alpha * x0 + sigma * noise).contiguous(memory_format=torch.channels_last)
         target = alpha * noise - sigma * x0  # v (Salimans & Ho 2022)
         predicted, hidden = predict(noisy, timesteps, tokens)
         denoising = F.mse_loss(predicted.float(), target)
-        layout = reader.loss(hidden, told)
+        layout = reader.loss(hidden, stated)
         return {"loss": denoising + args.layout * layout, "denoising": denoising, "layout": layout}
 
     def after(step: int) -> None:

@@ -34,7 +34,7 @@ PATCH = 8  # pixels; dense targets are on an 8x8 grid
 _SHAPE_NAMES = (*SHAPES, "unknown")
 _COLOR_NAMES = list(COLORS)
 _NOUNS = {ObjectSpec(shape, count=count).phrase().split()[-1] for shape in SHAPES for count in (1, 2)}
-_FACTS = (1 + len(_SHAPE_NAMES), len(COLORS), 2)  # classes of shape (0: nothing centred here), color, size
+_CLASSES = (1 + len(_SHAPE_NAMES), len(COLORS), 2)  # classes of shape (0: nothing centred here), color, size
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -182,9 +182,9 @@ def grid_targets(objects: torch.Tensor) -> torch.Tensor:
     row, slot = (objects[..., 2] >= 0).nonzero(as_tuple=True)
     found = objects[row, slot]
     cell = (found[:, :2] / PATCH).long().clamp(0, cells - 1)
-    facts = found[:, 2:].long()
-    facts[:, 0] += 1
-    targets[row, cell[:, 1] * cells + cell[:, 0]] = facts
+    classes = found[:, 2:].long()
+    classes[:, 0] += 1
+    targets[row, cell[:, 1] * cells + cell[:, 0]] = classes
     return targets
 
 
@@ -193,12 +193,12 @@ class Detector(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, sum(_FACTS))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, sum(_CLASSES))
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of tokens (B, 64, width) against `grid_targets`; empty cells weigh less."""
-        parts = self.head(self.norm(tokens)).float().split(_FACTS, -1)
-        weight = tokens.new_ones(_FACTS[0], dtype=torch.float32)
+        parts = self.head(self.norm(tokens)).float().split(_CLASSES, -1)
+        weight = tokens.new_ones(_CLASSES[0], dtype=torch.float32)
         weight[0] = 0.1
         weights = (weight, None, None)
         return sum(

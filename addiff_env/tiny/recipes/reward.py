@@ -8,7 +8,6 @@ the diffusion model gets wrong (its samples with the checker's verdicts).
 from __future__ import annotations
 
 import argparse
-import json
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -45,14 +44,14 @@ def rendered_batch(scenes: Pairs, previews: Pairs, number: int, generator: torch
     batch = batch + previews.take(common.batch_indices(generator, len(previews.captions), number - clean))
     labels = (torch.rand(number, generator=generator) < 0.5).float()
     wrong = pairs.negatives(batch.captions, generator)
-    strangers = torch.rand(number, generator=generator) < 0.15
+    swapped = torch.rand(number, generator=generator) < 0.15
     counts = pairs.shape_counts(batch.captions)
     captions = list(batch.captions)
     for row in (labels == 0).nonzero().flatten().tolist():
         other = (row + 1) % number
         # A stranger's caption is surely wrong only if it asks for other shapes.
-        strange = bool(strangers[row]) and not torch.equal(counts[row], counts[other])
-        captions[row] = batch.captions[other] if strange else wrong[row]
+        is_swapped = bool(swapped[row]) and not torch.equal(counts[row], counts[other])
+        captions[row] = batch.captions[other] if is_swapped else wrong[row]
     return Pairs(batch.pictures, captions, batch.objects), labels
 
 
@@ -171,8 +170,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = report(model, samples, first_held)
     model.config |= {"score_mean": result["score_mean"], "score_std": max(result["score_std"], 1e-3)}
     model.save_pretrained(args.out / "reward", build_tokenizer())
-    (args.work / "reward.json").write_text(json.dumps(result, indent=2) + "\n")
-    for key, value in result.items():
-        print(f"  {key:20s} {value:.4f}")
-    print(f"reward -> {args.out / 'reward'}")
+    common.keep_result(args, "reward", result)
     return 0

@@ -7,7 +7,6 @@ asks is what was tried: every state with the evaluations that the grid had left,
 from __future__ import annotations
 
 import argparse
-import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -328,9 +327,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.config |= {"scale": scale, "bias": bias, "finished_bias": finished_bias}
     result = report(scale * logits + torch.where(finished, finished_bias, bias), held)
     model.save_pretrained(args.out / "verifier", build_tokenizer())
-    (args.work / "verifier.json").write_text(json.dumps(result, indent=2) + "\n")
-    for key, value in result.items():
-        print(f"  {key:20s} {value:.4f}")
-    print(f"verifier -> {args.out / 'verifier'}")
+    common.keep_result(args, "verifier", result)
 
     return 0
