@@ -135,7 +135,7 @@ def test_workers_of_a_search_are_told_apart_by_their_seeds(folder, tmp_path, mon
 def test_results_are_recorded_by_one_process_at_a_time(tmp_path, monkeypatch):
     bundle = tmp_path / "agent"
     share.Agent.load(ROOT / "addiff_env/tiny/weights/agent").save(bundle)
-    monkeypatch.setattr(share, "measured", lambda agent, evaluation: (evaluation.name, {"success": 0.5}))
+    monkeypatch.setattr(share, "measured", lambda agent, evaluation: {evaluation.name: {"success": 0.5}})
     with held("claim", bundle, "share"):
         before = everything(tmp_path)
         assert cli.main(["share", str(bundle), "--evaluation", str(tmp_path / "x")]) == 1
