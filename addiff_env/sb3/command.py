@@ -35,7 +35,7 @@ def success_share(pictures: np.ndarray, prompts: Sequence[str]) -> dict[str, flo
     return {"success": float(np.mean([verdict.satisfied for verdict in verdicts]))}
 
 
-def find_judge(cfg: DictConfig) -> MetricFn | None:
+def success_metric(cfg: DictConfig) -> MetricFn | None:
     """The embedded world's checker, where it can judge every held-out picture; says why not before hours of training.
 
     Other environments have none, and nothing to be said about.
@@ -64,7 +64,7 @@ def train_agent(cfg: DictConfig) -> None:
     """Train, save, say where."""
     run = Path(HydraConfig.get().runtime.output_dir)
     with interruptible(lambda: describe_kept(run), [] if cfg.resume else ["resume=true"]):
-        result = train(cfg, run, find_judge(cfg))
+        result = train(cfg, run, success_metric(cfg))
     if result.collapsed:
         print(f"stopped after {result.timesteps} decisions: {result.collapsed}")
     out = cfg.out or run / "agent"

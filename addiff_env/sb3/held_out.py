@@ -33,7 +33,7 @@ class HeldOut(StatefulCallback):
         prompts: one per lane.
         every: rollouts between two looks.
         filmstrips: trajectories shown as pictures in TensorBoard, of prompts from all over the list.
-        judge: pictures uint8 (B, H, W, 3) and prompts to further means, e.g. the share that a checker accepts.
+        metric: pictures uint8 (B, H, W, 3) and prompts to further means, e.g. the share that a checker accepts.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class HeldOut(StatefulCallback):
         prompts: Sequence[str],
         every: int = 10,
         filmstrips: int = 4,
-        judge: MetricFn | None = None,
+        metric: MetricFn | None = None,
     ) -> None:
         super().__init__()
         if len(prompts) != lanes.num_envs or every < 1:
             raise ValueError(f"{len(prompts)} held-out prompts for {lanes.num_envs} lanes, every {every} rollouts")
-        self.lanes, self.prompts, self.every, self.judge = lanes, list(prompts), every, judge
+        self.lanes, self.prompts, self.every, self.metric = lanes, list(prompts), every, metric
         self.shown = spread(range(len(prompts)), filmstrips)
         price_range = lanes.config.price_range
         self.prices: list[float | None] = [None]
@@ -105,7 +105,7 @@ class HeldOut(StatefulCallback):
             "nfe_std": float(lanes.nfe.std()),
         }
         pictures = np.stack([lanes.final_image(lane) for lane in range(lanes.num_envs)])
-        return values | (self.judge(pictures, self.prompts) if self.judge else {})
+        return values | (self.metric(pictures, self.prompts) if self.metric else {})
 
     def state_dict(self) -> dict[str, Any]:
         """When the next look is due, and what the last one showed."""

@@ -129,14 +129,14 @@ def build_model(cfg: DictConfig, env: DenoiseVecEnv) -> Any:
     return algorithm(policy, VecMonitor(env), policy_kwargs=policy_options, seed=cfg.seed, device=cfg.device, **options)
 
 
-def build_held_out(cfg: DictConfig, judge: MetricFn | None) -> HeldOut | None:
+def build_held_out(cfg: DictConfig, metric: MetricFn | None) -> HeldOut | None:
     """The look at held-out prompts, where the configuration names some."""
     prompts = held_out_prompts(cfg)
     if not prompts:
         return None
     settings = {"batch_size": cfg.num_envs} | env_settings(cfg)  # no more at once than training takes
     lanes = make_lanes(cfg.env.id, len(prompts), **settings | {"max_episode_steps": None})  # to their ends
-    return HeldOut(lanes, prompts, cfg.logging.held_out_every, cfg.logging.filmstrips, judge)
+    return HeldOut(lanes, prompts, cfg.logging.held_out_every, cfg.logging.filmstrips, metric)
 
 
 def build_callbacks(cfg: DictConfig, env: DenoiseVecEnv, held_out: HeldOut | None) -> dict[str, StatefulCallback]:

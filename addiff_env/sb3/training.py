@@ -57,7 +57,7 @@ class Result:
     held_out: dict[str, float] = field(default_factory=dict)  # means of the last look
 
 
-def train(cfg: DictConfig, run: Path, judge: MetricFn | None = None, callbacks: Sequence[BaseCallback] = ()) -> Result:
+def train(cfg: DictConfig, run: Path, metric: MetricFn | None = None, callbacks: Sequence[BaseCallback] = ()) -> Result:
     """Train as ``cfg`` (configs/train.yaml) says, in the folder ``run``, and write the agent bundle.
 
     A run that was killed goes on from its last checkpoint; a complete one is only exported again, and keeps the results
@@ -66,7 +66,7 @@ def train(cfg: DictConfig, run: Path, judge: MetricFn | None = None, callbacks: 
     Args:
         cfg: the configuration.
         run: folder of configuration, checkpoint, logs and (unless ``cfg.out`` says otherwise) the agent.
-        judge: further means of held-out pictures; see `HeldOut`.
+        metric: further means of held-out pictures; see `HeldOut`.
         callbacks: further SB3 callbacks; they have no part in checkpoints.
 
     Raises:
@@ -83,20 +83,20 @@ def train(cfg: DictConfig, run: Path, judge: MetricFn | None = None, callbacks: 
         if cfg.out and not _same_place(Path(cfg.out).expanduser(), run):
             held.enter_context(claim(Path(cfg.out).expanduser(), "a training's agent", instead="name another out"))
         held.enter_context(told_when_full(run))
-        return _train(cfg, run, judge, callbacks)
+        return _train(cfg, run, metric, callbacks)
 
 
 def _same_place(one: Path, other: Path) -> bool:
     return one.resolve() == other.resolve()
 
 
-def _train(cfg: DictConfig, run: Path, judge: MetricFn | None, callbacks: Sequence[BaseCallback]) -> Result:
+def _train(cfg: DictConfig, run: Path, metric: MetricFn | None, callbacks: Sequence[BaseCallback]) -> Result:
     named = input_settings(cfg)
     inputs = fingerprints(named)  # of what is there before it is read
     state = _find_state(cfg, run, named, inputs)
     set_random_seed(cfg.seed)
     with weights_and_biases(cfg, run, fresh=state is None):  # before TensorBoard's writer is made, which it has to see
-        training = Training(cfg, run, judge, state, inputs)
+        training = Training(cfg, run, metric, state, inputs)
         try:
             _settle(cfg, run, fresh=state is None)
             training.learn(callbacks)
@@ -126,14 +126,14 @@ class Training:
         self,
         cfg: DictConfig,
         run: Path,
-        judge: MetricFn | None,
+        metric: MetricFn | None,
         state: dict[str, Any] | None,
         inputs: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.cfg, self.run, self.fresh, self.inputs = cfg, run, state is None, inputs
         self.env = build_env(cfg)
         self.model = build_model(cfg, self.env)
-        self.held_out = build_held_out(cfg, judge)
+        self.held_out = build_held_out(cfg, metric)
         self.remembered = build_callbacks(cfg, self.env, self.held_out)
         self.model.set_logger(make_logger(run, list(cfg.logging.formats), state["num_timesteps"] if state else 0))
         try:

@@ -95,7 +95,9 @@ def whole(tmp_path_factory, small_kwargs):
     folder = tmp_path_factory.mktemp("whole")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the policy has collapsed")
-        train(configure(small_kwargs, *EVERYTHING), folder, judge=lambda pictures, prompts: {"bright": pictures.mean()})
+        train(
+            configure(small_kwargs, *EVERYTHING), folder, metric=lambda pictures, prompts: {"bright": pictures.mean()}
+        )
     return folder
 
 
@@ -104,9 +106,9 @@ def test_killed_and_resumed_equals_uninterrupted(whole, small_kwargs, tmp_path, 
     cfg = configure(small_kwargs, *EVERYTHING)
     for kill in kills:
         with pytest.raises(Killed):
-            train(cfg, tmp_path, judge=lambda p, t: {"bright": p.mean()}, callbacks=[KillAt(kill)])
+            train(cfg, tmp_path, metric=lambda p, t: {"bright": p.mean()}, callbacks=[KillAt(kill)])
         scramble()
-    result = train(cfg, tmp_path, judge=lambda p, t: {"bright": p.mean()})
+    result = train(cfg, tmp_path, metric=lambda p, t: {"bright": p.mean()})
     assert result.timesteps == 90
     ours, theirs = weights(tmp_path), weights(whole)
     assert ours.keys() == theirs.keys()
@@ -164,7 +166,7 @@ def test_a_complete_run_is_only_exported_again(whole, small_kwargs):
     before, agent = (whole / "progress.csv").read_text(), Agent.load(whole / "agent")
     agent.config["results"] = {"tiny-test": {"success": 0.5}}  # as addiff_env.evaluation.share leaves it
     agent.save(whole / "agent")
-    result = train(configure(small_kwargs, *EVERYTHING), whole, judge=lambda p, t: {"bright": p.mean()})
+    result = train(configure(small_kwargs, *EVERYTHING), whole, metric=lambda p, t: {"bright": p.mean()})
     assert result.timesteps == 90 and result.agent.fingerprint == agent.fingerprint
     assert len((whole / "progress.csv").read_text().splitlines()) == len(before.splitlines())
     again = Agent.load(whole / "agent")
@@ -421,10 +423,10 @@ def test_what_the_checker_cannot_judge_is_said_before_training(overrides, compla
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", overrides)
     with pytest.warns(UserWarning, match=complaint) if complaint else nullcontext():
-        judge = train_command.find_judge(cfg)
-    assert judge is (None if complaint else train_command.success_share)
+        metric = train_command.success_metric(cfg)
+    assert metric is (None if complaint else train_command.success_share)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        assert train_command.find_judge(compose("train", ["env=sd15"])) is None
+        assert train_command.success_metric(compose("train", ["env=sd15"])) is None
 
 
 @pytest.mark.parametrize(

@@ -202,12 +202,12 @@ MANY = [
 def test_a_sweep_over_many_overrides_finds_its_folders_again(tmp_path, monkeypatch, capsys):
     trained = []
 
-    def train(cfg, run, judge):
+    def train(cfg, run, metric):
         trained.append(run)
         return SimpleNamespace(collapsed=None, agent=SimpleNamespace(fingerprint="f"))
 
     monkeypatch.setattr(train_command, "train", train)
-    monkeypatch.setattr(train_command, "find_judge", lambda cfg: None)
+    monkeypatch.setattr(train_command, "success_metric", lambda cfg: None)
     command = ["-m", f"hydra.sweep.dir='{tmp_path}/a sweep'", *MANY]
     assert run("train", monkeypatch, *command) == 0
     assert run("train", monkeypatch, *command, "resume=true") == 0
@@ -226,7 +226,7 @@ def test_an_interrupted_training_says_how_to_go_on(resume, folder, monkeypatch, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_command, "train", interrupt)
-    monkeypatch.setattr(train_command, "find_judge", lambda cfg: None)
+    monkeypatch.setattr(train_command, "success_metric", lambda cfg: None)
     given = [in_folder(folder), f"resume={str(resume).lower()}"]
     assert run("train", monkeypatch, *given) == 130
     said = capsys.readouterr().err
