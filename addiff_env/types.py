@@ -18,7 +18,7 @@ class Action(IntEnum):
 
 
 ACTIONS = tuple(action.name.lower() for action in Action)
-SampleKey = tuple[str, int]  # (prompt, seed): one picture of a benchmark, whoever makes it
+SampleKey = tuple[str, int]  # (prompt, seed): one picture of a benchmark, by any method
 
 
 @dataclass
@@ -28,12 +28,12 @@ class Generated:
     prompt: str
     seed: int
     picture: np.ndarray  # uint8 (H, W, 3)
-    actions: list[int] = field(default_factory=list)  # carried out, in order; empty where nobody decided
+    actions: list[int] = field(default_factory=list)  # carried out, in order; empty where no decisions are taken
     nfe: int = 0
     forward_passes: int = 0
     net_flops: float = 0.0
     seconds: float = 0.0  # wall-clock, shared equally by the lanes of a batch
-    reward: float = 0.0  # rewards of all decisions, summed; 0 where nobody decided
+    reward: float = 0.0  # rewards of all decisions, summed; 0 where no decisions are taken
     note: str = ""  # what its method has to say of it
     price: float | None = None  # of one evaluation, where it was asked for at one
     quality: float = 0.0  # of the picture, as the environment's reward weighs it; 0 where nobody decided

@@ -104,7 +104,7 @@ class Denoiser:
     ) -> None:
         """One denoiser evaluation of ``lanes`` at their ``timesteps`` (L,) and ``level``; sets x0, maps and features.
 
-        ``capture``: somebody will look at this evaluation's attention. Of several in one action it is the last's only.
+        ``capture``: this evaluation's attention is read afterwards. Of several in one action it is the last's only.
         A lane whose prediction is not finite is marked in ``nonfinite`` and keeps its x0 of before, so that everything
         downstream stays finite; the others do not notice.
         """

@@ -82,7 +82,7 @@ def peak_allocation(call: Callable[[], Any]) -> int:
 
 @contextmanager
 def made_in(dtype: torch.dtype) -> Iterator[None]:
-    """While the context lasts, new weights are of ``dtype``, in the whole process: nobody else computes meanwhile."""
+    """While the context lasts, new weights are of ``dtype``, in the whole process: no other thread computes then."""
     with exclusive():
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)

@@ -6,8 +6,8 @@ keep results what they are for one environment alone, in one thread, under torch
 - `isolated`: computing. Default dtype float32, no gradients, no autocast, no inference mode, new tensors on the CPU
   unless a device is named, whatever the caller has set; afterwards everything is the caller's again.
 - `frozen`: computing with one model that others may hold, too: one thread at a time.
-- `exclusive`: changing what is global, for a moment. Nobody else in this package computes meanwhile, and the state of
-  the random number generators is afterwards what it was. Models are loaded in it, and FLOPs counted.
+- `exclusive`: changing what is global, for a moment. No other thread of this package computes meanwhile, and the random
+  number generators' state is afterwards what it was. Models are loaded in it, and FLOPs counted.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Gate:
             self.changed.notify_all()
 
     def take(self, computing: bool) -> None:
-        """Wait until nobody else computes; who was ``computing`` stands still meanwhile."""
+        """Wait until no other thread computes; one that is inside ``computing`` waits meanwhile."""
         with self.changed:
             self.computing -= computing
             self.waiting += 1
@@ -94,7 +94,7 @@ class _Gate:
 
     def _unpin(self) -> None:
         self.inside -= 1
-        if not self.inside and torch.get_default_dtype() == _DTYPE:  # else somebody has set another one meanwhile
+        if not self.inside and torch.get_default_dtype() == _DTYPE:  # else other code has set another one meanwhile
             torch.set_default_dtype(self.callers_dtype)
 
 
@@ -162,7 +162,7 @@ def exclusive() -> Iterator[None]:
 
 @contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """Compute with ``model``, which no other thread does meanwhile; whoever holds it already goes on."""
+    """Compute with ``model``, which no other thread does meanwhile; a thread that holds it already goes on."""
     with isolated():
         lock = _locks.get(model)
         if lock is None:

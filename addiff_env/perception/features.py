@@ -211,7 +211,7 @@ class Perception:
         return sum(self._reading_flops(reader) for reader in readers.values())
 
     def scorer_text_flops(self) -> float:
-        """The part of `text_flops` that whoever asks the reward model alone has to pay."""
+        """The part of `text_flops` that a policy which reads the reward model alone pays."""
         reader = getattr(self.scorer, "text_encoder", None)
         return self._reading_flops(reader) if reader else 0.0
 

@@ -27,7 +27,7 @@ def bytes_per_pixel(vae: Any) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that may be allocated on a CUDA device now: what nobody has, and what PyTorch keeps for later."""
+    """Bytes that may be allocated on a CUDA device now: what is free, and what PyTorch keeps for later."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -45,7 +45,8 @@ class _Resident:
     """Which network lies on the device.
 
     diffusers' own pipelines chain their networks, as they call them in a fixed order, and clean up after a picture.
-    Here text encoders, denoiser and decoder are called in any order, so whoever comes sends away whoever is there.
+    Here text encoders, denoiser and decoder are called in any order, so that a network which is
+    called sends away the one before.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -83,7 +83,7 @@ class Batched:
     def total_flops(self, passes: float, decodes: int = 1, verdicts: int = 0) -> float:
         """Net FLOPs of ``passes`` of the network, ``decodes``, and ``verdicts`` of the reward model, with the texts.
 
-        Nobody else looks at these pictures: of the encoders that the environment's policies see with none is charged.
+        The encoders that make an environment's observations read none of these pictures, and are not charged.
         """
         flops_per_call, perception, config = self.env.flops_per_call, self.env.perception, self.env.config
         flops = passes * flops_per_call["denoiser"] + decodes * flops_per_call["decode"]

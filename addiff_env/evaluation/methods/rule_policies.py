@@ -34,7 +34,7 @@ class Policy(Protocol):
 
 
 def _blind(obs: Any) -> np.ndarray:
-    """Nobody looks: (B,) False."""
+    """(B,) False: the policy reads no observation."""
     return np.zeros(len(obs), bool)
 
 

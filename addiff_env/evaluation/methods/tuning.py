@@ -62,7 +62,7 @@ class Measured:
     quality: float  # mean of the metric
     net_flops: float
     nfe: float
-    shares: tuple[float, ...] = ()  # of the decisions taken; none where nobody decides
+    shares: tuple[float, ...] = ()  # of the decisions taken; empty where no decisions are taken
     reward_scores: tuple[float, ...] = field(default=(), repr=False)  # of the final pictures
 
 

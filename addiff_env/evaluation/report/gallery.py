@@ -115,7 +115,7 @@ class Cards:
 
 
 def _outcome(row: ResultRow, metric: str) -> bool | None:
-    """Whether a picture passed; None where nobody said."""
+    """Whether a picture passed; None where no metric says."""
     value = score_value(row, metric)
     return None if value is None else bool(value)
 

@@ -184,7 +184,7 @@ def _estimate_of(metric: str, group: Sequence[ResultRow], is_share: bool) -> Est
 
 
 def judge_tables(folder: Path) -> dict[str, Any] | None:
-    """What vision-language models preferred, from ``judge.json``; None where nobody was asked."""
+    """What vision-language models preferred, from ``judge.json``; None where none was asked."""
     path = RunFolder(folder).judgement
     if not path.exists():
         return None

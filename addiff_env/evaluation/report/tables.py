@@ -114,7 +114,7 @@ def cost_cell(summary: MethodSummary, cost: Cost) -> Entry:
 
 
 def shares_text(summary: MethodSummary) -> str | None:
-    """Shares of continue, stop and refine in percent; None where nobody decided."""
+    """Shares of continue, stop and refine in percent; None where no decisions were taken."""
     return None if summary.actions is None else "/".join(f"{100 * share:.0f}" for share in summary.actions)
 
 

@@ -77,7 +77,7 @@ def _comparisons(found: Iterable[Interval | MinDifference]) -> list[Interval]:
 
 
 def _not_run(fronts: Groups, best_of: bool) -> list[Part]:
-    """What the null hypothesis holds and nobody ran: every solver's front, and best-of-N where it belongs to it."""
+    """Families that the null hypothesis needs and the run lacks: solvers' fronts, and best-of-N where it is part."""
     solvers = [name for name in fronts if name != BEST_OF]
     parts = []
     if len(solvers) < 2:

@@ -62,7 +62,7 @@ class MethodSummary:
     number: int  # pictures
     scores: dict[str, Estimate]
     costs: dict[str, Estimate]  # in the row's units
-    actions: np.ndarray | None  # shares (3,) of the decisions taken, None where nobody decided
+    actions: np.ndarray | None  # shares (3,) of the decisions taken, None where no decisions were taken
 
 
 def by_method(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
@@ -127,7 +127,7 @@ def lead_with(rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
 
 
 def action_shares(rows: Sequence[ResultRow]) -> np.ndarray | None:
-    """Shares (3,) of the decisions taken, or None where nobody decided."""
+    """Shares (3,) of the decisions taken, or None where no decisions were taken."""
     taken = [action for row in rows for action in row.actions]
     return np.bincount(taken, minlength=len(ACTIONS)) / len(taken) if taken else None
 

@@ -64,7 +64,7 @@ def stored_model_type(folder: str | Path) -> str:
     """The ``model_type`` that a folder's configuration names; empty where there is none to read."""
     try:
         config = json.loads((Path(folder) / CONFIG).read_text())
-    except (OSError, ValueError):  # whoever opens the folder says what is wrong with it
+    except (OSError, ValueError):  # opening the folder says what is wrong with it
         return ""
     return str(config.get("model_type", "")) if isinstance(config, dict) else ""
 

@@ -41,7 +41,7 @@ STATE = ("latents", "x0", "maps")  # of a lane, what a refinement starts from
 
 
 class FreeLanes:
-    """Lanes without a policy, looks or a budget: whoever holds them may stop a lane and have it go on all the same.
+    """Lanes without a policy, looks or a budget: a lane may be stopped, and go on from there all the same.
 
     Args:
         config: whose model, grid, guidance, finish and refinements apply.
