@@ -24,7 +24,7 @@ from addiff_env.diffusion.backbones import to_uint8
 from addiff_env.env.config import EnvConfig
 from addiff_env.env.denoiser import Denoiser
 from addiff_env.env.refine import make_masks, refine
-from addiff_env.stats import at_least_one, clustered_wilson
+from addiff_env.stats import Z95, at_least_one, clustered_wilson
 from addiff_env.storage.commands import interruptible
 from addiff_env.storage.files import claim_file
 from addiff_env.storage.jsonl import append_objects, read_objects
@@ -33,6 +33,7 @@ from addiff_env.tiny.prompt_splits import balanced, load_split
 from addiff_env.tiny.prompts import CATEGORIES
 from addiff_env.tiny.recipes.endings import FreeLanes
 
+CONTROL = "full"  # the mask that others are held against
 NOTHING = "nothing"  # a mask that renews nothing: what going back, alone, repairs and breaks
 SEEDS_APART = 50_000_000  # between the pictures of one prompt, far from every split's seeds
 
@@ -164,6 +165,33 @@ def table(args: argparse.Namespace, rows: Sequence[dict[str, Any]], record: Reco
     return lines
 
 
+def differences(args: argparse.Namespace, rows: Sequence[dict[str, Any]], record: Record) -> list[str]:
+    """Rates minus those of `CONTROL` on the same pictures, with 95% intervals over prompts; nothing without it."""
+    others = [mask for mask in args.masks if mask != CONTROL]
+    if CONTROL not in args.masks or not others:
+        return []
+    lines = [f"{'minus ' + CONTROL:<18}{'renoise':>12}{'repair':>29}{'keep':>29}"]
+    for mask in others:
+        for renoise in args.renoise:
+            pairs = list(zip(record.of(rows, mask, renoise), record.of(rows, CONTROL, renoise), strict=True))
+            parts = ([pair for pair in pairs if pair[0]["before"] is value] for value in (False, True))
+            lines.append(f"{mask:<18}{renoise!s:>12}{''.join(f'{_difference(part):>29}' for part in parts)}")
+    return lines
+
+
+def _difference(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+    """Mean paired difference; its standard error is that of a ratio of sums over prompts (linearised)."""
+    if not pairs:
+        return "n/a"
+    found = np.array([float(one["after"]) - float(other["after"]) for one, other in pairs])
+    _, owner = np.unique([one["prompt"] for one, _ in pairs], return_inverse=True)
+    sums, clusters = np.bincount(owner, found - found.mean()), owner.max() + 1
+    if clusters < 2:
+        return f"{found.mean():+.3f}"
+    half = Z95 * np.sqrt((sums**2).sum() * clusters / (clusters - 1)) / len(found)
+    return f"{found.mean():+.3f} ({found.mean() - half:+.2f} to {found.mean() + half:+.2f})"
+
+
 def _rate(found: Sequence[dict[str, Any]]) -> str:
     if not found:
         return "n/a"
@@ -232,5 +260,5 @@ def _measure_and_print(
 ) -> int:
     record = Record(args.record, settings)
     measure(args, rows, config, record)
-    print("\n".join(table(args, rows, record)))
+    print("\n".join([*table(args, rows, record), *differences(args, rows, record)]))
     return 0

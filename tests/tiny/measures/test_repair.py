@@ -93,6 +93,29 @@ def test_what_was_measured_is_kept_and_not_made_again(tmp_path, monkeypatch, cap
     assert "name another file" in capsys.readouterr().err
 
 
+def test_the_tables_by_hand(tmp_path) -> None:
+    rows = [{"prompt": prompt, "seed": seed} for seed in (0, 1) for prompt in ("a", "b", "c", "d")]
+    before = [False, False, False, True, False, False, True, True]
+    after = {"full": [True, False, False, True, True, False, False, True], "grid": [True] * 8}
+    record = repair.Record(tmp_path / "record.jsonl", {})
+    record.keep(
+        [
+            row | {"mask": mask, "renoise": 0.85, "before": b, "after": a, "renewed": 0.5}
+            for mask, values in after.items()
+            for row, b, a in zip(rows, before, values, strict=True)
+        ]
+    )
+    args = repair.options(["--masks", "full", "grid"])
+    full, grid = (line.split() for line in repair.table(args, rows, record)[1:])
+    assert full[:4] == ["full", "0.85", "5", "0.400"] and full[5] == "0.667" and full[7] == "0.500"
+    assert grid[3] == grid[5] == grid[7] == "1.000" and grid[-1] == "0.50"
+    head, line = repair.differences(args, rows, record)
+    # Of the failed, a is repaired by both twice, b and c (once) by grid alone: deviations -1.2, .8, .4 by prompt.
+    half = 1.959964 * (2.24 * 3 / 2) ** 0.5 / 5
+    assert line.split()[:3] == ["grid", "0.85", "+0.600"] and f"({0.6 - half:+.2f} to {0.6 + half:+.2f})" in line
+    assert repair.differences(repair.options(["--masks", "grid"]), rows, record) == []
+
+
 def test_several_seeds_of_a_prompt() -> None:
     rows = repair.pictures(["three_objects", "four_objects"], 256, 2)
     assert len({(row["prompt"], row["seed"]) for row in rows}) == 512
