@@ -37,6 +37,10 @@ class Generated:
     note: str = ""  # what its method has to say of it
     price: float | None = None  # of one evaluation, where it was asked for at one
     quality: float = 0.0  # of the picture, as the environment's reward weighs it; 0 where nobody decided
+    reward_score: float = 0.0  # the reward model's, of the picture; 0 where nobody looked
+    fault: bool = False  # the model's numbers stopped being finite: the picture is its last finite prediction
+    previews: list[np.ndarray] = field(default_factory=list)  # uint8 (H, W, 3), one before each decision, if asked for
+    masks: list[np.ndarray] = field(default_factory=list)  # float32 (h, w), one a refinement, if asked for
 
 
 @dataclass

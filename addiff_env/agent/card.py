@@ -84,9 +84,10 @@ refine a region. Trained on `{env}`; the diffusion model's weights are not in he
 ```python
 from addiff_env.pipeline import AdaptivePipeline
 
-pipeline = AdaptivePipeline.from_pretrained("{repo_id}")
-made = pipeline("a red circle left of a blue star", seeds=7{price})[0]
-print(made.nfe, made.picture.shape)  # uint8 (H, W, 3)
+pipe = AdaptivePipeline.from_pretrained("{repo_id}")
+output = pipe("a red circle left of a blue star", seeds=7{price})
+output.images[0].save("picture.png")
+print(output.nfe)
 ```
 
 Two files, `agent.safetensors` and `agent.json`; loading them runs no code.

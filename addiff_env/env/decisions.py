@@ -52,12 +52,12 @@ def action_masks(config: EnvConfig, state: LaneState) -> np.ndarray:
 
 def spent(config: EnvConfig, state: LaneState) -> np.ndarray:
     """Whether the budget (B,) bool has no room for another step and its finish."""
-    return state.nfe + 1 + config.finish_steps > config.nfe_budget
+    return state.nfe + 1 + config.finish_steps > state.budget
 
 
 def _affordable(config: EnvConfig, state: LaneState) -> np.ndarray:
     """Whether the budget has room for a refinement and its finish."""
-    return state.nfe + config.refine_k + config.finish_steps <= config.nfe_budget
+    return state.nfe + config.refine_k + config.finish_steps <= state.budget
 
 
 def _below_cap(config: EnvConfig, state: LaneState) -> np.ndarray:

@@ -75,12 +75,15 @@ class Observer:
             state.clip_text[state.index(lanes)] = self.perception.clip.text_features(prompts)
         state.net_flops[lanes] += self.flops_per_call["reading"]
 
-    def look(self, state: LaneState, lanes: np.ndarray, first: bool = False) -> None:
-        """Decode and score ``lanes``: previews of running ones, final pictures of finished ones."""
-        for rows in self.denoiser.chunks(len(lanes)):
-            self._look_at(state, lanes[rows], first)
+    def look(self, state: LaneState, lanes: np.ndarray, first: Sequence[int] | np.ndarray = ()) -> None:
+        """Decode and score ``lanes``: previews of running ones, final pictures of finished ones.
 
-    def _look_at(self, state: LaneState, lanes: np.ndarray, first: bool) -> None:
+        Of those that are also in ``first`` nothing was seen before: nothing has changed since then.
+        """
+        for rows in self.denoiser.chunks(len(lanes)):
+            self._look_at(state, lanes[rows], np.flatnonzero(np.isin(lanes[rows], first)))
+
+    def _look_at(self, state: LaneState, lanes: np.ndarray, first: np.ndarray) -> None:
         index, finished = state.index(lanes), state.done[lanes]
         pictures = self._decode(state, lanes) if self.perception.reads_pictures or finished.any() else None
         if pictures is not None:
@@ -90,12 +93,15 @@ class Observer:
             pictures = _finite(pictures)
         prompts, latents = [state.prompt[lane] for lane in lanes], self._latents_to_score(state, lanes)
         features = self.perception.look(pictures, prompts, True, latents)
-        before = features if first else state.features.at(index)
+        fresh = state.index(first)
+        state.features.put(index[fresh], features.at(fresh))
+        before = state.features.at(index)
         state.previous_features.put(index, before)
         state.features.put(index, features)
-        comparable = not first and "dino" in self.config.reads
-        ones = torch.ones_like(features.clip_score)
-        same = (before.dino * features.dino).sum(1).clamp(-1, 1) if comparable else ones
+        same = torch.ones_like(features.clip_score)
+        if "dino" in self.config.reads:
+            same = (before.dino * features.dino).sum(1).clamp(-1, 1)
+            same[fresh] = 1
         numbers = torch.stack([features.clip_score, features.reward_score, same]).double().cpu().numpy()
         state.clip_score[lanes], state.reward_score[lanes], state.similarity[lanes] = numbers
         # A finished lane pays for its decode only: nobody acts on the scores of a final picture.
@@ -145,9 +151,9 @@ class Observer:
         state.previous_features.put(index, blank)
         state.clip_score[lanes], state.reward_score[lanes], state.similarity[lanes] = 0, 0, 1
 
-    def previews(self, state: LaneState) -> np.ndarray:
-        """Decoded latest clean predictions of all lanes: uint8 (B, H, W, 3)."""
-        parts = [state.x0[rows] for rows in self.denoiser.chunks(state.num_envs)]
+    def previews(self, state: LaneState, lanes: np.ndarray) -> np.ndarray:
+        """Decoded latest clean predictions of ``lanes``: uint8 (L, H, W, 3)."""
+        parts = [state.x0[state.index(lanes[rows])] for rows in self.denoiser.chunks(len(lanes))]
         return np.concatenate([to_uint8(_finite(self.previewer.decode(x0))) for x0 in parts])
 
     # ----------------------------------------------------------------- the observation
@@ -215,7 +221,7 @@ class Observer:
     def _quality_slots(self, state: LaneState) -> torch.Tensor:
         """The eight numbers of `QUALITY`, (B, 8)."""
         steps_done = state.step_index / self.config.num_inference_steps
-        ratios = np.stack([state.similarity, steps_done, np.minimum(1.0, state.nfe / self.config.nfe_budget)])
+        ratios = np.stack([state.similarity, steps_done, np.minimum(1.0, state.nfe / state.budget)])
         similarity, steps, nfe = state.index(ratios.astype(np.float32))
         features, before = state.features, state.previous_features
         slots = [

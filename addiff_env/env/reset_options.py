@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium.utils import seeding
 
+from addiff_env.env.config import EnvConfig
 from addiff_env.env.denoiser import Denoiser
 from addiff_env.env.prices import check_price
 from addiff_env.env.prompts import check_prompt
-from addiff_env.env.validation import as_list, check_seed, plain, shown
+from addiff_env.env.validation import as_list, check_seed, checked, plain, shown
 
-LANE_OPTIONS = ("prompt", "negative_prompt", "seed", "latents", "price")  # one value per lane each
+LANE_OPTIONS = ("prompt", "negative_prompt", "seed", "latents", "price", "max_nfe")  # one value per lane each
+COMMON = ("price", "max_nfe")  # of these, what may also be one number for all
 
 
 def as_mapping(options: Any) -> dict[str, Any]:
@@ -69,15 +72,16 @@ def read_options(options: dict[str, Any], number: int, denoiser: Denoiser) -> di
 
     Raises:
         TypeError, ValueError: an option that there is not, a prompt that is no string, a seed that is no whole number,
-        latents of another shape or not finite, a price that is none or outside of ``price_range``, or the wrong number
-        of any of them; the message shows the value.
+        latents of another shape or not finite, a price that is none or outside of ``price_range``, a budget that leaves
+        no decision, or the wrong number of any of them; the message shows the value.
     """
+    given = {"defer_warmup": checked("defer_warmup", options.pop("defer_warmup", False), bool)}
     if unknown := set(options) - set(LANE_OPTIONS):
-        raise ValueError(f"unknown reset options {sorted(unknown)}; known: {', '.join(LANE_OPTIONS)}, reset_mask")
-    given: dict[str, Any] = {}
+        known = ", ".join(LANE_OPTIONS)
+        raise ValueError(f"unknown reset options {sorted(unknown)}; known: {known}, reset_mask, defer_warmup")
     for name, value in options.items():
         rows = value if name == "latents" and depth(value) > 1 else as_list(value)
-        if name == "price" and rows is None:
+        if name in COMMON and rows is None:
             rows = [value] * number  # the same for all
         if rows is None:
             raise TypeError(f"the vector environment takes one {name} per lane, got {shown(value)}")
@@ -92,6 +96,8 @@ def read_options(options: dict[str, Any], number: int, denoiser: Denoiser) -> di
     if "price" in given:
         within = denoiser.config.price_range
         given["price"] = [None if value is None else check_price(value, within) for value in given["price"]]
+    if "max_nfe" in given:
+        given["max_nfe"] = [_read_budget(value, denoiser.config) for value in given["max_nfe"]]
     if "latents" in given:
         given["latents"] = _read_latents(given["latents"], denoiser)
     return given
@@ -102,6 +108,10 @@ def _read_negative_prompt(value: Any, denoiser: Denoiser) -> str | None:
         return None
     denoiser.backbone.check_negative_prompt(check_prompt(value), denoiser.config.guidance_scale)
     return value
+
+
+def _read_budget(value: Any, config: EnvConfig) -> int:
+    return config.nfe_budget if value is None else replace(config, max_nfe=value).nfe_budget
 
 
 def _read_latents(values: Any, denoiser: Denoiser) -> torch.Tensor:

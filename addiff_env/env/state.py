@@ -13,7 +13,7 @@ from addiff_env.diffusion.backbones import Backbone, Conditioning
 from addiff_env.env.prices import OWN
 from addiff_env.perception.features import Features
 
-FORMAT_VERSION = 3  # of `LaneState.state_dict`
+FORMAT_VERSION = 4  # of `LaneState.state_dict`
 
 
 @dataclass
@@ -37,6 +37,7 @@ class LaneFields:
     refines: np.ndarray
     decisions: np.ndarray
     lane_price: np.ndarray  # of one evaluation, or `prices.OWN`
+    budget: np.ndarray  # denoiser evaluations that the episode may spend
     done: np.ndarray  # bool: the lane has ended, or waits
     fault: np.ndarray  # bool: its numbers stopped being finite
     # What the latest look showed, on the host as well: one transfer a step serves reward and info.
@@ -87,6 +88,7 @@ class LaneState(LaneFields):
             refines=counts.copy(),
             decisions=counts.copy(),
             lane_price=np.full(n, OWN),
+            budget=counts.copy(),
             done=np.ones(n, bool),  # no lane runs before its first start
             fault=np.zeros(n, bool),
             clip_score=numbers.copy(),

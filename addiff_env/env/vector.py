@@ -13,17 +13,17 @@ from gymnasium.vector.utils import batch_space
 
 from addiff_env.env import reset_options
 from addiff_env.env.config import EnvConfig, check_names
-from addiff_env.env.decisions import action_masks, admissible, read_actions, spent
+from addiff_env.env.decisions import action_masks, read_actions
 from addiff_env.env.denoiser import Denoiser
 from addiff_env.env.info import Info, final_info, lane_info
 from addiff_env.env.observer import Observer, observation_of
 from addiff_env.env.parts import ReadableParts
 from addiff_env.env.prices import charged, check_saved, start_prices
 from addiff_env.env.prompts import load_prompts
-from addiff_env.env.refine import refine
 from addiff_env.env.reward import COLUMNS, RewardComponents, RewardConfig, quality, step_reward
 from addiff_env.env.spec import JsonableSpec, read_autoreset_mode, step_limit
 from addiff_env.env.state import LaneState
+from addiff_env.env.transition import is_warming, transition, warm_up
 from addiff_env.env.validation import at_least, checked
 from addiff_env.loading.isolation import isolated
 from addiff_env.types import Action
@@ -78,11 +78,14 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     ``reset(options={"prompt": [...], "seed": [...], "latents": ...})`` names the lanes' prompts (B strings), seeds
     (B ints) or initial latents (B, C, h, w), as diffusers' pipelines take them; what is left out is drawn.
     ``"price"`` (one number or B; None: not named) is what an evaluation costs, within ``price_range`` where it is set.
-    ``"negative_prompt"`` (B strings; None: the setting's) is what guidance leads away from. With
-    ``"reset_mask"`` (B,) bool they are those of the lanes that start. An episode is ``terminated`` by *stop*, by
-    the last solver step, or when the budget is spent; it is ``truncated`` after ``max_episode_steps`` decisions, if
-    these are limited. With ``AutoresetMode.DISABLED`` an ended lane waits, at no cost, until
-    ``reset(options={"reset_mask": ...})`` names it.
+    ``"negative_prompt"`` (B strings; None: the setting's) is what guidance leads away from; ``"max_nfe"`` (one number
+    or B; None: the setting's) is the budget. With ``"reset_mask"`` (B,) bool they are those of the lanes that start.
+    With ``"defer_warmup": True`` these make their mandatory steps within the next calls of ``step``, in one batch with
+    the other lanes: until then they are `warming`, whatever their action, and their observation is blank.
+
+    An episode is ``terminated`` by *stop*, by the last solver step, or when the budget is spent; it is ``truncated``
+    after ``max_episode_steps`` decisions, if these are limited. With ``AutoresetMode.DISABLED`` an ended lane waits, at
+    no cost, until ``reset(options={"reset_mask": ...})`` names it.
 
     ## Info
     ``prompt, seed, price, step_index, nfe, forward_passes, net_flops, action_mask, action_taken, clip_score,
@@ -169,6 +172,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         sizes = self.denoiser.latent_shape, perception.clip.width, perception.dino.width
         self.state = LaneState.empty(self.num_envs, self.denoiser.backbone, *sizes)
         self.state.lane_price[:] = start_prices(self.seed.tolist(), None, c.price_range)
+        self.state.budget[:] = c.nfe_budget
 
     def set_reward(self, config: RewardConfig) -> None:
         """Pay by other weights and scales from the next step on."""
@@ -245,15 +249,13 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
             prompts.append(given["prompt"][row] if "prompt" in given else drawn[0])
             seeds.append(given["seed"][row] if "seed" in given else drawn[1])
         self.state.lane_price[lanes] = start_prices(seeds, given.get("price"), self.config.price_range)
+        self.state.budget[lanes] = given.get("max_nfe", self.config.nfe_budget)
         self.denoiser.start(self.state, lanes, prompts, seeds, given.get("latents"), given.get("negative_prompt"))
         self.observer.start(self.state, lanes)
-        for step in range(self.config.warmup_steps):
-            self.denoiser.step(self.state, lanes, capture=step == self.config.warmup_steps - 1)
-        self.denoiser.settle_nonfinite(self.state, lanes)  # an episode begins all the same: its first step ends it
-        if self.config.warmup_steps:
-            self.observer.look(self.state, lanes, first=True)
-        else:
+        if given.get("defer_warmup"):
             self.observer.blank(self.state, lanes)
+        else:
+            warm_up(self.denoiser, self.observer, self.state, lanes)
 
     # ----------------------------------------------------------------- step
 
@@ -300,25 +302,14 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
 
     def _act(self, lanes: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Apply the actions of ``lanes``; returns what was carried out (B,; -1 for the others) and the reward."""
-        denoiser, state, config = self.denoiser, self.state, self.config
-        potential, cost = self._potential(), self._cost()
-        going = lanes[~state.fault[lanes]]  # who broke down in its warm-up has nothing left to decide
-        taken = admissible(config, state, going, actions)
-        denoiser.step(state, going[taken[going] == Action.CONTINUE])
-        refine(denoiser, state, going[taken[going] == Action.REFINE])
-        denoiser.finish(state, going[taken[going] == Action.STOP])
-        state.decisions[lanes] += 1
-        denoiser.finish(state, going[~state.done[going] & spent(config, state)[going]])
-        denoiser.settle_nonfinite(state, lanes)
-        state.done[lanes[state.fault[lanes]]] = True
-        looked = lanes[state.done[lanes] | (state.decisions[lanes] % config.observe_every == 0)]
-        self.observer.look(state, looked)
+        state, potential, cost = self.state, self._potential(), self._cost()
+        taken, deciding, looked = transition(self.denoiser, self.observer, state, lanes, actions)
         similarity = np.ones(self.num_envs)  # without a new look there is no new picture to compare
         similarity[looked] = state.similarity[looked]
         paid = self._cost() - cost
         after, ended = self._potential(), (state.done, state.fault)
         parts = step_reward(self.reward_config, potential, after, similarity, paid, *ended, self.price)
-        idle = ~np.isin(np.arange(self.num_envs), lanes)
+        idle = ~np.isin(np.arange(self.num_envs), deciding)
         return taken, {name: np.where(idle, 0.0, value) for name, value in parts.items()}
 
     def _potential(self) -> np.ndarray:
@@ -335,6 +326,11 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     def price(self) -> np.ndarray:
         """What an evaluation costs in each lane (B,)."""
         return charged(self.state.lane_price, self.reward_config.efficiency)
+
+    @property
+    def warming(self) -> np.ndarray:
+        """Which lanes (B,) bool have mandatory steps before their first decision, after ``defer_warmup``."""
+        return is_warming(self.denoiser, self.state)
 
     def action_masks(self) -> np.ndarray:
         """Which actions are admissible now: (B, 3) bool; continue always is, stop once there is a prediction."""
@@ -369,9 +365,10 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         return self.observer.observation(self.state), fresh | final_info(info, final_obs, ended)
 
     @isolated()
-    def preview_images(self) -> np.ndarray:
-        """Decoded latest clean predictions of all lanes: uint8 (B, H, W, 3)."""
-        return self.observer.previews(self.state)
+    def preview_images(self, lanes: Any = None) -> np.ndarray:
+        """Decoded latest clean predictions of ``lanes`` (indices, or a mask; None: all): uint8 (L, H, W, 3)."""
+        lanes = np.arange(self.num_envs) if lanes is None else lanes
+        return self.observer.previews(self.state, reset_options.lane_numbers(lanes, self.num_envs))
 
     def final_image(self, lane: int) -> np.ndarray:
         """The final picture of a terminated lane: uint8 (H, W, 3).

@@ -188,7 +188,7 @@ def test_flux_has_none_and_says_so(kwargs: Kwargs) -> None:
         pipeline(PROMPTS, SEEDS, negative_prompt=NEGATIVE)
     with pytest.raises(ValueError, match="unconditional pass"):
         AdaptivePipeline(env, StopAt(2, 4), negative_prompt=NEGATIVE)
-    assert len(pipeline(PROMPTS, SEEDS)) == 2
+    assert len(pipeline(PROMPTS, SEEDS).images) == 2
 
 
 def test_without_guidance_there_is_nothing_to_lead_away_from(kwargs: Kwargs) -> None:
@@ -221,7 +221,7 @@ def test_the_pipelines_negative_prompts(kwargs: Kwargs) -> None:
 
     def pictures(env: DiffusionDenoiseVectorEnv, own: str | None = None, **call: Any) -> list[np.ndarray]:
         pipeline = AdaptivePipeline(env, StopAt(2, 4), negative_prompt=own)
-        return [made.picture for made in pipeline([PROMPTS[0]] * 3, [5] * 3, **call)]
+        return [np.asarray(image) for image in pipeline([PROMPTS[0]] * 3, [5] * 3, **call).images]
 
     env = vector(kwargs)
     plain, led = pictures(env), pictures(vector(kwargs, negative_prompt=NEGATIVE))

@@ -169,8 +169,8 @@ def test_stable_baselines_and_the_pipeline_survive_it(small_kwargs: Kwargs, monk
     _, reward, done, _ = dummy.step(np.array([CONTINUE]))
     assert done.all() and reward[0] <= -1
     ours.reset()  # named seeds are not drawn again
-    (made,) = AdaptivePipeline(envs, StopAt(4, 6))("a star", seeds=1)
-    assert made.actions == [] and "finite" in made.note and made.picture.shape == (64, 64, 3)
+    made = AdaptivePipeline(envs, StopAt(4, 6))("a star", seeds=1)
+    assert made.actions == [[]] and "finite" in made.notes[0] and made.images[0].size == (64, 64)
 
 
 @pytest.mark.parametrize("size", [16, 24, 32, 48])

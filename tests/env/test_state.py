@@ -135,7 +135,7 @@ def test_a_refused_state_changes_nothing(small_kwargs: dict[str, Any], spoil: st
     else:
         state["features"]["dino"] = state["features"]["dino"][:, :1]
     expected = {
-        "format_version": "format_version None, this release reads 3",
+        "format_version": "format_version None, this release reads 4",
         "missing": "the state has no refines",
         "size": r"net_flops is \(1,\) there, \(2,\) here",
         "lanes": r"generators is \(1,\) there, \(2,\) here",

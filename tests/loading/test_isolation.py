@@ -225,7 +225,7 @@ def test_pipelines_in_threads(small_kwargs: Kwargs) -> None:
     pipelines = [AdaptivePipeline(env, agent) for env in envs]
 
     def pictures(pipeline: AdaptivePipeline, seed: int) -> list[np.ndarray]:
-        return [made.picture for made in pipeline(["a star", "a red ring"] * 2, [seed, 1, 2, 3])]
+        return [np.asarray(image) for image in pipeline(["a star", "a red ring"] * 2, [seed, 1, 2, 3]).images]
 
     calls = [partial(pictures, pipeline, 7 + i) for i, pipeline in enumerate(pipelines)]
     calls.append(partial(pictures, pipelines[0], 20))  # whose lanes another thread needs, too

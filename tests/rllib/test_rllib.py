@@ -361,8 +361,8 @@ def test_the_bundle_acts_as_the_module_and_a_run_goes_on(ray, small_kwargs, tmp_
     assert agent.logits(observations) == pytest.approx(module_logits(tmp_path, observations), abs=1e-6)
     assert agent.act(observations, infos["action_mask"]).shape == (4,)
     assert agent.config["training"]["timesteps"] == 48 and agent.config["env"]["id"] == ID
-    (picture,) = AdaptivePipeline.from_pretrained(tmp_path / "agent", num_envs=1)("a red circle", 0)
-    assert picture.picture.shape == (64, 64, 3)
+    (picture,) = AdaptivePipeline.from_pretrained(tmp_path / "agent", num_envs=1)("a red circle", 0).images
+    assert picture.size == (64, 64)
 
     assert len(rllib.train(cfg, tmp_path)) == 1
     continued = Agent.load(tmp_path / "agent")

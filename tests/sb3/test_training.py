@@ -549,7 +549,7 @@ def test_every_preset_trains(env, kind, tmp_path):
     assert result.timesteps == 15 and result.held_out["nfe_mean"] >= 1
     agent = Agent.load(tmp_path / "run" / "agent")
     made = AdaptivePipeline(make_agent_env(agent, 2, device="cpu"), agent)(["a red apple", "two cats"], seeds=[1, 2])
-    assert [picture.picture.shape for picture in made] == [(64, 64, 3)] * 2
+    assert [picture.size for picture in made.images] == [(64, 64)] * 2
     assert EventAccumulator(str(tmp_path / "run")).Reload().Tags()["images"] == ["held_out/filmstrips"]
 
 

@@ -8,7 +8,7 @@ from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.rule_policies import Policy
 from addiff_env.evaluation.statistics.families import at_price
-from addiff_env.pipeline import AdaptivePipeline
+from addiff_env.pipeline import LaneScheduler, Request, price_of
 from addiff_env.types import Generated
 
 
@@ -21,7 +21,7 @@ class PolicyMethod:
     def __init__(
         self, env: DiffusionDenoiseVectorEnv, policy: Policy, name: str = "agent", price: float | None = None
     ) -> None:
-        self.pipeline, self.backbone, self.price = AdaptivePipeline(env, policy), env.backbone, price
+        self.lanes, self.backbone, self.price = LaneScheduler(env, policy), env.backbone, price
         self.name = at_price(name, price)
         self.solver = f"{env.config.solver}-{env.config.num_inference_steps}"
         self.policy = policy.fingerprint
@@ -29,6 +29,7 @@ class PolicyMethod:
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
         """Run the policy on every item."""
-        prompts, seeds = [item.prompt for item in items], [item.seed for item in items]
-        for group in self.pipeline.stream(prompts, seeds, price=self.price):
+        price = price_of(self.lanes.env, self.lanes.policy, self.price)
+        requests = [Request(index, item.prompt, item.seed, price=price) for index, item in enumerate(items)]
+        for group in self.lanes.run(requests):
             yield [(items[index], made) for index, made in group]

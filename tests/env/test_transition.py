@@ -1,0 +1,140 @@
+"""Mandatory steps that are deferred, and budgets of single lanes."""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.env.config import EnvConfig
+
+Kwargs = dict[str, Any]
+PROMPTS = ["a red circle", "two blue squares", "a star above a green ring"]
+
+
+def vector(kwargs: Kwargs, num_envs: int, **more: Any) -> DiffusionDenoiseVectorEnv:
+    modes: Kwargs = {"num_envs": num_envs, "autoreset_mode": AutoresetMode.DISABLED}
+    found = gym.make_vec("AdDiffusion-Tiny-v0", **modes | kwargs | more).unwrapped
+    assert isinstance(found, DiffusionDenoiseVectorEnv)
+    return found
+
+
+@pytest.fixture(scope="module")
+def envs(small_kwargs: Kwargs) -> dict[int, DiffusionDenoiseVectorEnv]:
+    return {number: vector(small_kwargs, number) for number in (1, 3)}
+
+
+def options(lane: int, **more: Any) -> Kwargs:
+    mask = np.arange(3) == lane
+    return {"prompt": [PROMPTS[lane]], "seed": [7 + lane], "reset_mask": mask, **more}
+
+
+def alone(env: DiffusionDenoiseVectorEnv, lane: int, actions: list[int]) -> list[tuple[Any, ...]]:
+    """What a lane shows at each decision when nobody is beside it: observation, reward, nfe, whether it has ended."""
+    observation, info = env.reset(options={"prompt": [PROMPTS[lane]], "seed": [7 + lane]})
+    shown = [(observation[0], 0.0, int(info["nfe"][0]), False)]
+    for action in actions:
+        if env.done[0]:
+            break
+        observation, reward, terminated, _, info = env.step([action])
+        shown.append((observation[0], float(reward[0]), int(info["nfe"][0]), bool(terminated[0])))
+    return shown
+
+
+@settings(max_examples=8)
+@given(
+    starts=st.lists(st.integers(0, 4), min_size=3, max_size=3),
+    actions=st.lists(st.lists(st.sampled_from([0, 0, 0, 1, 2]), min_size=8, max_size=8), min_size=3, max_size=3),
+)
+def test_lanes_that_warm_up_beside_others_show_what_they_show_alone(
+    envs: dict[int, DiffusionDenoiseVectorEnv], starts: list[int], actions: list[list[int]]
+) -> None:
+    expected = [alone(envs[1], lane, actions[lane]) for lane in range(3)]
+    env, shown, steps = envs[3], [[] for _ in range(3)], [0] * 3  # type: ignore[var-annotated]
+    env.park(np.arange(3))
+    for tick in range(14):
+        for lane in (lane for lane in range(3) if starts[lane] == tick):
+            observation, info = env.reset(options=options(lane, defer_warmup=True))
+            assert env.warming[lane] and info["nfe"][lane] == 0 and observation[lane] in env.single_observation_space
+        running = np.flatnonzero(~env.done)
+        if len(running) == 0:
+            continue
+        warming = env.warming.copy()
+        choice = np.ones(3, int)  # an action that a warming lane must not heed
+        for lane in running:
+            if not warming[lane]:
+                choice[lane] = actions[lane][steps[lane]] if steps[lane] < 8 else 1
+                steps[lane] += 1
+        observation, reward, terminated, _, info = env.step(choice)
+        assert (info["action_taken"][running] == -1).tolist() == warming[running].tolist()
+        assert not reward[warming].any()
+        for lane in running:
+            if not env.warming[lane]:
+                values = observation[lane], float(reward[lane]), int(info["nfe"][lane]), bool(terminated[lane])
+                shown[lane].append(values)
+    for found, wanted in zip(shown, expected, strict=True):
+        for one, other in zip(found, wanted, strict=False):
+            assert one[0] == pytest.approx(other[0], abs=2e-3) and one[1] == pytest.approx(other[1], abs=2e-3)
+            assert one[2:] == other[2:]
+
+
+def test_without_a_warm_up_there_is_nothing_to_defer(small_kwargs: Kwargs) -> None:
+    env = vector(small_kwargs, 2, warmup_steps=0)
+    results = []
+    for defer in (False, True):
+        observation, _ = env.reset(options={"prompt": PROMPTS[:2], "seed": [1, 2], "defer_warmup": defer})
+        assert not env.warming.any()
+        results.append([observation, *env.step([0, 0])[:2]])
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_lanes_that_restart_by_themselves_warm_up_at_once(small_kwargs: Kwargs, mode: AutoresetMode) -> None:
+    env = vector(small_kwargs, 2, autoreset_mode=mode)
+    env.reset(seed=0)
+    for _ in range(4):
+        env.step([1, 0])
+        assert not env.warming.any()
+
+
+@settings(max_examples=6)
+@given(budgets=st.lists(st.integers(3, 14), min_size=3, max_size=3), action=st.sampled_from([0, 2]))
+def test_a_lanes_own_budget_is_what_the_setting_would_be(
+    small_kwargs: Kwargs, envs: dict[int, DiffusionDenoiseVectorEnv], budgets: list[int], action: int
+) -> None:
+    env = envs[3]
+    env.reset(options={"prompt": PROMPTS, "seed": [7, 8, 9], "max_nfe": budgets})
+    shown = []
+    while not env.done.all():
+        observation, _, terminated, _, info = env.step([action] * 3)
+        shown.append((observation, info["nfe"], info["action_taken"]))
+    for lane, budget in enumerate(budgets):
+        other = vector(small_kwargs, 3, max_nfe=budget)
+        other.reset(options={"prompt": PROMPTS, "seed": [7, 8, 9]})
+        for observation, nfe, taken in shown:
+            if other.done[lane]:
+                break
+            theirs, _, _, _, info = other.step([action] * 3)
+            assert (info["nfe"][lane], info["action_taken"][lane]) == (nfe[lane], taken[lane])
+            assert observation[lane] == pytest.approx(theirs[lane], abs=1e-3)
+        assert other.done[lane] and nfe[lane] <= budget
+
+
+@pytest.mark.parametrize("value", [0, 2, 2.5, "7", True, [5], [5, 5, None, 5], {"a": 1}])
+def test_budgets_that_leave_no_decision_are_shown(envs: dict[int, DiffusionDenoiseVectorEnv], value: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="max_nfe"):
+        envs[3].reset(options={"max_nfe": value})
+    envs[3].reset(options={"max_nfe": 5})
+    assert envs[3].budget.tolist() == [5] * 3
+    envs[3].reset(options={"max_nfe": [None, 6, np.int64(7)]})
+    assert envs[3].budget.tolist() == [EnvConfig.nfe_budget.fget(envs[3].config), 6, 7]  # type: ignore[attr-defined]
+
+
+def test_what_is_no_switch_is_shown(envs: dict[int, DiffusionDenoiseVectorEnv]) -> None:
+    with pytest.raises(ValueError, match="defer_warmup must be True or False, got 1"):
+        envs[3].reset(options={"defer_warmup": 1})
