@@ -129,7 +129,6 @@ def test_a_generator_gives_the_noise_that_diffusers_draws(pipe: AdaptivePipeline
         ({"generator": torch.Generator(), "seeds": [1, 2]}, ValueError, "give one of them"),
         ({"max_nfe": 2}, ValueError, "max_nfe 2 leaves no decision"),
         ({"max_nfe": "9"}, ValueError, "max_nfe"),
-        ({"price": 0.1}, ValueError, "price"),
         ({"target_nfe": 9.0}, ValueError, "price"),
         ({"height": 63}, ValueError, "height"),
         ({"negative_prompt": ["a"]}, ValueError, "2 prompts but 1 negative"),
