@@ -41,7 +41,17 @@ class PromptRow:
     fields: Mapping[str, Any] = field(default_factory=dict)  # the other columns of its row, or names of its object
 
 
-Record = tuple[int, str, Any]  # index, place and value (a string or a mapping) of a row that was not checked yet
+@dataclass(frozen=True)
+class BadRow:
+    """What stands in a file where a prompt should, and why it is none."""
+
+    index: int
+    place: str
+    reason: str
+
+
+# Index, place and value of a row that was not checked yet: a string, a mapping, or the error that reading it gave.
+Record = tuple[int, str, Any]
 
 
 def check_prompt(prompt: Any, name: str = "a prompt") -> str:
@@ -91,19 +101,34 @@ def read_prompts(path: str | os.PathLike[str]) -> list[PromptRow]:
         FileNotFoundError: no such file. ValueError: a kind of file that is not read, another encoding than UTF-8, no
             prompts, or a row without one, with its place.
     """
+    rows = [row if isinstance(row, PromptRow) else _refuse(row) for row in each_prompt(path)]
+    if not rows:
+        raise ValueError(f"no prompts in {looked_at(path)}")
+    return rows
+
+
+def each_prompt(path: str | os.PathLike[str]) -> Iterator[PromptRow | BadRow]:
+    """As `read_prompts`, with what is no prompt in its place; raises for the file as a whole only."""
     place = Path(resolve_model(path))
     if place.suffix.lower() not in READERS:
         raise ValueError(f"cannot read prompts from {looked_at(path)}: expected a list or a file {', '.join(READERS)}")
     if not os.path.isfile(place):
         what = "that is a folder" if os.path.isdir(place) else "there is none"
         raise FileNotFoundError(f"no prompt file {looked_at(path)}: {what}; prompts may be a list or a file")
-    rows = [_row(*record) for record in READERS[place.suffix.lower()](place)]
-    if not rows:
-        raise ValueError(f"no prompts in {looked_at(path)}")
-    return rows
+    for index, where, value in READERS[place.suffix.lower()](place):
+        try:
+            yield _row(index, where, value)
+        except ValueError as error:
+            yield BadRow(index, where, str(error))
+
+
+def _refuse(row: BadRow) -> PromptRow:
+    raise ValueError(row.reason)
 
 
 def _row(index: int, place: str, value: Any) -> PromptRow:
+    if isinstance(value, ValueError):
+        raise value
     if isinstance(value, str):
         return PromptRow(_stated_prompt(value, place), index, place)
     if not isinstance(value, Mapping):
@@ -209,7 +234,11 @@ def _read_json(path: Path) -> Iterator[Record]:
 def _read_jsonl(path: Path) -> Iterator[Record]:
     for index, line in enumerate(split_lines(read_utf8(path))):
         if line.strip():
-            yield index, f"{path}:{index + 1}", parse_json(line, path, index + 1)
+            try:
+                value = parse_json(line, path, index + 1)
+            except ValueError as error:
+                value = error
+            yield index, f"{path}:{index + 1}", value
 
 
 # --------------------------------------------------------------------------- tables
@@ -269,10 +298,11 @@ def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Record
     for index, (line, row) in enumerate(rows):
         place = f"{path}:{line}: row {index + 1}"
         if len(row) != len(names):
-            raise ValueError(f"{place} has not {len(names)} columns: {shorten(row)}")
-        if row[prompts].strip().lower() == "nan":  # how tables spell that nothing is there
-            raise ValueError(f"{place}: expected a prompt, got {row[prompts]!r}")
-        yield index, place, dict(zip(names, row, strict=True))
+            yield index, place, ValueError(f"{place} has not {len(names)} columns: {shorten(row)}")
+        elif row[prompts].strip().lower() == "nan":  # how tables spell that nothing is there
+            yield index, place, ValueError(f"{place}: expected a prompt, got {row[prompts]!r}")
+        else:
+            yield index, place, dict(zip(names, row, strict=True))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {

@@ -604,7 +604,7 @@ def test_an_agent_for_many_prices_says_so(priced):
     agent = Agent.load(priced[0] / "agent")
     assert agent.price_range == (0.001, 0.016) and agent.config["observation"]["price"] == 1
     made = AdaptivePipeline(make_agent_env(agent, 1), agent)("a star", 3, price=0.004)
-    assert made[0].price == 0.004
+    assert made.price == [0.004]
     with pytest.raises(ValueError, match="price or target_nfe"):
         AdaptivePipeline(make_agent_env(agent, 1), agent)("a star", 3)
 

@@ -142,11 +142,13 @@ def _checked(entries: list[Entry], source: Source, path: Path, any_length: bool)
 def _give_seeds(entries: Sequence[Entry], images: int, first_seed: int) -> list[list[Item]]:
     """The pictures of each prompt. A stated seed is the first picture's; further ones are derived from it."""
     return [
-        [_item(entry, index * images + k, first_seed, k) for k in range(images)] for index, entry in enumerate(entries)
+        [item_of(entry, index * images + k, first_seed, k) for k in range(images)]
+        for index, entry in enumerate(entries)
     ]
 
 
-def _item(entry: Entry, index: int, first_seed: int, repeat: int) -> Item:
+def item_of(entry: Entry, index: int, first_seed: int, repeat: int) -> Item:
+    """The ``repeat``-th picture of a prompt, ``index``-th of its list; its seed is the stated one, or counted up."""
     seed = first_seed + index if entry.seed is None else _derived_seed(entry.seed, repeat)
     number = count_content_words(entry.prompt) if entry.num_requirements is None else entry.num_requirements
     level = entry.complexity or text_complexity(number)

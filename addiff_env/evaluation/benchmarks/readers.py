@@ -70,10 +70,11 @@ def read_list(path: Path) -> list[Entry]:
     Raises:
         FileNotFoundError, ValueError: as `read_prompts`; or a seed or category that is none, with its place.
     """
-    return [_entry(row, path.stem) for row in read_prompts(path)]
+    return [entry_of(row, path.stem) for row in read_prompts(path)]
 
 
-def _entry(row: PromptRow, default_category: str) -> Entry:
+def entry_of(row: PromptRow, default_category: str) -> Entry:
+    """A row of a file with its seed and category; ValueError: one that is none, with its place."""
     seed, category = row.fields.get("seed"), row.fields.get("category") or row.fields.get("tag") or default_category
     seed = None if seed in (None, "") else _stated_seed(seed, row.place)
     category = check_prompt(str(category), f"{row.place}: a category")

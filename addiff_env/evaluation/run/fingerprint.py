@@ -34,6 +34,7 @@ _LATER = {"negative_prompt": None, "look_precision": "auto", "price_range": None
 WEIGHTS = tuple(name for name in FILE_SETTINGS if name not in HARMLESS)
 CONTENTS, WEIGHTS_BEFORE = "contents", "weights"  # of the files that settings name; what earlier releases kept of them
 BENCHMARK, MODEL = "benchmark.name", "environment.model"
+OTHER_FOLDER = "take another folder: hydra.run.dir=..."
 ADDED = ("metrics", "agents")  # named one by one: who goes on need not have all of them
 
 
@@ -90,9 +91,10 @@ def common_environment(agents: Mapping[str, Agent], overrides: Mapping[str, Any]
     return settings[first]
 
 
-def environment_of(agent: Agent, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides how an agent's pictures come out: id and settings, the harmless ones left out."""
-    name, kwargs = agent.environment
+def environment_of(agent: Agent, overrides: Mapping[str, Any], env_id: str | None = None) -> dict[str, Any]:
+    """What decides how an agent's pictures come out: id (its own, or ``env_id``) and settings without harmless ones."""
+    own, kwargs = agent.environment
+    name = own if env_id is None else env_id
     config = asdict(EnvConfig(**{**gym.spec(name).kwargs, **kwargs, **overrides}))
     left_out = {*HARMLESS, *(key for key, value in _LATER.items() if config[key] == value)}
     return {"id": name, **{key: value for key, value in config.items() if key not in left_out}}
@@ -129,20 +131,22 @@ def _may_lack(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
     return (group in ADDED and name not in ours) or (group == "agents" and name not in theirs)
 
 
-def keep_fingerprint(folder: Path, fingerprint: Mapping[str, Any], code_version: str) -> None:
+def keep_fingerprint(
+    folder: Path, fingerprint: Mapping[str, Any], code_version: str, instead: str = OTHER_FOLDER
+) -> None:
     """Leave ``fingerprint`` in a folder where ``code_version`` is about to make its first rows; else as `require_same`.
 
     Of shards that start at the same moment the first is believed.
     """
     keep_first(_path(folder, code_version), json.dumps(fingerprint, indent=2) + "\n")
-    require_same(folder, fingerprint, code_version)
+    require_same(folder, fingerprint, code_version, instead)
 
 
 def _path(folder: Path, code_version: str) -> Path:
     return folder / f"made-with-{code_version}.json"
 
 
-def require_same(folder: Path, fingerprint: Mapping[str, Any], code_version: str) -> None:
+def require_same(folder: Path, fingerprint: Mapping[str, Any], code_version: str, instead: str = OTHER_FOLDER) -> None:
     """Check ``fingerprint`` against that of the rows which ``code_version`` made in a folder; without any all is well.
 
     Raises:
@@ -152,7 +156,4 @@ def require_same(folder: Path, fingerprint: Mapping[str, Any], code_version: str
     if not path.exists():
         return
     if differing := differing_values(fingerprint, read_json(path)):
-        raise ValueError(
-            f"{folder} holds rows that were made with other settings ({'; '.join(differing)}); "
-            "take another folder: hydra.run.dir=..."
-        )
+        raise ValueError(f"{folder} holds rows that were made with other settings ({'; '.join(differing)}); {instead}")
