@@ -204,7 +204,7 @@ def test_a_sweep_over_many_overrides_finds_its_folders_again(tmp_path, monkeypat
 
     def train(cfg, run, metric):
         trained.append(run)
-        return SimpleNamespace(collapsed=None, agent=SimpleNamespace(fingerprint="f"))
+        return SimpleNamespace(collapsed=None, agent=SimpleNamespace(fingerprint="f", price_range=None))
 
     monkeypatch.setattr(train_command, "train", train)
     monkeypatch.setattr(train_command, "success_metric", lambda cfg: None)
