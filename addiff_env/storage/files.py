@@ -244,13 +244,17 @@ def read_json(path: Path, kind: type = dict) -> Any:
     Raises:
         OSError: as `read_text`; ValueError: it is damaged or holds something else; with its name.
     """
-    text = read_text(path)
+    return parse_json(read_text(path), str(path), kind)
+
+
+def parse_json(text: str | bytes, place: str, kind: type = dict) -> Any:
+    """What JSON says, an object unless another ``kind`` is asked for; raises ValueError with its ``place``."""
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}: {text[:80]!r}") from error
+        raise ValueError(f"{place} is damaged: {error}: {text[:80]!r}") from error
     if not isinstance(value, kind):
-        raise ValueError(f"{path} is damaged: expected {_KINDS.get(kind, kind.__name__)}, got {text[:80]!r}")
+        raise ValueError(f"{place} is damaged: expected {_KINDS.get(kind, kind.__name__)}, got {text[:80]!r}")
     return value
 
 

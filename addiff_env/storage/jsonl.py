@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from addiff_env.storage.files import told_when_full
+from addiff_env.storage.files import parse_json, told_when_full
 
 _BLOCK = 1 << 16  # bytes read at a time while looking for the last newline
 
@@ -24,17 +24,7 @@ def read_objects(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")[:-1]
-    return [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
-
-
-def _parse(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place} is damaged: {error}: {line[:80]!r}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{place} is damaged: expected an object, got {line[:80]!r}")
-    return values
+    return [parse_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1)]
 
 
 def append_objects(path: Path, objects: Iterable[dict[str, Any]]) -> None:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
-from addiff_env.tiny.prompt_splits import SPLITS, build_split, sample_train_prompt
+from addiff_env.tiny.prompt_splits import FOLDER, SPLITS, build_split, sample_train_prompt
 from addiff_env.tiny.prompts import CATEGORIES
 
-FOLDER = Path(__file__).resolve().parent / "splits"
 SHARES = (0.06, 0.13, 0.17, 0.07, 0.18, 0.13, 0.13, 0.13)  # of the categories among an agent's training captions
 
 

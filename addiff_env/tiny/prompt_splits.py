@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import cache
-from importlib import resources
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from addiff_env.storage.jsonl import read_objects
 from addiff_env.tiny.prompts import CATEGORIES, Prompt, parse_caption, sample_prompt
 
 WORLD_VERSION = 1  # part of every split; bump whenever a caption or a split could change
-
-
+FOLDER = Path(__file__).resolve().parent / "splits"
 SPLITS = ("dev", "test", "final")
 # Held-out captions of the other categories are few, and ``dev`` and ``test`` use them up.
 FINAL_CATEGORIES = ("position", "color_attribution", "three_objects", "four_objects")
@@ -98,8 +97,7 @@ def load_split(name: str) -> tuple[dict[str, Any], ...]:
         ValueError: unknown split.
     """
     _check_split(name)
-    path = resources.files("addiff_env.tiny") / "splits" / f"{name}.jsonl"
-    return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return tuple(read_objects(FOLDER / f"{name}.jsonl"))
 
 
 def balanced(rows: tuple[dict[str, Any], ...], number: int) -> list[dict[str, Any]]:

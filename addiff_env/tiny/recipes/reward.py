@@ -23,6 +23,8 @@ from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.pairs import Pairs, Samples
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
+# Of the command line; ``generated_from``: share of the training after which generated pictures come in.
+OPTIONS = {"steps": 1300, "batch": 96, "lr": 1.2e-3, "warm_start": 0, "generated_from": 0.5}
 HELD_OUT = 6  # one in so many captions is held out, with all its samples
 STAGE_WEIGHTS = (0.1, 0.2, 0.2, 0.5)  # how often each kept stage of a sample is drawn, the finished picture last
 GENERATED_SHARE = 0.7  # of a batch, once generated pictures come in
@@ -153,16 +155,7 @@ def train(args: argparse.Namespace, scenes: Pairs, previews: Pairs, samples: Sam
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and export; returns the exit status."""
-    args = common.arguments(
-        "world train reward",
-        __doc__ or "",
-        argv,
-        steps=1300,
-        batch=96,
-        lr=1.2e-3,
-        warm_start=0,
-        generated_from=0.5,  # share of the training after which generated pictures come in
-    )
+    args = common.arguments("world train reward", __doc__ or "", argv, **OPTIONS)
     scenes = pairs.load_scenes(args.work, args.seed)
     previews, samples = pairs.load_previews(args.work, scenes), pairs.load_samples(args.work)
     samples, first_held = hold_out(samples)

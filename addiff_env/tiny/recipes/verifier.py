@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.endings import evaluations_spared
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 
+OPTIONS: dict[str, Any] = {"steps": 2000, "batch": 128, "lr": 1e-3, "layers": 4, "warm_start": "reward"}
+OPTIONS |= {"stem_steps": 300, "dense": 1.0, "dtype": "auto"}  # of the command line
 HELD_OUT = 12  # one in so many captions is held out, with all its trajectories
 FINISHED_SHARE = 0.25  # of a batch: endings, looked at as finished pictures
 STOPPED_SHARE = 0.4  # of a batch: states in which stopping was tried, too; what is left are states of all kinds
@@ -302,19 +305,7 @@ def report(logits: torch.Tensor, questions: Questions) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, calibrate and export; returns the exit status."""
-    args = common.arguments(
-        "world train verifier",
-        __doc__ or "",
-        argv,
-        steps=2000,
-        batch=128,
-        lr=1e-3,
-        layers=4,
-        warm_start="reward",
-        stem_steps=300,
-        dense=1.0,
-        dtype="auto",
-    )
+    args = common.arguments("world train verifier", __doc__ or "", argv, **OPTIONS)
     if args.warm_start not in WARM_STARTS:
         raise ValueError(f"--warm-start takes one of {', '.join(WARM_STARTS)}, got {args.warm_start!r}")
     states, endings = load_questions(args.work)
