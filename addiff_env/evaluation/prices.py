@@ -13,14 +13,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from addiff_env.agent import Agent
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.acceptance import difference, tuning_items
-from addiff_env.perception.scorers import load_scorer, reads_latents
+from addiff_env.perception.scorers import LatentScorer, load_scorer, reads_latents
 from addiff_env.pipeline import make_agent_env
 from addiff_env.stats import at_least_one
 from addiff_env.tiny.checker import check_picture
@@ -166,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     agents = {str(folder): Agent.load(folder) for folder in args.agent}
     env = world_of(next(iter(agents.values())), min(args.num_envs, len(rows)))
     tuning = [{"prompt": item.prompt, "seed": item.seed} for item in tuning_items(env, args.tune, seed=0)]
-    walks = walks_of(load_or_record(args.record, env.config, tuning), load_scorer(env.config.scorer))
+    verifier = cast(LatentScorer, load_scorer(env.config.scorer))  # `world_of` lets no other pass
+    walks = walks_of(load_or_record(args.record, env.config, tuning), verifier)
     prompts = [row["prompt"] for row in rows]
     print(f"{len(rows)} dev prompts; rules chosen on {len(tuning)} training prompts")
     print(f"{'price':>6}  {'policy':<46}{'success':>8}{'NFE':>7}{'GFLOPs':>8}{'return':>9}  ahead of the best rule")

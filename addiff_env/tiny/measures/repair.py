@@ -109,7 +109,8 @@ class Record:
     """
 
     def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path, self.found = path, {}
+        self.path = path
+        self.found: dict[tuple[Any, ...], dict[str, Any]] = {}
         kept = read_objects(path) if path else []
         if kept and kept[0] != {"settings": settings}:
             raise ValueError(f"{path} was made with {kept[0].get('settings')}, not {settings}: name another file")
