@@ -177,7 +177,7 @@ class AdaptivePipeline:
         output = gathered(made, output_type, (env.config.height, env.config.width), previews, masks)
         return output if return_dict else output.to_tuple()
 
-    def stream(
+    def stream(  # a call's arguments, stated again so that its signature shows them
         self,
         prompt: str | Iterable[str],
         seeds: Seeds = None,
@@ -263,7 +263,7 @@ class AdaptivePipeline:
         return kept
 
     def _remade(self, **settings: Any) -> DiffusionDenoiseVectorEnv:
-        modes = {"num_envs": self.env.num_envs, "autoreset_mode": AutoresetMode.DISABLED}
+        modes: dict[str, Any] = {"num_envs": self.env.num_envs, "autoreset_mode": AutoresetMode.DISABLED}
         return DiffusionDenoiseVectorEnv(**modes | asdict(self.env.config) | settings)
 
     @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.pipeline.lanes import Request
 
 Seeds = int | Iterable[int] | np.random.Generator | None
-Generators = torch.Generator | list[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
 MAX_SEED = 2**63 - 1
 
 
