@@ -21,6 +21,7 @@ from addiff_env.evaluation.run import command
 from addiff_env.evaluation.run.planning import ALL
 from addiff_env.stats import at_least_one
 from addiff_env.storage.commands import command_line, override
+from addiff_env.storage.files import file_name
 
 REMARKS = {  # of the methods that stand in the README's table
     "ddim-10": "",
@@ -31,7 +32,7 @@ REMARKS = {  # of the methods that stand in the README's table
     "agent": "",
 }
 BENCHMARK = "tiny-final"
-FOLDER = Path("runs", "reproduce")
+FOLDER = Path("runs", "reproduce")  # with one of its own for each benchmark
 PAGES = (Path("README.md"), Path("docs", "results.md"))
 
 
@@ -48,10 +49,12 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--benchmark", default=BENCHMARK, help=f"prompts: {', '.join(known_benchmarks()[:3])}, ... ({BENCHMARK})")
     add("--limit", type=limit, help="prompts, categories in turn; null: all (null)")
     add("--methods", nargs="+", default=list(REMARKS), help=f"methods; {ALL}: all there are ({', '.join(REMARKS)})")
-    add("--folder", type=Path, default=FOLDER, help=f"where rows are kept ({FOLDER})")
+    add("--folder", type=Path, help=f"where rows are kept ({FOLDER / '<benchmark>'})")
     add("--pages", type=Path, nargs="+", default=PAGES, help=f"pages to fill ({', '.join(map(str, PAGES))})")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of addiff evaluate")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.folder = args.folder or FOLDER / file_name(args.benchmark)
+    return args
 
 
 def evaluation(args: argparse.Namespace) -> list[str]:

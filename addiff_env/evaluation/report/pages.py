@@ -151,8 +151,8 @@ def _summary(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
     agents = agent_runs(by_method(rows))
     controls = {name for agent in agents for name in control_names(agent)}
     leads = {one.baseline: _difference(one, rows) for one in _comparisons(rows)}
-    unit = ", %" * (metric in share_metrics(rows))
-    head = [f"method | {metric}{unit}", *(cost.label for cost in costs), "agent minus method, paired"]
+    unit, of = (", %", ", points") if metric in share_metrics(rows) else ("", "")
+    head = [f"method | {metric}{unit}", *(cost.label for cost in costs), f"agent minus method{of}, paired"]
     lines = ["| " + " | ".join(head) + " |", "|---" * (len(costs) + 3) + "|"]
     for name, (_, quality, *spent, _) in method_table(rows, metric, costs).lines:
         if name not in controls:
