@@ -208,6 +208,8 @@ def test_a_call_names_price_or_target(agent: Agent, small_kwargs: Kwargs) -> Non
     for asked in ({"price": 0.004}, {"target_nfe": 4}):
         with pytest.raises(ValueError, match="no price input"):
             plain("a star", 0, **asked)
+    with pytest.raises(ValueError, match=r"price_range \[0.001, 0.016\], the environment has \[0.001, 0.1\]"):
+        AdaptivePipeline(make_agent_env(priced_agent(small_kwargs), 1, price_range=[0.001, 0.1]), priced.agent)
     rule = AdaptivePipeline(make_agent_env(agent, 1), StopAt(3, 6))
     with pytest.raises(ValueError, match="target_nfe=4"):
         rule("a star", 0, target_nfe=4)
