@@ -38,6 +38,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does; a t
     "download": ("addiff_env.evaluation.benchmarks.download", "fetch a public benchmark's prompts"),
     "baselines": ("addiff_env.env.baseline_cache", "score fixed-step inference, for rewards relative to it"),
     "profile": ("addiff_env.env.costs", "measure FLOPs and milliseconds of encoders, scorers and a denoiser step"),
+    "bench": ("addiff_env.cli.bench", "measure the speed of lanes and pipeline, as ratios to baselines"),
     "doctor": ("addiff_env.cli.doctor", "say whether an environment can run here, and what to do where it cannot"),
     "selftest": ("addiff_env.cli.selftest", "run a model once against what it must equal, and measure it"),
     "world data": ("addiff_env.tiny.recipes.data", "render the embedded world's training pictures"),

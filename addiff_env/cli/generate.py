@@ -32,6 +32,7 @@ from addiff_env.evaluation.run.rows import launched_shard, shard_path
 from addiff_env.evaluation.run.version import code_version
 from addiff_env.pipeline import SHIPPED_AGENT, AdaptivePipeline
 from addiff_env.pipeline.folder import PictureFolder, Task
+from addiff_env.pipeline.lanes import require_registered
 from addiff_env.storage.commands import interruptible
 from addiff_env.storage.files import claim
 from addiff_env.storage.inputs import fingerprints
@@ -85,6 +86,7 @@ def fingerprint_of(
 ) -> dict[str, Any]:
     """What the folder's pictures depend on, JSON-able."""
     digest = hashlib.sha256(json.dumps([asdict(task) for task in tasks]).encode()).hexdigest()[:16]
+    require_registered(options.env)
     names = ("number", "seed", "negative_prompt", "price", "target_nfe", "max_nfe", "dtype", "save_previews")
     environment = environment_of(agent, overrides, options.env)
     made_with = {

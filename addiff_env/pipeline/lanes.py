@@ -34,13 +34,18 @@ def make_agent_env(
         ValueError: an id that is not registered; and as `Agent.environment` and the environment.
     """
     name, kwargs = agent.environment
-    if env_id is not None and env_id not in gym.registry:
-        raise ValueError(f"{env_id!r} is no registered environment; known: {', '.join(sorted(addiff_env.PRESETS))}")
+    require_registered(env_id)
     modes: dict[str, Any] = {"num_envs": num_envs, "autoreset_mode": AutoresetMode.DISABLED}
     modes["max_episode_steps"] = None  # a limit of the training's: here every picture is finished
     envs = gym.make_vec(env_id or name, **modes | kwargs | overrides).unwrapped
     assert isinstance(envs, DiffusionDenoiseVectorEnv)
     return envs
+
+
+def require_registered(env_id: str | None) -> None:
+    """Check that there is an environment of this id; None passes. ValueError: there is none."""
+    if env_id is not None and env_id not in gym.registry:
+        raise ValueError(f"{env_id!r} is no registered environment; known: {', '.join(sorted(addiff_env.PRESETS))}")
 
 
 @dataclass(frozen=True)
