@@ -8,7 +8,15 @@ from pathlib import Path
 
 from addiff_env.evaluation.metrics.set_results import SetResults
 from addiff_env.evaluation.report.tables import LATEX, Table, category_tables, method_table, protocol_table, set_table
-from addiff_env.evaluation.statistics.summary import headline_metric, measured_costs, share_metrics, tidy
+from addiff_env.evaluation.statistics.decision import Decision, estimate_text
+from addiff_env.evaluation.statistics.summary import (
+    NOT_AVAILABLE,
+    headline_metric,
+    measured_costs,
+    share_metrics,
+    tidy,
+)
+from addiff_env.evaluation.statistics.tiers import by_tier
 from addiff_env.types import ResultRow
 
 WHOLE_HEAD = ("method", "metric", "category", "pictures", "value", "sd")  # sd: over random subsets, of KID
@@ -41,6 +49,26 @@ def write_set_results_csv(whole: SetResults, path: Path) -> None:
         writer.writerows([cell if isinstance(cell, str) else _blank(cell) for cell in line] for line in whole.lines())
 
 
+VERDICTS_HEAD = ("tier", "hypothesis", "verdict", "prompts", "estimate", "low", "high", "p", "p_corrected", "reason")
+
+
+def write_verdicts_csv(verdicts: Sequence[Decision], path: Path) -> None:
+    """One line per hypothesis; estimate and interval are those of the part that its p-value is of.
+
+    Where there is no p-value its cells and the interval's are empty, and the reason says why.
+    """
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(VERDICTS_HEAD)
+        for tier, found in by_tier(verdicts):
+            for one in found:
+                part = one.deciding
+                numbers = [] if part is None else [part.estimate, part.low, part.high]
+                cells = [*(numbers or [None] * 3), one.p, one.p_corrected]
+                reason = one.reason if one.p is not None else f"{one.reason} (no p-value: {one.lacking})"
+                writer.writerow([tier.title, one.hypothesis, one.outcome, one.prompts, *map(_blank, cells), reason])
+
+
 def _blank(value: float | None) -> float | str:
     return "" if value is None else value
 
@@ -50,8 +78,13 @@ def latex_escape(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def latex_table(rows: Sequence[ResultRow], caption: str, whole: SetResults = SetResults()) -> str:  # noqa: B008 (frozen)
-    r"""Tables of each method's quality and cost, its quality by category, and what was measured of ``whole`` sets.
+def latex_table(
+    rows: Sequence[ResultRow],
+    caption: str,
+    whole: SetResults = SetResults(),  # noqa: B008 (frozen)
+    verdicts: Sequence[Decision] = (),
+) -> str:
+    r"""Tables of each method's quality and cost, its quality by category, the verdicts, and of ``whole`` sets.
 
     They need ``\usepackage{booktabs}``.
     """
@@ -65,9 +98,30 @@ def latex_table(rows: Sequence[ResultRow], caption: str, whole: SetResults = Set
             "",
             *_float(_escaped(by_category), f"{text}: {name}{' in percent' * is_share} by category."),
             "",
+            *_verdict_tables(verdicts, text),
             *_set_tables(whole, text),
         ]
     )
+
+
+def _verdict_tables(verdicts: Sequence[Decision], caption: str) -> list[str]:
+    """A table per tier: verdict, what its p-value is of, and both p-values."""
+    lines = []
+    for tier, found in by_tier(verdicts):
+        body = [
+            [latex_escape(text) for text in (one.hypothesis, one.outcome, estimate_text(one.deciding) or NOT_AVAILABLE)]
+            + [_p_value(one.p), _p_value(one.p_corrected)]
+            for one in found
+        ]
+        table = _tabular(["hypothesis", "verdict", "estimate [interval]", "$p$", "$p$ corrected"], body)
+        missing = [f" {one.hypothesis} has no p-value: {one.lacking}." for one in found if one.p is None]
+        words = f"Verdicts, {tier.title[0].lower()}{tier.title[1:]}.{''.join(missing)}"
+        lines += [*_float(table, f"{caption}. {latex_escape(words)}"), ""]
+    return lines
+
+
+def _p_value(p: float | None) -> str:
+    return NOT_AVAILABLE if p is None else "$<$ 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def _main_table(rows: Sequence[ResultRow]) -> list[str]:

@@ -142,11 +142,12 @@ def _draw_points(
 
 
 def _mark(method: str) -> str:
-    """What tells members of a family apart: the number of steps, of pictures that the best is taken of, the price."""
+    """What tells members of a family apart: the number of steps, evaluations, pictures or particles, or the price."""
     if agent_fronts([method]):
         return "@" + method.partition("@")[2]
     head, _, tail = method.partition(":")
-    return f"×{head.rpartition('-')[2]}" if tail else head.rpartition("-")[2]
+    kind, _, number = head.rpartition("-")
+    return f"×{number}" if tail and kind in ("best-of", "fk") else number
 
 
 def _lengths(found: Sequence[Estimate], scale: float) -> list[list[float]]:
@@ -158,7 +159,7 @@ def _lengths(found: Sequence[Estimate], scale: float) -> list[list[float]]:
 def _draw_front(
     axis: Axes, summaries: Mapping[str, MethodSummary], metric: str, cost: str, unit: float, scale: float
 ) -> None:
-    """What fixed methods reach at each cost, tossing coins between them: the null hypothesis of H2."""
+    """What inference without a policy reaches at each cost, tossing coins between methods: H2's and H2+'s rivals."""
     fixed = sum(solver_families(list(summaries)).values(), [])
     if len(fixed) < 2:
         return
@@ -167,7 +168,7 @@ def _draw_front(
     at = np.linspace(costs.min(), costs.max(), 200)
     shape = (at.size, costs.size)
     front = front_quality(np.broadcast_to(costs, shape), np.broadcast_to(values, shape), at)
-    axis.plot(at / unit, scale * front, "--", color=INK, linewidth=1.2, zorder=3, label="front of fixed methods")
+    axis.plot(at / unit, scale * front, "--", color=INK, linewidth=1.2, zorder=3, label="front of all these")
 
 
 def actions_figure(rows: Sequence[ResultRow]) -> Figure:

@@ -9,7 +9,7 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from markupsafe import Markup
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.metrics.set_results import read_set_results
-from addiff_env.evaluation.report.exports import latex_table, write_csv, write_set_results_csv
+from addiff_env.evaluation.report.exports import latex_table, write_csv, write_set_results_csv, write_verdicts_csv
 from addiff_env.evaluation.report.figures import actions_figure, quality_figure
 from addiff_env.evaluation.report.gallery import Cards
 from addiff_env.evaluation.report.sections import (
@@ -46,23 +46,18 @@ from addiff_env.evaluation.run.run_folder import (
     write_verdicts,
 )
 from addiff_env.evaluation.statistics.decide import decide
-from addiff_env.evaluation.statistics.decision import Decision, Rules, describe
+from addiff_env.evaluation.statistics.decision import Decision, Rules
 from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.evaluation.statistics.rules import configured_rules, read_rules
 from addiff_env.evaluation.statistics.summary import by_method, counted, decision_counts, headline_metric
+from addiff_env.evaluation.statistics.tiers import by_tier, claims_of, describe_tiers, stated_name
 from addiff_env.storage.files import claim, told_when_full
 from addiff_env.storage.inputs import flatten
 from addiff_env.storage.paths import looked_at
 from addiff_env.types import ACTIONS, ResultRow
 
 LEFT_OUT = "left_out"  # in a run's provenance: methods and metrics that were asked for and could not be had
-WRITTEN = ("report.html", "table.tex", "table.csv", "table_whole.csv")
-CLAIMS = {
-    "H1": "Efficiency: quality equal to 50-step inference at no more than {max_nfe:g} NFE on average.",
-    "H2": "Quality: higher quality than any fixed-step method at equal compute.",
-    "H3": "Adaptivity: simple prompts stop early, complex ones get more evaluations.",
-    "H4": "Refinement: refining regions beats the same compute spent on full-image steps.",
-}
+WRITTEN = ("report.html", "table.tex", "table.csv", "table_whole.csv", "verdicts.csv")
 
 
 def write_report(
@@ -70,30 +65,36 @@ def write_report(
 ) -> list[Path]:
     """Write ``report.html``, ``table.tex`` and ``table.csv`` into a run folder; returns their paths.
 
-    Where protocols or set metrics were measured there is ``table_whole.csv`` as well.
+    Where protocols or set metrics were measured there is ``table_whole.csv`` as well, and where there are verdicts
+    ``verdicts.csv``.
 
     Args:
         folder: the run, whose pictures, filmstrips, ``config.yaml``, ``provenance.json``, ``protocols.json``,
             ``set_metrics.json`` and ``judge.json`` are shown where they exist.
         rows: per-image rows of all methods.
         items: the benchmark's items.
-        verdicts: H1-H4; none where no agent was evaluated.
+        verdicts: of both tiers; none where no agent was evaluated.
 
     Raises:
         ValueError: no rows, or a row that belongs to no item.
     """
     if not rows:
         raise ValueError(f"no rows to report on in {folder}")
-    page, tex, table, further = (folder / name for name in WRITTEN)
+    page, tex, table, further, decided = (folder / name for name in WRITTEN)
     whole = read_set_results(folder, rows, items)
     write_csv(rows, table)
-    tex.write_text(latex_table(rows, _caption(rows, read_provenance(folder)), whole), encoding="utf-8")
+    tex.write_text(latex_table(rows, _caption(rows, read_provenance(folder)), whole, verdicts), encoding="utf-8")
     page.write_text(render(folder, rows, items, verdicts), encoding="utf-8")
-    further.unlink(missing_ok=True)  # of an earlier report
-    if not whole:
-        return [page, tex, table]
-    write_set_results_csv(whole, further)
-    return [page, tex, table, further]
+    written = [page, tex, table]
+    for path, write in (
+        (further, partial(write_set_results_csv, whole) if whole else None),
+        (decided, partial(write_verdicts_csv, verdicts) if verdicts else None),
+    ):
+        path.unlink(missing_ok=True)  # of an earlier report
+        if write:
+            write(path)
+            written.append(path)
+    return written
 
 
 def _caption(rows: Sequence[ResultRow], provenance: Mapping[str, Any]) -> str:
@@ -115,7 +116,8 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         prompts=len({row.prompt for row in rows}),
         metric=headline_metric(rows),
         verdicts=verdicts,
-        claims={one.hypothesis: CLAIMS[one.hypothesis[:2]].format(max_nfe=rules.max_nfe) for one in verdicts},
+        tiers=[(tier.title, found) for tier, found in by_tier(verdicts)],
+        claims={one.hypothesis: claims_of(rules).get(stated_name(one.hypothesis), "") for one in verdicts},
         rules=_rules(rules),
         left_out=provenance.get(LEFT_OUT, []),
         subject=subject_of(rows),
@@ -201,7 +203,7 @@ def _provenance(folder: Path, rows: Sequence[ResultRow], kept: Mapping[str, Any]
 
 
 def decide_again(folder: Path) -> list[Decision]:
-    """H1-H4 anew from a finished run's rows, by the rules of its ``config.yaml``; kept in ``verdicts.json``.
+    """The verdicts anew from a finished run's rows, by the rules of its ``config.yaml``; kept in ``verdicts.json``.
 
     Raises:
         ValueError: as `reported_rows` and `decide`.
@@ -220,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = "Make the report of a finished evaluation again, without any model."
     parser = argparse.ArgumentParser(prog="addiff report", description=text)
     parser.add_argument("folder", type=Path, help="run folder of evaluate.py, e.g. runs/evaluate")
-    parser.add_argument("--decide", action="store_true", help="decide H1-H4 anew, by the rules in its config.yaml")
+    parser.add_argument("--decide", action="store_true", help="decide anew, by the rules in its config.yaml")
     options = parser.parse_args(argv)
     folder = options.folder
     if not RunFolder(folder).rows.exists():
@@ -233,6 +235,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _remake(folder: Path, decide: bool) -> None:
     verdicts = decide_again(folder) if decide else read_verdicts(folder)
     if decide:
-        print("\n".join(map(describe, verdicts)))
+        print(describe_tiers(verdicts))
     for path in write_report(folder, reported_rows(folder), read_items(folder), verdicts):
         print(path)

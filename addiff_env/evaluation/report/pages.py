@@ -18,7 +18,6 @@ from addiff_env.evaluation.report.tables import TEXT, Cell, Entry, method_table
 from addiff_env.evaluation.report.text import summary_table
 from addiff_env.evaluation.run.run_folder import read_provenance, read_verdicts, reported_rows
 from addiff_env.evaluation.statistics.comparisons import Comparison
-from addiff_env.evaluation.statistics.decision import describe
 from addiff_env.evaluation.statistics.families import agent_runs, control_names
 from addiff_env.evaluation.statistics.summary import (
     COSTS,
@@ -27,6 +26,7 @@ from addiff_env.evaluation.statistics.summary import (
     headline_metric,
     share_metrics,
 )
+from addiff_env.evaluation.statistics.tiers import describe_tiers
 from addiff_env.storage.files import read_text, replacing, write_whole
 from addiff_env.types import ResultRow
 
@@ -197,7 +197,7 @@ def _p_value(p: float) -> str:
 
 def _verdicts(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
     """The hypotheses with their parts."""
-    return "\n".join(["```text", *map(describe, read_verdicts(run.folder)), "```"])
+    return "\n".join(["```text", *describe_tiers(read_verdicts(run.folder)).splitlines(), "```"])
 
 
 def _plot(run: Run, rows: Sequence[ResultRow], plot: str) -> str:

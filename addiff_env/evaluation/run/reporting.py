@@ -28,9 +28,10 @@ from addiff_env.evaluation.run.run_folder import (
     write_verdicts,
 )
 from addiff_env.evaluation.statistics.decide import decide
-from addiff_env.evaluation.statistics.decision import UNDECIDED, Decision, describe
+from addiff_env.evaluation.statistics.decision import UNDECIDED, Decision
 from addiff_env.evaluation.statistics.rules import rules_of
 from addiff_env.evaluation.statistics.summary import counted, lead_with, score_value
+from addiff_env.evaluation.statistics.tiers import describe_tiers
 from addiff_env.storage.commands import this_program
 from addiff_env.storage.files import write_whole
 from addiff_env.types import Action, ResultRow
@@ -104,7 +105,7 @@ def report(run: EvaluationRun) -> None:
     rules = rules_of(metric, plain(cfg.rules))
     requirements = {(item.prompt, item.seed): item.num_requirements for item in run.items}
     verdicts = decide(rows, requirements, rules, run.runs)
-    print("\n".join(map(describe, verdicts)) if verdicts else "no verdicts: no agent is among the methods")
+    print(describe_tiers(verdicts) if verdicts else "no verdicts: no agent is among the methods")
     print("".join(f"\n{line}\n" for line in what_decides(cfg, verdicts)))
     keep_run(run, rows, metric)
     save_trajectories(run.folder, trajectories)

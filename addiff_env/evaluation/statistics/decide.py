@@ -1,4 +1,4 @@
-"""H1-H4 from any rows: each decided on the pictures that all of its methods have with the metric.
+"""Both tiers of hypotheses from any rows: each decided on the pictures that all of its methods have with the metric.
 
 What was left out is said; a method that never has the metric leaves its part undecided, and so do fewer than ten
 prompts.
@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from addiff_env.evaluation.statistics.decision import UNDECIDED, Decision, Part, Rules, conclude
 from addiff_env.evaluation.statistics.families import (
-    BEST_OF,
     CONTINUED,
     FIXED_STEP_SOLVERS,
     FULL_IMAGE,
@@ -19,12 +18,22 @@ from addiff_env.evaluation.statistics.families import (
     agent_runs,
     agent_runs_by_price,
     control_names,
+    hand_made_rules,
     members_of,
-    solver_families,
+    search_families,
+    solver_fronts,
 )
-from addiff_env.evaluation.statistics.hypotheses import h1_efficiency, h2_quality, h3_adaptivity, h4_refinement
+from addiff_env.evaluation.statistics.hypotheses import (
+    h1_efficiency,
+    h2_quality,
+    h2_search,
+    h3_adaptivity,
+    h4_refinement,
+    h5_learning,
+)
 from addiff_env.evaluation.statistics.pairing import on_common_pictures
 from addiff_env.evaluation.statistics.summary import score_value
+from addiff_env.evaluation.statistics.tiers import correct_within_tiers
 from addiff_env.types import ResultRow, SampleKey
 
 
@@ -33,14 +42,18 @@ def decide_all(
     complexity: Mapping[SampleKey, float],
     agent: Sequence[str] | None = None,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
+    refining: Sequence[str] | None = None,
 ) -> list[Decision]:
-    """H1-H4, as far as the rows allow; a hypothesis whose methods are missing is undecided.
+    """H1-H4, then H2+, H4+ and H5, as far as the rows allow; one whose methods are missing is undecided.
+
+    P-values are corrected within each tier, see `correct_within_tiers`.
 
     Args:
         rows: per-image rows.
         complexity: of every (prompt, seed), e.g. `Item.num_requirements`.
         agent: the agent's training runs, as method names; by default `agent_runs` of the rows.
         rules: margins and levels.
+        refining: the training runs that H4 and H4+ are about; by default all.
 
     Raises:
         ValueError: no rows of the agent.
@@ -49,10 +62,22 @@ def decide_all(
     runs = agent_runs(methods) if agent is None else list(agent)
     if not set(runs) & set(methods):
         raise ValueError(f"no rows of the agent ({', '.join(runs) or 'none was named'}); rows are of {methods}")
-    wanted = _references(rows, runs)
+    refined = runs if refining is None else list(refining)
+    found = [
+        _h1(rows, runs, methods, rules),
+        _h2(rows, runs, methods, rules),
+        _h3_on_common(rows, runs, complexity, rules),
+        _h4_on_common("H4", CONTINUED, rows, refined, rules),
+        _h2_search(rows, runs, methods, rules),
+        _h4_on_common("H4+", FULL_IMAGE, rows, refined, rules),
+        _h5(rows, runs, methods, rules),
+    ]
+    return correct_within_tiers(found, rules)
+
+
+def _h1(rows: Sequence[ResultRow], runs: Sequence[str], methods: Sequence[str], rules: Rules) -> Decision:
+    wanted, solvers = _references(rows, runs), solver_fronts(methods)
     reference = next((name for name in wanted if name in methods), None)
-    families = solver_families(methods)
-    solvers = {name: members for name, members in families.items() if name != BEST_OF}
 
     def h1(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         if reference not in others:
@@ -60,12 +85,42 @@ def decide_all(
         return h1_efficiency(paired, own, reference, _known(solvers, others), rules)
 
     compared = [*([reference] if reference else ()), *members_of(solvers)]
-    return [
-        _on_common(h1, "H1", rows, runs, compared, rules),
-        _h2_on_common(rows, runs, families, rules),
-        _h3_on_common(rows, runs, complexity, rules),
-        _h4_on_common(rows, runs, _controls(methods, runs), rules),
-    ]
+    return _on_common(h1, "H1", rows, runs, compared, rules)
+
+
+def _h2(rows: Sequence[ResultRow], runs: Sequence[str], methods: Sequence[str], rules: Rules) -> Decision:
+    solvers = solver_fronts(methods)
+
+    def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
+        if not others:
+            return _undecided("H2", "no solver was run", _prompts(paired))
+        return h2_quality(paired, own, _known(solvers, others), rules)
+
+    return _on_common(h2, "H2", rows, runs, members_of(solvers), rules)
+
+
+def _h2_search(rows: Sequence[ResultRow], runs: Sequence[str], methods: Sequence[str], rules: Rules) -> Decision:
+    solvers, searches = solver_fronts(methods), search_families(methods)
+
+    def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
+        known = _known(searches, others)
+        if not known:
+            return _undecided("H2+", "neither best-of-N nor another search was run", _prompts(paired))
+        return h2_search(paired, own, _known(solvers, others), known, rules)
+
+    return _on_common(h2, "H2+", rows, runs, [*members_of(solvers), *members_of(searches)], rules)
+
+
+def _h5(rows: Sequence[ResultRow], runs: Sequence[str], methods: Sequence[str], rules: Rules) -> Decision:
+    solvers, by_hand = solver_fronts(methods), hand_made_rules(methods)
+
+    def h5(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
+        known = [name for name in by_hand if name in others]
+        if not known:
+            return _undecided("H5", "no hand-made rule was run", _prompts(paired))
+        return h5_learning(paired, own, known, _known(solvers, others), rules)
+
+    return _on_common(h5, "H5", rows, runs, [*by_hand, *members_of(solvers)], rules)
 
 
 def _prompts(rows: Sequence[ResultRow]) -> int:
@@ -113,24 +168,16 @@ def _noting(decision: Decision, further: Sequence[Part], notes: Sequence[str]) -
     return replace(decision, reason="; ".join([decision.reason, *notes]))
 
 
-def _h2_on_common(rows: Sequence[ResultRow], agent: Sequence[str], families: Groups, rules: Rules) -> Decision:
-    """H2 with every solver and best-of-N."""
-
-    def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
-        if not others:
-            return _undecided("H2", "no solver was run", _prompts(paired))
-        return h2_quality(paired, own, _known(families, others), rules)
-
-    return _on_common(h2, "H2", rows, agent, members_of(families), rules)
-
-
-def _at_other_prices(rows: Sequence[ResultRow], agents: Sequence[str], rules: Rules) -> list[Decision]:
-    """H2 at every further price that the agents were run at, by names that say it."""
+def _at_other_prices(
+    rows: Sequence[ResultRow], agents: Sequence[str], decisions: Sequence[Decision], rules: Rules
+) -> list[Decision]:
+    """H2 at every further price that the agents were run at, by names that say it; corrected in the place of H2."""
     methods = list(dict.fromkeys(row.method for row in rows))
     found = []
     for price, runs in agent_runs_by_price(methods).items():
         if not set(runs) & set(agents):
-            decision = _h2_on_common(rows, runs, solver_families(methods), rules)
+            others = [one for one in decisions if one.hypothesis != "H2"]
+            decision, *_ = correct_within_tiers([_h2(rows, runs, methods, rules), *others], rules)
             found.append(replace(decision, hypothesis=f"H2 at price {price}"))
     return found
 
@@ -148,16 +195,20 @@ def _h3_on_common(
     return _noting(h3_adaptivity(paired, own, complexity, rules), lacking, notes)
 
 
-def _h4_on_common(rows: Sequence[ResultRow], agent: Sequence[str], controls: Groups, rules: Rules) -> Decision:
-    """H4 with the controls of the agent's training runs, by the control's name."""
-    names = members_of(controls)
+def _h4_on_common(
+    hypothesis: str, control: str, rows: Sequence[ResultRow], agent: Sequence[str], rules: Rules
+) -> Decision:
+    """H4 or H4+ with the ``control`` of each of the agent's training runs."""
+    names = [control.replace("agent", run, 1) for run in agent]
+    label = control if len(agent) != 1 else names[0]
+    whole = {row.method for row in rows}
 
     def h4(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
-        if len(controls) < 2 or len(own) < len(agent) or set(others) != set(names):
-            return _undecided("H4", "its controls were not run", _prompts(paired))
-        return h4_refinement(paired, own, controls, rules)
+        if not names or len(own) < len(agent) or set(others) != set(names):
+            return _undecided(hypothesis, f"its control ({label}) was not run", _prompts(paired))
+        return h4_refinement(paired, own, {label: names}, rules, hypothesis)
 
-    return _on_common(h4, "H4", rows, agent, names, rules)
+    return _on_common(h4, hypothesis, rows, agent, names if set(names) <= whole else (), rules)
 
 
 def decide(
@@ -166,40 +217,22 @@ def decide(
     rules: Rules = Rules(),  # noqa: B008 (frozen)
     agents: Sequence[str] = ("agent",),
 ) -> list[Decision]:
-    """Verdicts on H1-H4 from any rows; none without rows of ``agents``, which are training runs of one group.
+    """Verdicts of both tiers from any rows; none without rows of ``agents``, which are training runs of one group.
 
-    Of several the first alone has H4's controls, so that H4 is about that one. H2 is decided at every further price
-    that they were run at, too.
+    Of several the first alone has controls, so that H4 and H4+ are about that one. H2 is decided at every further price
+    that they were run at, too, as if the agent had been run at that one alone.
     """
     if not {row.method for row in rows} & set(agents):
         return []
-    return [*_decide_group(rows, complexity, rules, agents), *_at_other_prices(rows, agents, rules)]
-
-
-def _decide_group(
-    rows: Sequence[ResultRow], complexity: Mapping[SampleKey, float], rules: Rules, agents: Sequence[str]
-) -> list[Decision]:
-    """H1-H4 of one group."""
-    if len(agents) == 1:
-        return decide_all(rows, complexity, agent=agents, rules=rules)
-    controls = control_names(agents[0])
-    others = [row for row in rows if row.method not in controls]
-    *verdicts, last = decide_all(others, complexity, agent=agents, rules=rules)
-    if set(controls) <= {row.method for row in rows}:
-        last = _h4_on_common(rows, agents[:1], {name: [name] for name in controls}, rules)
-    return [*verdicts, last]
+    refining = agents[:1] if set(control_names(agents[0])) & {row.method for row in rows} else agents
+    decisions = decide_all(rows, complexity, agents, rules, refining)
+    return [*decisions, *_at_other_prices(rows, agents, decisions, rules)]
 
 
 def _references(rows: Sequence[ResultRow], agent: Sequence[str]) -> list[str]:
     """Names of 50-step inference: by the environment's own solver (a row's, such as ``euler-4``), and by DDIM."""
     own = [row.solver.rpartition("-")[0] for row in rows if row.method in set(agent)]
     return list(dict.fromkeys([f"{solver}-50" for solver in own if solver in FIXED_STEP_SOLVERS] + ["ddim-50"]))
-
-
-def _controls(methods: Sequence[str], agent: Sequence[str]) -> dict[str, list[str]]:
-    """H4's controls of every training run, those that all runs have."""
-    named = {name: [name.replace("agent", run, 1) for run in agent] for name in (FULL_IMAGE, CONTINUED)}
-    return {name: own for name, own in named.items() if own and set(own) <= set(methods)}
 
 
 def _undecided(hypothesis: str, reason: str, prompts: int) -> Decision:

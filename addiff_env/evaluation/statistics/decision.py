@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from scipy import stats
 
-from addiff_env.evaluation.statistics.bootstrap import Interval
+from addiff_env.evaluation.statistics.bootstrap import Interval, tail_share
 from addiff_env.evaluation.statistics.front import MinDifference
 from addiff_env.evaluation.statistics.power import required_prompts, required_runs
 from addiff_env.evaluation.statistics.summary import counted
@@ -77,6 +77,29 @@ class Decision:
     reason: str
     prompts: int
     parts: tuple[Part, ...] = field(default=())
+    p_corrected: float | None = None  # over the hypotheses of its tier; None before that, and where there is no p
+
+    @property
+    def _tests(self) -> list[Part]:
+        return [part for part in self.parts if part.outcome != NOT_APPLICABLE]
+
+    @property
+    def p(self) -> float | None:
+        """Of the conjunction: the largest of its parts' (Berger 1982). None where a part has none, see `lacking`."""
+        numbers = [part.p for part in self._tests]
+        return max(p for p in numbers if p is not None) if numbers and None not in numbers else None
+
+    @property
+    def deciding(self) -> Part | None:
+        """The part that the p-value is of; of several the first."""
+        return None if self.p is None else next(part for part in self._tests if part.p == self.p)
+
+    @property
+    def lacking(self) -> str:
+        """Why there is no p-value; empty where there is one."""
+        if self.p is not None:
+            return ""
+        return next((part.condition for part in self._tests if part.p is None), self.reason)
 
     @property
     def required(self) -> int | None:
@@ -125,9 +148,11 @@ class ConditionTester:
     def at_most(self, condition: str, found: Interval, bound: float) -> Part:
         """Is the true value at most ``bound``?"""
         low = found.low if self.critical is None else -found.negated().ceiling(self.critical)
-        enough = found.high <= bound + found.rounding  # who spends just what is allowed keeps within it
+        # Who spends just what is allowed keeps within it. p is at most alpha just where the upper bound does so, too.
+        enough = found.high <= bound + found.rounding
+        p = tail_share(found.draws > bound + found.rounding)
         outcome = SUPPORTED if enough else NOT_SUPPORTED if low > bound + found.rounding else UNDECIDED
-        return self.needing(Part(condition, outcome, found.estimate, low, found.high), found.negated(), -bound)
+        return self.needing(Part(condition, outcome, found.estimate, low, found.high, p), found.negated(), -bound)
 
     def needing(self, part: Part, found: Interval | MinDifference, bound: float, worthwhile: float = 0.0) -> Part:
         """The part with the prompts, or else the training runs, that would decide it, whichever way takes fewer.
@@ -169,10 +194,26 @@ def describe(decision: Decision) -> str:
     needed += f"; at least {decision.runs:,} training runs are needed" if decision.runs else ""
     prompts = counted(decision.prompts, "prompt")
     lines = [f"{decision.hypothesis}: {decision.outcome} ({prompts}; {decision.reason}{needed})"]
+    lines += [f"  {_p_text(decision)}"] if decision.parts else []
     for part in decision.parts:
-        numbers = "" if part.estimate is None else f": {part.estimate:.4g}"
-        numbers += "" if part.low is None else f" [{part.low:.4g}, {part.high:.4g}]"
+        numbers = estimate_text(part)
+        numbers = f": {numbers}" if numbers else ""
         p = "" if part.p is None else f", p = {part.p:.2g}"
         note = f" ({part.note})" if part.note else ""
         lines.append(f"  {part.outcome}: {part.condition}{numbers}{p}{note}")
     return "\n".join(lines)
+
+
+def estimate_text(part: Part | None) -> str:
+    """Estimate and bounds of a part; empty where it has none."""
+    if part is None or part.estimate is None:
+        return ""
+    return f"{part.estimate:.4g}" + ("" if part.low is None else f" [{part.low:.4g}, {part.high:.4g}]")
+
+
+def _p_text(decision: Decision) -> str:
+    if decision.p is None:
+        return f"p n/a: {decision.lacking}"
+    corrected = "" if decision.p_corrected is None else f", {decision.p_corrected:.2g} corrected within its tier"
+    of = f" (of: {decision.deciding.condition})" if decision.deciding and len(decision.parts) > 1 else ""
+    return f"p = {decision.p:.2g}{corrected}{of}"

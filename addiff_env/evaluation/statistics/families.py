@@ -13,6 +13,8 @@ FIXED_STEP_SOLVERS = (
     "pndm",
 )  # the model's own inference; others change it
 BEST_OF = "best-of-N"  # the family of best-of-N at every N
+SEARCHES = {"fk": "Feynman-Kac steering", "rbf": "rollover budget forcing", "restart": "restart sampling"}
+RULES = ("threshold:", "words-", "stop-", "refine-always", "random:")  # how hand-made rules' names begin
 FULL_IMAGE, CONTINUED = "agent, mask=full", "agent, continued"  # H4's controls, by method name
 _AGENT = re.compile(r"(?P<run>agent(-s\d+)?)(@(?P<price>[^,]+))?")
 Groups = Mapping[str, Sequence[str]]  # a name and the methods that are its training runs
@@ -65,9 +67,24 @@ def agent_fronts(methods: Iterable[str]) -> dict[str, list[str]]:
 
 
 def solver_families(methods: Sequence[str]) -> dict[str, list[str]]:
-    """`solver_fronts`, and best-of-N as a family of its own."""
-    best = [name for name in methods if name.startswith("best-of-")]
-    return solver_fronts(methods) | ({BEST_OF: best} if best else {})
+    """`solver_fronts`, and best-of-N and every kind of search as families of their own."""
+    return solver_fronts(methods) | search_families(methods)
+
+
+def search_families(methods: Iterable[str]) -> dict[str, list[str]]:
+    """Best-of-N and inference-time search (`SEARCHES`) by family, from names such as ``fk-4:ddim-10``."""
+    kinds = {"best-of": BEST_OF, **SEARCHES}
+    found: dict[str, list[str]] = {}
+    for name in methods:
+        kind, dash, _ = name.partition(":")[0].rpartition("-")
+        if dash and ":" in name and kind in kinds:
+            found.setdefault(kinds[kind], []).append(name)
+    return found
+
+
+def hand_made_rules(methods: Iterable[str]) -> list[str]:
+    """Rules that decide without having learned anything, see `RULES`."""
+    return [name for name in methods if name.startswith(RULES)]
 
 
 def control_names(agent: str) -> tuple[str, str]:

@@ -1,7 +1,10 @@
-"""Verdicts on H1-H4 from per-image rows: supported, not supported, or undecided with the sample size that would decide.
+"""Verdicts from per-image rows: supported, not supported, or undecided with the sample size that would decide.
+
+H1 to H4 ask what was asked; H2+, H4+ and H5 are stricter (`addiff_env.evaluation.statistics.tiers`).
 
 Each hypothesis is a conjunction of parts, and each part is a one-sided test at level ``alpha``. A conjunction is
-supported where every part is (an intersection-union test; Berger 1982), which needs no correction for their number.
+supported where every part is (an intersection-union test; Berger 1982), which needs no correction for their number; its
+p-value is the largest of theirs. Hypotheses are corrected for one another afterwards, in `tiers`.
 One part that is not supported refutes it; otherwise it is undecided, and the part that needs most prompts says
 how many. What was not run leaves its part undecided: no number of prompts decides that.
 
@@ -16,25 +19,20 @@ prompt.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from addiff_env.evaluation.statistics.adaptivity import correlation_parts, partial_parts
 from addiff_env.evaluation.statistics.bootstrap import (
     Interval,
     Resampled,
-    TooFewReplicates,
     critical_value,
-    interval,
     mean_over_pictures,
 )
-from addiff_env.evaluation.statistics.correlation import partial_spearman, spearman_test
 from addiff_env.evaluation.statistics.decision import (
-    NOT_APPLICABLE,
     NOT_SUPPORTED,
-    SUPPORTED,
     UNDECIDED,
     ConditionTester,
     Decision,
@@ -42,7 +40,7 @@ from addiff_env.evaluation.statistics.decision import (
     Rules,
     conclude,
 )
-from addiff_env.evaluation.statistics.families import BEST_OF, Groups, members_of
+from addiff_env.evaluation.statistics.families import BEST_OF, SEARCHES, Groups, members_of
 from addiff_env.evaluation.statistics.front import MinDifference, above_front
 from addiff_env.evaluation.statistics.pairing import costs_of, paired_values, score_of
 from addiff_env.evaluation.statistics.replicates import AGENT, read_paired, resample_means
@@ -76,16 +74,11 @@ def _comparisons(found: Iterable[Interval | MinDifference]) -> list[Interval]:
     return [one for part in parts for one in part]
 
 
-def _not_run(fronts: Groups, best_of: bool) -> list[Part]:
-    """Families that the null hypothesis needs and the run lacks: solvers' fronts, and best-of-N where it is part."""
-    solvers = [name for name in fronts if name != BEST_OF]
-    parts = []
-    if len(solvers) < 2:
-        other = f"no other solver than {solvers[0]} was run" if solvers else "no solver was run"
-        parts.append(Part(other, UNDECIDED))
-    if best_of and BEST_OF not in fronts:
-        parts.append(Part("best-of-N was not run", UNDECIDED))
-    return parts
+def _one_solver(fronts: Groups) -> list[Part]:
+    """What the null hypothesis of every fixed-step solver holds and nobody ran: a second one."""
+    if len(fronts) > 1:
+        return []
+    return [Part(f"no other solver than {next(iter(fronts))} was run" if fronts else "no solver was run", UNDECIDED)]
 
 
 def _reaching(part: Part, family: str, members: Sequence[str], found: Resampled) -> Part:
@@ -102,7 +95,7 @@ def _reaching(part: Part, family: str, members: Sequence[str], found: Resampled)
         words = f"the front of {family} begins at {min(costs) / 1e9:.1f} GFLOPs, above the agent's {own / 1e9:.1f}"
     if not words:
         return part
-    return replace(part, condition=f"{part.condition} ({words})", outcome=UNDECIDED, required=None, runs=None)
+    return replace(part, condition=f"{part.condition} ({words})", outcome=UNDECIDED, p=None, required=None, runs=None)
 
 
 # --------------------------------------------------------------------------- H1
@@ -115,14 +108,10 @@ def h1_efficiency(
     fronts: Groups,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
 ) -> Decision:
-    """H1: the quality of 50-step inference at <= 30 mean NFE, which fixed inference does not have at that compute.
+    """H1 as stated: the quality of 50-step inference at <= 30 mean NFE.
 
-    Parts: mean NFE within ``max_nfe``; quality not inferior to the reference; at the agent's net FLOPs quality not
-    inferior to any solver's interpolated front, of at least two solvers; and better than every fixed-step method that
-    costs no more net FLOPs, which is not supported where the agent is surely less than ``margin`` better. Without the
-    last part a plain 25-step solver "supports" H1, as in the published prototype. Which methods cost no more is read
-    off the mean net FLOPs as they are, though the agent's is an estimate: one whose cost is hardly the agent's may get
-    a part by chance, or miss one. The fronts then still hold it.
+    Parts: mean NFE within ``max_nfe``; quality not inferior to the reference. A plain solver of fewer steps may do the
+    same: those that do are noted, and whether the agent is better than they are at its compute is H2's question.
 
     Args:
         rows: per-image rows.
@@ -134,27 +123,25 @@ def h1_efficiency(
     groups = _flatten(agent, fronts, reference)
     if few := _too_few("H1", rows, agent):
         return few
-    read = read_paired(rows, groups, [score_of(rules.metric), costs_of("net_flops"), costs_of("nfe")], rules)
+    read = read_paired(rows, groups, [score_of(rules.metric), costs_of("nfe")], rules)
     found = resample_means(read, rules)
-    spent, behind = found.mean(AGENT, 2), found.difference(AGENT, reference)
-    distances = {solver: above_front(found, AGENT, members) for solver, members in fronts.items()}
-    cheaper = [name for name in members_of(fronts) if found.means[name][1] <= found.means[AGENT][1]]
-    rivals = {name: found.difference(AGENT, name) for name in cheaper}
-    everything = _comparisons([spent.negated(), behind, *distances.values(), *rivals.values()])
-    tester = ConditionTester(read.prompts, rules, len(agent), critical_value(everything, rules.alpha))
+    spent, behind = found.mean(AGENT, 1), found.difference(AGENT, reference)
+    tester = ConditionTester(read.prompts, rules, len(agent), critical_value([spent.negated(), behind], rules.alpha))
+    equal = tester.above(f"quality not inferior to {reference}", behind, -rules.margin)
+    also = [name for name in members_of(fronts) if name != reference and _meets_h1(found, name, reference, rules)]
     parts = [
         tester.at_most(f"mean NFE at most {rules.max_nfe:g}", spent, rules.max_nfe),
-        tester.above(f"quality not inferior to {reference}", behind, -rules.margin),
+        replace(equal, note=f"as do {', '.join(also)}" if also else ""),
     ]
-    for solver, distance in distances.items():
-        condition = f"not inferior to the front of {solver} at equal net FLOPs"
-        parts.append(_reaching(tester.above(condition, distance, -rules.margin), solver, fronts[solver], found))
-    for name, rival in rivals.items():
-        parts.append(tester.above(f"better than {name}, which costs no more", rival, 0.0, rules.margin))
-    return conclude("H1", tester.prompts, [*parts, *_not_run(fronts, best_of=False)])
+    return conclude("H1", tester.prompts, parts)
 
 
-# --------------------------------------------------------------------------- H2
+def _meets_h1(found: Resampled, name: str, reference: str, rules: Rules) -> bool:
+    behind = found.difference(name, reference)
+    return found.means[name][1] <= rules.max_nfe and behind.p_below(-rules.margin) <= rules.alpha
+
+
+# --------------------------------------------------------------------------- above fronts: H2, H2+, H5
 
 
 def h2_quality(
@@ -163,24 +150,85 @@ def h2_quality(
     fronts: Groups,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
 ) -> Decision:
-    """H2: at the agent's mean net FLOPs its quality lies above every interpolated front.
+    """H2 as stated: at the agent's mean net FLOPs its quality lies above every front of fixed-step methods.
 
-    The null hypothesis is every solver at every N, and best-of-N: where a second solver or best-of-N was not run, or a
-    front ends below the agent's cost, H2 can be refuted but not supported.
+    The null hypothesis is every solver at every N: where a second solver was not run, or a front ends below the agent's
+    cost, H2 can be refuted but not supported.
 
     Args:
         rows: per-image rows.
         agent: the agent's training runs, as method names.
-        fronts: methods of each solver, and of best-of-N; the front over all of them together is tested as well, since
-            a mixture of two solvers is fixed inference too.
+        fronts: methods of each solver; the front over all of them together is tested as well, since a mixture of two
+            solvers is fixed inference too.
         rules: margins and levels.
     """
-    groups = _flatten(agent, fronts)
-    if few := _too_few("H2", rows, agent):
+    families = {**fronts, "all fixed methods": members_of(fronts)} if len(fronts) > 1 else dict(fronts)
+    return _above_fronts("H2", rows, agent, families, rules, _one_solver(fronts))
+
+
+def h2_search(
+    rows: Sequence[ResultRow],
+    agent: Sequence[str],
+    solvers: Groups,
+    searches: Groups,
+    rules: Rules = Rules(),  # noqa: B008 (frozen)
+) -> Decision:
+    """H2+: at the agent's mean net FLOPs its quality lies also above best-of-N and inference-time search.
+
+    Args:
+        rows: per-image rows.
+        agent: the agent's training runs, as method names.
+        solvers: fixed-step methods of each solver: with the others they make the front of all methods.
+        searches: methods of each kind of search; where best-of-N or every other kind is missing, H2+ can be refuted but
+            not supported.
+        rules: margins and levels.
+    """
+    families = {**searches, "all fixed and search methods": [*members_of(solvers), *members_of(searches)]}
+    missing = [] if BEST_OF in searches else [Part("best-of-N was not run", UNDECIDED)]
+    if not set(searches) - {BEST_OF}:
+        missing.append(Part(f"no other search ({', '.join(SEARCHES.values())}) was run", UNDECIDED))
+    return _above_fronts("H2+", rows, agent, families, rules, missing)
+
+
+def h5_learning(
+    rows: Sequence[ResultRow],
+    agent: Sequence[str],
+    made_by_hand: Sequence[str],
+    solvers: Groups,
+    rules: Rules = Rules(),  # noqa: B008 (frozen)
+) -> Decision:
+    """H5: at the agent's mean net FLOPs its quality lies above the front of hand-made rules.
+
+    A fixed number of steps is the simplest of these rules: with it the front goes on where a tuned rule costs less than
+    the agent. Without a rule that looks (``threshold:n:tau``), H5 can be refuted but not supported.
+
+    Args:
+        rows: per-image rows.
+        agent: the agent's training runs, as method names.
+        made_by_hand: the rules, as method names.
+        solvers: fixed-step methods of each solver.
+        rules: margins and levels.
+    """
+    looks = any(name.startswith("threshold:") for name in made_by_hand)
+    missing = [] if looks else [Part("no rule that looks (threshold:n:tau) was run", UNDECIDED)]
+    families = {"hand-made rules": [*made_by_hand, *members_of(solvers)]}
+    return _above_fronts("H5", rows, agent, families, rules, missing)
+
+
+def _above_fronts(
+    hypothesis: str,
+    rows: Sequence[ResultRow],
+    agent: Sequence[str],
+    families: Groups,
+    rules: Rules,
+    missing: Sequence[Part],
+) -> Decision:
+    """Is the agent above the front of every family at its mean net FLOPs? ``missing``: what nobody ran."""
+    groups = _flatten(agent, families)
+    if few := _too_few(hypothesis, rows, agent):
         return few
     read = read_paired(rows, groups, [score_of(rules.metric), costs_of("net_flops")], rules)
     found = resample_means(read, rules)
-    families = {**fronts, "all fixed methods": members_of(fronts)} if len(fronts) > 1 else dict(fronts)
     distances = {family: above_front(found, AGENT, members) for family, members in families.items()}
     critical = critical_value(_comparisons(distances.values()), rules.alpha)
     tester = ConditionTester(read.prompts, rules, len(agent), critical)
@@ -189,13 +237,10 @@ def h2_quality(
         condition = f"above the front of {family} at equal net FLOPs"
         part = tester.above(condition, distance, 0.0, rules.worthwhile)
         parts.append(_reaching(part, family, families[family], found))
-    return conclude("H2", tester.prompts, [*parts, *_not_run(fronts, best_of=True)])
+    return conclude(hypothesis, tester.prompts, [*parts, *missing])
 
 
 # --------------------------------------------------------------------------- H3
-
-
-NO_PARTIAL = "too few prompts share a seed to partial it out (it is independent of the prompt by design)"
 
 
 def h3_adaptivity(
@@ -234,62 +279,10 @@ def h3_adaptivity(
         return conclude("H3", prompts, [Part(alike, UNDECIDED)])
     if np.ptp(nfe, axis=1).max() == 0:
         return conclude("H3", prompts, [Part(f"NFE varies (it is {nfe[0, 0]:g} for every prompt)", NOT_SUPPORTED)])
-    return conclude("H3", prompts, _correlation_parts(level, nfe, rules) + _partial_parts(taken, complexity, rules))
+    return conclude("H3", prompts, correlation_parts(level, nfe, rules) + partial_parts(taken, complexity, rules))
 
 
-def _correlation_parts(level: np.ndarray, nfe: np.ndarray, rules: Rules) -> list[Part]:
-    try:
-        found = spearman_test(level, nfe, level=rules.level, draws=rules.fewer(2000), seed=rules.seed)
-    except TooFewReplicates as error:
-        return [Part(f"NFE grows with complexity ({error})", UNDECIDED)]
-    rho, p, tester = found.rho, found.p_permutation, ConditionTester(level.size, rules, len(nfe))
-    bootstrap = tester.above("NFE grows with complexity", rho, 0.0, rules.correlation)
-    outcome = SUPPORTED if p <= rules.alpha else NOT_SUPPORTED if bootstrap.outcome == NOT_SUPPORTED else UNDECIDED
-    condition = "more than when complexities are dealt out at random"
-    # The bootstrap's bounds belong to the other part: this one's p comes from another test and may differ from them.
-    return [bootstrap, tester.needing(Part(condition, outcome, rho.estimate, p=p), rho, 0.0, rules.correlation)]
-
-
-def _partial_parts(rows: Sequence[ResultRow], complexity: Mapping[SampleKey, float], rules: Rules) -> list[Part]:
-    methods = list(dict.fromkeys(row.method for row in rows))
-    places = {(row.prompt, row.seed): k for k, row in enumerate(row for row in rows if row.method == methods[0])}
-    nfe = np.empty((len(methods), len(places)))
-    for row in rows:
-        nfe[methods.index(row.method), places[row.prompt, row.seed]] = row.nfe
-    level = np.array([complexity[place] for place in places], float)
-    seeds = np.array([seed for _, seed in places])
-    prompts = {prompt: k for k, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in places))}
-    each = [partial_spearman(level, own, seeds) for own in nfe]
-    if len(np.unique(seeds)) > len(prompts) / 2 or all(rho is None for rho in each):
-        return [Part(NO_PARTIAL, NOT_APPLICABLE)]
-    owner = np.array([prompts[prompt] for prompt, _ in places])
-    rhos = np.array([rho or 0.0 for rho in each])  # a run that does the same for every picture adapts to none
-    try:
-        found = _resampled_partial(rhos, (level, nfe, seeds), owner, rules)
-    except TooFewReplicates as error:
-        return [Part(f"also among pictures of one seed ({error})", UNDECIDED)]
-    tester = ConditionTester(len(prompts), rules, len(methods))
-    return [tester.above("also among pictures of one seed", found, 0.0, rules.correlation)]
-
-
-def _resampled_partial(
-    rhos: np.ndarray, variables: tuple[np.ndarray, np.ndarray, np.ndarray], owner: np.ndarray, rules: Rules
-) -> Interval:
-    """Bootstrap over prompts, each with all its pictures, and over the training runs that ``rhos`` (runs,) are of."""
-    rng, runs = np.random.default_rng([rules.seed, 3]), np.random.default_rng([rules.seed, 4])
-    level, nfe, seeds = variables
-    pictures = [np.flatnonzero(owner == k) for k in range(owner.max() + 1)]
-    draws = []
-    for _ in range(rules.fewer(500)):
-        index = np.concatenate([pictures[k] for k in rng.integers(len(pictures), size=len(pictures))])
-        drawn = runs.integers(len(nfe), size=len(nfe)) if len(nfe) > 1 else [0]
-        values = [partial_spearman(level[index], nfe[run][index], seeds[index]) for run in drawn]
-        if any(value is not None and np.isfinite(value) for value in values):
-            draws.append(float(np.mean(np.nan_to_num(np.array(values, float)))))
-    return interval(float(rhos.mean()), np.array(draws), rules.level, float(np.std(rhos) / math.sqrt(len(rhos))))
-
-
-# --------------------------------------------------------------------------- H4
+# --------------------------------------------------------------------------- H4, H4+
 
 
 def h4_refinement(
@@ -297,17 +290,19 @@ def h4_refinement(
     refining: Sequence[str],
     controls: Sequence[str] | Groups,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
+    hypothesis: str = "H4",
 ) -> Decision:
-    """H4: refining regions beats the same NFE spent on full-image steps.
+    """H4 or H4+: refining regions beats the same NFE spent otherwise, as ``controls`` do.
 
     A control that spent less NFE than the agent is none, and leaves its part undecided.
 
     Args:
         rows: per-image rows.
         refining: the agent's training runs, as method names.
-        controls: the same decisions with ``mask=full``, and with further continues instead of refinements: method
-            names, or names with the controls of each training run, in the order of ``refining``.
+        controls: of H4, the agent's NFE spent on plain steps of the whole picture; of H4+, its decisions with
+            ``mask=full``: method names, or names with the controls of each training run, in the order of ``refining``.
         rules: margins and levels.
+        hypothesis: which of the two.
 
     Raises:
         ValueError: another number of controls than of training runs.
@@ -316,20 +311,20 @@ def h4_refinement(
     _flatten(refining, named)
     if any(len(runs) not in (1, len(refining)) for runs in named.values()):
         raise ValueError(f"{len(refining)} training runs need as many controls each, got {dict(named)}")
-    if few := _too_few("H4", rows, refining):
+    if few := _too_few(hypothesis, rows, refining):
         return few
     groups = {AGENT: list(refining), **named}
     read = read_paired(rows, groups, [score_of(rules.metric), costs_of("nfe")], rules)
     prompts = read.prompts
     if not any(row.method in set(refining) and Action.REFINE in row.actions for row in rows):
-        return conclude("H4", prompts, [Part("the agent refines (it never does)", NOT_SUPPORTED)])
+        return conclude(hypothesis, prompts, [Part("the agent refines (it never does)", NOT_SUPPORTED)])
     found = resample_means(read.against(), rules)
     spent = float(mean_over_pictures(read.values[AGENT][1], read.pictures).mean())
     gains = {name: found.mean(name) for name in named}
     tester = ConditionTester(prompts, rules, len(refining), critical_value(gains.values(), rules.alpha))
     parts = [tester.above(f"better than {name} at equal NFE", gains[name], 0.0, rules.worthwhile) for name in named]
     return conclude(
-        "H4",
+        hypothesis,
         prompts,
         [
             _matched(part, spent, float(found.means[name][1]), name, rules)

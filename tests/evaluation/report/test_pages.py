@@ -69,7 +69,10 @@ def test_the_other_parts(run: Run, tmp_path: Path) -> None:
     assert table[0] == "```text" and table[-1] == "```" and [line.split("  ")[0] for line in table[3:-1]] == [*SUCCESS]
     differences = filled(run, "differences", tmp_path).splitlines()[2:]
     assert [line.split("`")[1] for line in differences] == ["ddim-10", "threshold:5:0.055", "agent, mask=full"]
-    assert filled(run, "verdicts", tmp_path) == "```text\nH1: supported (20 prompts; every condition holds)\n```"
+    assert (
+        filled(run, "verdicts", tmp_path)
+        == "```text\nAs stated:\nH1: supported (20 prompts; every condition holds)\n```"
+    )
 
 
 def test_the_plot_lies_where_the_page_looks_for_it(run: Run, tmp_path: Path) -> None:

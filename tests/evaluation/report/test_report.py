@@ -31,7 +31,7 @@ from addiff_env.evaluation.run.run_folder import (
     write_provenance,
     write_verdicts,
 )
-from addiff_env.evaluation.statistics.decision import Rules
+from addiff_env.evaluation.statistics.decision import UNDECIDED, Decision, Part, Rules
 from addiff_env.evaluation.statistics.rules import read_rules
 from addiff_env.evaluation.statistics.summary import (
     by_num_requirements,
@@ -351,6 +351,31 @@ def test_a_row_cannot_name_a_file_outside_its_run(run, tmp_path):
         write_report(tmp_path, rows, ITEMS, VERDICTS)
 
 
+WRITTEN = ("report.html", "table.tex", "table.csv", "verdicts.csv")
+
+
+def test_both_tiers_are_on_the_page_and_in_the_exports(tmp_path):
+    stricter = Decision("H5", UNDECIDED, "open: rules", 4, (Part("no rule was run", UNDECIDED),))
+    verdicts = [replace(VERDICTS[1], p_corrected=4e-7), stricter]
+    write_report(tmp_path, [replace(row, image="") for row in rows_of()], ITEMS, verdicts)
+    text = " ".join(" ".join(read_page(tmp_path).words).split())
+    assert text.index("As stated H2 supported") < text.index("Stricter, the project's own H5 undecided")
+    assert "corrected within its tier < 0.0001" in text and "p n/a: no rule was run." in text
+    with (tmp_path / "verdicts.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["tier"], first["hypothesis"], first["p"], first["p_corrected"]) == (
+        "As stated",
+        "H2",
+        "1e-07",
+        "4e-07",
+    )
+    assert (first["estimate"], first["low"], first["high"]) == ("0.25", "0.1", "0.4")
+    assert second["p"] == second["low"] == "" and "no p-value: no rule was run" in second["reason"]
+    tex = (tmp_path / "table.tex").read_text()
+    assert r"H2 & supported & 0.25 [0.1, 0.4] & $<$ 0.0001 & $<$ 0.0001 \\" in tex
+    assert r"H5 & undecided & n/a & n/a & n/a \\" in tex and "H5 has no p-value: no rule was run." in tex
+
+
 def test_a_finished_run_is_reported_again_without_a_model(run):
     before = (run / "report.html").read_text(encoding="utf-8")
     (run / "report.html").unlink()
@@ -361,7 +386,7 @@ def test_a_finished_run_is_reported_again_without_a_model(run):
     result = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert (run / "report.html").read_text(encoding="utf-8") == before
-    assert result.stdout.split() == [*(str(run / f"{n}") for n in ("report.html", "table.tex", "table.csv")), "False"]
+    assert result.stdout.split() == [*(str(run / f"{n}") for n in WRITTEN), "False"]
 
 
 def test_a_run_keeps_what_its_report_needs(run):

@@ -168,8 +168,10 @@ def test_a_group_of_agents_is_judged_as_one_and_h4_by_the_first() -> None:
     ]  # fmt: skip
     num_requirements = {(item.prompt, item.seed): item.num_requirements for item in items}
     verdicts = decide(rows, num_requirements, Rules(draws=200), agents)  # agent-s5 spends twice what the controls do
-    assert [verdict.hypothesis for verdict in verdicts] == ["H1", "H2", "H3", "H4"]
-    assert all("agent-s3" in part.condition for part in verdicts[3].parts) and len(verdicts[3].parts) == 2
+    assert [verdict.hypothesis for verdict in verdicts] == ["H1", "H2", "H3", "H4", "H2+", "H4+", "H5"]
+    parts = {verdict.hypothesis: [part.condition for part in verdict.parts] for verdict in verdicts}
+    assert parts["H4"] == ["better than agent-s3, continued at equal NFE"]
+    assert parts["H4+"] == ["better than agent-s3, mask=full at equal NFE"]
 
 
 def test_quality_at_equal_compute_is_decided_at_every_price() -> None:
@@ -186,7 +188,7 @@ def test_quality_at_equal_compute_is_decided_at_every_price() -> None:
     requirements, rules = {key: key[1] % 3 for key in keys}, Rules(draws=200)
     first, second = "agent@0.004", "agent@0.001"
     found = {one.hypothesis: one for one in decide(rows, requirements, rules, [first])}
-    assert list(found) == ["H1", "H2", "H3", "H4", "H2 at price 0.001"]
+    assert list(found) == ["H1", "H2", "H3", "H4", "H2+", "H4+", "H5", "H2 at price 0.001"]
     for name, of in (("H2", first), ("H2 at price 0.001", second)):
         alone = [row for row in rows if row.method not in {first, second} - {of}]
         assert found[name].parts == decide(alone, requirements, rules, [of])[1].parts
