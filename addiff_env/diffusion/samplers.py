@@ -268,6 +268,31 @@ def ddim_between(
     return (next_alpha * clean + kept * epsilon + eta * variance.sqrt() * noise.double()).to(latents.dtype)
 
 
+def ancestral_between(
+    latents: torch.Tensor, x0: torch.Tensor, current: Level, next_level: Level, noise: torch.Tensor
+) -> torch.Tensor:
+    """A draw from the posterior at the next level, given ``x0``: DDIM with eta 1 (Ho et al. 2020, eq. 6 and 7).
+
+    Written for any (alpha, sigma), so that it is a stochastic solver of flow-matching models as well.
+    """
+    alpha, sigma = current.shaped(latents)
+    next_alpha, next_sigma = next_level.shaped(latents)
+    added = (sigma**2 - (alpha / next_alpha) ** 2 * next_sigma**2).clamp_min(0)  # variance from next to current
+    variance = next_sigma**2 / sigma**2 * added
+    epsilon = (latents.double() - alpha * x0.double()) / sigma
+    kept = (next_sigma**2 - variance).clamp_min(0).sqrt()
+    return (next_alpha * x0.double() + kept * epsilon + variance.sqrt() * noise.double()).to(latents.dtype)
+
+
+def renoise_between(latents: torch.Tensor, current: Level, noisier: Level, noise: torch.Tensor) -> torch.Tensor:
+    """Noise latents from their own level to a noisier one: the forward process between the two."""
+    alpha, sigma = current.shaped(latents)
+    to_alpha, to_sigma = noisier.shaped(latents)
+    share = to_alpha / alpha
+    added = (to_sigma**2 - share**2 * sigma**2).clamp_min(0).sqrt()
+    return (share * latents.double() + added * noise.double()).to(latents.dtype)
+
+
 def _dpmpp_2m(
     latents: torch.Tensor,
     x0: torch.Tensor,

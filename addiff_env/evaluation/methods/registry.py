@@ -27,6 +27,7 @@ from addiff_env.evaluation.methods.policy_method import PolicyMethod
 from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
 from addiff_env.evaluation.methods.samplers import FixedSteps, WordCount
 from addiff_env.evaluation.methods.search import BestOf, OracleStop
+from addiff_env.evaluation.methods.steering import FK_SCALE, T_MAX, T_MIN, FeynmanKac, Restart, RolloverBudgetForcing
 
 AUTO = ("threshold:auto", "random:auto", "words-auto", "best-of-auto")  # tuned to the agent on other prompts
 _FIELD = re.compile(r"\{(\w+)\}")
@@ -239,6 +240,21 @@ def _sdxl_turbo(setup: Setup, steps: int) -> Method:
 @method("best-of-{number}:{solver}-{steps}")
 def _best_of(setup: Setup, number: int, solver: str, steps: int) -> Method:
     return BestOf(FixedSteps(setup.env, steps, solver), number)
+
+
+@method("fk-{particles}:{solver}-{steps}", "fk-{particles}:{solver}-{steps}@{scale}")
+def _feynman_kac(setup: Setup, particles: int, solver: str, steps: int, scale: float = FK_SCALE) -> Method:
+    return FeynmanKac(setup.env, particles, solver, steps, scale)
+
+
+@method("rbf-{max_nfe}:{solver}-{steps}")
+def _rollover(setup: Setup, max_nfe: int, solver: str, steps: int) -> Method:
+    return RolloverBudgetForcing(setup.env, max_nfe, solver, steps)
+
+
+@method("restart-{max_nfe}:{solver}-{steps}", "restart-{max_nfe}:{solver}-{steps}@{t_min}:{t_max}")
+def _restart(setup: Setup, max_nfe: int, solver: str, steps: int, t_min: float = T_MIN, t_max: float = T_MAX) -> Method:
+    return Restart(setup.env, max_nfe, solver, steps, t_min, t_max)
 
 
 @method("oracle-stop:{solver}-{steps}", "oracle-stop:{solver}-{steps}@{scorer}")

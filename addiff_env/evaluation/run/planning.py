@@ -36,6 +36,8 @@ _DIFFUSION = {
     "unipc": (5, 10, 20),
     "pndm": (10, 20),
 }
+# Each kind at a small and at a large budget, so that its front reaches past an agent's cost.
+_SEARCH = ["fk-2:ddim-5", "fk-4:ddim-10", "rbf-10:ddim-5", "rbf-40:ddim-10", "restart-15:ddim-10", "restart-40:ddim-20"]
 _FLOW = {"euler": (1, 2, 4, 8, 16)}  # of distilled flow models
 
 
@@ -101,6 +103,7 @@ def all_methods(env: DiffusionDenoiseVectorEnv, options: MethodOptions, tunable:
         names += _distilled(config.model, options)
     own = backbone.solver
     names += [f"best-of-{number}:{own}-{10 if diffusion else 4}" for number in (2, 3, 4)]
+    names += _SEARCH if own == "ddim" else []
     names += [f"oracle-stop:{own}-{config.num_inference_steps}", *(AUTO if tunable else ())]
     return [*names, *_agent_at_prices(config.price_range)]
 
