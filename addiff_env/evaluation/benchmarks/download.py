@@ -34,6 +34,7 @@ FILES: dict[str, dict[str, str]] = {  # where each file of a list lies below the
     "geneval": {
         "geneval/evaluation_metadata.jsonl": f"{_RAW}/djghosh13/geneval/main/prompts/evaluation_metadata.jsonl"
     },
+    "geneval2": {"geneval2/geneval2_data.jsonl": f"{_RAW}/facebookresearch/GenEval2/main/geneval2_data.jsonl"},
     "t2i-compbench": {
         f"t2i_compbench/{name}": f"{_RAW}/Karine-Huang/T2I-CompBench/main/examples/dataset/{name}" for name in _T2I
     },

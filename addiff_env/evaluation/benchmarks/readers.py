@@ -124,6 +124,30 @@ def _is_include(clauses: Any) -> bool:
     )
 
 
+def read_geneval2(path: Path) -> list[Entry]:
+    """GenEval 2's ``geneval2_data.jsonl``: categories are numbers of atoms, which are the complexity as well.
+
+    Metadata keeps ``vqa_list`` (questions with their answers), ``skills`` (one of each question) and ``atom_count``.
+
+    Raises:
+        ValueError: a line without them, with its place.
+    """
+    return [_atoms(entry, path) for entry in read_list(path)]
+
+
+def _atoms(entry: Entry, path: Path) -> Entry:
+    number, asked, skills = (entry.metadata.get(name) for name in ("atom_count", "vqa_list", "skills"))
+    pairs = isinstance(asked, list) and all(
+        isinstance(one, list) and len(one) == 2 and all(isinstance(text, str) for text in one) for one in asked
+    )
+    if not pairs or not asked or not isinstance(skills, list) or len(skills) != len(asked):
+        raise ValueError(f"{path}:{int(entry.id) + 1}: no GenEval 2 questions with a skill each: {shorten(asked)}")
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{path}:{int(entry.id) + 1}: expected a number of atoms, got {shorten(number)}")
+    level = structured_complexity(skills.count("object"), number)
+    return Entry(entry.prompt, f"{number} atoms", entry.id, entry.seed, number, level, entry.metadata)
+
+
 def read_t2i_compbench(folder: Path) -> list[Entry]:
     """T2I-CompBench's validation prompts, ``<category>_val.txt`` for each of `T2I_CATEGORIES`.
 
@@ -229,6 +253,12 @@ SOURCES: dict[str, Source] = {
         553,
         read_geneval,
         images_per_prompt=4,
+    ),
+    "geneval2": Source(
+        ("geneval2/geneval2_data.jsonl",),
+        "https://github.com/facebookresearch/GenEval2 (geneval2_data.jsonl; for non-commercial use)",
+        800,
+        read_geneval2,
     ),
     "t2i-compbench": Source(
         ("t2i_compbench",),

@@ -6,6 +6,7 @@
 | ``clip_score``, ``reward_score`` | the same | the environment's own CLIP and reward model |
 | ``imagereward``, ``hpsv2.1``, ``aesthetic``, ``pickscore``, ``clipscore:<CLIP setting>`` | the same | any prompt |
 | ``geneval`` | geneval (0 or 1) | GenEval's prompts, by their metadata |
+| ``geneval2`` | soft_tifa_gm, soft_tifa_am, and one of each skill | GenEval 2's prompts, by their questions |
 | ``blip_vqa``, ``spatial``, ``spatial_3d``, ``numeracy``, ``non_spatial``, ``three_in_one`` | same | T2I-CompBench |
 | ``t2i_compbench`` | t2i_compbench, and the one of the above that is its category's own | T2I-CompBench |
 
@@ -98,7 +99,7 @@ def known_metrics() -> tuple[str, ...]:
     """Names that `open_metric` takes."""
     from addiff_env.evaluation.metrics.t2i_compbench import T2I_METRICS
 
-    return ("checker", *IN_LOOP_METRICS, *SCORERS, "geneval", *T2I_METRICS)
+    return ("checker", *IN_LOOP_METRICS, *SCORERS, "geneval", "geneval2", *T2I_METRICS)
 
 
 def default_metrics(items: Sequence[Item]) -> list[str]:
@@ -173,6 +174,10 @@ def _open(name: str, rest: str, perception: Perception, items: Sequence[Item]) -
         from addiff_env.evaluation.metrics.geneval import open_geneval
 
         return open_geneval(rest, device)
+    if name == "geneval2":
+        from addiff_env.evaluation.metrics.geneval2 import open_geneval2
+
+        return open_geneval2(rest, device)
     from addiff_env.evaluation.metrics.t2i_compbench import open_t2i
 
     return open_t2i(name, rest, device, items)
@@ -226,10 +231,11 @@ def reported_score(rows: Sequence[ResultRow], wanted: str | None = None) -> str:
         return primary_score(measured) if any(measured) else NO_SCORE
 
 
-def protocol_scores(rows: Sequence[ResultRow]) -> dict[str, dict[str, dict[str, float]]]:
+def protocol_scores(rows: Sequence[ResultRow], items: Sequence[Item] = ()) -> dict[str, dict[str, dict[str, float]]]:
     """What benchmarks with a protocol of their own report: per metric, method and category (or tag) the mean score.
 
-    GenEval's has its headline number besides, under ``overall``: the mean over tags.
+    GenEval's has its headline number besides, under ``overall``: the mean over tags. GenEval 2's, for which ``items``
+    with their metadata are needed, has skills and numbers of atoms, see `geneval2.summarize`.
     """
     from addiff_env.evaluation.metrics.geneval import summarize
 
@@ -241,7 +247,22 @@ def protocol_scores(rows: Sequence[ResultRow]) -> dict[str, dict[str, dict[str, 
             geneval = metric == "geneval"
             shares = summarize((tag, bool(v)) for tag, v in pairs) if geneval else category_means(pairs)
             found.setdefault(metric, {})[method] = shares
-    return found
+    return found | _soft_tifa(rows, items)
+
+
+def _soft_tifa(rows: Sequence[ResultRow], items: Sequence[Item]) -> dict[str, dict[str, dict[str, float]]]:
+    """GenEval 2's own numbers of every method."""
+    from addiff_env.evaluation.metrics.geneval2 import AM, GM, is_geneval2, summarize
+
+    skills = {(item.prompt, item.seed): item.metadata["skills"] for item in items if is_geneval2(item)}
+    methods: dict[str, dict[str, float]] = {}
+    for method in dict.fromkeys(row.method for row in rows):
+        own = [row for row in rows if row.method == method and (row.prompt, row.seed) in skills]
+        own = [row for row in own if {GM, AM} <= set(scores_of(row))]
+        if own:
+            asked = [skills[row.prompt, row.seed] for row in own]
+            methods[method] = summarize([(row.category, scores_of(row)) for row in own], asked)
+    return {"geneval2": methods} if methods else {}
 
 
 def category_means(scores: Iterable[tuple[str, float]]) -> dict[str, float]:

@@ -134,7 +134,7 @@ def what_decides(cfg: DictConfig, verdicts: Sequence[Decision]) -> list[str]:
 def measure_whole(run: EvaluationRun, references: References) -> None:
     """What is measured of a method's pictures together: the benchmark's own protocol, and the set metrics."""
     run.files.protocols.unlink(missing_ok=True)  # of other rows
-    if scores := protocol_scores(run.rows):
+    if scores := protocol_scores(run.rows, run.items):
         run.files.protocols.write_text(json.dumps(scores, indent=2) + "\n")
         for metric, methods in scores.items():
             for method, shares in methods.items():
