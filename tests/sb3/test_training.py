@@ -575,9 +575,7 @@ def priced(tmp_path_factory, small_kwargs):
     folder = tmp_path_factory.mktemp("priced")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the policy has collapsed")
-        result = train(
-            configure(small_kwargs, *PRICED), folder, judge=lambda images, prompts: {"bright": images.mean()}
-        )
+        result = train(configure(small_kwargs, *PRICED), folder, lambda images, prompts: {"bright": images.mean()})
     return folder, result
 
 
