@@ -62,7 +62,7 @@ def items(tmp_path: Path) -> list[Item]:
 
 
 def test_the_list_gives_atoms_as_complexity(items: list[Item]) -> None:
-    assert [(item.category, .num_requirements, item.complexity) for item in items] == [
+    assert [(item.category, item.num_requirements, item.complexity) for item in items] == [
         ("3 atoms", 3, "simple"),
         ("4 atoms", 4, "full"),
     ]
