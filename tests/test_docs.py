@@ -106,8 +106,8 @@ def test_commands_are_understood(line: str, tmp_path: Path, monkeypatch: pytest.
         submit(rest, tmp_path, monkeypatch)
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests"))
-    elif program == "python" and rest[:2] == ["-m", "addiff_env.cli"]:
-        understand_verb(rest[2:] or ["--help"], monkeypatch)
+    elif "addiff_env.cli" in words:  # python -m, torchrun -m
+        understand_verb(words[words.index("addiff_env.cli") + 1 :] or ["--help"], monkeypatch)
     elif program == "pip":
         understand_pip(rest)
     else:
