@@ -9,13 +9,21 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 
+from addiff_env import cli
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.storage.commands import override
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:__array__ implementation")]  # diffusers' own
 PROMPTS, SEEDS = ["a red circle", "two blue squares", "a star above a green ring"], [1, 2, 3]
 # Largest absolute difference of final latents to the CPU's float32 ones, over a short schedule.
 TOLERANCE = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 2e-1}
 Kwargs = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def precise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 is float32: cuDNN's convolutions are in TF32 otherwise, of ten bits, and differ with the batch."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(scope="module", params=["sd", "sdxl", "flux"])
@@ -124,3 +132,48 @@ def test_looks_are_in_half_precision_unless_told(kwargs: Kwargs) -> None:
         assert scores[-1].dtype == torch.float32
     assert not torch.equal(*scores)
     torch.testing.assert_close(*scores, rtol=0.02, atol=0.05)
+
+
+def test_networks_are_in_the_dtype_asked_for(kwargs: Kwargs) -> None:
+    """All of them but SDXL's decoder, which overflows in float16; ``auto`` is what the card multiplies fast."""
+    half = "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
+    assert vector(kwargs, 1, device="auto", dtype="auto").backbone.dtype_name == half
+    backbone: Any = vector(kwargs, 1, device="cuda", dtype="float16").backbone
+    network = getattr(backbone, "unet", None) or backbone.transformer
+    is_xl = getattr(backbone, "is_xl", False)
+    assert network.dtype == torch.float16 and backbone.vae.dtype == (torch.float32 if is_xl else torch.float16)
+    assert network.device.type == backbone.vae.device.type == "cuda"
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_compiled_blocks_say_the_same_at_any_number_of_lanes(kwargs: Kwargs) -> None:
+    plan = [0, 0]
+    for lanes in (3, 2):
+        plain = run(vector(kwargs, lanes, device="cuda", dtype="float32"), plan)
+        compiled = run(vector(kwargs, lanes, device="cuda", dtype="float32", compile=True), plan)
+        torch.testing.assert_close(compiled, plain, rtol=0, atol=TOLERANCE["float32"])
+
+
+def test_a_lane_that_breaks_down_ends_alone(kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = vector(kwargs, device="cuda", dtype="float16")
+    envs.reset(options={"prompt": PROMPTS, "seed": SEEDS})
+    predict = envs.backbone.predict
+
+    def broken(*args: Any, **more: Any) -> Any:
+        now = predict(*args, **more)
+        now.x0[1] = torch.nan
+        return now
+
+    monkeypatch.setattr(envs.backbone, "predict", broken)
+    observation, reward, terminated, _, info = envs.step(np.zeros(3, int))
+    assert info["fault"].tolist() == terminated.tolist() == [False, True, False]
+    assert np.isfinite(observation).all() and np.isfinite(reward).all()
+
+
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE))
+def test_the_selftest_and_the_doctor_have_nothing_to_say(
+    kwargs: Kwargs, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [override(name, value) for name, value in {**kwargs, "device": "cuda", "dtype": dtype}.items()]
+    assert cli.main(["doctor", *words]) == 0, capsys.readouterr().out
+    assert cli.main(["selftest", "num_envs=16", *words]) == 0, capsys.readouterr().out
