@@ -45,6 +45,8 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
+    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch 2.9 and its like
+        return torch.cpu._is_avx512_bf16_supported()
     capabilities = torch.cpu.get_capabilities()  # AVX-512's dot products count too: AMD has no AMX
     return bool(capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False))
 
