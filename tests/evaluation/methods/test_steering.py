@@ -95,7 +95,9 @@ def ancestral(x, x0, current, following, noise):
 
 def test_the_stochastic_step_is_ddim_with_eta_one_and_the_posterior_of_flows():
     x, x0, noise = torch.randn(3, 4, 1, 1, 1, dtype=torch.float64)
-    current, following = (Level.of_power(torch.full((4,), p, dtype=torch.float64)) for p in (0.3, 0.6))
+    current, following = (
+        Level(power.sqrt(), (1 - power).sqrt()) for power in torch.tensor([[0.3] * 4, [0.6] * 4]).double()
+    )
     ours = ancestral_between(x, x0, current, following, noise)
     assert torch.allclose(ours, ddim_between(x, x0, current, following, 1.0, noise), atol=1e-12)
     flow = Level(torch.tensor([0.2] * 4).double(), torch.tensor([0.8] * 4).double())
