@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class Bench:
 
     def env(self, num_envs: int | None = None, **more: Any) -> DiffusionDenoiseVectorEnv:
         """The chosen environment with lanes that wait."""
-        settings = {"num_envs": num_envs or self.lanes, "autoreset_mode": AutoresetMode.DISABLED}
+        settings: dict[str, Any] = {"num_envs": num_envs or self.lanes, "autoreset_mode": AutoresetMode.DISABLED}
         made = gym.make_vec(self.chosen.env_id, **settings | self.chosen.overrides | more).unwrapped
         assert isinstance(made, DiffusionDenoiseVectorEnv)
         return made
@@ -176,7 +176,7 @@ class Bench:
             )
 
         ours = {"without looks": self.blind, "with looks": self.looking}
-        sides = {name: Side(lambda env=env: self.continues(env)) for name, env in ours.items()}
+        sides = {name: Side(partial(self.continues, env)) for name, env in ours.items()}
         return self.against("diffusers", sides | {"diffusers": Side(theirs)}, "diffusers")
 
     def mixed(self) -> list[Figure]:
@@ -218,7 +218,11 @@ class Bench:
         dummy, sync = DummyVecEnv(makers), SyncVectorEnv(makers)
 
         def steps(env: Any) -> Callable[[], None]:
-            return lambda: [env.step(zeros) for _ in range(2)] and None
+            def twice() -> None:
+                for _ in range(2):
+                    env.step(zeros)
+
+            return twice
 
         sides = {
             "DummyVecEnv": Side(steps(dummy), dummy.reset),

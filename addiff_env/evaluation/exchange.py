@@ -110,7 +110,7 @@ Pairs = Sequence[tuple[ResultRow, Item]]
 
 def _place_geneval(pairs: Pairs) -> list[Picture]:
     repeats: dict[tuple[str, str], int] = {}
-    found = []
+    found: list[Picture] = []
     for row, item in pairs:
         k = repeats.setdefault((row.method, item.id), 0)
         repeats[row.method, item.id] += 1
