@@ -20,7 +20,7 @@ from addiff_env.storage.paths import configs_folder
 
 SYNTAX = """\
 settings, as of the other commands:
-  env=<name>       a preset of configs/env (tiny, sd15, sdxl, flux_schnell; default: tiny), or any registered id
+  env=<name>       a preset of configs/env (default: tiny; also tiny_prices, sd15, sdxl, flux_schnell) or registered id
   num_envs=<n>     lanes; default: the preset's
   <name>=<value>   any setting of the environment, e.g. device=cpu dtype=float32 model=my/folder
 """

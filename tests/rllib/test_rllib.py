@@ -70,7 +70,7 @@ def test_runners_draw_prices_and_the_policy_reads_them(small_kwargs):
 # --------------------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("env", ["tiny", "sd15", "sdxl", "flux_schnell"])
+@pytest.mark.parametrize("env", ["tiny", "tiny_prices", "sd15", "sdxl", "flux_schnell"])
 @pytest.mark.parametrize("group", ["env", "num_envs", "policy", "algorithm", "reward", "prompts", "seed"])
 def test_both_trainers_take_the_same_groups(env, group):
     """All but what RLlib's has no use for, which its configuration leaves empty."""

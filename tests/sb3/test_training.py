@@ -553,7 +553,7 @@ def test_every_preset_trains(env, kind, tmp_path):
     assert EventAccumulator(str(tmp_path / "run")).Reload().Tags()["images"] == ["held_out/filmstrips"]
 
 
-@pytest.mark.parametrize("env", ["tiny", "sd15", "sdxl", "flux_schnell"])
+@pytest.mark.parametrize("env", ["tiny", "tiny_prices", "sd15", "sdxl", "flux_schnell"])
 def test_every_preset_resolves(env):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", [f"env={env}"])
