@@ -86,10 +86,9 @@ class Observer:
     def _look_at(self, state: LaneState, lanes: np.ndarray, first: np.ndarray) -> None:
         index, finished = state.index(lanes), state.done[lanes]
         pictures = self._decode(state, lanes) if self.perception.reads_pictures or finished.any() else None
+        sound = torch.ones(len(lanes), device=state.latents.device)
         if pictures is not None:
-            if finished.any():
-                broken = ~torch.isfinite(pictures).flatten(1).all(1).cpu().numpy()
-                state.fault[lanes[finished & broken]] = True
+            sound = torch.isfinite(pictures).flatten(1).all(1)
             pictures = _finite(pictures)
         prompts, latents = [state.prompt[lane] for lane in lanes], self._latents_to_score(state, lanes)
         features = self.perception.look(pictures, prompts, True, latents)
@@ -102,8 +101,9 @@ class Observer:
         if "dino" in self.config.reads:
             same = (before.dino * features.dino).sum(1).clamp(-1, 1)
             same[fresh] = 1
-        numbers = torch.stack([features.clip_score, features.reward_score, same]).double().cpu().numpy()
-        state.clip_score[lanes], state.reward_score[lanes], state.similarity[lanes] = numbers
+        numbers = torch.stack([features.clip_score, features.reward_score, same, sound]).double().cpu().numpy()
+        state.clip_score[lanes], state.reward_score[lanes], state.similarity[lanes] = numbers[:3]
+        state.fault[lanes[finished & (numbers[3] == 0)]] = True
         # A finished lane pays for its decode only: nobody acts on the scores of a final picture.
         decode = self.denoiser.flops_per_call["decode"]
         state.net_flops[lanes] += np.where(finished, decode, self.flops_per_call["look"])

@@ -546,7 +546,7 @@ class Waits(TorchDispatchMode):
 def test_a_step_asks_for_a_few_numbers_only(
     small_kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch, preview: str, mode: str
 ) -> None:
-    """Fault flags, then what the look showed; the final picture of a lane that has ended, and nothing else."""
+    """Fault flags, then what the look showed, finite or not; the final picture of a lane that has ended, and no more."""
     more = {"obs_backend": "torch", "preview": preview, "refine_mode": mode}
     envs = vector(small_kwargs, 3, mask="grid", **more)  # torch.quantile, of other masks, asks on the CPU only
     start(envs)
@@ -555,7 +555,7 @@ def test_a_step_asks_for_a_few_numbers_only(
         with monkeypatch.context() as patch, Waits(patch) as waits:
             envs.step(np.array(actions))
         assert waits.asked == []
-        assert waits.sizes == [3, 3 * 3, *[picture] * ended]
+        assert waits.sizes == [3, 4 * 3, *[picture] * ended]
 
 
 def test_no_call_is_larger_than_the_batch_size(small_kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch) -> None:
