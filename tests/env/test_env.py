@@ -546,7 +546,7 @@ class Waits(TorchDispatchMode):
 def test_a_step_asks_for_a_few_numbers_only(
     small_kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch, preview: str, mode: str
 ) -> None:
-    """Fault flags, then what the look showed, finite or not; the final picture of a lane that has ended, and no more."""
+    """Fault flags, then what the look showed, finite or not; the final picture of a lane that has ended, no more."""
     more = {"obs_backend": "torch", "preview": preview, "refine_mode": mode}
     envs = vector(small_kwargs, 3, mask="grid", **more)  # torch.quantile, of other masks, asks on the CPU only
     start(envs)
