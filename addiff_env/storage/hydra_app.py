@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,6 +25,7 @@ def run_hydra(task: Callable[[DictConfig], None], name: str, argv: Sequence[str]
     """
     words = map(expand_home, sys.argv[1:] if argv is None else argv)
     given, sys.argv = sys.argv, [sys.argv[0], *words]  # where Hydra looks
+    before = HydraConfig.instance().cfg  # of the process: a caller's next run must not be taken for this one
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra hands errors on instead of printing them and leaving
     try:
         hydra.main(version_base="1.3", config_path=str(configs_folder()), config_name=name)(task)()
@@ -32,6 +34,7 @@ def run_hydra(task: Callable[[DictConfig], None], name: str, argv: Sequence[str]
         raise ValueError(f"{override}: {error}" if override else str(error)) from error
     finally:
         sys.argv = given
+        HydraConfig.instance().cfg = before
     return 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
 import addiff_env
 from addiff_env import cli
@@ -175,7 +176,9 @@ def test_hydra_keeps_its_syntax(tmp_path, monkeypatch, capsys):
     shutil.copytree(configs_folder() / "env", tmp_path / "mine" / "env")
     shutil.copy(tmp_path / "mine" / "env" / "tiny.yaml", tmp_path / "mine" / "env" / "own.yaml")
     monkeypatch.chdir(tmp_path)
+    before = HydraConfig.instance().cfg
     assert cli.main(["train", "--config-dir", "mine", "env=own", "seed=7", "--cfg", "job"]) == 0
+    assert HydraConfig.instance().cfg is before  # a training that is called from Python next is not this one's
     printed = capsys.readouterr().out
     assert "seed: 7\n" in printed and "id: AdDiffusion-Tiny-v0" in printed
     assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
