@@ -16,7 +16,7 @@ from addiff_env.diffusion.backbones import Conditioning, draw_noise, to_uint8
 from addiff_env.diffusion.samplers import Level, ancestral_between, ddim_between, renoise_between
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.methods.base import Batched
+from addiff_env.evaluation.methods.base import Batched, decode_finite
 from addiff_env.evaluation.methods.search import SEED_STRIDE
 from addiff_env.evaluation.metrics.registry import reward_score
 from addiff_env.types import Generated
@@ -41,7 +41,7 @@ class Verifier:
     def __call__(
         self, latents: torch.Tensor, prompts: list[str], timesteps: torch.Tensor, left: torch.Tensor
     ) -> torch.Tensor:
-        """Scores (B,) float64 of what clean predictions (B, C, h, w) will become.
+        """Scores (B,) float64 of what clean predictions (B, C, h, w) will become; the lowest where not finite.
 
         Args:
             latents: clean predictions, or final latents.
@@ -49,11 +49,15 @@ class Verifier:
             timesteps: (B,) that the lanes stand at; 0: they are finished.
             left: (B,) evaluations to come.
         """
-        if not self.perception.reads_latents:
-            return reward_score(self.perception)(self.previewer.decode(latents), prompts).double()
-        asked = torch.stack([left, left], 1)
-        scores = self.perception.scorer.score_latents(latents, prompts, timesteps, asked)[:, 1]
-        return scores.double().to(latents.device).clamp(-self.perception.score_limit, self.perception.score_limit)
+        limit = self.perception.score_limit
+        if self.perception.reads_latents:
+            finite = torch.isfinite(latents).flatten(1).all(1)
+            latents, asked = torch.where(finite[:, None, None, None], latents, 0), torch.stack([left, left], 1)
+            scores = self.perception.scorer.score_latents(latents, prompts, timesteps, asked)[:, 1].clamp(-limit, limit)
+        else:
+            pictures, finite = decode_finite(self.previewer, latents)
+            scores = reward_score(self.perception)(pictures, prompts)
+        return torch.where(finite, scores.double().to(latents.device), -limit)
 
 
 class Steered(Batched):
@@ -102,11 +106,23 @@ class Steered(Batched):
         following = self.schedule.timesteps[(at + 1).clamp_max(self.steps - 1)]
         return verifier(x0, prompts, torch.where(last, torch.zeros_like(following), following), self.steps - 1 - at)
 
-    def _paid(self, item: Item, picture: object, nfe: int, looks: int, verifier: Verifier | None) -> Generated:
-        """A result that pays for its evaluations, one full decode, and ``looks`` of the verifier."""
-        made = self._generated(item, picture, nfe * self.env.passes_per_nfe)  # type: ignore[arg-type]
+    def _results(
+        self,
+        items: Sequence[Item],
+        latents: torch.Tensor,
+        nfe: Sequence[int],
+        looks: Sequence[int],
+        verifier: Verifier | None,
+    ) -> list[Generated]:
+        """Pictures of final latents (B, C, h, w); each pays for its evaluations, one full decode, and its looks."""
+        pictures, finite = decode_finite(self.env.backbone, latents)
+        made = [
+            self._generated(item, picture, own * self.env.passes_per_nfe, finite=is_finite)
+            for item, picture, own, is_finite in zip(items, to_uint8(pictures), nfe, finite.tolist(), strict=True)
+        ]
         if verifier is not None:
-            made.net_flops += looks * verifier.flops + self.env.perception.scorer_text_flops()
+            for one, number in zip(made, looks, strict=True):
+                one.net_flops += number * verifier.flops + self.env.perception.scorer_text_flops()
         return made
 
 
@@ -191,11 +207,8 @@ class FeynmanKac(Steered):
         found = self.steer(items)
         best = found.scores.argmax(1)
         chosen = found.latents[torch.arange(len(items), device=best.device), best]
-        pictures, looks = to_uint8(self.env.backbone.decode(chosen)), self.particles * len(self.looks)
-        return [
-            self._paid(item, picture, self.max_nfe, looks, self.verifier)
-            for item, picture in zip(items, pictures, strict=True)
-        ]
+        number, looks = len(items), self.particles * len(self.looks)
+        return self._results(items, chosen, [self.max_nfe] * number, [looks] * number, self.verifier)
 
 
 # --------------------------------------------------------------------------- rollover budget forcing
@@ -247,7 +260,8 @@ class RolloverBudgetForcing(Steered):
         """Go along the path; the final latents are the last clean predictions."""
         prompts = [item.prompt for item in items]
         generators = [torch.Generator().manual_seed(int(item.seed)) for item in items]
-        conditioning, paths = self._encode(prompts), self._begin(prompts, generators)
+        conditioning = self._encode(prompts)
+        paths = self._begin(prompts, conditioning, generators)
         while (running := torch.nonzero(paths.at < self.steps).flatten()).numel():
             own, at = [prompts[k] for k in running.tolist()], paths.at[running]
             noise = self._fresh([generators[k] for k in running.tolist()])
@@ -256,10 +270,10 @@ class RolloverBudgetForcing(Steered):
             self._propose(paths, running, proposed, x0, self._verdict(self.verifier, x0, own, at))
         return paths
 
-    def _begin(self, prompts: list[str], generators: Sequence[torch.Generator]) -> Paths:
+    def _begin(self, prompts: list[str], conditioning: Conditioning, generators: Sequence[torch.Generator]) -> Paths:
         latents = self._fresh(generators)
         start = torch.zeros(len(prompts), dtype=torch.long, device=latents.device)
-        x0 = self._predict(latents, start, self._encode(prompts))
+        x0 = self._predict(latents, start, conditioning)
         score = self._verdict(self.verifier, x0, prompts, start)
         none = torch.full_like(score, -torch.inf)
         left = torch.full_like(start, self.quotas[0] if self.quotas else 0)
@@ -269,8 +283,8 @@ class RolloverBudgetForcing(Steered):
         self, paths: Paths, lanes: torch.Tensor, latents: torch.Tensor, x0: torch.Tensor, score: torch.Tensor
     ) -> None:
         """Keep the proposals of ``lanes`` that are their best so far; move on where one is taken."""
-        better = lanes[score > paths.candidate_score[lanes]]
         chosen = score > paths.candidate_score[lanes]
+        better = lanes[chosen]
         paths.candidate[better], paths.candidate_x0[better] = latents[chosen], x0[chosen]
         paths.candidate_score[better] = score[chosen]
         paths.nfe[lanes] += 1
@@ -284,11 +298,8 @@ class RolloverBudgetForcing(Steered):
 
     def _batch(self, items: list[Item]) -> list[Generated]:
         paths = self.search(items)
-        pictures = to_uint8(self.env.backbone.decode(self._finished(paths)))
-        return [
-            self._paid(item, picture, nfe, nfe, self.verifier)
-            for item, picture, nfe in zip(items, pictures, paths.nfe.tolist(), strict=True)
-        ]
+        nfe = paths.nfe.tolist()
+        return self._results(items, self._finished(paths), nfe, nfe, self.verifier)
 
     def _finished(self, paths: Paths) -> torch.Tensor:
         """What the solver makes of the last clean prediction; its last step adds no noise."""
@@ -366,5 +377,4 @@ class Restart(Steered):
         return latents
 
     def _batch(self, items: list[Item]) -> list[Generated]:
-        pictures = to_uint8(self.env.backbone.decode(self.latents(items)))
-        return [self._paid(item, picture, self.nfe, 0, None) for item, picture in zip(items, pictures, strict=True)]
+        return self._results(items, self.latents(items), [self.nfe] * len(items), [], None)

@@ -26,6 +26,7 @@ from addiff_env.types import Generated, ResultRow
 ITEMS = [Item(prompt, seed, "any") for seed, prompt in enumerate(["a red circle", "two blue stars", "a ring"])]
 BROKEN = 1
 METHODS = ["ddim-4", "dpmpp_2m-4", "euler-4", "unipc-4", "words-4", "best-of-2:ddim-4", "oracle-stop:ddim-4"]
+METHODS += ["fk-2:ddim-4", "rbf-6:ddim-4", "restart-11:ddim-6@0.01:100"]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' own, under NumPy 2
 
 
@@ -66,8 +67,8 @@ def broken(request: pytest.FixtureRequest, env: DiffusionDenoiseVectorEnv) -> It
 
     def decoded(latents: torch.Tensor) -> torch.Tensor:
         pictures = decode(backbone, latents)
-        if state["on"] and request.param == "decoder" and len(latents) == len(state["rows"]):
-            pictures[state["rows"]] = torch.nan
+        if state["on"] and request.param == "decoder" and len(state["rows"]) % len(latents) == 0:
+            pictures[state["rows"].view(len(latents), -1).any(1)] = torch.nan  # of particles one may be left
         return pictures
 
     hook = backbone.unet.register_forward_hook(after, with_kwargs=True)
