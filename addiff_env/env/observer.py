@@ -93,7 +93,8 @@ class Observer:
         prompts, latents = [state.prompt[lane] for lane in lanes], self._latents_to_score(state, lanes)
         features = self.perception.look(pictures, prompts, True, latents)
         fresh = state.index(first)
-        state.features.put(index[fresh], features.at(fresh))
+        if len(first):
+            state.features.put(index[fresh], features.at(fresh))
         before = state.features.at(index)
         state.previous_features.put(index, before)
         state.features.put(index, features)
@@ -123,7 +124,7 @@ class Observer:
         done = state.index(finished)
         return Latents(
             _choose(done, state.latents[index], state.x0[index]),
-            torch.where(done, 0, self.schedule.timesteps[state.index(at)]),
+            torch.from_numpy(np.where(finished, 0, self.denoiser.timesteps[at])),  # on the host, where they are known
             state.index(np.where(finished[:, None], spared[:, None], left)),
         )
 

@@ -71,7 +71,7 @@ class Latents:
     """What a scorer of latents is asked about B lanes."""
 
     x0: torch.Tensor  # (B, C, h, w) clean predictions, or finished latents
-    timesteps: torch.Tensor  # (B,) where they stand; 0: finished
+    timesteps: torch.Tensor  # (B,) where they stand, on the host; 0: finished
     evaluations: torch.Tensor  # (B, 2) that stopping here and going on to the end would still take
 
 
@@ -201,8 +201,9 @@ class Perception:
         """One lane's question to a scorer of latents; None for others."""
         if not self.reads_latents:
             return None
-        asked = torch.ones(1, 2, dtype=torch.long, device=self.device)  # timestep 0 would be a finished picture
-        return Latents(torch.zeros(1, *self.scorer.latent_shape, device=self.device), asked[:, 0], asked)
+        asked = torch.ones(1, 2, dtype=torch.long)  # timestep 0 would be a finished picture
+        latents = torch.zeros(1, *self.scorer.latent_shape, device=self.device)
+        return Latents(latents, asked[:, 0], asked.to(self.device))
 
     def text_flops(self) -> float:
         """FLOPs of reading one prompt, done once a lane: by CLIP, and by a scorer that reads apart from looking."""

@@ -16,7 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from rounding import assert_same_but_for_rounding
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from addiff_env.diffusion.attention import MASKS
 from addiff_env.env import DiffusionDenoiseEnv, DiffusionDenoiseVectorEnv
@@ -513,33 +513,6 @@ def test_steps_without_a_look_cost_no_instability(small_kwargs: Kwargs) -> None:
 
 
 # ------------------------------------------------------------------ what a step asks of the device
-
-
-class Waits(TorchDispatchMode):
-    """Lists the operations that a GPU would have to finish everything before: numbers asked for, masks as indices."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-        self.sizes: list[int] = []
-        for name in ("cpu", "tolist"):
-            monkeypatch.setattr(torch.Tensor, name, self._spied(getattr(torch.Tensor, name)))
-
-    def _spied(self, original: Any) -> Any:
-        def spy(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.sizes.append(tensor.numel())
-            return original(tensor, *args, **kwargs)
-
-        return spy
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        masks = [index for group in args if isinstance(group, (list, tuple)) for index in group]
-        by_mask = any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in masks)
-        if any(word in str(func) for word in ("_local_scalar", "nonzero", "masked_select", "aten.equal")) or (
-            "aten.index" in str(func) and by_mask
-        ):
-            self.asked.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("preview", "mode"), [("vae", "rewind"), ("latent_rgb", "in_place")])

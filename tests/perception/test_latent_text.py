@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from waits import Waits
 
 import addiff_env
 from addiff_env.env import DiffusionDenoiseVectorEnv, costs
@@ -193,6 +194,17 @@ def test_a_cheap_look_decodes_nothing_and_asks_both_questions(
     assert float(env.reward_score[0]) == pytest.approx(float(final[0, 0]), abs=1e-5)
     picture = (decode(env.latents[:1]) * 255).round().to(torch.uint8)[0].permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(env.final_image(0), picture)
+
+
+def test_a_cheap_look_waits_for_nothing_more_than_its_numbers(
+    small_kwargs: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault flags, then what the look showed; the final picture of a lane that has ended."""
+    env = make(small_kwargs, scorer=str(folder), obs_backend="torch", mask="grid", **CHEAP)
+    for actions, ended in (([0, 0, 0], 0), ([0, 2, 1], 1)):
+        with monkeypatch.context() as patch, Waits(patch) as waits:
+            env.step(np.array(actions))
+        assert waits.asked == [] and waits.sizes == [3, 4 * 3, *[3 * 64 * 64] * ended]
 
 
 def test_the_outlook_is_a_part_of_its_own(small_kwargs: dict[str, Any], folder: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -76,18 +77,22 @@ class LatentTextReward(JointReader):
         self._copies: dict[torch.dtype, LatentTextReward] = {}
 
     def see(self, latents: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Picture tokens (B, 64, width), row by row, of clean predictions (B, C, h, w) at ``timesteps`` (B,)."""
-        finished = timesteps == 0
+        """Picture tokens (B, 64, width), row by row, of clean predictions (B, C, h, w) at ``timesteps`` (B,).
+
+        Which of them are finished is read on the host: nothing waits for a GPU where ``timesteps`` are there already.
+        """
+        finished = timesteps.numpy(force=True) == 0
         if finished.all():
             seen = self._see_finished(latents)
         elif finished.any():
-            closely = self._see_finished(latents[finished])
+            done, going = (torch.from_numpy(np.flatnonzero(rows)).to(latents.device) for rows in (finished, ~finished))
+            closely = self._see_finished(latents[done])
             seen = closely.new_empty(len(latents), *closely.shape[1:])
-            seen[finished], seen[~finished] = closely, self.stem(latents[~finished])
+            seen[done], seen[going] = closely, self.stem(latents[going])
         else:
             seen = self.stem(latents)
         tokens = seen.flatten(2).transpose(1, 2) + self.place
-        return tokens + self._level(timesteps, tokens.dtype)[:, None]
+        return tokens + self._level(timesteps.to(latents.device), tokens.dtype)[:, None]
 
     def _see_finished(self, latents: torch.Tensor) -> torch.Tensor:
         """Features (B, width, h / 2, w / 2) of final latents."""
@@ -117,7 +122,8 @@ class LatentTextReward(JointReader):
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """Logits (B, K); arguments as of `score_latents`, ``ids`` and ``mask`` as `tokenize` gives them."""
-        raw = self.read_out(self.mix(self.see(latents, timesteps), ids, mask), timesteps, evaluations)
+        mixed, timesteps = self.mix(self.see(latents, timesteps), ids, mask), timesteps.to(latents.device)
+        raw = self.read_out(mixed, timesteps, evaluations)
         bias = torch.where(timesteps == 0, self.config["finished_bias"], self.config["bias"])
         return self.config["scale"] * raw + bias.to(raw.dtype)[:, None]
 
@@ -138,8 +144,7 @@ class LatentTextReward(JointReader):
         texts = self._check(latents, prompts, timesteps, evaluations)
         device, model = self.readout.device, self._in(latents.dtype)
         latents = latents.to(device).contiguous(memory_format=torch.channels_last)
-        timesteps, evaluations = timesteps.to(device), evaluations.to(device)
-        return model(latents, timesteps, evaluations, *self._read(texts)).float()
+        return model(latents, timesteps, evaluations.to(device), *self._read(texts)).float()
 
     def _in(self, dtype: torch.dtype) -> LatentTextReward:
         """This model in ``dtype``; copies are kept."""
