@@ -10,7 +10,7 @@ LIMIT ?= null
 demo: $(READY)  ## the shipped agent against a few other methods on 48 prompts
 	$(BIN)/addiff evaluate
 
-# Half an hour on two cores with bfloat16 instructions, an hour without; ARGS='--methods all' takes hours.
+# By the s/image in docs/results.md half an hour on two cores with bfloat16, an hour without; ARGS='--methods all': hours.
 reproduce: $(READY)  ## every number of the README and of docs/results.md; resumes where it was stopped
 	$(BIN)/addiff reproduce --benchmark $(BENCHMARK) --limit $(LIMIT) $(ARGS)
 

@@ -33,7 +33,7 @@ import addiff_env
 from addiff_env.cli.chosen import Chosen, add_settings, read_chosen
 from addiff_env.diffusion.backbones.memory import GIB, free_memory
 from addiff_env.env.config import EnvConfig
-from addiff_env.env.footprint import LAYOUTS, download_bytes, footprint
+from addiff_env.env.footprint import LAYOUTS, ROOM, download_bytes, footprint
 from addiff_env.env.requirements import required
 from addiff_env.loading.presence import GATED, Found, is_hub_id, look_for
 from addiff_env.loading.weights import gated_advice, reason, resolve_device, resolve_dtype
@@ -42,7 +42,6 @@ from addiff_env.storage.commands import command_line
 DISTRIBUTION = "addiff-env"
 FINE, NOTE, WRONG = "ok", "note", "WRONG"
 _PATIENCE = 10.0  # seconds for the Hub to answer
-_ROOM = 1.25  # times the accounted memory: a fifth is left free for what is not accounted
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ def memory(chosen: Chosen, config: EnvConfig, files: Sequence[Found]) -> Iterato
         return
     dtype, lanes = _dtype_on(config, name), min(chosen.num_envs, config.batch_size)
     accounted = footprint(chosen.env_id, dtype, lanes, (config.height, config.width))
-    need = _ROOM * accounted.peak_with(config.offload)
+    need = ROOM * accounted.peak_with(config.offload)
     free = None if name is None else free_memory(torch.device(name)) if name.startswith("cuda") else host
     published = "" if config.model == addiff_env.PRESETS[chosen.env_id]["model"] else " (of the id's published layout)"
     what = f"{_gib(need)} for {lanes} lanes a call in {dtype}, offload={config.offload}{published}"
@@ -200,7 +199,7 @@ def _fit(chosen: Chosen, config: EnvConfig, dtype: str, free: float, name: str |
     for offload in ("none",) if name == "cpu" else ("none", "model", "sequential"):
         for lanes in (16, 8, 4, 2, 1):
             accounted = footprint(chosen.env_id, dtype, lanes, size)
-            if lanes <= config.batch_size and _ROOM * accounted.peak_with(offload) <= free:
+            if lanes <= config.batch_size and ROOM * accounted.peak_with(offload) <= free:
                 more = "" if offload == "none" else f" offload={offload}"
                 return f"batch_size={lanes}{more} fits (any num_envs)"
     return "free memory there, or take a smaller model: nothing that the settings offer fits"

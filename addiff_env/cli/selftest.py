@@ -33,7 +33,7 @@ from addiff_env.diffusion.backbones.memory import GIB
 from addiff_env.env.config import EnvConfig
 from addiff_env.env.costs import best_seconds
 from addiff_env.env.denoiser import Denoiser
-from addiff_env.env.footprint import LAYOUTS, footprint
+from addiff_env.env.footprint import LAYOUTS, ROOM, footprint
 from addiff_env.env.observer import Observer
 from addiff_env.env.state import LaneState
 from addiff_env.evaluation.methods.diffusers_methods import make_pipeline
@@ -63,7 +63,6 @@ README_PROMPT = "a painting of an ocean with clouds and birds, day time, low dep
 README_SCORES = (0.5811, 0.2745, -1.4132, -2.0296)
 README_TOLERANCE = 0.01
 PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
-_ROOM = 1.25  # times the accounted memory, as `addiff doctor` has it
 
 
 class Skip(Exception):
@@ -233,7 +232,7 @@ def memory(subject: Subject) -> str:
     number = min(subject.chosen.num_envs, config.batch_size)
     accounted = footprint(env_id, subject.backbone.dtype_name, number, (config.height, config.width))
     expected = accounted.peak_with(config.offload)
-    if peak > _ROOM * expected:
+    if peak > ROOM * expected:
         raise AssertionError(f"{text}, by accounting {expected / GIB:.2f}")
     return f"{text} (by accounting {expected / GIB:.2f})"
 

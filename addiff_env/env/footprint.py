@@ -172,6 +172,7 @@ class Layout:
     published: str = "float32"  # dtype of the published weights
 
 
+ROOM = 1.25  # times the accounted memory is asked for: a fifth is left free for what is not accounted
 LAYOUTS = {
     "AdDiffusion-SD15-v0": Layout(
         lambda: UNet2DConditionModel(sample_size=64, cross_attention_dim=768), (_clip_text,), _autoencoder, passes=2

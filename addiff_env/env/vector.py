@@ -96,9 +96,10 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     ``fault`` says that the lane's numbers stopped being finite: it is terminated with its last finite prediction (grey
     where the decoder's numbers did) and pays the reward's ``fault`` penalty. Where that happens in the warm-up,
     ``reset`` says so in ``fault``, and the lane's first step ends it so, whatever the action.
-    Everything is a number but for ``prompt``, which
-    ``info["prompt"]`` gives and iterating passes over: TorchRL, `NumpyToTorch` and Gymnasium's vector environments of
-    single ones collect what is iterated over (`addiff_env.env.info.Info`). ``text_info=True`` lists it with the rest.
+
+    Everything is a number but for ``prompt``, which ``info["prompt"]`` gives and iterating passes over: TorchRL,
+    `NumpyToTorch` and Gymnasium's vector environments of single ones collect what is iterated over
+    (`addiff_env.env.info.Info`). ``text_info=True`` lists it with the rest.
 
     ## Arguments
     The fields of `EnvConfig` (``model, revision, device, dtype, solver, num_inference_steps, ...``), and

@@ -22,8 +22,10 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -108,24 +110,26 @@ def _metadata(run: Path, root: str | None) -> dict[str, Mapping[str, Any]]:
 Pairs = Sequence[tuple[ResultRow, Item]]
 
 
+def _numbering() -> Callable[[Hashable], int]:
+    """How often it was asked about the same thing before: 0, 1, 2, ..."""
+    counts: defaultdict[Hashable, Iterator[int]] = defaultdict(count)
+    return lambda thing: next(counts[thing])
+
+
 def _place_geneval(pairs: Pairs) -> list[Picture]:
-    repeats: dict[tuple[str, str], int] = {}
-    found: list[Picture] = []
-    for row, item in pairs:
-        k = repeats.setdefault((row.method, item.id), 0)
-        repeats[row.method, item.id] += 1
+    repeat, found = _numbering(), []
+    for number, (row, item) in enumerate(pairs):
         group = file_name(row.method)
-        found.append(_picture(row, f"{group}/{int(item.id):05d}/samples/{k:04d}.png", group, len(found)))
+        file = f"{group}/{int(item.id):05d}/samples/{repeat((row.method, item.id)):04d}.png"
+        found.append(_picture(row, file, group, number))
     return found
 
 
 def _place_t2i(pairs: Pairs) -> list[Picture]:
-    numbers: dict[str, int] = {}
-    found = []
+    number, found = _numbering(), []
     for row, item in pairs:
         group = f"{file_name(row.method)}/{file_name(item.category)}"
-        k = numbers.setdefault(group, 0)  # the scripts order a folder by these numbers, which name the questions
-        numbers[group] += 1
+        k = number(group)  # the scripts order a folder by these numbers, which name the questions
         found.append(_picture(row, f"{group}/samples/{_as_file(row.prompt)}_{k:06d}.png", group, k))
     return found
 
@@ -136,27 +140,20 @@ def _as_file(prompt: str) -> str:
 
 
 def _place_geneval2(pairs: Pairs) -> list[Picture]:
-    repeats: dict[tuple[str, str], int] = {}
-    numbers: dict[str, int] = {}
-    found = []
-    for row, _ in pairs:
-        k = repeats.setdefault((row.method, row.prompt), 0)
-        repeats[row.method, row.prompt] += 1
-        group = f"{file_name(row.method)}/{k}"
-        number = numbers.setdefault(group, 0)
-        numbers[group] += 1
-        found.append(_picture(row, f"{group}/{number:05d}.png", group, number))
-    return found
+    repeat = _numbering()
+    return _in_groups((row, f"{file_name(row.method)}/{repeat((row.method, row.prompt))}") for row, _ in pairs)
 
 
 def _place_flat(pairs: Pairs) -> list[Picture]:
-    numbers: dict[str, int] = {}
-    found = []
-    for row, _ in pairs:
-        group = file_name(row.method)
-        number = numbers.setdefault(group, 0)
-        numbers[group] += 1
-        found.append(_picture(row, f"{group}/{number:05d}.png", group, number))
+    return _in_groups((row, file_name(row.method)) for row, _ in pairs)
+
+
+def _in_groups(rows: Iterable[tuple[ResultRow, str]]) -> list[Picture]:
+    """Pictures numbered within their groups."""
+    number, found = _numbering(), []
+    for row, group in rows:
+        k = number(group)
+        found.append(_picture(row, f"{group}/{k:05d}.png", group, k))
     return found
 
 

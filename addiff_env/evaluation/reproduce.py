@@ -26,7 +26,7 @@ from addiff_env.storage.files import file_name
 REMARKS = {  # of the methods that stand in the README's table
     "ddim-10": "",
     "ddim-50": "",
-    "unipc-20": "the best other solver",
+    "unipc-20": "another solver",
     "best-of-2:ddim-5": "two pictures, the better by the reward model",
     "threshold:5:0.055": "the hand-made rule",
     "agent": "",

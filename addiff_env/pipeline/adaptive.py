@@ -155,25 +155,9 @@ class AdaptivePipeline:
             TypeError: a prompt that is no string, or no generator.
             RuntimeError: a stream of this pipeline is open in the same thread.
         """
+        asked = {name: value for name, value in locals().items() if name not in ("self", "return_dict")}
         env = self._env_of(height, width)
-        found = self.stream(
-            prompt,
-            seeds,
-            negative_prompt,
-            num_images_per_prompt=num_images_per_prompt,
-            generator=generator,
-            price=price,
-            target_nfe=target_nfe,
-            max_nfe=max_nfe,
-            height=height,
-            width=width,
-            output_type=output_type,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            previews=previews,
-            masks=masks,
-        )
-        made = sorted(found, key=lambda one: one.index)
+        made = sorted(self.stream(**asked), key=lambda one: one.index)
         output = gathered(made, output_type, (env.config.height, env.config.width), previews, masks)
         return output if return_dict else output.to_tuple()
 

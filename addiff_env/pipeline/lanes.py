@@ -238,7 +238,8 @@ class LaneScheduler:
         for lane, request in zip(lanes, requests, strict=True):
             made = Generated(request.prompt, request.seed, np.zeros(0, np.uint8), seconds=share, price=request.price)
             running[lane] = Episode(request, made)
-        self._decision_ahead([lane for lane in lanes if not self.env.warming[lane]], running)
+        warming = self.env.warming
+        self._decision_ahead([lane for lane in lanes if not warming[lane]], running)
         return result
 
     def _step(
@@ -261,7 +262,8 @@ class LaneScheduler:
         for lane in deciding:
             if not terminated[lane] and len(running[lane].made.actions) % env.config.observe_every == 0:
                 running[lane].look()
-        self._decision_ahead([lane for lane in active if not (terminated[lane] or env.warming[lane])], running, warming)
+        waiting = terminated | env.warming
+        self._decision_ahead([lane for lane in active if not waiting[lane]], running, warming)
         self._tell(active, running, info, terminated, probabilities)
         ended = [lane for lane in active if terminated[lane]]
         return observation, info, [self._finish(running.pop(lane), lane, info) for lane in ended]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -72,43 +72,21 @@ class GeneratedImage:
     @classmethod
     def of(cls, index: int, made: Generated, output_type: str) -> GeneratedImage:
         """``made`` with its pictures in the form ``output_type``."""
-        return cls(
-            index=index,
-            image=converted(made.picture, output_type),
-            prompt=made.prompt,
-            seed=made.seed,
-            nfe=made.nfe,
-            net_flops=made.net_flops,
-            seconds=made.seconds,
-            actions=made.actions,
-            reward_score=made.reward_score,
-            note=made.note,
-            price=made.price,
-            previews=[converted(preview, output_type) for preview in made.previews],
-            masks=made.masks,
-            fault=made.fault,
-            forward_passes=made.forward_passes,
-        )
+        image, previews = converted(made.picture, output_type), [converted(one, output_type) for one in made.previews]
+        values = {field.name: getattr(made, field.name) for field in fields(cls) if hasattr(made, field.name)}
+        return cls(**values | {"index": index, "image": image, "previews": previews})
 
 
 def gathered(
     made: Sequence[GeneratedImage], output_type: str, size: tuple[int, int], previews: bool, masks: bool
 ) -> AdaptivePipelineOutput:
     """The output of pictures in their order, each of ``size`` (height, width)."""
-    return AdaptivePipelineOutput(
-        images=stacked([one.image for one in made], output_type, size),
-        nfe=[one.nfe for one in made],
-        net_flops=[one.net_flops for one in made],
-        seconds=[one.seconds for one in made],
-        actions=[one.actions for one in made],
-        reward_score=[one.reward_score for one in made],
-        prompts=[one.prompt for one in made],
-        seeds=[one.seed for one in made],
-        notes=[one.note for one in made],
-        price=[one.price for one in made],
-        previews=[one.previews for one in made] if previews else None,
-        masks=[one.masks for one in made] if masks else None,
-    )
+    same = ("nfe", "net_flops", "seconds", "actions", "reward_score", "price")
+    columns = {name: name for name in same} | {"prompts": "prompt", "seeds": "seed", "notes": "note"}
+    columns |= {"previews": "previews"} if previews else {}
+    columns |= {"masks": "masks"} if masks else {}
+    values = {name: [getattr(one, source) for one in made] for name, source in columns.items()}
+    return AdaptivePipelineOutput(images=stacked([one.image for one in made], output_type, size), **values)
 
 
 def check_output_type(output_type: str) -> str:

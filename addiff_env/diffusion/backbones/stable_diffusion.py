@@ -144,10 +144,8 @@ class StableDiffusionBackbone(Backbone):
         lanes, repeat = len(latents), self.passes(guidance_scale)
         inputs = latents.repeat(repeat, 1, 1, 1).contiguous(memory_format=self._format)
         conditional = slice(lanes * (repeat - 1), lanes * repeat)
-        layers, context = (
-            self._attention_layers if capture else [],
-            self._context(conditioning, repeat == 2, latents.shape),
-        )
+        layers = self._attention_layers if capture else []
+        context = self._context(conditioning, repeat == 2, latents.shape)
         with (
             read_outputs(self.unet.mid_block, lambda output: output[conditional].float().mean((2, 3))) as features,
             capture_cross_attention(self.unet, layers, conditional) as record,

@@ -80,7 +80,7 @@ def _corrected(one: Decision, decisions: Sequence[Decision], rules: Rules) -> De
     if tier is None or p is None:
         return one
     found = {other.hypothesis: other.p for other in decisions}
-    family = [1.0 if found.get(name) is None else float(found[name] or 0.0) for name in tier.claims]
+    family = [1.0 if (own := found.get(name)) is None else own for name in tier.claims]
     corrected = holm(family)[list(tier.claims).index(one.hypothesis)]
     if one.outcome == SUPPORTED and corrected > rules.alpha:
         parts = [_at_level(part, rules.alpha * p / corrected, one.prompts, rules) for part in one.parts]
