@@ -168,7 +168,9 @@ def _draw_front(
     at = np.linspace(costs.min(), costs.max(), 200)
     shape = (at.size, costs.size)
     front = front_quality(np.broadcast_to(costs, shape), np.broadcast_to(values, shape), at)
-    axis.plot(at / unit, scale * front, "--", color=INK, linewidth=1.2, zorder=3, label="front of all these")
+    axis.plot(
+        at / unit, scale * front, "--", color=INK, linewidth=1.2, zorder=3, label="front of methods without a policy"
+    )
 
 
 def actions_figure(rows: Sequence[ResultRow]) -> Figure:
