@@ -1,7 +1,6 @@
 """Rules and agents at every price: which rule is chosen, what it does in an environment, what the table says."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -11,11 +10,11 @@ import torch
 
 from addiff_env.agent import Agent, PolicyNet
 from addiff_env.evaluation import prices
+from addiff_env.evaluation.benchmarks.items import load_benchmark
+from addiff_env.evaluation.methods.registry import make_method
 from addiff_env.perception.scorers import LatentTextReward
-from addiff_env.tiny.measures.optimal_stopping import Walks, fixed, threshold, two_step
-from addiff_env.tiny.prompt_splits import balanced, load_split
+from addiff_env.tiny.measures.optimal_stopping import Walks
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
-from addiff_env.types import Action
 
 CHEAP = {"reads": ["clip_text", "reward"], "reward": {"clip_weight": 0, "instability": 0}, "price_range": [0.001, 0.02]}
 
@@ -30,33 +29,19 @@ def walks(prompts: int = 40) -> Walks:
 
 
 def test_dearer_evaluations_choose_shorter_rules() -> None:
-    chosen = prices.best_rules(walks(), [0.01, 0.9])
-    names = {price: next(name for name in found if name.startswith("fixed")) for price, found in chosen.items()}
-    assert names == {0.01: "fixed: stop after 4", 0.9: "fixed: stop after 3"}
-    assert all(
-        [name.split(":")[0] for name in found] == ["fixed", "threshold", "two-step"] for found in chosen.values()
-    )
+    kinds = {price: prices.finalists(walks(), [price], 1) for price in (0.01, 0.9)}
+    assert kinds[0.01]["fixed"] == ["stop-4"] and kinds[0.9]["fixed"] == ["stop-3"]
+    both = prices.finalists(walks(), [0.01, 0.9], 1)
+    assert list(both) == ["fixed", "threshold", "two-step"] and both["fixed"] == ["stop-4", "stop-3"]
 
 
-@pytest.mark.parametrize(
-    ("rule", "expected"),
-    [
-        (fixed(4), [Action.CONTINUE, Action.STOP, Action.CONTINUE]),
-        (threshold(4, 0.5), [Action.CONTINUE, Action.REFINE, Action.CONTINUE]),  # the last may not refine
-        (two_step(0.5, 0.2, 4, 0.55), [Action.REFINE, Action.STOP, Action.STOP]),
-    ],
-)
-def test_a_rule_acts_on_each_lane_by_its_own_step(rule: Any, expected: list[Action]) -> None:
-    outlook = torch.tensor([-1.0, -1.0, -1.0])  # 0.27
-    env: Any = SimpleNamespace(
-        num_envs=3,
-        features=SimpleNamespace(outlook=outlook),
-        reward_score=np.array([0.4, 0.4, 0.4]),  # 0.6
-        step_index=np.array([3, 4, 5]),
-        done=np.zeros(3, bool),
-    )
-    mask = np.array([[True, True, True], [True, True, True], [True, True, False]])
-    assert prices.by_rule(rule)(env, np.empty(0), mask).tolist() == expected
+def test_what_was_chosen_is_read_again(tmp_path: Path) -> None:
+    chosen = {0.001: {"fixed": "stop-9"}, 0.016: {"fixed": "stop-3", "two-step": "two-step:0:4:0.5:2"}}
+    prices.keep_rules(tmp_path / "rules.json", chosen, training_prompts=2)
+    assert prices.read_rules(tmp_path / "rules.json") == chosen
+    (tmp_path / "other.json").write_text('{"rules": 3}')
+    with pytest.raises(ValueError, match="other.json"):
+        prices.read_rules(tmp_path / "other.json")
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +68,23 @@ def test_rules_and_agents_make_the_same_pictures_at_every_price(
 ) -> None:
     made = agent(small_kwargs, str(verifier))
     env = prices.world_of(made, 2)
-    rows = balanced(load_split("dev"), 3)  # the last batch is padded
+    items = load_benchmark("tiny-dev", 3)
     steps = env.config.num_inference_steps
-    going_on = prices.play(env, prices.by_agent(made), rows, 0.002)
+    going_on = prices.play(make_method("agent@0.002", env, made), items)
     assert going_on.shape == (3, 3) and (going_on[:, 1] == steps).all() and (going_on[:, 2] > 0).all()
-    np.testing.assert_array_equal(prices.play(env, prices.by_rule(fixed(steps)), rows), going_on)
-    stopped = prices.play(env, prices.by_rule(fixed(3)), rows)
-    assert (stopped[:, 1] == 3 + env.config.finish_steps).all() and (stopped[:, 2] < going_on[:, 2]).all()
+    blind, stopped = (prices.play(make_method(f"stop-{step}", env), items) for step in (steps, 3))
+    np.testing.assert_array_equal(blind[:, :2], going_on[:, :2])
+    assert (blind[:, 2] < going_on[:, 2]).all()  # it does not pay for looks
+    assert (stopped[:, 1] == 3 + env.config.finish_steps).all() and (stopped[:, 2] < blind[:, 2]).all()
     made.save(tmp_path / "agent")
     words = ["--agent", str(tmp_path / "agent"), "--number", "3", "--tune", "6", "--num-envs", "2", "--prices", "0.002"]
-    assert prices.main([*words, "--record", str(tmp_path / "record.npz")]) == 0
+    words += ["--record", str(tmp_path / "record.npz"), "--rules", str(tmp_path / "rules.json"), "--finalists", "1"]
+    assert prices.main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 3 + 1 and str(tmp_path / "agent") in lines[-1]
+    chosen = prices.read_rules(tmp_path / "rules.json")[0.002]
+    assert [line.split()[1] for line in lines[2:5]] == list(chosen.values())
+    assert prices.main(words) == 0 and capsys.readouterr().out.splitlines() == lines
 
 
 def test_rules_want_a_scorer_that_foretells(small_kwargs: dict[str, Any], verifier: Path) -> None:

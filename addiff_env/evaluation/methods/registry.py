@@ -24,7 +24,7 @@ from addiff_env.evaluation.methods.diffusers_methods import (
     sdxl_turbo,
 )
 from addiff_env.evaluation.methods.policy_method import PolicyMethod
-from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
+from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule, TwoStepRule
 from addiff_env.evaluation.methods.samplers import FixedSteps, WordCount
 from addiff_env.evaluation.methods.search import BestOf, OracleStop
 from addiff_env.evaluation.methods.steering import FK_SCALE, T_MAX, T_MIN, FeynmanKac, Restart, RolloverBudgetForcing
@@ -280,6 +280,18 @@ def _refine_always(setup: Setup) -> Method:
 @method("threshold:{steps}:{score}")
 def _threshold(setup: Setup, steps: int, score: float) -> Method:
     return PolicyMethod(setup.env, ThresholdRule(steps, score, setup.env.config.num_inference_steps), setup.spec)
+
+
+@method("two-step:{early}:{turn}:{late}:{enough}")
+def _two_step(setup: Setup, early: float, turn: int, late: float, enough: float) -> Method:
+    env = setup.env
+    if not env.perception.reads_latents:
+        raise ValueError(f"it needs a scorer of latents, which foretells; this one is {env.config.scorer!r}")
+    widths = list(env.parts.items())
+    before = [name for name, _ in widths].index("outlook")
+    outlook = sum(width for _, width in widths[:before])
+    rule = TwoStepRule(early, turn, late, enough, env.config.num_inference_steps, outlook)
+    return PolicyMethod(env, rule, setup.spec)
 
 
 @method("random:{continue_share}:{stop_share}:{refine_share}")

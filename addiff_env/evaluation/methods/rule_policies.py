@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from scipy import special
 
 from addiff_env.perception.features import QUALITY
 from addiff_env.types import Action, Generated
@@ -77,6 +78,46 @@ class ThresholdRule:
             bad = bad & np.asarray(action_mask)[:, Action.REFINE]
         end = np.where(bad, Action.REFINE, Action.STOP)
         return np.where(looking, end, Action.CONTINUE).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class TwoStepRule:
+    """Refine early where a picture looks doomed, later where it looks bad, and stop where it is good enough.
+
+    At every decision: refine while the verifier's chance of a satisfying end, if the lane goes on, is under ``early``
+    before ``turn`` steps and under ``late`` from then on; else stop where its chance if the lane stops is above
+    ``enough``; else go on. Chances lie in [0, 1], ``enough`` above 1 never stops. A refinement that is not admissible
+    goes on instead. For scorers of latents, which foretell (`addiff_env.perception.scorers`).
+    """
+
+    early: float
+    turn: int
+    late: float
+    enough: float
+    num_inference_steps: int
+    outlook: int  # where the score of going on stands in a flat observation
+    flops: float = 0.0  # comparisons
+
+    @property
+    def fingerprint(self) -> str:
+        """The rule's numbers."""
+        return f"two-step-{self.early:g}-{self.turn}-{self.late:g}-{self.enough:g}"
+
+    def sees(self, obs: Any) -> np.ndarray:
+        """Whether it looks, (B,) bool: always."""
+        return np.ones(len(obs), bool)
+
+    def act(self, obs: Any, action_mask: Any = None) -> np.ndarray:
+        """Actions (B,) int64."""
+        turned = steps_done(obs, self.num_inference_steps) >= self.turn
+        going_on = special.expit(np.asarray(obs, dtype=np.float64)[:, self.outlook])
+        bad = going_on < np.where(turned, self.late, self.early)
+        good = special.expit(quality_slot(obs, "reward_score")) > self.enough
+        wanted = np.where(bad, Action.REFINE, np.where(good, Action.STOP, Action.CONTINUE)).astype(np.int64)
+        if action_mask is None:
+            return wanted
+        refused = bad & ~np.asarray(action_mask)[:, Action.REFINE].astype(bool)
+        return np.where(refused, int(Action.CONTINUE), wanted)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ FIXED_STEP_SOLVERS = (
 )  # the model's own inference; others change it
 BEST_OF = "best-of-N"  # the family of best-of-N at every N
 SEARCHES = {"fk": "Feynman-Kac steering", "rbf": "rollover budget forcing", "restart": "restart sampling"}
-RULES = ("threshold:", "words-", "stop-", "refine-always", "random:")  # how hand-made rules' names begin
+LOOKING_RULES = ("threshold:", "two-step:")
+RULES = (*LOOKING_RULES, "words-", "stop-", "refine-always", "random:")  # how hand-made rules' names begin
 FULL_IMAGE, CONTINUED = "agent, mask=full", "agent, continued"  # H4's controls, by method name
 _AGENT = re.compile(r"(?P<run>agent(-s\d+)?)(@(?P<price>[^,]+))?")
 Groups = Mapping[str, Sequence[str]]  # a name and the methods that are its training runs

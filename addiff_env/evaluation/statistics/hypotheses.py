@@ -40,7 +40,7 @@ from addiff_env.evaluation.statistics.decision import (
     Rules,
     conclude,
 )
-from addiff_env.evaluation.statistics.families import BEST_OF, SEARCHES, Groups, members_of
+from addiff_env.evaluation.statistics.families import BEST_OF, LOOKING_RULES, SEARCHES, Groups, members_of
 from addiff_env.evaluation.statistics.front import MinDifference, above_front
 from addiff_env.evaluation.statistics.pairing import costs_of, paired_values, score_of
 from addiff_env.evaluation.statistics.replicates import AGENT, read_paired, resample_means
@@ -200,7 +200,7 @@ def h5_learning(
     """H5: at the agent's mean net FLOPs its quality lies above the front of hand-made rules.
 
     A fixed number of steps is the simplest of these rules: with it the front goes on where a tuned rule costs less than
-    the agent. Without a rule that looks (``threshold:n:tau``), H5 can be refuted but not supported.
+    the agent. Without a rule that looks (`LOOKING_RULES`), H5 can be refuted but not supported.
 
     Args:
         rows: per-image rows.
@@ -209,7 +209,7 @@ def h5_learning(
         solvers: fixed-step methods of each solver.
         rules: margins and levels.
     """
-    looks = any(name.startswith("threshold:") for name in made_by_hand)
+    looks = any(name.startswith(LOOKING_RULES) for name in made_by_hand)
     missing = [] if looks else [Part("no rule that looks (threshold:n:tau) was run", UNDECIDED)]
     families = {"hand-made rules": [*made_by_hand, *members_of(solvers)]}
     return _above_fronts("H5", rows, agent, families, rules, missing)

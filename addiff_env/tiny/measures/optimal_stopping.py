@@ -211,6 +211,16 @@ def threshold(first: int, least: float) -> Policy:
     return lambda features, step: np.where((features[:, 2] < least) & (step >= first), Action.REFINE, Action.CONTINUE)
 
 
+def refine_or_stop(first: int, least: float) -> Policy:
+    """From step ``first`` on, refine while the chance of stopping is below ``least``, else stop."""
+
+    def chosen(features: np.ndarray, step: int) -> np.ndarray:
+        looking = np.where(features[:, 1] < least, Action.REFINE, Action.STOP)
+        return looking if step >= first else np.full(len(features), Action.CONTINUE)
+
+    return chosen
+
+
 def two_step(early: float, late: float, turn: int, enough: float) -> Policy:
     """Refine below ``early`` before step ``turn`` and below ``late`` from it on; stop at a chance above ``enough``."""
 
