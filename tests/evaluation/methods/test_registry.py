@@ -19,7 +19,7 @@ from addiff_env.evaluation.methods.controls import MatchedSteps, Replay
 from addiff_env.evaluation.methods.diffusers_methods import DiffusersSolver
 from addiff_env.evaluation.methods.policy_method import PolicyMethod
 from addiff_env.evaluation.methods.registry import fitting, known_methods, make_method, method
-from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule
+from addiff_env.evaluation.methods.rule_policies import RandomPolicy, RefineAlways, StopAt, ThresholdRule, TwoStepRule
 from addiff_env.evaluation.methods.samplers import FixedSteps
 from addiff_env.evaluation.methods.search import SEED_STRIDE
 from addiff_env.evaluation.statistics.families import CONTINUED, FULL_IMAGE
@@ -70,6 +70,24 @@ def test_threshold_rule_by_hand() -> None:
     assert rule.act(obs, mask).tolist() == [CONTINUE, REFINE, STOP, STOP]
     assert rule.act(obs).tolist() == [CONTINUE, REFINE, STOP, REFINE]
     assert rule.fingerprint == "threshold-9-0.5"
+
+
+def test_two_step_rule_by_hand() -> None:
+    rule = TwoStepRule(early=0.2, turn=6, late=0.5, enough=0.9, num_inference_steps=10, outlook=0)
+    obs = observations([0, 3, 3, 0, 3, 3], [4, 4, 4, 6, 6, 6], 10)  # a score of 3: 0.95
+    obs[:, 0] = [-2, -1, -2, -0.1, 0.1, -0.1]  # 0.12, 0.27, 0.12, 0.48, 0.52, 0.48
+    mask = np.ones((6, 3), bool)
+    assert rule.act(obs, mask).tolist() == [REFINE, STOP, REFINE, REFINE, STOP, REFINE]
+    mask[[2, 5], REFINE] = False
+    assert rule.act(obs, mask).tolist() == [REFINE, STOP, CONTINUE, REFINE, STOP, CONTINUE]
+    never = TwoStepRule(early=0, turn=6, late=0.5, enough=2, num_inference_steps=10, outlook=0)
+    assert never.act(obs).tolist() == [CONTINUE] * 3 + [REFINE, CONTINUE, REFINE]
+    assert rule.sees(obs).all()
+
+
+def test_a_two_step_rule_wants_a_scorer_that_foretells(env: DiffusionDenoiseVectorEnv) -> None:
+    with pytest.raises(ValueError, match="foretells"):
+        results("two-step:0.2:6:0.5:0.9", env)
 
 
 def test_other_rules_by_hand() -> None:
