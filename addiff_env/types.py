@@ -67,6 +67,7 @@ class ResultRow:
     peak_memory: int = 0  # bytes: CUDA's peak allocation while the batch was made, else the process' peak; 0: unknown
     negative_prompt: str | None = None  # what guidance led away from; left out of the file where there was none
     price: float | None = None  # of an evaluation, that a policy acted by; left out likewise
+    timed_seconds: float | None = None  # by the run's timings, see `Timings.onto`; never part of the file
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -19,6 +19,7 @@ class RunFolder:
     tuning: Path = _file("tuning.json")  # what the tuned methods stand for
     items: Path = _file("items.jsonl")  # prompt, seed, category and complexity of every picture
     verdicts: Path = _file("verdicts.json")  # H1-H4 with their parts, and the rules that they were reached by
+    timings: Path = _file("timings.json")  # seconds of each method, measured in turns on one machine
     provenance: Path = _file("provenance.json")  # benchmark, agent, environment, libraries
     protocols: Path = _file("protocols.json")  # what benchmarks' own protocols say of whole methods
     set_metrics: Path = _file("set_metrics.json")

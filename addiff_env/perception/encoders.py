@@ -102,6 +102,10 @@ class ContrastiveEncoder(ABC):
             rows.append(self._texts[prompt])
         return torch.stack(rows)
 
+    def forget_texts(self) -> None:
+        """Compute every text's features anew from here on."""
+        self._texts.clear()
+
     @frozen_call
     def encode_text(self, prompt: str) -> torch.Tensor:
         """Features (width,) float32 of one text, computed anew; what is too long is truncated."""

@@ -211,6 +211,12 @@ class Perception:
         readers = {id(reader): reader for reader in (clip, getattr(self.scorer, "text_encoder", None)) if reader}
         return sum(self._reading_flops(reader) for reader in readers.values())
 
+    def forget_texts(self) -> None:
+        """Read every text anew from here on, as if none had been seen."""
+        for reader in (self.clip, getattr(self.scorer, "text_encoder", None)):
+            if reader is not None:
+                reader.forget_texts()
+
     def scorer_text_flops(self) -> float:
         """The part of `text_flops` that a policy which reads the reward model alone pays."""
         reader = getattr(self.scorer, "text_encoder", None)

@@ -122,6 +122,10 @@ class Backbone(ABC):
             rows.append(row if negative is None else with_negative(row, negative))
         return Conditioning.stack(rows)
 
+    def forget_prompts(self) -> None:
+        """Encode every text anew from here on, as if none had been seen."""
+        self._prompts = PromptCache(self.device)
+
     def _encoded(self, text: str) -> Conditioning:
         """One text's encoding, without the lane dimension."""
         return self._prompts.get(text, self._encode)

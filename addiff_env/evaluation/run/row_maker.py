@@ -22,6 +22,17 @@ from addiff_env.storage.pictures import save_picture
 from addiff_env.types import Generated, ResultRow
 
 
+def made_by(method: Method) -> dict[str, str]:
+    """Backbone with its revision, solver, policy and dtype, as a method's rows state them."""
+    backbone = method.backbone
+    return {
+        "backbone": f"{backbone.name}@{model_revision(backbone.name, backbone.revision)}",
+        "solver": method.solver,
+        "policy": method.policy,
+        "dtype": backbone.dtype_name,
+    }
+
+
 class RowMaker:
     """Makes and keeps the rows of one file: those that are missing, with the picture's scores and costs.
 
@@ -41,16 +52,12 @@ class RowMaker:
 
     def blank_row(self, method: Method, item: Item) -> ResultRow:
         """A row that names the measurement and holds no result yet."""
-        backbone = method.backbone
         return ResultRow(
             method=method.name,
             prompt=item.prompt,
             seed=item.seed,
             category=item.category,
-            backbone=f"{backbone.name}@{model_revision(backbone.name, backbone.revision)}",
-            solver=method.solver,
-            policy=method.policy,
-            dtype=backbone.dtype_name,
+            **made_by(method),
             code_version=self.version,
             negative_prompt=self.env.config.negative_prompt,
             price=getattr(method, "price", None),

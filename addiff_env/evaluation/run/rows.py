@@ -66,6 +66,7 @@ def append_rows(path: Path, rows: Iterable[ResultRow]) -> None:
 
 def _as_object(row: ResultRow) -> dict[str, Any]:
     values = asdict(row)
+    del values["timed_seconds"]  # of another measurement, which has a file of its own
     return {name: value for name, value in values.items() if name not in _OPTIONAL or value is not None}
 
 
