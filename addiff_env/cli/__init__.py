@@ -23,6 +23,10 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does; a t
     "train-rllib": ("addiff_env.rllib.command", "train an agent with RLlib on Ray (Hydra overrides)"),
     "evaluate": ("addiff_env.evaluation.run.command", "compare an agent with fixed-step inference (Hydra overrides)"),
     "report": ("addiff_env.evaluation.report.html", "make a finished evaluation's report again, without any model"),
+    "time": (
+        "addiff_env.evaluation.run.time_command",
+        "time a finished evaluation's methods in turns, for seconds as a cost",
+    ),
     "export": ("addiff_env.evaluation.exchange", "lay a run's pictures out as official evaluation scripts take them"),
     "import": ("addiff_env.evaluation.imported", "bring an official script's results back into a run, as a metric"),
     "reproduce": ("addiff_env.evaluation.reproduce", "make the README's and the results page's numbers anew"),

@@ -27,7 +27,8 @@ from addiff_env.env.prompts import BadRow, PromptRow, check_prompt, each_prompt,
 from addiff_env.env.validation import check_seed
 from addiff_env.evaluation.benchmarks.items import item_of
 from addiff_env.evaluation.benchmarks.readers import Entry, entry_of
-from addiff_env.evaluation.run.fingerprint import CONTENTS, WEIGHTS, environment_of, keep_fingerprint, require_same
+from addiff_env.evaluation.run.fingerprint import WEIGHTS, environment_of
+from addiff_env.evaluation.run.made_with import CONTENTS, keep_fingerprint, require_same
 from addiff_env.evaluation.run.rows import launched_shard, shard_path
 from addiff_env.evaluation.run.version import code_version
 from addiff_env.pipeline import SHIPPED_AGENT, AdaptivePipeline

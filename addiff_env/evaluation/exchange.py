@@ -32,6 +32,7 @@ from typing import Any
 from addiff_env.env.prompts import parse_json, read_utf8
 from addiff_env.evaluation.benchmarks.items import Item, load_benchmark
 from addiff_env.evaluation.metrics.geneval2 import AM, GM, soft_tifa
+from addiff_env.evaluation.metrics.models import OFFICIAL, keep_imported
 from addiff_env.evaluation.run.rows import read_rows, write_rows
 from addiff_env.evaluation.run.run_folder import read_items, read_provenance, reported_rows
 from addiff_env.storage.files import claim, file_name, read_json, write_whole
@@ -40,7 +41,6 @@ from addiff_env.storage.paths import looked_at
 from addiff_env.types import ResultRow
 
 INDEX = "index.json"
-OFFICIAL = "_official"  # how the names of imported scores end
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,9 @@ def _add(
             raise ValueError(f"{row.method}, {row.prompt!r} has {', '.join(sorted(twice))} already: --replace")
         row.scores = {**row.scores, **new}
     write_rows(run / "rows.jsonl", rows)
-    return list(dict.fromkeys(name for own in scores.values() for name in own)), len(wanted)
+    names = list(dict.fromkeys(name for own in scores.values() for name in own))
+    keep_imported(run, names)
+    return names, len(wanted)
 
 
 def _check(scores: Scores, results: Path) -> None:

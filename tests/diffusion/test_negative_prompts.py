@@ -22,7 +22,8 @@ from addiff_env.env.baseline_cache import baseline_configuration, score_fixed_st
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.registry import make_method
 from addiff_env.evaluation.methods.rule_policies import StopAt
-from addiff_env.evaluation.run.fingerprint import differing_values, environment_of
+from addiff_env.evaluation.run.fingerprint import environment_of
+from addiff_env.evaluation.run.made_with import differing_values
 from addiff_env.evaluation.run.rows import append_rows, merge_rows, read_rows
 from addiff_env.pipeline import AdaptivePipeline
 from addiff_env.types import ResultRow

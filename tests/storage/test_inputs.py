@@ -18,7 +18,8 @@ from addiff_env.env.baseline_cache import BaselineCache, baseline_configuration,
 from addiff_env.evaluation.benchmarks.items import load_benchmark
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.tuning import PACKAGED
-from addiff_env.evaluation.run.fingerprint import keep_fingerprint, require_same, run_fingerprint
+from addiff_env.evaluation.run.fingerprint import run_fingerprint
+from addiff_env.evaluation.run.made_with import keep_fingerprint, require_same
 from addiff_env.rllib.settings import claim
 from addiff_env.sb3 import search
 from addiff_env.sb3.checkpoint import FILE

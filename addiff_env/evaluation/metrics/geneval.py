@@ -339,12 +339,18 @@ def open_geneval(rest: str, device: str) -> GenEval:
     """
     from transformers import AutoConfig
 
+    model, colors = read_models(rest)
+    with fetching(model, SETTING) as folder:
+        masks = AutoConfig.from_pretrained(folder).model_type == "mask2former"
+    detector: Detector = InstanceDetector(model, device) if masks else BoxDetector(model, device)
+    return GenEval(detector, ClipColors(colors, device))
+
+
+def read_models(rest: str) -> tuple[str, str]:
+    """The detector and the CLIP that the setting of the metric names, or their defaults; raises as `open_geneval`."""
     parts = [part for part in rest.split(",") if part]
     model = parts.pop(0) if parts and "=" not in parts[0] else "facebook/mask2former-swin-small-coco-instance"
     options = dict(part.partition("=")[::2] for part in parts)
     if set(options) - {"colors"}:
         raise ValueError(f"cannot read {rest!r} of 'geneval'; known options: colors")
-    with fetching(model, SETTING) as folder:
-        masks = AutoConfig.from_pretrained(folder).model_type == "mask2former"
-    detector: Detector = InstanceDetector(model, device) if masks else BoxDetector(model, device)
-    return GenEval(detector, ClipColors(options.get("colors", "openai/clip-vit-large-patch14"), device))
+    return model, options.get("colors", "openai/clip-vit-large-patch14")

@@ -279,20 +279,20 @@ def open_t2i(name: str, rest: str, device: str, items: Sequence[Item]) -> T2IMet
             detector has classes of its own, among which there are objects missing that prompts ask for: it cannot find
             these, so that they count as absent from every picture, as in the scripts.
     """
-    options = _read_options(name, rest)
+    options, models = _read_options(name, rest), read_models(name, rest)
     categories = {item.category for item in items}
     needed = {own for category, own in OWN.items() if category in categories and name in (own, "t2i_compbench")}
     parts: dict[str, Any] = {}
     if needed & {"blip_vqa", "three_in_one"}:
-        parts["blip"] = BlipVqa(options.get("blip", BLIP), device)
+        parts["blip"] = BlipVqa(models["blip"], device)
     if needed & {"spatial", "spatial_3d", "numeracy", "three_in_one"}:
-        parts |= _open_detector(options, device)
+        parts |= _open_detector(models["detector"], options, device)
         if labels := getattr(parts["detector"], "labels", None):
-            _warn_of_unknown(items, labels.values(), options.get("detector", DETECTOR))
+            _warn_of_unknown(items, labels.values(), models["detector"])
     if "spatial_3d" in needed:
-        parts["depth"] = DepthEstimator(options.get("depth", DEPTH), device)
+        parts["depth"] = DepthEstimator(models["depth"], device)
     if needed & {"non_spatial", "three_in_one"}:
-        parts["clip"] = load_scorer(options.get("clip", CLIP), device)
+        parts["clip"] = load_scorer(models["clip"], device)
     if "lists" in options:
         parts["lists"] = _read_lists(Path(resolve_model(options["lists"])))
     elif "three_in_one" in needed:
@@ -327,6 +327,7 @@ def _warn_of_unknown(items: Sequence[Item], labels: Collection[str], detector: s
 
 
 _MODEL = {**dict.fromkeys(("spatial", "spatial_3d", "numeracy"), "detector"), "blip_vqa": "blip", "non_spatial": "clip"}
+_DEFAULTS = {"blip": BLIP, "detector": DETECTOR, "depth": DEPTH, "clip": CLIP}
 _OPTIONS = ("blip", "detector", "depth", "clip", "threshold", "lists")
 
 
@@ -342,10 +343,15 @@ def _read_options(name: str, rest: str) -> dict[str, str]:
     return options
 
 
-def _open_detector(options: Mapping[str, str], device: str) -> dict[str, Any]:
+def read_models(name: str, rest: str) -> dict[str, str]:
+    """Every model that the setting of a metric names, or its default; raises ValueError for an unknown option."""
+    options = _read_options(name, rest)
+    return {part: options.get(part, default) for part, default in _DEFAULTS.items()}
+
+
+def _open_detector(model: str, options: Mapping[str, str], device: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    model = options.get("detector", DETECTOR)
     with fetching(model, "spatial:<folder>") as folder:
         asked = AutoConfig.from_pretrained(folder).model_type in ("owlvit", "owlv2")
     detector: Finder = WordDetector(model, device) if asked else _Unasked(BoxDetector(model, device, coco=False))

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
+from addiff_env.evaluation.metrics.models import model_notes, models_of
 from addiff_env.evaluation.metrics.set_results import SetResults
-from addiff_env.evaluation.report.tables import LATEX, Table, category_tables, method_table, protocol_table, set_table
+from addiff_env.evaluation.report.tables import (
+    LATEX,
+    Table,
+    category_tables,
+    method_table,
+    protocol_table,
+    set_table,
+    with_interval,
+)
 from addiff_env.evaluation.statistics.decision import Decision, estimate_text
 from addiff_env.evaluation.statistics.summary import (
     NOT_AVAILABLE,
@@ -19,8 +29,8 @@ from addiff_env.evaluation.statistics.summary import (
 from addiff_env.evaluation.statistics.tiers import by_tier
 from addiff_env.types import ResultRow
 
-WHOLE_HEAD = ("method", "metric", "category", "pictures", "value", "sd")  # sd: over random subsets, of KID
-CSV_HEAD = ("method", "metric", "category", "pictures", "mean", "sd", "low", "high")
+WHOLE_HEAD = ("method", "metric", "category", "pictures", "value", "sd", "models")  # sd: over random subsets, of KID
+CSV_HEAD = ("method", "metric", "category", "pictures", "mean", "sd", "low", "high", "models")  # models: which made it
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -32,21 +42,28 @@ _LATEX = {
 }
 
 
-def write_csv(rows: Sequence[ResultRow], path: Path) -> None:
-    """One line per method, metric (or cost) and category, see `tidy`; costs in the units of `ResultRow`."""
+def write_csv(rows: Sequence[ResultRow], path: Path, models: Mapping[str, str] = MappingProxyType({})) -> None:
+    """One line per method, metric (or cost) and category, see `tidy`; costs in the units of `ResultRow`.
+
+    ``models`` says by which models scores were made, see `metric_models`.
+    """
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(CSV_HEAD)
         for method, metric, category, e in tidy(rows):
-            writer.writerow([method, metric, category, e.number, e.mean, e.deviation, _blank(e.low), _blank(e.high)])
+            numbers = [e.number, e.mean, e.deviation, _blank(e.low), _blank(e.high)]
+            writer.writerow([method, metric, category, *numbers, models_of(metric, models)])
 
 
-def write_set_results_csv(whole: SetResults, path: Path) -> None:
-    """One line per method, protocol or set metric, and category."""
+def write_set_results_csv(whole: SetResults, path: Path, models: Mapping[str, str] = MappingProxyType({})) -> None:
+    """One line per method, protocol or set metric, and category; ``models`` as in `write_csv`."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(WHOLE_HEAD)
-        writer.writerows([cell if isinstance(cell, str) else _blank(cell) for cell in line] for line in whole.lines())
+        for line in whole.lines():
+            writer.writerow(
+                [*(cell if isinstance(cell, str) else _blank(cell) for cell in line), models_of(line[1], models)]
+            )
 
 
 VERDICTS_HEAD = ("tier", "hypothesis", "verdict", "prompts", "estimate", "low", "high", "p", "p_corrected", "reason")
@@ -83,25 +100,48 @@ def latex_table(
     caption: str,
     whole: SetResults = SetResults(),  # noqa: B008 (frozen)
     verdicts: Sequence[Decision] = (),
+    models: Mapping[str, str] = MappingProxyType({}),
+    speeds: Table | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     r"""Tables of each method's quality and cost, its quality by category, the verdicts, and of ``whole`` sets.
 
-    They need ``\usepackage{booktabs}``.
+    ``models`` says by which models scores were made, see `metric_models`; ``speeds`` are pictures a second, and
+    ``notes`` stand below the tables that show seconds. They need ``\usepackage{booktabs}``.
     """
     metric = headline_metric(rows)
     is_share, name, text = metric in share_metrics(rows), latex_escape(metric), latex_escape(caption)
     (by_category,) = category_tables(rows, [metric], (0, 2))
+    by, seconds = _sentences(model_notes([metric], models)), _sentences(notes)
+    means = f"{text}. Means over pictures; in parentheses the standard deviation of NFE.{by}{seconds}"
     return "\n".join(
         [
             "% \\usepackage{booktabs}",
-            *_float(_main_table(rows), f"{text}. Means over pictures; in parentheses the standard deviation of NFE."),
+            *_float(_main_table(rows), means),
             "",
-            *_float(_escaped(by_category), f"{text}: {name}{' in percent' * is_share} by category."),
+            *_float(_escaped(by_category), f"{text}: {name}{' in percent' * is_share} by category.{by}"),
             "",
             *_verdict_tables(verdicts, text),
-            *_set_tables(whole, text),
+            *_set_tables(whole, text, models),
+            *_speed_table(speeds, f"{text}: pictures a second at equal quality.{by}{seconds}"),
         ]
     )
+
+
+def _sentences(notes: Sequence[str]) -> str:
+    return "".join(f" {latex_escape(note[0].upper() + note[1:])}." for note in notes)
+
+
+def _speed_table(speeds: Table | None, caption: str) -> list[str]:
+    """Pictures a second, of the ratio with its interval."""
+    if speeds is None or not speeds.lines:
+        return []
+    body = [
+        [latex_escape(method)]
+        + [latex_escape(entry) if isinstance(entry, str) else with_interval(entry, LATEX) for entry in entries]
+        for method, entries in speeds.lines
+    ]
+    return [*_float(_tabular(["method", *map(latex_escape, speeds.columns)], body), caption), ""]
 
 
 def _verdict_tables(verdicts: Sequence[Decision], caption: str) -> list[str]:
@@ -141,13 +181,16 @@ def _escaped(table: Table) -> list[str]:
     return _tabular(["method", *map(latex_escape, table.columns)], body)
 
 
-def _set_tables(whole: SetResults, caption: str) -> list[str]:
+def _set_tables(whole: SetResults, caption: str, models: Mapping[str, str]) -> list[str]:
     """A table per protocol, and one of the set metrics."""
-    tables = [(protocol_table(whole, m), f"{latex_escape(m)} by its own protocol") for m in whole.protocols]
+    tables = [
+        (protocol_table(whole, m), f"{latex_escape(m)} by its own protocol.{_sentences(model_notes([m], models))}")
+        for m in whole.protocols
+    ]
     if whole.sets:
-        title = "set metrics; of KID, in parentheses, the standard deviation over subsets"
+        title = "set metrics; of KID, in parentheses, the standard deviation over subsets."
         tables.append((set_table(whole), title))
-    return [line for table, title in tables for line in (*_float(_escaped(table), f"{caption}: {title}."), "")]
+    return [line for table, title in tables for line in (*_float(_escaped(table), f"{caption}: {title}"), "")]
 
 
 def _tabular(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

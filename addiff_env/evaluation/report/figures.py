@@ -32,6 +32,7 @@ from addiff_env.evaluation.statistics.summary import (
     share_metrics,
     summarise,
 )
+from addiff_env.evaluation.statistics.timings import TIMED
 from addiff_env.types import ACTIONS, Action, ResultRow
 
 GRID, AGENT = "#c9ced6", ACCENT
@@ -67,11 +68,17 @@ def _figure(width: float, height: float, columns: int = 1) -> Iterator[tuple[Fig
 
 
 def plot_quality_against_compute(rows: Sequence[ResultRow], path: Path) -> None:
-    """Quality with 95% intervals against mean net FLOPs and mean NFE; solvers form lines."""
-    figure = quality_figure(rows, ("net_flops", "nfe"), (10.5, 4.8))
+    """Quality with 95% intervals against mean net FLOPs, mean NFE and timed seconds (if any); solvers form lines."""
+    costs = plotted_costs(rows)
+    figure = quality_figure(rows, costs, (5.25 * len(costs), 4.8))
     number = len({(row.prompt, row.seed) for row in rows})
     figure.suptitle(f"Quality against compute, {counted(number, 'held-out picture')}, 95% intervals", color=INK)
     figure.savefig(path, dpi=130)
+
+
+def plotted_costs(rows: Sequence[ResultRow]) -> list[str]:
+    """Costs that quality is shown against: net FLOPs, NFE, and seconds where the run was timed."""
+    return ["net_flops", "nfe", *([TIMED] if any(row.timed_seconds is not None for row in rows) else [])]
 
 
 def quality_figure(rows: Sequence[ResultRow], costs: Sequence[str], size: tuple[float, float] = (5.4, 4.4)) -> Figure:

@@ -18,10 +18,17 @@ from markupsafe import Markup
 
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.files import RunFolder
+from addiff_env.evaluation.metrics.models import model_notes, read_metric_models
 from addiff_env.evaluation.metrics.set_results import read_set_results
 from addiff_env.evaluation.report.exports import latex_table, write_csv, write_set_results_csv, write_verdicts_csv
-from addiff_env.evaluation.report.figures import actions_figure, quality_figure
+from addiff_env.evaluation.report.figures import (
+    actions_figure,
+    plot_quality_against_compute,
+    plotted_costs,
+    quality_figure,
+)
 from addiff_env.evaluation.report.gallery import Cards
+from addiff_env.evaluation.report.seconds import notes_of, speed_table, speeds_of, timing_notes, write_speeds_csv
 from addiff_env.evaluation.report.sections import (
     category_section,
     comparison_tables,
@@ -31,11 +38,12 @@ from addiff_env.evaluation.report.sections import (
     main_section,
     metric_section,
     set_section,
+    speed_section,
     subject_of,
 )
 from addiff_env.evaluation.report.svg import DARK, css_variable, inline_svg
 from addiff_env.evaluation.report.tables import fixed_text
-from addiff_env.evaluation.report.text import absences
+from addiff_env.evaluation.report.text import absences, summary_table
 from addiff_env.evaluation.run.run_folder import (
     SETTINGS,
     read_items,
@@ -43,6 +51,7 @@ from addiff_env.evaluation.run.run_folder import (
     read_trajectories,
     read_verdicts,
     reported_rows,
+    usable_timings,
     write_verdicts,
 )
 from addiff_env.evaluation.statistics.decide import decide
@@ -57,7 +66,7 @@ from addiff_env.storage.paths import looked_at
 from addiff_env.types import ACTIONS, ResultRow
 
 LEFT_OUT = "left_out"  # in a run's provenance: methods and metrics that were asked for and could not be had
-WRITTEN = ("report.html", "table.tex", "table.csv", "table_whole.csv", "verdicts.csv")
+WRITTEN = ("report.html", "table.tex", "table.csv", "table_whole.csv", "verdicts.csv", "speeds.csv")
 
 
 def write_report(
@@ -65,8 +74,8 @@ def write_report(
 ) -> list[Path]:
     """Write ``report.html``, ``table.tex`` and ``table.csv`` into a run folder; returns their paths.
 
-    Where protocols or set metrics were measured there is ``table_whole.csv`` as well, and where there are verdicts
-    ``verdicts.csv``.
+    Where protocols or set metrics were measured there is ``table_whole.csv`` as well, where there are verdicts
+    ``verdicts.csv``, and where the run was timed ``speeds.csv``.
 
     Args:
         folder: the run, whose pictures, filmstrips, ``config.yaml``, ``provenance.json``, ``protocols.json``,
@@ -80,15 +89,18 @@ def write_report(
     """
     if not rows:
         raise ValueError(f"no rows to report on in {folder}")
-    page, tex, table, further, decided = (folder / name for name in WRITTEN)
-    whole = read_set_results(folder, rows, items)
-    write_csv(rows, table)
-    tex.write_text(latex_table(rows, _caption(rows, read_provenance(folder)), whole, verdicts), encoding="utf-8")
+    page, tex, table, further, decided, fast = (folder / name for name in WRITTEN)
+    whole, models, speeds = read_set_results(folder, rows, items), read_metric_models(folder), speeds_of(folder, rows)
+    write_csv(rows, table, models)
+    caption, notes = _caption(rows, read_provenance(folder)), timing_notes(folder, rows)
+    text = latex_table(rows, caption, whole, verdicts, models, speed_table(rows, speeds), notes)
+    tex.write_text(text, encoding="utf-8")
     page.write_text(render(folder, rows, items, verdicts), encoding="utf-8")
     written = [page, tex, table]
     for path, write in (
-        (further, partial(write_set_results_csv, whole) if whole else None),
+        (further, partial(write_set_results_csv, whole, models=models) if whole else None),
         (decided, partial(write_verdicts_csv, verdicts) if verdicts else None),
+        (fast, partial(write_speeds_csv, speeds) if speeds else None),
     ):
         path.unlink(missing_ok=True)  # of an earlier report
         if write:
@@ -107,7 +119,7 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
     own = by_method(rows).get(subject_of(rows), [])
     num_requirements = {(item.prompt, item.seed): item.num_requirements for item in items}
     rules = read_rules(folder, headline_metric(rows))
-    cards, provenance = Cards(rows, folder), read_provenance(folder)
+    cards, provenance, models = Cards(rows, folder), read_provenance(folder), read_metric_models(folder)
     return _template().render(
         css=Markup(_css()),  # noqa: S704 (ours)
         caption=_caption(rows, provenance),
@@ -123,11 +135,14 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         subject=subject_of(rows),
         methods=main_section(rows),
         absences=absences(rows),
+        made_by=lambda names: model_notes(names, models),
+        timing=timing_notes(folder, rows),
+        speeds=speed_section(rows, speeds_of(folder, rows)),
         metrics=metric_section(rows),
         whole=set_section(read_set_results(folder, rows, items)),
         comparisons=comparison_tables(rows) if own and len(own) < len(rows) else None,
         judged=judge_tables(folder),
-        plots=[inline_svg(quality_figure(rows, [name]), f"quality-{name}") for name in ("net_flops", "nfe")],
+        plots=[inline_svg(quality_figure(rows, [name]), f"quality-{name}") for name in plotted_costs(rows)],
         actions=_actions(own),
         complexity=complexity_table(own, num_requirements) if own else None,
         categories=category_section(rows),
@@ -139,7 +154,7 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
 
 def _rules(rules: Rules) -> dict[str, Any]:
     """The rules, the level of the tests in percent."""
-    return {**asdict(rules), "alpha": f"{100 * rules.alpha:g}"}
+    return {**asdict(rules), "alpha": f"{100 * rules.alpha:g}", "level": f"{100 * rules.level:g}"}
 
 
 @cache
@@ -212,7 +227,7 @@ def decide_again(folder: Path) -> list[Decision]:
     rules = configured_rules(folder, headline_metric(rows))
     complexity = {(item.prompt, item.seed): float(item.num_requirements) for item in items}
     runs = agent_runs(by_method(rows))
-    verdicts = decide(rows, complexity, rules, runs) if runs else []
+    verdicts = decide(rows, complexity, rules, runs, usable_timings(folder, rows)) if runs else []
     write_verdicts(folder, verdicts, rules)
     return verdicts
 
@@ -228,13 +243,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not RunFolder(folder).rows.exists():
         raise FileNotFoundError(f"no rows.jsonl in {looked_at(folder)}")
     with claim(folder, "the report"), told_when_full(folder):
-        _remake(folder, options.decide)
+        for path in remake(folder, options.decide):
+            print(path)
     return 0
 
 
-def _remake(folder: Path, decide: bool) -> None:
-    verdicts = decide_again(folder) if decide else read_verdicts(folder)
+def remake(folder: Path, decide: bool) -> list[Path]:
+    """Table, plot, report and exports of a finished run again; ``decide``: the verdicts, too, which are printed.
+
+    Returns:
+        What was written.
+    """
+    verdicts, files = decide_again(folder) if decide else read_verdicts(folder), RunFolder(folder)
     if decide:
         print(describe_tiers(verdicts))
-    for path in write_report(folder, reported_rows(folder), read_items(folder), verdicts):
-        print(path)
+    rows = reported_rows(folder)
+    files.table.write_text(summary_table(rows, notes_of(folder, rows)) + "\n", encoding="utf-8")
+    plot_quality_against_compute(rows, files.plot)
+    return [files.table, files.plot, *write_report(folder, rows, read_items(folder), verdicts)]

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from addiff_env.evaluation.metrics.models import model_notes, read_metric_models
+from addiff_env.evaluation.report.seconds import notes_of, speed_text
 from addiff_env.evaluation.report.sections import comparison_tables, distinct_text
 from addiff_env.evaluation.report.tables import TEXT, Cell, Entry, method_table
 from addiff_env.evaluation.report.text import summary_table
@@ -141,7 +143,12 @@ def _command(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
 
 def _table(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
     """Every method by category, as the run prints it."""
-    return f"```text\n{summary_table(rows)}\n```"
+    return f"```text\n{summary_table(rows, notes_of(run.folder, rows))}\n```"
+
+
+def _seconds(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
+    """Pictures a second at equal quality, and where they were measured."""
+    return f"```text\n{speed_text(run.folder)}\n```"
 
 
 def _summary(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
@@ -159,7 +166,12 @@ def _summary(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
             remark = f", {run.remarks[name]}" if name in run.remarks else ""
             cells = [f"`{name}`{remark}", _with_interval(quality), *map(_mean, spent), leads.get(name, "")]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([_sample(run, rows, plot), "", *lines])
+    return "\n".join([f"{_sample(run, rows, plot)}{_made_by(run, rows)}", "", *lines])
+
+
+def _made_by(run: Run, rows: Sequence[ResultRow]) -> str:
+    """By which models the metric was made, as sentences behind another."""
+    return "".join(f" {note}." for note in model_notes([headline_metric(rows)], read_metric_models(run.folder)))
 
 
 def _mean(entry: Entry) -> str:
@@ -176,7 +188,8 @@ def _differences(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
     """The agent against every other method, paired."""
     lines = ["| method | agent minus method | p (Holm) |", "|---|---|---|"]
     lines += [f"| `{one.baseline}` | {_difference(one, rows)} | {_p_value(one.p_holm)} |" for one in _comparisons(rows)]
-    return "\n".join(lines)
+    by = _made_by(run, rows).strip()
+    return "\n".join([*([by, ""] if by else []), *lines])
 
 
 def _comparisons(rows: Sequence[ResultRow]) -> list[Comparison]:
@@ -203,13 +216,16 @@ def _verdicts(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
 def _plot(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
     """Quality against compute."""
     number = len(by_method(rows))
-    return f"![{headline_metric(rows)} against net FLOPs and NFE, {counted(number, 'method')}]({plot})"
+    costs = ["net FLOPs", "NFE", *(["seconds"] if any(row.timed_seconds is not None for row in rows) else [])]
+    against = f"{', '.join(costs[:-1])} and {costs[-1]}"
+    return f"![{headline_metric(rows)} against {against}, {counted(number, 'method')}]({plot})"
 
 
 PARTS: dict[str, Callable[[Run, Sequence[ResultRow], str], str]] = {
     "summary": _summary,
     "command": _command,
     "table": _table,
+    "seconds": _seconds,
     "differences": _differences,
     "verdicts": _verdicts,
     "plot": _plot,

@@ -11,6 +11,7 @@ from typing import Any
 from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.metrics.set_results import SetResults
 from addiff_env.evaluation.report.figures import complexity_figure
+from addiff_env.evaluation.report.seconds import speed_table
 from addiff_env.evaluation.report.svg import inline_svg
 from addiff_env.evaluation.report.tables import (
     HTML,
@@ -28,6 +29,7 @@ from addiff_env.evaluation.statistics.comparisons import compare_methods
 from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.evaluation.statistics.hypotheses import LEAST_PROMPTS
 from addiff_env.evaluation.statistics.pairing import on_common_pictures
+from addiff_env.evaluation.statistics.speed import Speed
 from addiff_env.evaluation.statistics.summary import (
     NOT_AVAILABLE,
     Estimate,
@@ -92,17 +94,22 @@ def main_section(rows: Sequence[ResultRow]) -> dict[str, Any]:
 def metric_section(rows: Sequence[ResultRow]) -> dict[str, Any]:
     """Every per-image metric of every method."""
     table = metric_table(rows, metric_names(rows))
-    return {"names": table.columns, "lines": _lines(table)}
+    return {"names": table.columns, "scores": metric_names(rows), "lines": _lines(table)}
 
 
 def set_section(whole: SetResults) -> dict[str, Any] | None:
     """Protocols and set metrics; None where there are none."""
     if not whole:
         return None
-    named = {f"{metric}, by its own protocol": protocol_table(whole, metric) for metric in whole.protocols}
-    tables = [
-        {"title": title, "names": table.columns, "lines": _lines(table, NOT_AVAILABLE)}
-        for title, table in named.items()
+    protocols = [(metric, protocol_table(whole, metric)) for metric in whole.protocols]
+    tables: list[dict[str, Any]] = [
+        {
+            "title": f"{metric}, by its own protocol",
+            "scores": [metric],
+            "names": table.columns,
+            "lines": _lines(table, NOT_AVAILABLE),
+        }
+        for metric, table in protocols
     ]
     if whole.sets:
         table = set_table(whole)
@@ -110,8 +117,14 @@ def set_section(whole: SetResults) -> dict[str, Any] | None:
             (method, [Shown(f"{whole.sets[method]['pictures']:,}"), *cells])
             for method, cells in _lines(table, NOT_AVAILABLE)
         ]
-        tables.append({"title": "set metrics", "names": ["pictures", *table.columns], "lines": lines})
+        tables.append({"title": "set metrics", "scores": [], "names": ["pictures", *table.columns], "lines": lines})
     return {"tables": tables, "references": list(whole.references.items()), "notes": whole.notes}
+
+
+def speed_section(rows: Sequence[ResultRow], speeds: Sequence[Speed]) -> dict[str, Any] | None:
+    """Pictures a second at equal quality; None where nothing was timed."""
+    table = speed_table(rows, speeds)
+    return {"names": table.columns, "lines": _lines(table)} if table.lines else None
 
 
 def category_section(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
@@ -122,6 +135,7 @@ def category_section(rows: Sequence[ResultRow]) -> list[dict[str, Any]]:
     return [
         {
             "metric": name + " (%)" * (name in shares),
+            "score": name,
             "categories": list(zip(table.columns, pictures, strict=True)),
             "lines": _lines(table),
         }

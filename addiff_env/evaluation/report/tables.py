@@ -88,6 +88,12 @@ LATEX = Style("--", lambda value, digits: number_text(value, digits).replace("-"
 HTML = Style("–", fixed_text, "{} to {}".format, " ± {}")
 
 
+def with_interval(entry: Entry, style: Style) -> str:
+    """An entry in one text: the number, and in brackets its interval or else its note."""
+    further = style.interval(entry, "") or (entry.note if isinstance(entry, Cell) else "")
+    return style.value(entry) + (f" [{further.strip('[]')}]" if further else "")
+
+
 # --------------------------------------------------------------------------- what tables hold
 
 

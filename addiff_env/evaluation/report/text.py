@@ -18,13 +18,17 @@ from addiff_env.types import ResultRow
 HEADS = {"nfe": ("NFE", "NFE sd"), "net_flops": ("GFLOPs",), "seconds": ("s/image",)}
 
 
-def summary_table(rows: Sequence[ResultRow]) -> str:
+def summary_table(rows: Sequence[ResultRow], notes: Sequence[str] = ()) -> str:
     """A table with one line per method; success (or `headline_metric`) with its 95% interval, shares in percent.
 
-    What the rows do not tell is `NOT_AVAILABLE`; lines below the table say why.
+    What the rows do not tell is `NOT_AVAILABLE`; lines below the table say why, and further ``notes``. Seconds are
+    timed ones where the rows carry them.
     """
     metric = headline_metric(rows)
-    table = method_table(rows, metric, [cost for cost in COSTS if cost.name in HEADS])
+    named = {cost.name: cost for cost in COSTS}
+    if any(row.timed_seconds is not None for row in rows):
+        named["seconds"] = named["timed_seconds"]
+    table = method_table(rows, metric, [named[name] for name in HEADS])
     (by_category,) = category_tables(rows, [metric], (0, 2))
     head = ["method", "n", metric, "95% interval", *(name for names in HEADS.values() for name in names)]
     lines = [[*head, "cont/stop/refine", *map(_short, categories_of(rows))]]
@@ -34,7 +38,7 @@ def summary_table(rows: Sequence[ResultRow]) -> str:
         shown += [TEXT.value(cost, NOT_AVAILABLE) for cost in costs]
         lines.append([method, *shown, TEXT.value(shares), *map(TEXT.value, parts)])
     text = aligned(lines)
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:], *absences(rows)])
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:], *absences(rows), *notes])
 
 
 def _mean_and_deviation(found: Entry) -> list[str]:

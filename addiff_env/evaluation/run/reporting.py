@@ -12,17 +12,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from addiff_env.env.trajectories import filmstrip_figure, record_trajectories
 from addiff_env.evaluation.benchmarks.items import benchmark_record
+from addiff_env.evaluation.metrics.models import MODELS, model_notes, run_models
 from addiff_env.evaluation.metrics.registry import missing, protocol_scores, reported_score
 from addiff_env.evaluation.metrics.set_results import pictures_of
 from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, set_scores
 from addiff_env.evaluation.report.figures import plot_quality_against_compute
 from addiff_env.evaluation.report.html import write_report
+from addiff_env.evaluation.report.seconds import timing_notes
 from addiff_env.evaluation.report.text import summary_table
 from addiff_env.evaluation.run.evaluation_run import EvaluationRun, plain
 from addiff_env.evaluation.run.planning import ALL, left_out
 from addiff_env.evaluation.run.run_folder import (
     Trajectory,
     save_trajectories,
+    usable_timings,
+    with_timings,
     write_items,
     write_provenance,
     write_verdicts,
@@ -77,6 +81,7 @@ def keep_run(run: EvaluationRun, rows: Sequence[ResultRow], metric: str) -> None
         "agents": {name: agent.fingerprint for name, agent in run.agents.items()},
         "environment": {"id": name, **kwargs, **run.overrides},
         "left_out": left_out(run.folder),
+        MODELS: run_models(run.folder, run.metrics),
     }
     write_items(run.folder, run.items)
     write_provenance(run.folder, rows, **values)
@@ -86,10 +91,11 @@ def keep_run(run: EvaluationRun, rows: Sequence[ResultRow], metric: str) -> None
 def report(run: EvaluationRun) -> None:
     """Write and print the table and the verdicts; write the plot, the filmstrips, ``report.html`` and its exports."""
     cfg, files, metric = run.cfg, run.files, reported_score(run.rows, run.cfg.primary)
-    rows = lead_with(run.rows, metric)
+    rows = with_timings(run.folder, lead_with(run.rows, metric))
     if len(rows) < len(run.rows):
         print(f"{len(run.rows) - len(rows)} of {len(run.rows)} rows have no {metric} and are left out of the report")
-    table = summary_table(rows)
+    notes = [*model_notes([metric], run_models(run.folder, run.metrics)), *timing_notes(run.folder, rows)]
+    table = summary_table(rows, notes)
     files.table.write_text(table + "\n")
     written = [files.table, files.rows, files.plot]
     plot_quality_against_compute(rows, files.plot)
@@ -104,7 +110,7 @@ def report(run: EvaluationRun) -> None:
         written.append(files.filmstrips)
     rules = rules_of(metric, plain(cfg.rules))
     requirements = {(item.prompt, item.seed): item.num_requirements for item in run.items}
-    verdicts = decide(rows, requirements, rules, run.runs)
+    verdicts = decide(rows, requirements, rules, run.runs, usable_timings(run.folder, rows))
     print(describe_tiers(verdicts) if verdicts else "no verdicts: no agent is among the methods")
     print("".join(f"\n{line}\n" for line in what_decides(cfg, verdicts)))
     keep_run(run, rows, metric)

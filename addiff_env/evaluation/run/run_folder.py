@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
@@ -19,9 +19,11 @@ import numpy as np
 
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.files import RunFolder
+from addiff_env.evaluation.run.made_with import differing_values, read_fingerprint
 from addiff_env.evaluation.run.rows import CONFIGURATION, read_rows
 from addiff_env.evaluation.statistics.decision import Decision, Part, Rules
 from addiff_env.evaluation.statistics.summary import lead_with
+from addiff_env.evaluation.statistics.timings import MethodTiming, Timings, check_timings
 from addiff_env.storage.files import read_json, write_whole
 from addiff_env.storage.jsonl import read_objects
 from addiff_env.storage.pictures import read_picture, save_picture
@@ -127,11 +129,23 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 def reported_rows(folder: Path) -> list[ResultRow]:
     """The rows that the run's last report was about: its file may hold those of other methods, items and code too.
 
+    They carry timed seconds where the run was timed.
+
     Raises:
         ValueError: some of them are not there; a damaged file.
     """
     rows, kept = read_rows(RunFolder(folder).rows), read_provenance(folder)
-    methods = kept.get("methods")
+    rows = with_timings(folder, _reported_only(folder, rows, kept.get("methods")))
+    return lead_with(rows, kept["metric"]) if "metric" in kept else rows
+
+
+def with_timings(folder: Path, rows: list[ResultRow]) -> list[ResultRow]:
+    """The rows with timed seconds, where the run was timed; as they are elsewhere."""
+    timings = usable_timings(folder, rows)
+    return rows if timings is None else timings.onto(rows)
+
+
+def _reported_only(folder: Path, rows: list[ResultRow], methods: dict[str, Any] | None) -> list[ResultRow]:
     if methods is None:
         return rows
     found = {(row.prompt, row.seed, row.method, *(getattr(row, part) for part in SETTINGS)): row for row in rows}
@@ -143,8 +157,53 @@ def reported_rows(folder: Path) -> list[ResultRow]:
     missing = [key for key in wanted if key not in found]
     if missing:
         raise ValueError(f"{len(missing)} of {len(wanted)} reported rows are not in {folder}, e.g. {missing[0]}")
-    rows = [found[key] for key in wanted]
-    return lead_with(rows, kept["metric"]) if "metric" in kept else rows
+    return [found[key] for key in wanted]
+
+
+# --------------------------------------------------------------------------- timings
+
+
+def write_timings(folder: Path, timings: Timings) -> None:
+    """Keep what the run's methods take, see `addiff_env.evaluation.run.timing`."""
+    write_whole(RunFolder(folder).timings, json.dumps(asdict(timings), indent=2) + "\n")
+
+
+def read_timings(folder: Path) -> Timings | None:
+    """What `write_timings` kept; None where the run was not timed.
+
+    Raises:
+        ValueError: the file is damaged; with its path.
+    """
+    path = RunFolder(folder).timings
+    if not path.exists():
+        return None
+    found = read_json(path)
+    try:
+        methods = {
+            name: MethodTiming(**{**one, "seconds": tuple(map(float, one["seconds"]))})
+            for name, one in found.pop("methods").items()
+        }
+        timings = Timings(methods=methods, **{**found, "sessions": tuple(found["sessions"])})
+        check_timings(timings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} holds no timings: {type(error).__name__}: {error}") from error
+    return timings
+
+
+def usable_timings(folder: Path, rows: Sequence[ResultRow]) -> Timings | None:
+    """The run's timings, as far as they are of what ``rows`` were made with; None where the run was not timed.
+
+    Of a run with other settings (a file that was copied, say) no method counts as timed, and the reason is given.
+    """
+    timings = read_timings(folder)
+    if timings is None or not timings.made_with:
+        return timings
+    for code_version in dict.fromkeys(row.code_version for row in rows):
+        made_with = read_fingerprint(folder, code_version)
+        if made_with and (other := differing_values(timings.made_with, made_with)):
+            reason = f"what was timed has other settings ({'; '.join(other)})"
+            return replace(timings, methods={}, untimed=dict.fromkeys([row.method for row in rows], reason))
+    return timings
 
 
 # --------------------------------------------------------------------------- filmstrips

@@ -20,7 +20,8 @@ from addiff_env.evaluation.methods.tuning import resolve, stamp_of, tune, tuning
 from addiff_env.evaluation.metrics.base import columns_of
 from addiff_env.evaluation.metrics.registry import is_embedded_world, open_metrics, primary_score
 from addiff_env.evaluation.run.evaluation_run import EvaluationRun, plain
-from addiff_env.evaluation.run.fingerprint import CONTROL, keep_fingerprint, require_same
+from addiff_env.evaluation.run.fingerprint import CONTROL
+from addiff_env.evaluation.run.made_with import keep_fingerprint, require_same
 from addiff_env.evaluation.run.planning import ALL, DISTILLED, Plan, asked_methods, expected_methods, keep_plan, plan
 from addiff_env.evaluation.run.progress import RunProgress
 from addiff_env.evaluation.run.reporting import measure_whole, open_references, report

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from addiff_env.evaluation.statistics.decision import UNDECIDED, Decision, Part, Rules, conclude
+from addiff_env.evaluation.statistics.decision import NOT_APPLICABLE, UNDECIDED, Decision, Part, Rules, conclude
 from addiff_env.evaluation.statistics.families import (
     CONTINUED,
     FIXED_STEP_SOLVERS,
@@ -32,8 +32,10 @@ from addiff_env.evaluation.statistics.hypotheses import (
     h5_learning,
 )
 from addiff_env.evaluation.statistics.pairing import on_common_pictures
+from addiff_env.evaluation.statistics.spending import NET_FLOPS, Spending, at_seconds
 from addiff_env.evaluation.statistics.summary import score_value
 from addiff_env.evaluation.statistics.tiers import correct_within_tiers
+from addiff_env.evaluation.statistics.timings import COMMAND, Timings
 from addiff_env.types import ResultRow, SampleKey
 
 
@@ -88,39 +90,57 @@ def _h1(rows: Sequence[ResultRow], runs: Sequence[str], methods: Sequence[str], 
     return _on_common(h1, "H1", rows, runs, compared, rules)
 
 
-def _h2(rows: Sequence[ResultRow], runs: Sequence[str], methods: Sequence[str], rules: Rules) -> Decision:
+def _h2(
+    rows: Sequence[ResultRow],
+    runs: Sequence[str],
+    methods: Sequence[str],
+    rules: Rules,
+    spending: Spending = NET_FLOPS,
+) -> Decision:
     solvers = solver_fronts(methods)
 
     def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         if not others:
             return _undecided("H2", "no solver was run", _prompts(paired))
-        return h2_quality(paired, own, _known(solvers, others), rules)
+        return h2_quality(paired, own, _known(solvers, others), rules, spending)
 
-    return _on_common(h2, "H2", rows, runs, members_of(solvers), rules)
+    return _on_common(h2, "H2", rows, runs, members_of(solvers), rules, spending)
 
 
-def _h2_search(rows: Sequence[ResultRow], runs: Sequence[str], methods: Sequence[str], rules: Rules) -> Decision:
+def _h2_search(
+    rows: Sequence[ResultRow],
+    runs: Sequence[str],
+    methods: Sequence[str],
+    rules: Rules,
+    spending: Spending = NET_FLOPS,
+) -> Decision:
     solvers, searches = solver_fronts(methods), search_families(methods)
 
     def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         known = _known(searches, others)
         if not known:
             return _undecided("H2+", "neither best-of-N nor another search was run", _prompts(paired))
-        return h2_search(paired, own, _known(solvers, others), known, rules)
+        return h2_search(paired, own, _known(solvers, others), known, rules, spending)
 
-    return _on_common(h2, "H2+", rows, runs, [*members_of(solvers), *members_of(searches)], rules)
+    return _on_common(h2, "H2+", rows, runs, [*members_of(solvers), *members_of(searches)], rules, spending)
 
 
-def _h5(rows: Sequence[ResultRow], runs: Sequence[str], methods: Sequence[str], rules: Rules) -> Decision:
+def _h5(
+    rows: Sequence[ResultRow],
+    runs: Sequence[str],
+    methods: Sequence[str],
+    rules: Rules,
+    spending: Spending = NET_FLOPS,
+) -> Decision:
     solvers, by_hand = solver_fronts(methods), hand_made_rules(methods)
 
     def h5(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         known = [name for name in by_hand if name in others]
         if not known:
             return _undecided("H5", "no hand-made rule was run", _prompts(paired))
-        return h5_learning(paired, own, known, _known(solvers, others), rules)
+        return h5_learning(paired, own, known, _known(solvers, others), rules, spending)
 
-    return _on_common(h5, "H5", rows, runs, [*by_hand, *members_of(solvers)], rules)
+    return _on_common(h5, "H5", rows, runs, [*by_hand, *members_of(solvers)], rules, spending)
 
 
 def _prompts(rows: Sequence[ResultRow]) -> int:
@@ -143,20 +163,25 @@ def _on_common(
     agent: Sequence[str],
     others: Sequence[str],
     rules: Rules,
+    spending: Spending = NET_FLOPS,
 ) -> Decision:
     """What ``decided`` makes of the pictures that the agent and ``others`` have in common, with the rules' metric."""
     names = list(dict.fromkeys([*agent, *others]))
-    known = [row for row in rows if row.method not in names or score_value(row, rules.metric) is not None]
+    scored = [row for row in rows if row.method not in names or score_value(row, rules.metric) is not None]
+    measured = {row.method for row in scored}
+    known = [row for row in scored if row.method not in names or getattr(row, spending.cost.name) is not None]
     having = {row.method for row in known}
     own = [name for name in agent if name in having]
     if not own:
-        return _undecided(hypothesis, f"no picture of {' or '.join(agent)} has {rules.metric}", _prompts(rows))
+        lacking = spending.cost.words if set(agent) & measured else rules.metric
+        return _undecided(hypothesis, f"no picture of {' or '.join(agent)} has {lacking}", _prompts(rows))
     compared = [name for name in dict.fromkeys(others) if name in having]
     paired, notes = on_common_pictures(known, [*own, *compared])
     if not paired:
         return _undecided(hypothesis, f"its methods have no picture in common: {'; '.join(notes)}", 0)
     decision = decided(paired, own, compared)
-    mute = [Part(f"{name} has no {rules.metric}", UNDECIDED) for name in names if name not in having]
+    lacks = {name: spending.cost.words if name in measured else rules.metric for name in names if name not in having}
+    mute = [Part(f"{name} has no {what}", UNDECIDED) for name, what in lacks.items()]
     return _noting(decision, mute, notes)
 
 
@@ -169,17 +194,59 @@ def _noting(decision: Decision, further: Sequence[Part], notes: Sequence[str]) -
 
 
 def _at_other_prices(
-    rows: Sequence[ResultRow], agents: Sequence[str], decisions: Sequence[Decision], rules: Rules
+    rows: Sequence[ResultRow],
+    agents: Sequence[str],
+    decisions: Sequence[Decision],
+    rules: Rules,
+    spendings: Sequence[Spending] = (NET_FLOPS,),
 ) -> list[Decision]:
     """H2 at every further price that the agents were run at, by names that say it; corrected in the place of H2."""
     methods = list(dict.fromkeys(row.method for row in rows))
     found = []
     for price, runs in agent_runs_by_price(methods).items():
         if not set(runs) & set(agents):
-            others = [one for one in decisions if one.hypothesis != "H2"]
-            decision, *_ = correct_within_tiers([_h2(rows, runs, methods, rules), *others], rules)
-            found.append(replace(decision, hypothesis=f"H2 at price {price}"))
+            for spending in spendings:
+                decision = _in_place(_h2(rows, runs, methods, rules, spending), decisions, rules)
+                found.append(replace(decision, hypothesis=f"H2 at price {price}{_suffix(spending)}"))
     return found
+
+
+def _suffix(spending: Spending) -> str:
+    """How a hypothesis is called that is decided at another cost than net FLOPs."""
+    return "" if spending is NET_FLOPS else f" at equal {spending.cost.words}"
+
+
+def _in_place(decision: Decision, decisions: Sequence[Decision], rules: Rules) -> Decision:
+    """The decision corrected within its tier, in the place of the one of its name."""
+    others = [one for one in decisions if one.hypothesis != decision.hypothesis]
+    return correct_within_tiers([decision, *others], rules)[0]
+
+
+def _at_equal_seconds(
+    rows: Sequence[ResultRow], runs: Sequence[str], decisions: Sequence[Decision], rules: Rules, timings: Timings | None
+) -> list[Decision]:
+    """H2, H2+ and H5 once more, at equal seconds; not applicable where the agent was not timed.
+
+    Each is corrected within its tier in the place of the one at equal net FLOPs, which stays as it is.
+    """
+    methods = list(dict.fromkeys(row.method for row in rows))
+    absent = _why_no_seconds(rows, runs, timings)
+    found = []
+    for name, decided in (("H2", _h2), ("H2+", _h2_search), ("H5", _h5)):
+        if timings is None or absent:
+            decision = Decision(name, NOT_APPLICABLE, absent, _prompts(rows))
+        else:
+            decision = _in_place(decided(rows, runs, methods, rules, at_seconds(timings)), decisions, rules)
+        found.append(replace(decision, hypothesis=f"{name} at equal seconds"))
+    return found
+
+
+def _why_no_seconds(rows: Sequence[ResultRow], runs: Sequence[str], timings: Timings | None) -> str:
+    """Why nothing can be asked at equal seconds; empty where it can."""
+    if timings is None:
+        return f"no timings: `{COMMAND}` makes them"
+    reasons = timings.why_untimed([row for row in rows if row.method in set(runs)])
+    return "; ".join(f"{name} was not timed: {why}" for name, why in reasons.items())
 
 
 def _h3_on_common(
@@ -216,17 +283,25 @@ def decide(
     complexity: Mapping[SampleKey, float],
     rules: Rules = Rules(),  # noqa: B008 (frozen)
     agents: Sequence[str] = ("agent",),
+    timings: Timings | None = None,
 ) -> list[Decision]:
     """Verdicts of both tiers from any rows; none without rows of ``agents``, which are training runs of one group.
 
     Of several the first alone has controls, so that H4 and H4+ are about that one. H2 is decided at every further price
-    that they were run at, too, as if the agent had been run at that one alone.
+    that they were run at, too, as if the agent had been run at that one alone. With ``timings`` H2, H2+ and H5 are
+    decided at equal seconds as well, in verdicts of their own.
     """
     if not {row.method for row in rows} & set(agents):
         return []
     refining = agents[:1] if set(control_names(agents[0])) & {row.method for row in rows} else agents
-    decisions = decide_all(rows, complexity, agents, rules, refining)
-    return [*decisions, *_at_other_prices(rows, agents, decisions, rules)]
+    timed = list(rows) if timings is None else timings.onto(rows)
+    decisions = decide_all(timed, complexity, agents, rules, refining)
+    spendings = [NET_FLOPS, *([] if timings is None else [at_seconds(timings)])]
+    return [
+        *decisions,
+        *_at_other_prices(timed, agents, decisions, rules, spendings),
+        *_at_equal_seconds(timed, agents, decisions, rules, timings),
+    ]
 
 
 def _references(rows: Sequence[ResultRow], agent: Sequence[str]) -> list[str]:

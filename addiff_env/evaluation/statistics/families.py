@@ -41,6 +41,12 @@ def at_price(run: str, price: float | None) -> str:
     return run if price is None else f"{run}@{price!r}"
 
 
+def run_and_price(method: str) -> tuple[str, str] | None:
+    """Training run and price (empty: without) that an agent's method name says; None of other methods."""
+    match = _AGENT.fullmatch(method)
+    return None if match is None else (match["run"], match["price"] or "")
+
+
 def agent_runs(methods: Iterable[str]) -> list[str]:
     """Training runs of the agent among method names: ``agent``, or ``agent-s0``, ``agent-s1``, ...
 

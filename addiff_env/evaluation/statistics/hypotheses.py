@@ -44,6 +44,7 @@ from addiff_env.evaluation.statistics.families import BEST_OF, LOOKING_RULES, SE
 from addiff_env.evaluation.statistics.front import MinDifference, above_front
 from addiff_env.evaluation.statistics.pairing import costs_of, paired_values, score_of
 from addiff_env.evaluation.statistics.replicates import AGENT, read_paired, resample_means
+from addiff_env.evaluation.statistics.spending import NET_FLOPS, Spending
 from addiff_env.types import Action, ResultRow, SampleKey
 
 LEAST_PROMPTS = 10  # with fewer the percentile bootstrap is far from its level
@@ -81,8 +82,8 @@ def _one_solver(fronts: Groups) -> list[Part]:
     return [Part(f"no other solver than {next(iter(fronts))} was run" if fronts else "no solver was run", UNDECIDED)]
 
 
-def _reaching(part: Part, family: str, members: Sequence[str], found: Resampled) -> Part:
-    """A part about a front, undecided where the front does not reach the agent's net FLOPs (measure 1).
+def _reaching(part: Part, family: str, members: Sequence[str], found: Resampled, spending: Spending) -> Part:
+    """A part about a front, undecided where the front does not reach the agent's cost (measure 1).
 
     Fixed inference that spends as much as the agent may be better than the dearest method that was run, and one that
     spends as little worse than the cheapest.
@@ -90,9 +91,9 @@ def _reaching(part: Part, family: str, members: Sequence[str], found: Resampled)
     own, costs = found.means[AGENT][1], [found.means[name][1] for name in members]
     words = ""
     if max(costs) < own and part.outcome != NOT_SUPPORTED:
-        words = f"the front of {family} ends at {max(costs) / 1e9:.1f} GFLOPs, below the agent's {own / 1e9:.1f}"
+        words = f"the front of {family} ends at {spending.text(max(costs))}, below the agent's {spending.text(own)}"
     if min(costs) > own and part.outcome == NOT_SUPPORTED:
-        words = f"the front of {family} begins at {min(costs) / 1e9:.1f} GFLOPs, above the agent's {own / 1e9:.1f}"
+        words = f"the front of {family} begins at {spending.text(min(costs))}, above the agent's {spending.text(own)}"
     if not words:
         return part
     return replace(part, condition=f"{part.condition} ({words})", outcome=UNDECIDED, p=None, required=None, runs=None)
@@ -149,8 +150,9 @@ def h2_quality(
     agent: Sequence[str],
     fronts: Groups,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
+    spending: Spending = NET_FLOPS,
 ) -> Decision:
-    """H2 as stated: at the agent's mean net FLOPs its quality lies above every front of fixed-step methods.
+    """H2 as stated: at the agent's mean cost its quality lies above every front of fixed-step methods.
 
     The null hypothesis is every solver at every N: where a second solver was not run, or a front ends below the agent's
     cost, H2 can be refuted but not supported.
@@ -161,9 +163,10 @@ def h2_quality(
         fronts: methods of each solver; the front over all of them together is tested as well, since a mixture of two
             solvers is fixed inference too.
         rules: margins and levels.
+        spending: what is equal: net FLOPs, or another cost of the rows.
     """
     families = {**fronts, "all fixed methods": members_of(fronts)} if len(fronts) > 1 else dict(fronts)
-    return _above_fronts("H2", rows, agent, families, rules, _one_solver(fronts))
+    return _above_fronts("H2", rows, agent, families, rules, _one_solver(fronts), spending)
 
 
 def h2_search(
@@ -172,8 +175,9 @@ def h2_search(
     solvers: Groups,
     searches: Groups,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
+    spending: Spending = NET_FLOPS,
 ) -> Decision:
-    """H2+: at the agent's mean net FLOPs its quality lies also above best-of-N and inference-time search.
+    """H2+: at the agent's mean cost its quality lies also above best-of-N and inference-time search.
 
     Args:
         rows: per-image rows.
@@ -182,12 +186,13 @@ def h2_search(
         searches: methods of each kind of search; where best-of-N or every other kind is missing, H2+ can be refuted but
             not supported.
         rules: margins and levels.
+        spending: what is equal: net FLOPs, or another cost of the rows.
     """
     families = {**searches, "all fixed and search methods": [*members_of(solvers), *members_of(searches)]}
     missing = [] if BEST_OF in searches else [Part("best-of-N was not run", UNDECIDED)]
     if not set(searches) - {BEST_OF}:
         missing.append(Part(f"no other search ({', '.join(SEARCHES.values())}) was run", UNDECIDED))
-    return _above_fronts("H2+", rows, agent, families, rules, missing)
+    return _above_fronts("H2+", rows, agent, families, rules, missing, spending)
 
 
 def h5_learning(
@@ -196,8 +201,9 @@ def h5_learning(
     made_by_hand: Sequence[str],
     solvers: Groups,
     rules: Rules = Rules(),  # noqa: B008 (frozen)
+    spending: Spending = NET_FLOPS,
 ) -> Decision:
-    """H5: at the agent's mean net FLOPs its quality lies above the front of hand-made rules.
+    """H5: at the agent's mean cost its quality lies above the front of hand-made rules.
 
     A fixed number of steps is the simplest of these rules: with it the front goes on where a tuned rule costs less than
     the agent. Without a rule that looks (`LOOKING_RULES`), H5 can be refuted but not supported.
@@ -208,11 +214,12 @@ def h5_learning(
         made_by_hand: the rules, as method names.
         solvers: fixed-step methods of each solver.
         rules: margins and levels.
+        spending: what is equal: net FLOPs, or another cost of the rows.
     """
     looks = any(name.startswith(LOOKING_RULES) for name in made_by_hand)
     missing = [] if looks else [Part("no rule that looks (threshold:n:tau) was run", UNDECIDED)]
     families = {"hand-made rules": [*made_by_hand, *members_of(solvers)]}
-    return _above_fronts("H5", rows, agent, families, rules, missing)
+    return _above_fronts("H5", rows, agent, families, rules, missing, spending)
 
 
 def _above_fronts(
@@ -222,21 +229,22 @@ def _above_fronts(
     families: Groups,
     rules: Rules,
     missing: Sequence[Part],
+    spending: Spending,
 ) -> Decision:
-    """Is the agent above the front of every family at its mean net FLOPs? ``missing``: what nobody ran."""
+    """Is the agent above the front of every family at its mean cost? ``missing``: what nobody ran."""
     groups = _flatten(agent, families)
     if few := _too_few(hypothesis, rows, agent):
         return few
-    read = read_paired(rows, groups, [score_of(rules.metric), costs_of("net_flops")], rules)
-    found = resample_means(read, rules)
+    read = read_paired(rows, groups, [score_of(rules.metric), costs_of(spending.cost.name)], rules)
+    found = spending.with_rounds(resample_means(read, rules), groups, rules)
     distances = {family: above_front(found, AGENT, members) for family, members in families.items()}
     critical = critical_value(_comparisons(distances.values()), rules.alpha)
     tester = ConditionTester(read.prompts, rules, len(agent), critical)
     parts = []
     for family, distance in distances.items():
-        condition = f"above the front of {family} at equal net FLOPs"
+        condition = f"above the front of {family} at equal {spending.cost.words}"
         part = tester.above(condition, distance, 0.0, rules.worthwhile)
-        parts.append(_reaching(part, family, families[family], found))
+        parts.append(_reaching(part, family, families[family], found, spending))
     return conclude(hypothesis, tester.prompts, [*parts, *missing])
 
 

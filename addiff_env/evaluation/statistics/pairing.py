@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from addiff_env.evaluation.statistics.summary import score_value, scores_of
+from addiff_env.evaluation.statistics.summary import cost_named, score_value, scores_of
 from addiff_env.types import ResultRow
 
 Measure = Callable[[ResultRow], float]
@@ -28,15 +28,22 @@ def score_of(metric: str) -> Measure:
 
 
 def costs_of(name: str) -> Measure:
-    """Read a cost off a row: ``nfe``, ``net_flops``, ``forward_passes`` or ``seconds``.
+    """Read a cost off a row, one of `COSTS`.
+
+    The function raises ValueError where the row does not say it, naming the row.
 
     Raises:
         ValueError: another name.
     """
-    known = ("nfe", "net_flops", "forward_passes", "seconds")
-    if name not in known:
-        raise ValueError(f"unknown cost {name!r}; known: {', '.join(known)}")
-    return lambda row: float(getattr(row, name))
+    cost = cost_named(name)
+
+    def read(row: ResultRow) -> float:
+        value = getattr(row, cost.name)
+        if value is None:
+            raise ValueError(f"no {cost.name} in the row of ({row.method}, {row.prompt!r}, seed {row.seed})")
+        return float(value)
+
+    return read
 
 
 def paired_values(

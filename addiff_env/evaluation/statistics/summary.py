@@ -32,15 +32,29 @@ class Cost:
     label: str  # with its unit
     unit: float  # what one unit is in the row
     digits: int  # behind the point
+    words: str = ""  # what it is, in sentences
 
 
 COSTS = (
-    Cost("nfe", "NFE", 1, 1),
-    Cost("forward_passes", "network passes", 1, 1),
-    Cost("net_flops", "net GFLOPs", 1e9, 1),
-    Cost("seconds", "seconds", 1, 3),
-    Cost("peak_memory", "peak MiB", 2**20, 0),  # bytes; only where rows have it
+    Cost("nfe", "NFE", 1, 1, "NFE"),
+    Cost("forward_passes", "network passes", 1, 1, "network passes"),
+    Cost("net_flops", "net GFLOPs", 1e9, 1, "net FLOPs"),
+    Cost("seconds", "seconds", 1, 3, "the rows' own seconds"),
+    Cost("timed_seconds", "timed seconds", 1, 4, "seconds"),  # only where the run was timed
+    Cost("peak_memory", "peak MiB", 2**20, 0, "memory"),  # bytes; only where rows have it
 )
+
+
+def cost_named(name: str) -> Cost:
+    """One of `COSTS`.
+
+    Raises:
+        ValueError: another name.
+    """
+    known = {cost.name: cost for cost in COSTS}
+    if name not in known:
+        raise ValueError(f"unknown cost {name!r}; known: {', '.join(known)}")
+    return known[name]
 
 
 @dataclass(frozen=True)
@@ -144,8 +158,10 @@ def counted(number: int, noun: str) -> str:
 
 
 def measured_costs(rows: Sequence[ResultRow]) -> list[Cost]:
-    """The costs that some row says."""
-    return [cost for cost in COSTS if any(cost_value(row, cost.name) is not None for row in rows)]
+    """The costs that some row says; where there are timed seconds, these stand for the rows' own."""
+    found = [cost for cost in COSTS if any(cost_value(row, cost.name) is not None for row in rows)]
+    timed = any(cost.name == "timed_seconds" for cost in found)
+    return [cost for cost in found if not timed or cost.name != "seconds"]
 
 
 def number_text(value: float, digits: int) -> str:

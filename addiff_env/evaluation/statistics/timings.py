@@ -102,9 +102,13 @@ class Timings:
         return found
 
     def factors(self, names: Sequence[str], draws: int, seed: int) -> dict[str, np.ndarray]:
-        """By what resampled rounds multiply each method's seconds, (draws,); the same rounds of every method."""
-        if not self.rounds:
-            return {name: np.ones(draws) for name in names}
+        """By what resampled rounds multiply each method's seconds, (draws,); the same rounds of every method.
+
+        Raises:
+            ValueError: a method that was not timed.
+        """
+        if without := [name for name in names if name not in self.methods]:
+            raise ValueError(f"not timed: {', '.join(without)}; timed were {', '.join(self.methods) or 'none'}")
         picked = np.random.default_rng([seed, 1]).integers(self.rounds, size=(draws, self.rounds))
         found = {}
         for name in names:
@@ -136,6 +140,19 @@ class Timings:
         if self.code_version and versions - {self.code_version}:
             found.append(f"timed by code {self.code_version}, the rows are by {', '.join(sorted(versions))}")
         return list(dict.fromkeys(found))
+
+
+def check_timings(timings: Timings) -> None:
+    """Check that every method has the same rounds, and that all numbers are possible.
+
+    Raises:
+        ValueError: which has not.
+    """
+    for name, one in timings.methods.items():
+        if len(one.seconds) != timings.rounds or not one.seconds:
+            raise ValueError(f"{name!r} has {len(one.seconds)} rounds, others {timings.rounds}")
+        if not all(0 < seconds < np.inf for seconds in one.seconds) or not 0 <= one.net_flops < np.inf:
+            raise ValueError(f"impossible numbers of {name!r}: {one.seconds} seconds, {one.net_flops} net FLOPs")
 
 
 def describe_machine(timings: Timings) -> str:

@@ -17,7 +17,8 @@ from addiff_env.agent import Agent, PolicyNet
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.registry import AUTO, known_methods, make_method
-from addiff_env.evaluation.run.fingerprint import keep_fingerprint, require_same, run_fingerprint
+from addiff_env.evaluation.run.fingerprint import run_fingerprint
+from addiff_env.evaluation.run.made_with import keep_fingerprint, require_same
 from addiff_env.evaluation.run.planning import (
     ALL,
     all_methods,
@@ -154,6 +155,9 @@ def test_several_agents_are_named_by_their_training_seeds(tmp_path: Path) -> Non
         named_agents(a, [a, a])
 
 
+UNTIMED = [f"{name} at equal seconds" for name in ("H2", "H2+", "H5")]
+
+
 def test_a_group_of_agents_is_judged_as_one_and_h4_by_the_first() -> None:
     rng, items = np.random.default_rng(0), [Item(f"prompt {k}", k, "colors", num_requirements=k % 3) for k in range(40)]
     agents, controls = ["agent-s3", "agent-s5"], list(control_names("agent-s3"))
@@ -168,7 +172,7 @@ def test_a_group_of_agents_is_judged_as_one_and_h4_by_the_first() -> None:
     ]  # fmt: skip
     num_requirements = {(item.prompt, item.seed): item.num_requirements for item in items}
     verdicts = decide(rows, num_requirements, Rules(draws=200), agents)  # agent-s5 spends twice what the controls do
-    assert [verdict.hypothesis for verdict in verdicts] == ["H1", "H2", "H3", "H4", "H2+", "H4+", "H5"]
+    assert [verdict.hypothesis for verdict in verdicts] == ["H1", "H2", "H3", "H4", "H2+", "H4+", "H5", *UNTIMED]
     parts = {verdict.hypothesis: [part.condition for part in verdict.parts] for verdict in verdicts}
     assert parts["H4"] == ["better than agent-s3, continued at equal NFE"]
     assert parts["H4+"] == ["better than agent-s3, mask=full at equal NFE"]
@@ -188,7 +192,7 @@ def test_quality_at_equal_compute_is_decided_at_every_price() -> None:
     requirements, rules = {key: key[1] % 3 for key in keys}, Rules(draws=200)
     first, second = "agent@0.004", "agent@0.001"
     found = {one.hypothesis: one for one in decide(rows, requirements, rules, [first])}
-    assert list(found) == ["H1", "H2", "H3", "H4", "H2+", "H4+", "H5", "H2 at price 0.001"]
+    assert list(found) == ["H1", "H2", "H3", "H4", "H2+", "H4+", "H5", "H2 at price 0.001", *UNTIMED]
     for name, of in (("H2", first), ("H2 at price 0.001", second)):
         alone = [row for row in rows if row.method not in {first, second} - {of}]
         assert found[name].parts == decide(alone, requirements, rules, [of])[1].parts

@@ -222,7 +222,8 @@ def test_a_front_is_not_drawn_beyond_its_methods(rng):
     part = part_of(dear, "above the front of ddim")
     assert part.outcome == UNDECIDED and part.estimate > 0.1 and part.required is None
     assert part.condition == (
-        "above the front of ddim at equal net FLOPs (the front of ddim ends at 50.0 GFLOPs, below the agent's 55.0)"
+        "above the front of ddim at equal net FLOPs "
+        "(the front of ddim ends at 50.0 net GFLOPs, below the agent's 55.0 net GFLOPs)"
     )
     assert part_of(dear, "above the front of all fixed methods").outcome == SUPPORTED
     # What costs less and is better refutes all the same; what costs more does not.
@@ -230,7 +231,7 @@ def test_a_front_is_not_drawn_beyond_its_methods(rng):
     assert part_of(bad, "above the front of ddim").outcome == NOT_SUPPORTED
     cheap = h2_quality([*rows, *rows_of("agent", columns[4], 4)], ["agent"], FIXED, QUICK)
     part = part_of(cheap, "above the front of ddim")
-    assert part.outcome == UNDECIDED and "begins at 5.0 GFLOPs, above the agent's 4.0" in part.condition
+    assert part.outcome == UNDECIDED and "begins at 5.0 net GFLOPs, above the agent's 4.0 net GFLOPs" in part.condition
 
 
 def test_h2_on_the_front_is_supported_in_about_one_case_of_twenty(rng):
