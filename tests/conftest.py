@@ -143,6 +143,25 @@ def small_looks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
+def small_verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small verifier of `small_model`'s latents, with random weights whose answers differ."""
+    import torch
+
+    from addiff_env.perception.scorers import LatentTextReward
+    from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
+
+    path, tokenizer = tmp_path_factory.mktemp("verifier"), build_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LatentTextReward(len(tokenizer), MAX_LENGTH, width=16, layers=1, heads=2, channels=4, stem=8)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.config |= {"scale": 1.5, "bias": 0.25, "finished_bias": -0.5}
+    model.save_pretrained(path, tokenizer)
+    return path
+
+
+@pytest.fixture(scope="session")
 def small_kwargs(tiny_kwargs: dict[str, Any], small_looks: dict[str, str], small_model: Path) -> dict[str, Any]:
     """The embedded world on `small_model` and `small_looks`: short schedule, small budget."""
     return {

@@ -12,7 +12,7 @@ import torch
 
 from addiff_env.diffusion.backbones import Backbone, draw_noise, load_backbone
 from addiff_env.diffusion.samplers import Level, ddim_between, solver_step
-from addiff_env.env.config import EnvConfig
+from addiff_env.env.config import EnvConfig, renoise_timestep
 from addiff_env.env.state import LaneState
 
 
@@ -23,6 +23,7 @@ class Denoiser:
         backbone: the text-to-image model.
         schedule: the grid that the lanes go along, and the levels that the model was trained at.
         latent_shape: (C, h, w).
+        renoise_indices: (N,) for each point of the grid, index into the training levels of a refinement's t'.
         passes_per_nfe: network passes of one evaluation (2 with guidance).
         flops_per_call: FLOPs per lane of ``denoiser`` (one pass), ``decode``, ``text`` (one prompt) and ``start`` (the
             texts of one lane).
@@ -35,6 +36,8 @@ class Denoiser:
         self.schedule = backbone.schedule(config.num_inference_steps, self.latent_shape, config.solver, config.eta)
         self.timesteps = self.schedule.timesteps.cpu().numpy()  # (N,), as the schedule's, on the host
         self.training_timesteps = self.schedule.training_timesteps.cpu().numpy()  # (T,)
+        total, grid = len(self.training_timesteps), [round(float(t)) for t in self.timesteps]
+        self.renoise_indices = np.array([renoise_timestep(config.renoise, current, total) for current in grid])
         self.passes_per_nfe = backbone.passes(config.guidance_scale)
         flops = {name: backbone.flops(name, self.latent_shape) for name in ("denoiser", "decode", "text")}
         texts = backbone.texts_encoded(config.guidance_scale, config.negative_prompt)

@@ -55,6 +55,7 @@ class Observer:
         if wanted != denoiser.latent_shape:
             raise ValueError(f"scorer {config.scorer!r} reads latents {wanted}, these are {denoiser.latent_shape}")
         self.flops_per_call = self._measure_flops()
+        self._prices: tuple[np.ndarray, torch.Tensor] | None = None  # of the lanes, and where they stand in the range
 
     def _measure_flops(self) -> dict[str, float]:
         perception, size = self.perception, (self.config.height, self.config.width)
@@ -216,8 +217,11 @@ class Observer:
         return flat if self.config.obs_backend == "torch" else flat.cpu().numpy()
 
     def _price_slot(self, state: LaneState, price_range: Sequence[float]) -> torch.Tensor:
-        """Where the lanes' prices stand in the range, (B, 1)."""
-        return state.index(position(price_range, state.lane_price).astype(np.float32)[:, None])
+        """Where the lanes' prices stand in the range, (B, 1); sent to the device when they change."""
+        if self._prices is None or not np.array_equal(self._prices[0], state.lane_price):
+            slot = position(price_range, state.lane_price).astype(np.float32)[:, None]
+            self._prices = state.lane_price.copy(), state.index(slot)
+        return self._prices[1]
 
     def _quality_slots(self, state: LaneState) -> torch.Tensor:
         """The eight numbers of `QUALITY`, (B, 8)."""

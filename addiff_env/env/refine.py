@@ -7,7 +7,6 @@ import torch
 
 from addiff_env.diffusion.attention import refinement_mask
 from addiff_env.diffusion.samplers import Level, add_noise
-from addiff_env.env.config import renoise_timestep
 from addiff_env.env.denoiser import Denoiser, reset_solver_history
 from addiff_env.env.state import LaneState
 
@@ -44,9 +43,8 @@ def make_masks(denoiser: Denoiser, state: LaneState, lanes: np.ndarray, kind: st
 
 def _renoise_index(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) -> np.ndarray:
     """Index (L,) into the training levels of t', where ``lanes`` go back to."""
-    grid, total = denoiser.timesteps, len(denoiser.training_timesteps)
-    current = grid[np.minimum(state.step_index[lanes], len(grid) - 1)]
-    return np.array([renoise_timestep(denoiser.config.renoise, round(float(t)), total) for t in current])
+    indices = denoiser.renoise_indices
+    return indices[np.minimum(state.step_index[lanes], len(indices) - 1)]
 
 
 def _rewind(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) -> None:

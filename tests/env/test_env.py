@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -16,10 +17,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from rounding import assert_same_but_for_rounding
 from stable_baselines3.common.env_checker import check_env as sb3_check_env
-from waits import Waits
+from waits import Calls, Waits
 
 from addiff_env.diffusion.attention import MASKS
 from addiff_env.env import DiffusionDenoiseEnv, DiffusionDenoiseVectorEnv
+from addiff_env.env.prices import position
 from addiff_env.env.reward import COMPONENTS, quality
 
 ID = "AdDiffusion-Tiny-v0"
@@ -529,6 +531,59 @@ def test_a_step_asks_for_a_few_numbers_only(
             envs.step(np.array(actions))
         assert waits.asked == []
         assert waits.sizes == [3, 4 * 3, *[picture] * ended]
+
+
+LATENTS_ALONE: Kwargs = {
+    "reads": ["clip_text", "reward"],
+    "reward": {"clip_weight": 0, "instability": 0},
+    "price_range": [0.001, 0.016],
+}
+
+
+@pytest.mark.parametrize("looks", [{}, LATENTS_ALONE], ids=["pictures", "latents"])
+@pytest.mark.parametrize(
+    "actions", [[CONTINUE] * 4, [REFINE] * 4, [REFINE, REFINE, STOP, STOP]], ids=["continue", "refine", "mixed"]
+)
+def test_what_a_step_calls_does_not_grow_with_the_lanes(
+    small_kwargs: Kwargs, small_verifier: Path, monkeypatch: pytest.MonkeyPatch, actions: list[int], looks: Kwargs
+) -> None:
+    """Waits, operations of torch and functions of Python; noise alone is drawn lane by lane, on the host."""
+    calls: dict[int, Calls] = {}
+    waits: dict[int, Waits] = {}
+    more = {"mask": "grid", "obs_backend": "torch"} | looks | ({"scorer": str(small_verifier)} if looks else {})
+    for lanes in (4, 16):
+        envs = vector(small_kwargs, lanes, **more)
+        envs.reset(seed=0, options={"prompt": [PROMPTS[k % len(PROMPTS)] for k in range(lanes)]})
+        envs.step(np.full(lanes, CONTINUE))  # what is computed once has been
+        repeated, saved = np.array(actions * (lanes // 4)), envs.state_dict()
+        with Calls() as calls[lanes]:
+            envs.step(repeated)
+        envs.load_state_dict(saved)
+        with monkeypatch.context() as patch, Waits(patch) as waits[lanes]:
+            envs.step(repeated)
+    refined, ended = actions.count(REFINE), STOP in actions
+    assert [of.operations.pop("aten.randn.generator", 0) for of in calls.values()] == [refined, 4 * refined]
+    assert calls[4].operations == calls[16].operations and calls[4].functions == calls[16].functions
+    assert waits[4].asked == waits[16].asked == []
+    assert [len(of.sizes) for of in waits.values()] == [2 + ended] * 2  # faults, what was seen, final pictures
+
+
+def test_prices_are_sent_to_the_device_when_they_change(small_kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds, sent = [0.001, 0.016], []
+    envs = vector(small_kwargs, 3, price_range=bounds)
+    slot = sum(width for name, width in envs.parts.items() if name != "quality") - 1
+
+    def spy(of: Any, prices: Any) -> Any:
+        sent.append(prices.copy())
+        return position(of, prices)
+
+    monkeypatch.setattr("addiff_env.env.observer.position", spy)
+    observations = [envs.reset(options={"price": 0.002})[0]]
+    observations += [envs.step([CONTINUE] * 3)[0] for _ in range(2)]
+    observations += [envs.reset(options={"price": 0.004, "reset_mask": np.arange(3) == 1})[0]]
+    wanted = [[0.002] * 3] * 3 + [[0.002, 0.004, 0.002]]
+    np.testing.assert_allclose([seen[:, slot] for seen in observations], position(bounds, wanted), rtol=1e-6)
+    np.testing.assert_array_equal(sent, [wanted[0], wanted[-1]])
 
 
 def test_no_call_is_larger_than_the_batch_size(small_kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from addiff_env.env.config import EnvConfig
 from addiff_env.perception.features import LOOK_PARTS
 from addiff_env.perception.scorers import LatentTextReward, load_scorer, reads_latents
 from addiff_env.tiny.measures import rules
-from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
+from addiff_env.tiny.tokenizer import build_tokenizer
 from addiff_env.types import Action
 
 PROMPTS = ["a red circle", "a blue star left of a green ring", "a small cross"]
@@ -25,18 +25,9 @@ CHEAP = {"reads": ["clip_text", "reward"], "reward": {"clip_weight": 0, "instabi
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(small_verifier: Path) -> Path:
     """A small verifier of `small_model`'s latents, with random weights whose answers differ."""
-    path = tmp_path_factory.mktemp("verifier")
-    tokenizer = build_tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LatentTextReward(len(tokenizer), MAX_LENGTH, width=16, layers=1, heads=2, channels=4, stem=8)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-    model.config |= {"scale": 1.5, "bias": 0.25, "finished_bias": -0.5}
-    model.save_pretrained(path, tokenizer)
-    return path
+    return small_verifier
 
 
 @pytest.fixture(scope="module")

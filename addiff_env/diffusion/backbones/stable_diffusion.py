@@ -94,8 +94,9 @@ class StableDiffusionBackbone(Backbone):
             self._warn_once(f"prompt truncated to {limit} tokens, dropped: {dropped!r}")
         for word in spelled_out_words(self.tokenizer, text):
             self._warn_once(f"the tokenizer does not know the word {word!r}; it is spelled out letter by letter")
-        content = content_tokens(self.tokenizer, self._ids(self.tokenizer, text)[0]).to(self.device)
-        embeddings, pooled = self._embed(text)
+        ids = self._ids(self.tokenizer, text)
+        content = content_tokens(self.tokenizer, ids[0]).to(self.device)
+        embeddings, pooled = self._embed(text, ids)
         return Conditioning(embeddings, content, pooled=pooled)
 
     def _negative(self, text: str | None, prompt: Conditioning) -> Conditioning:
@@ -111,14 +112,14 @@ class StableDiffusionBackbone(Backbone):
         limit = tokenizer.model_max_length
         return tokenizer(prompt, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
 
-    def _embed(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token embeddings (tokens, width) and, of SDXL, the pooled one (width,)."""
+    def _embed(self, prompt: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token embeddings (tokens, width) and, of SDXL, the pooled one (width,); ``ids`` by the first tokenizer."""
         if not self.is_xl:
-            ids = self._ids(self.tokenizer, prompt).to(self.device)
-            return self.text_encoder(ids).last_hidden_state[0], None
+            return self.text_encoder(ids.to(self.device)).last_hidden_state[0], None
         states, pooled = [], None
         for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True):
-            out = encoder(self._ids(tokenizer, prompt).to(self.device), output_hidden_states=True)
+            own = ids if tokenizer is self.tokenizer else self._ids(tokenizer, prompt)
+            out = encoder(own.to(self.device), output_hidden_states=True)
             states.append(out.hidden_states[-2][0])
             if pooled is None and out[0].ndim == 2:
                 pooled = out[0][0]
@@ -207,7 +208,7 @@ class StableDiffusionBackbone(Backbone):
     def _one_lane(self, component: str, shape: tuple[int, ...]) -> Callable[[], Any]:
         latents = torch.zeros(1, *shape, device=self.device, dtype=self.dtype)
         if component == "text":
-            return lambda: self._embed("")
+            return lambda: self._embed("", self._ids(self.tokenizer, ""))
         if component == "decode":
             return lambda: self.decode(latents)
         if component == "denoiser":

@@ -96,6 +96,7 @@ class JointReader(nn.Module):
         self.config = {"model_type": self.model_type, **config}
         self.tokenizer: CLIPTokenizer | None = None
         self._tokens: dict[str, list[int]] = {}
+        self._latest: tuple[list[str], torch.Tensor, torch.Tensor] | None = None  # prompts, and what `_read` gave
         width = config["width"]
         self.stem = stem
         self.place = nn.Parameter(torch.randn(places, width) * 0.02)
@@ -139,10 +140,12 @@ class JointReader(nn.Module):
         return ids, torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
 
     def _read(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`tokenize`, on the weights' device."""
-        ids, mask = self.tokenize(prompts)
+        """`tokenize`, on the weights' device; sent again when other prompts are read, which is seldom."""
         device = self.readout.device
-        return ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        if self._latest is None or self._latest[0] != prompts or self._latest[1].device != device:
+            ids, mask = (values.to(device, non_blocking=True) for values in self.tokenize(prompts))
+            self._latest = list(prompts), ids, mask
+        return self._latest[1:]
 
     def save_pretrained(self, folder: str | Path, tokenizer: CLIPTokenizer) -> None:
         """Write ``config.json``, fp16 ``model.safetensors`` and the tokenizer's files into ``folder``."""

@@ -85,14 +85,15 @@ class LatentTextReward(JointReader):
         if finished.all():
             seen = self._see_finished(latents)
         elif finished.any():
-            done, going = (torch.from_numpy(np.flatnonzero(rows)).to(latents.device) for rows in (finished, ~finished))
+            index = (torch.from_numpy(np.flatnonzero(rows)) for rows in (finished, ~finished))
+            done, going = (_sent(rows, latents.device) for rows in index)
             closely = self._see_finished(latents[done])
             seen = closely.new_empty(len(latents), *closely.shape[1:])
             seen[done], seen[going] = closely, self.stem(latents[going])
         else:
             seen = self.stem(latents)
         tokens = seen.flatten(2).transpose(1, 2) + self.place
-        return tokens + self._level(timesteps.to(latents.device), tokens.dtype)[:, None]
+        return tokens + self._level(_sent(timesteps, latents.device), tokens.dtype)[:, None]
 
     def _see_finished(self, latents: torch.Tensor) -> torch.Tensor:
         """Features (B, width, h / 2, w / 2) of final latents."""
@@ -122,7 +123,7 @@ class LatentTextReward(JointReader):
         mask: torch.Tensor,
     ) -> torch.Tensor:
         """Logits (B, K); arguments as of `score_latents`, ``ids`` and ``mask`` as `tokenize` gives them."""
-        mixed, timesteps = self.mix(self.see(latents, timesteps), ids, mask), timesteps.to(latents.device)
+        mixed, timesteps = self.mix(self.see(latents, timesteps), ids, mask), _sent(timesteps, latents.device)
         raw = self.read_out(mixed, timesteps, evaluations)
         bias = torch.where(timesteps == 0, self.config["finished_bias"], self.config["bias"])
         return self.config["scale"] * raw + bias.to(raw.dtype)[:, None]
@@ -144,7 +145,7 @@ class LatentTextReward(JointReader):
         texts = self._check(latents, prompts, timesteps, evaluations)
         device, model = self.readout.device, self._in(latents.dtype)
         latents = latents.to(device).contiguous(memory_format=torch.channels_last)
-        return model(latents, timesteps, evaluations.to(device), *self._read(texts)).float()
+        return model(latents, timesteps, _sent(evaluations, device), *self._read(texts)).float()
 
     def _in(self, dtype: torch.dtype) -> LatentTextReward:
         """This model in ``dtype``; copies are kept."""
@@ -169,6 +170,11 @@ class LatentTextReward(JointReader):
                 f"{tuple(evaluations.shape)}: expected one of each per picture, evaluations (B, K)"
             )
         return texts
+
+
+def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Numbers on the device; those that are on the host are sent without waiting for it."""
+    return values.to(device, non_blocking=values.device.type == "cpu")
 
 
 def _stem(channels: int, inner: int, width: int) -> nn.Sequential:
