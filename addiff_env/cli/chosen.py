@@ -90,9 +90,18 @@ def _preset(name: Any) -> tuple[str, dict[str, Any], int]:
     known = sorted(path.stem for path in folder.glob("*.yaml"))
     if name in known:
         preset: Any = read_yaml(folder / f"{name}.yaml")
-        return preset.env.id, as_mapping(preset.env.kwargs), preset.num_envs
+        return preset.env.id, as_mapping(preset.env.kwargs) | _reward_of(preset), preset.num_envs
     try:
         gym.spec(str(name))
     except gym.error.Error as error:
         raise ValueError(f"env={name}: expected one of {', '.join(known)}, or a registered id: {error}") from error
     return str(name), {}, 1
+
+
+def _reward_of(preset: Any) -> dict[str, Any]:
+    """Settings of the environment that a preset has in its group ``reward``: prices, and weights over the id's own."""
+    group = as_mapping(preset.reward) if "reward" in preset else {}
+    settings = {"price_range": group["price_range"]} if group.get("price_range") else {}
+    if weights := group.get("weights"):
+        settings["reward"] = {**(gym.spec(preset.env.id).kwargs.get("reward") or {}), **weights}
+    return settings

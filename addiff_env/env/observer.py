@@ -91,7 +91,7 @@ class Observer:
         if pictures is not None:
             sound = torch.isfinite(pictures).flatten(1).all(1)
             pictures = _finite(pictures)
-        prompts, latents = [state.prompt[lane] for lane in lanes], self._latents_to_score(state, lanes)
+        prompts, latents = [state.prompt[lane] for lane in lanes], self.latents_to_score(state, lanes)
         features = self.perception.look(pictures, prompts, True, latents)
         fresh = state.index(first)
         if len(first):
@@ -114,7 +114,7 @@ class Observer:
             for lane, picture in zip(lanes[finished], kept, strict=True):
                 state.pictures[lane] = picture
 
-    def _latents_to_score(self, state: LaneState, lanes: np.ndarray) -> Latents | None:
+    def latents_to_score(self, state: LaneState, lanes: np.ndarray) -> Latents | None:
         """What a scorer of latents is asked about ``lanes``; None for others."""
         if not self.perception.reads_latents:
             return None

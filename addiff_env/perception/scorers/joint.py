@@ -20,6 +20,7 @@ from addiff_env.perception.scorers.base import LOGIT_LIMIT, load_exactly, read_c
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 Reader = TypeVar("Reader", bound="JointReader")
+_CACHED_PROMPTS = 4096  # kept; prompts repeat within an evaluation, not for ever
 
 
 class Residual(nn.Module):
@@ -130,6 +131,8 @@ class JointReader(nn.Module):
         if self.tokenizer is None:
             name = type(self).__name__
             raise RuntimeError(f"{name} has no tokenizer: load it with from_pretrained, or set .tokenizer")
+        if len(self._tokens) > _CACHED_PROMPTS:
+            self._tokens.clear()
         new = sorted({prompt for prompt in prompts if prompt not in self._tokens})
         if new:
             texts = self.tokenizer(new, truncation=True, max_length=self.config["max_length"]).input_ids

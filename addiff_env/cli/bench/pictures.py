@@ -1,0 +1,116 @@
+"""Comparisons of whole pictures: continuous batching, and how time and memory a picture grow with lanes and prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from addiff_env.cli.bench.memory import peak_of
+from addiff_env.cli.bench.rounds import Figure, Side
+from addiff_env.cli.bench.subject import Subject
+from addiff_env.pipeline import AdaptivePipeline, LaneScheduler, Request
+from addiff_env.types import Generated
+
+MIB = 2**20
+BASE_LANES, BASE_PROMPTS = 16, 64  # what other numbers of lanes and prompts are compared with
+PICTURES_A_SIZE = 256  # a size that makes more pictures is measured once, others about so often
+
+
+def batching(subject: Subject) -> list[Figure]:
+    """Lanes that refill at once against batches that end together, and against full batches of such steps."""
+    made: dict[str, list[Generated]] = {}
+
+    def play(name: str, defer: bool, groups: Callable[[], list[list[Request]]]) -> None:
+        lanes = LaneScheduler(subject.acting, subject.agent, defer_warmup=defer)
+        made[name] = [one for part in groups() for group in lanes.run(part) for _, one in group]
+
+    def fixed() -> list[list[Request]]:
+        requests = subject.requests()
+        return [requests[at : at + subject.lanes] for at in range(0, len(requests), subject.lanes)]
+
+    sides = {
+        "continuous": Side(partial(play, "continuous", True, lambda: [subject.requests()])),
+        "warm-up apart": Side(partial(play, "warm-up apart", False, lambda: [subject.requests()])),
+        "fixed batches": Side(partial(play, "fixed batches", False, fixed)),
+        "full batch with looks": Side(lambda: subject.continues(subject.acting)),
+        "full batch without looks": Side(lambda: subject.continues(subject.blind)),
+    }
+    found = subject.timed("batching", sides)
+    figures = [
+        Figure("batching", f"{name} / continuous", (found[name] / found["continuous"]).tolist())
+        for name in ("fixed batches", "warm-up apart")
+    ]
+    batches = full_batches([one.nfe for one in made["continuous"]], subject)
+    for name in ("full batch with looks", "full batch without looks"):
+        share = batches * found[name] / found["continuous"]
+        figures.append(Figure("batching", f"share of the ideal, {name.removeprefix('full batch ')}", share.tolist()))
+    nfe = float(np.mean([one.nfe for one in made["continuous"]]))
+    return [*figures, Figure("batching", "of a picture", [nfe], "NFE")]
+
+
+def full_batches(nfe: Sequence[int], subject: Subject) -> float:
+    """Whole schedules of all lanes that have as many evaluations as pictures of these ``nfe``."""
+    return sum(nfe) / (subject.lanes * subject.acting.config.num_inference_steps)
+
+
+# --------------------------------------------------------------------------- scaling
+
+
+def scaling(subject: Subject, lanes: Sequence[int], prompts: Sequence[int]) -> Iterator[Figure]:
+    """Seconds and memory a picture through the pipeline, for numbers of lanes and of prompts, next to a baseline's.
+
+    The baseline, of `BASE_PROMPTS` pictures on `BASE_LANES` lanes, is timed before and after each run. Memory is what
+    a run takes beyond what was in use before it, models not included.
+    """
+    pipelines: dict[int, AdaptivePipeline] = {}
+
+    def run(num_envs: int, number: int) -> None:
+        if num_envs not in pipelines:
+            for other in set(pipelines) - {BASE_LANES}:
+                del pipelines[other]
+            pipelines[num_envs] = AdaptivePipeline(subject.acting_env(num_envs), subject.agent)
+            pipelines[num_envs].set_progress_bar_config(disable=True)
+        texts = subject.texts(number)
+        for _ in pipelines[num_envs].stream(texts, seeds=list(range(number)), price=subject.price):
+            pass
+
+    kept = subject.seconds.setdefault("scaling", {})
+    for number in lanes:
+        yield from _size(subject, f"{number} lanes", partial(run, number), BASE_PROMPTS, run, kept)
+    for number in prompts:
+        yield from _size(subject, f"{number} prompts", partial(run, BASE_LANES), number, run, kept)
+
+
+def _size(
+    subject: Subject,
+    name: str,
+    run: Callable[[int], None],
+    pictures: int,
+    baseline: Callable[[int, int], None],
+    kept: dict[str, list[float]],
+) -> Iterator[Figure]:
+    """The figures of one size, whose run makes so many ``pictures``."""
+    rounds = max(1, min(subject.rounds.number, PICTURES_A_SIZE // pictures))
+    sides = {
+        "baseline": Side(partial(baseline, BASE_LANES, BASE_PROMPTS)),
+        "size": Side(partial(run, pictures)),
+        "memory": Side(lambda: peaks.append(peak_of(partial(run, pictures), subject.rounds.device))),
+    }
+    peaks: list[int | None] = []
+    run(min(pictures, BASE_PROMPTS))  # what a first run of a size makes once is made
+    turns: list[list[str]] = [["baseline", "size"] for _ in range(rounds)] + [["baseline", "memory"]]
+    found = list(subject.rounds.whole(f"scaling, {name}", turns, lambda side: subject.rounds.seconds(sides[side])))
+    timed = [turn for turn in found if "size" in turn]
+    if not timed:
+        raise KeyboardInterrupt
+    following = [*found[1:], found[-1]]  # whose baseline was timed after this one's size
+    around = [[turn["baseline"], after["baseline"]] for turn, after in zip(timed, following, strict=False)]
+    baseline_seconds = np.mean(around, axis=1) / BASE_PROMPTS
+    seconds = np.array([turn["size"] for turn in timed]) / pictures
+    kept[name], kept[f"{name}, baseline"] = seconds.tolist(), baseline_seconds.tolist()
+    yield Figure("scaling", f"{name} / baseline, a picture", (seconds / baseline_seconds).tolist())
+    yield Figure("scaling", name, seconds.tolist(), "s a picture")
+    if peaks and peaks[0] is not None:
+        yield Figure("scaling", f"{name}, at most", [peaks[0] / MIB], "MiB")
