@@ -59,6 +59,15 @@ class PriceTable:
         """As the bundle's JSON holds it."""
         return {"measured_on": dict(self.measured_on), "points": [asdict(point) for point in self.points]}
 
+    def limits(self, column: str) -> tuple[float, float]:
+        """The least and the most of the mean ``column`` (``nfe``, ``net_flops``) that `price_for` can be asked for."""
+        costs = self._falling(column)
+        return float(costs[-1]), float(costs[0])
+
+    def _falling(self, column: str) -> np.ndarray:
+        """Means of ``column`` by ascending price, averaged where they would rise."""
+        return isotonic_regression([getattr(point, column) for point in self.points], increasing=False).x
+
     def price_for(self, name: str, column: str, target: Any) -> float:
         """The price at which the mean of ``column`` is ``target``, a setting called ``name``.
 
@@ -70,8 +79,7 @@ class PriceTable:
         """
         wanted = float(checked(name, target, Annotated[float, above(0)]))
         logs = np.log([point.price for point in self.points])
-        costs = isotonic_regression([getattr(point, column) for point in self.points], increasing=False).x
-        least, most = float(costs[-1]), float(costs[0])
+        costs, (least, most) = self._falling(column), self.limits(column)
         if not least * (1 - _SLACK) <= wanted <= most * (1 + _SLACK):
             cheap, dear = self.points[0].price, self.points[-1].price
             measured = f"as the agent was measured at prices from {cheap:g} to {dear:g}"

@@ -136,10 +136,10 @@ class AdaptivePipeline:
             output_type: ``pil``, ``np`` or ``pt``, see `AdaptivePipelineOutput`.
             callback_on_step_end: ``callback(pipeline, step_index, timestep, callback_kwargs)``, called for each lane
                 after each of its steps. ``step_index`` counts solver steps done, ``timestep`` is that of the next one.
-                ``callback_kwargs`` holds ``index`` (of the picture), ``prompt``, ``seed``, ``nfe``, ``action`` (None in
-                the warm-up), ``reward_score`` (of the latest look), ``finished``, ``stop`` (False) and what
-                ``callback_on_step_end_tensor_inputs`` names. It returns None or a mapping: one in which ``stop`` is
-                true stops the lane at its next decision. Nothing else in it is read.
+                ``callback_kwargs`` holds ``index`` (of the picture), ``prompt``, ``seed``, ``nfe``, ``seconds``,
+                ``action`` (None in the warm-up), ``reward_score`` (of the latest look), ``finished``, ``stop`` (False)
+                and what ``callback_on_step_end_tensor_inputs`` names. It returns None or a mapping: one in which
+                ``stop`` is true stops the lane at its next decision. Nothing else in it is read.
             callback_on_step_end_tensor_inputs: of ``latents``, ``x0`` (C, h, w), ``preview`` (uint8 (H, W, 3)),
                 ``mask`` (float32 (h, w)) and ``action_probabilities`` ((3,) or None).
             previews: whether the output has a preview for each decision.
@@ -221,6 +221,7 @@ class AdaptivePipeline:
             "prompt": step.episode.request.prompt,
             "seed": step.episode.request.seed,
             "nfe": step.nfe,
+            "seconds": step.episode.made.seconds,
             "action": step.action,
             "reward_score": step.reward_score,
             "finished": step.finished,

@@ -16,14 +16,22 @@ from addiff_env.types import Generated
 
 
 class FixedSteps(Batched):
-    """A solver with N steps, stated as ``ddim-N``: same model, guidance and noise as the environment ``env``."""
+    """A solver with N steps, stated as ``ddim-N``: same model, guidance and noise as the environment ``env``.
+
+    ``watch`` sees every evaluation, as `addiff_env.diffusion.backbones.denoise` says.
+    """
 
     def __init__(
-        self, env: DiffusionDenoiseVectorEnv, steps: int, solver: str | None = None, batch_size: int | None = None
+        self,
+        env: DiffusionDenoiseVectorEnv,
+        steps: int,
+        solver: str | None = None,
+        batch_size: int | None = None,
+        watch: Any = None,
     ) -> None:
         solver = solver or env.backbone.solver
         super().__init__(env, f"{solver}-{steps}", batch_size)
-        self.steps = steps
+        self.steps, self.watch = steps, watch
         self.expected_nfe = float(steps)
         self.schedule = env.backbone.schedule(steps, env.latent_shape, solver)
 
@@ -34,7 +42,7 @@ class FixedSteps(Batched):
         return denoise(self.env.backbone, self.schedule, prompts, noise, scale, watch, negative_prompt=negative)
 
     def _batch(self, items: list[Item]) -> list[Generated]:
-        latents = self.latents([item.prompt for item in items], [item.seed for item in items])
+        latents = self.latents([item.prompt for item in items], [item.seed for item in items], self.watch)
         pictures, finite = decode_finite(self.env.backbone, latents)
         passes = self.steps * self.env.passes_per_nfe
         made = zip(items, to_uint8(pictures), finite.tolist(), strict=True)
