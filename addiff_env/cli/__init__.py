@@ -58,10 +58,11 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does; a t
     ),
     "world rules": ("addiff_env.tiny.measures.rules", "play plain rules on several grids, with the verifier alone"),
     "world prices": ("addiff_env.evaluation.prices", "compare agents with hand-made rules at every price"),
+    "world bars": ("addiff_env.evaluation.budget_bars", "hold an evaluation at several prices against what is asked"),
     "world optimal": ("addiff_env.tiny.measures.optimal_stopping", "say what dynamic programming earns on a record"),
     "world repair": ("addiff_env.tiny.measures.repair", "measure what a refinement repairs, for each kind of mask"),
 }
-BARS = ("acceptance", "world quality", "world auc")  # their status 1 says that a bar is missed
+BARS = ("acceptance", "world quality", "world auc", "world bars")  # their status 1 says that a bar is missed
 EXPECTED = (ValueError, TypeError, OSError, ImportError, gym.error.Error)
 EXTRAS = {"optuna": "search"}  # libraries that a verb's module imports, and the extra that brings them
 
