@@ -10,6 +10,7 @@ from stable_baselines3.common.callbacks import CallbackList
 
 optuna = pytest.importorskip("optuna", reason="pip install 'addiff-env[search]'")
 
+import addiff_env.storage.hydra_app  # noqa: E402, F401  # names the folders of a sweep
 from addiff_env.sb3 import search  # noqa: E402
 from addiff_env.sb3.checkpoint import FILE  # noqa: E402
 from addiff_env.sb3.held_out import HeldOut  # noqa: E402

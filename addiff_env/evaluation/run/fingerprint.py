@@ -14,15 +14,10 @@ from addiff_env.agent import Agent
 from addiff_env.env.config import EnvConfig
 from addiff_env.evaluation.benchmarks.items import Item, id_list_hash
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
-from addiff_env.evaluation.run.made_with import BENCHMARK, CONTENTS, differing_values
+from addiff_env.evaluation.run.made_with import BENCHMARK, CONTENTS, HARMLESS, differing_values
 from addiff_env.storage.inputs import FILE_SETTINGS, fingerprints
 
 CONTROL = {"mask": "full"}  # how the environment of H4's control differs from the agent's
-# Settings that change no picture, or that each row states itself.
-HARMLESS = (
-    *("prompts", "reward", "render_mode", "device", "dtype", "compile", "channels_last", "batch_size"),
-    *("decode_memory", "offload"),
-)
 # Stated where they are set: earlier folders have none.
 _LATER = {"negative_prompt": None, "look_precision": "auto", "price_range": None}
 WEIGHTS = tuple(name for name in FILE_SETTINGS if name not in HARMLESS)

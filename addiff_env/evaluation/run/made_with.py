@@ -9,15 +9,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+from addiff_env.env.config import EnvConfig
+from addiff_env.env.validation import plain
 from addiff_env.storage.files import keep_first, read_json
 from addiff_env.storage.inputs import differing, flatten
 
 CONTENTS, WEIGHTS_BEFORE = "contents", "weights"  # of the files that settings name; what earlier releases kept of them
 BENCHMARK, MODEL = "benchmark.name", "environment.model"
 OTHER_FOLDER = "take another folder: hydra.run.dir=..."
+# Settings that change no picture, or that each row states itself.
+HARMLESS = (
+    *("prompts", "reward", "render_mode", "device", "dtype", "compile", "channels_last", "batch_size"),
+    *("decode_memory", "offload"),
+)
+# What a folder of a release without a setting was made with: the setting's default.
+_DEFAULTS = {
+    f"environment.{field.name}": plain(field.default)
+    for field in fields(EnvConfig)
+    if field.default is not MISSING and field.name not in HARMLESS
+}
 ADDED = ("metrics", "agents")  # named one by one: who goes on need not have all of them
 
 
@@ -27,7 +41,9 @@ def differing_values(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list
     Of `ADDED` our names alone count, and of those no agent that they have not got. A file that lies elsewhere is the
     same if its contents are, except for the model, by whose name rows are told apart.
     """
-    mine, others = ({name: value for name, value in flatten(tree).items() if value != {}} for tree in (ours, theirs))
+    mine, others = (
+        _DEFAULTS | {name: value for name, value in flatten(tree).items() if value != {}} for tree in (ours, theirs)
+    )
     names = [name for name in dict.fromkeys([*mine, *others]) if not _may_lack(name, mine, others)]
     now, before = ({name: values[name] for name in names if name in values} for values in (mine, others))
     return differing(now, before, ours.get(CONTENTS, {}), theirs.get(CONTENTS, {}), mine, by_name=[MODEL])

@@ -98,6 +98,18 @@ def test_what_changes_no_row_may_change(tmp_path: Path) -> None:
     require_same(tmp_path, stamp({"agent": AGENT, "agent-s1": OTHER}), "1")  # another method
 
 
+@pytest.mark.parametrize("name", ["reads", "text_info", "negative_prompt", "look_precision", "price_range", "eta"])
+def test_a_folder_of_a_release_without_a_setting_has_its_default(tmp_path: Path, name: str) -> None:
+    earlier, other = stamp(), {"reads": ["reward"], "text_info": True, "look_precision": "float32", "eta": 0.5}
+    earlier["environment"].pop(name, None)
+    keep_fingerprint(tmp_path, earlier, "1")
+    require_same(tmp_path, stamp(), "1")
+    require_same(tmp_path, earlier, "1")
+    if name in other:
+        with pytest.raises(ValueError, match=f"environment.{name}: "):
+            require_same(tmp_path, stamp(overrides={name: other[name]}), "1")
+
+
 def test_agents_of_one_run_share_an_environment() -> None:
     with pytest.raises(ValueError, match="agent-s0 and agent-s1 act in .*guidance_scale: 4.0 there, 7.5 now"):
         stamp({"agent-s0": AGENT, "agent-s1": make_agent(1, guidance_scale=7.5)})
