@@ -6,7 +6,7 @@ from functools import cache
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, open_dict
 
-from addiff_env.storage.paths import configs_folder
+from addiff_env.loading.paths import configs_folder
 
 
 def rllib_config(*overrides: str, name: str = "train_rllib", **kwargs: object) -> DictConfig:

@@ -121,7 +121,7 @@ def small_looks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, ViTConfig, ViTModel
 
     import addiff_env
-    from addiff_env.loading.weights import resolve_model
+    from addiff_env.loading.paths import resolve_model
     from addiff_env.perception.scorers.pixel_text import PixelTextReward
 
     packaged = {name: Path(resolve_model(addiff_env.TINY[name])) for name in ("clip", "dino", "scorer")}

@@ -166,7 +166,7 @@ def head(file: Path) -> Path:
     """A head of the aesthetic predictor's for the packaged CLIP."""
     from safetensors.torch import save_file
 
-    from addiff_env.loading.weights import resolve_model
+    from addiff_env.loading.paths import resolve_model
     from addiff_env.perception.encoders import load_clip
     from addiff_env.perception.scorers import Aesthetic
 

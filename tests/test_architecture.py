@@ -9,8 +9,8 @@ import networkx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LIGHT = ["addiff_env", "addiff_env.cli", "addiff_env.tiny.scenes", "addiff_env.storage.paths"]
-FOLDERS = ["evaluation", "diffusion", "perception", "storage", "loading", "tiny"]
+LIGHT = ["addiff_env", "addiff_env.cli", "addiff_env.tiny.scenes", "addiff_env.loading.paths"]
+FOLDERS = ["sb3", "rllib", "evaluation", "diffusion", "perception", "storage", "loading", "tiny"]
 HEAVY = ["torch", "diffusers", "transformers", "stable_baselines3", "sb3_contrib"]
 
 
@@ -29,18 +29,14 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert circles == []
 
 
-@pytest.mark.parametrize(
-    "module", ["addiff_env", "addiff_env.cli", "addiff_env.tiny.scenes", "addiff_env.storage.paths"]
-)
+@pytest.mark.parametrize("module", LIGHT)
 def test_import_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print([name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize(
-    "package", ["sb3", "rllib", "evaluation", "diffusion", "perception", "storage", "loading", "tiny"]
-)
+@pytest.mark.parametrize("package", FOLDERS)
 def test_a_folder_loads_nothing_by_itself(package: str) -> None:
     code = f"import sys, addiff_env.{package}; print([name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

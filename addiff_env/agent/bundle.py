@@ -26,9 +26,9 @@ from addiff_env.env.config import EnvConfig
 from addiff_env.env.prices import check_price, price_at, read_price_range
 from addiff_env.env.validation import plain
 from addiff_env.loading.isolation import exclusive, isolated
+from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.loading.weights import check_finite, gated_advice
 from addiff_env.storage.files import replacing
-from addiff_env.storage.paths import looked_at, resolve_model
 
 if TYPE_CHECKING:
     from addiff_env.env.vector import DiffusionDenoiseVectorEnv

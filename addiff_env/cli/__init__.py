@@ -15,7 +15,7 @@ from importlib import import_module
 import gymnasium as gym
 
 import addiff_env
-from addiff_env.storage.paths import expand_home
+from addiff_env.loading.paths import expand_home
 
 VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does; a table, whose rows are meant to be alike
     "generate": ("addiff_env.cli.generate", "make pictures of prompts with a trained agent"),

@@ -15,8 +15,8 @@ from hydra.errors import HydraException
 from addiff_env.env.config import EnvConfig
 from addiff_env.env.training_settings import as_mapping
 from addiff_env.env.validation import at_least, checked
+from addiff_env.loading.paths import configs_folder
 from addiff_env.storage.files import read_yaml
-from addiff_env.storage.paths import configs_folder
 
 SYNTAX = """\
 settings, as of the other commands:

@@ -26,11 +26,11 @@ from addiff_env.env.prompts import check_prompt
 from addiff_env.env.reward import RewardConfig, quality
 from addiff_env.env.validation import at_least, check_seed, checked
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.storage.commands import command_line, interruptible, json_argument
 from addiff_env.storage.files import claim_file, told_when_full, write_whole
 from addiff_env.storage.inputs import fingerprint
 from addiff_env.storage.jsonl import read_objects
-from addiff_env.storage.paths import looked_at, resolve_model
 
 FORMAT_VERSION = 3
 ENDS_ONLY = 2  # the version that knew weights by both ends of their files; still read, and completed

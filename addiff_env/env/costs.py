@@ -26,7 +26,8 @@ import torch
 
 from addiff_env.diffusion.backbones import Backbone, count_flops, initial_noise, load_backbone
 from addiff_env.env.config import EnvConfig
-from addiff_env.loading.weights import resolve_device, resolve_dtype, resolve_model
+from addiff_env.loading.paths import resolve_model
+from addiff_env.loading.weights import resolve_device, resolve_dtype
 from addiff_env.perception.encoders import load_clip, load_dino
 from addiff_env.perception.previews import PREVIEWS, make_previewer
 from addiff_env.perception.scorers import load_scorer, reads_latents

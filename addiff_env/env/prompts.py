@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from addiff_env.storage.paths import looked_at, resolve_model
+from addiff_env.loading.paths import looked_at, resolve_model
 
 NAMES = ("prompt", "caption")  # of a prompt's column; the first that is there
 _KNOWN = (*NAMES, "seed", "category", "tag")  # names that have a meaning, and are found in any case

@@ -35,9 +35,9 @@ from addiff_env.evaluation.metrics.geneval2 import AM, GM, soft_tifa
 from addiff_env.evaluation.metrics.models import OFFICIAL, keep_imported
 from addiff_env.evaluation.run.rows import read_rows, write_rows
 from addiff_env.evaluation.run.run_folder import read_items, read_provenance, reported_rows
+from addiff_env.loading.paths import looked_at
 from addiff_env.storage.files import claim, file_name, read_json, write_whole
 from addiff_env.storage.jsonl import read_objects
-from addiff_env.storage.paths import looked_at
 from addiff_env.types import ResultRow
 
 INDEX = "index.json"

@@ -29,12 +29,12 @@ from addiff_env.evaluation.methods.policy_method import PolicyMethod
 from addiff_env.evaluation.metrics.registry import is_embedded_world
 from addiff_env.evaluation.report.text import aligned
 from addiff_env.evaluation.run.fingerprint import WEIGHTS, environment_of
+from addiff_env.loading.paths import resolve_model
 from addiff_env.pipeline import make_agent_env
 from addiff_env.stats import at_least_one
 from addiff_env.storage.commands import interruptible
 from addiff_env.storage.files import claim
 from addiff_env.storage.inputs import fingerprints
-from addiff_env.storage.paths import resolve_model
 from addiff_env.tiny.checker import check_picture
 from addiff_env.tiny.scenes import SIZE
 

@@ -20,10 +20,10 @@ from addiff_env.agent import Agent
 from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.run.rows import read_rows
 from addiff_env.evaluation.statistics.families import agent_runs
+from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.stats import clustered_wilson
 from addiff_env.storage.files import claim, read_yaml
 from addiff_env.storage.jsonl import read_objects
-from addiff_env.storage.paths import looked_at, resolve_model
 from addiff_env.types import ResultRow
 
 

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from addiff_env.loading.paths import PACKAGE_PREFIX, looked_at, resolve_model
 from addiff_env.loading.weights import gated_advice
-from addiff_env.storage.paths import PACKAGE_PREFIX, looked_at, resolve_model
 
 Group = Sequence[str]  # names of files, one of which has to be there
 Find = Callable[[str], Path | None]  # a file by its name in a folder or repository

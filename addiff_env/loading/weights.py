@@ -18,9 +18,7 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from addiff_env.loading.isolation import exclusive
-from addiff_env.storage.paths import PACKAGE_PREFIX as PACKAGE_PREFIX
-from addiff_env.storage.paths import looked_at as looked_at
-from addiff_env.storage.paths import resolve_model as resolve_model
+from addiff_env.loading.paths import looked_at, resolve_model
 
 _GATED = ("black-forest-labs/",)  # whose models need an accepted licence
 T = TypeVar("T")

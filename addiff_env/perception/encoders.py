@@ -24,15 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from addiff_env.loading.isolation import frozen_call
-from addiff_env.loading.weights import (
-    check_finite,
-    load_network,
-    looked_at,
-    quiet_loading,
-    reason,
-    resolve_model,
-    shared,
-)
+from addiff_env.loading.paths import looked_at, resolve_model
+from addiff_env.loading.weights import check_finite, load_network, quiet_loading, reason, shared
 from addiff_env.perception.preprocessing import IMAGENET, Preprocess, check_pairs, check_pictures, check_texts
 
 OPEN_CLIP = "open_clip:"

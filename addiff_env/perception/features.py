@@ -13,10 +13,10 @@ import torch
 
 from addiff_env.diffusion.backbones import count_flops
 from addiff_env.loading.isolation import isolated
+from addiff_env.loading.paths import resolve_model
 from addiff_env.perception.encoders import load_clip, load_dino
 from addiff_env.perception.preprocessing import unvalidated_pictures
 from addiff_env.perception.scorers import ScorerOfLatents, load_scorer, reads_latents
-from addiff_env.storage.paths import resolve_model
 
 QUALITY = (
     "clip_score",

@@ -12,15 +12,8 @@ from diffusers import AutoencoderTiny
 from addiff_env.diffusion.backbones import Backbone, count_flops
 from addiff_env.diffusion.backbones.memory import in_slices
 from addiff_env.loading.isolation import frozen, isolated
-from addiff_env.loading.weights import (
-    DTYPES,
-    gated_advice,
-    load_network,
-    looked_at,
-    quiet_loading,
-    resolve_model,
-    shared,
-)
+from addiff_env.loading.paths import looked_at, resolve_model
+from addiff_env.loading.weights import DTYPES, gated_advice, load_network, quiet_loading, shared
 
 PREVIEWS = ("vae", "taesd", "latent_rgb")
 FIT_PICTURES, FIT_CELLS = 16, 16  # pictures that `fit_latent_rgb` looks at, and their side in latent cells

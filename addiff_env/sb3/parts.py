@@ -22,6 +22,7 @@ from addiff_env.env.training_settings import (
 )
 from addiff_env.env.validation import at_least, below, checked
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.sb3.callbacks import (
     Clock,
     CollapseAlarm,
@@ -36,7 +37,6 @@ from addiff_env.sb3.held_out import HeldOut, MetricFn
 from addiff_env.sb3.policies import ALGORITHMS
 from addiff_env.sb3.vec_env import DenoiseVecEnv, make_lanes, observation_parts
 from addiff_env.storage.commands import command_line
-from addiff_env.storage.paths import looked_at, resolve_model
 
 
 def input_settings(cfg: DictConfig) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from optuna.trial import TrialState
 from stable_baselines3.common.callbacks import BaseCallback
 
 from addiff_env.env.training_settings import differing_values, resolved
+from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.sb3.checkpoint import FILE
 from addiff_env.sb3.held_out import HeldOut
 from addiff_env.sb3.parts import input_settings
@@ -37,7 +38,6 @@ from addiff_env.sb3.training import COSMETIC, Result, train
 from addiff_env.storage.commands import command_line, interruptible, override, spelled
 from addiff_env.storage.files import claim, read_yaml
 from addiff_env.storage.inputs import fingerprints
-from addiff_env.storage.paths import looked_at, resolve_model
 
 Trainer = Callable[..., Result]
 HELD_OUT = 128  # prompts that a trial is judged on; the 32 of a single training are too few to tell trials apart

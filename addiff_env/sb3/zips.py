@@ -17,10 +17,10 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
 from addiff_env.agent import Agent
+from addiff_env.loading.paths import looked_at
 from addiff_env.loading.weights import reason
 from addiff_env.sb3.policies import ALGORITHMS, DenoisePolicy
 from addiff_env.sb3.vec_env import make_vec_env
-from addiff_env.storage.paths import looked_at
 
 
 def export_zip(agent: Agent, env: VecEnv, path: str | Path) -> None:

@@ -1,1 +1,1 @@
-"""Files: paths, locks, whole writes, contents."""
+"""Files: locks, whole writes, contents."""

@@ -13,8 +13,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from addiff_env.loading.paths import configs_folder, expand_home
 from addiff_env.storage.files import file_name
-from addiff_env.storage.paths import configs_folder, expand_home
 
 
 def run_hydra(task: Callable[[DictConfig], None], name: str, argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from addiff_env.storage.paths import resolve_model
+from addiff_env.loading.paths import resolve_model
 
 # Settings of an environment that may name files.
 FILE_SETTINGS = ("model", "lora", "clip", "dino", "scorer", "preview_model", "prompts")

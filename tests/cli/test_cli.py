@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 
 import addiff_env
 from addiff_env import cli
-from addiff_env.storage.paths import configs_folder
+from addiff_env.loading.paths import configs_folder
 from addiff_env.tiny.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]

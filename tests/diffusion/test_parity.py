@@ -26,7 +26,7 @@ from rounding import assert_same_but_for_rounding
 import addiff_env
 from addiff_env.diffusion.samplers import SOLVERS, Level, Schedule, solver_step
 from addiff_env.env import DiffusionDenoiseVectorEnv
-from addiff_env.loading.weights import resolve_model
+from addiff_env.loading.paths import resolve_model
 from addiff_env.perception.encoders import load_clip, load_dino
 from addiff_env.perception.scorers import load_scorer
 

@@ -13,7 +13,7 @@ import torch
 import addiff_env
 from addiff_env.env import DiffusionDenoiseEnv, DiffusionDenoiseVectorEnv
 from addiff_env.env.prompts import load_prompts
-from addiff_env.loading.weights import resolve_model
+from addiff_env.loading.paths import resolve_model
 
 ID = "AdDiffusion-Tiny-v0"
 Kwargs = dict[str, Any]

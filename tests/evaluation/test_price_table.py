@@ -13,8 +13,8 @@ from addiff_env.agent.price_table import PriceTable
 from addiff_env.env.reward import quality
 from addiff_env.evaluation import price_table
 from addiff_env.evaluation.benchmarks.items import load_benchmark
+from addiff_env.loading.paths import resolve_model
 from addiff_env.pipeline import make_agent_env
-from addiff_env.storage.paths import resolve_model
 from addiff_env.tiny.checker import check_picture
 
 RANGE = [0.001, 0.016]

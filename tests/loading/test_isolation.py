@@ -28,7 +28,7 @@ from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.registry import make_method
 from addiff_env.loading.isolation import exclusive, frozen, isolated
-from addiff_env.loading.weights import resolve_model
+from addiff_env.loading.paths import resolve_model
 from addiff_env.perception.encoders import load_clip, load_dino
 from addiff_env.perception.scorers import PixelTextReward, load_scorer
 from addiff_env.pipeline import AdaptivePipeline

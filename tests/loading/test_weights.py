@@ -22,7 +22,8 @@ from addiff_env.diffusion.backbones import load_backbone
 from addiff_env.evaluation.metrics.detectors import GENEVAL_CLASSES, BoxDetector, InstanceDetector, WordDetector
 from addiff_env.evaluation.metrics.geneval import ClipColors
 from addiff_env.evaluation.metrics.t2i_compbench import BlipVqa, DepthEstimator
-from addiff_env.loading.weights import quiet_loading, resolve_model
+from addiff_env.loading.paths import resolve_model
+from addiff_env.loading.weights import quiet_loading
 from addiff_env.perception.encoders import load_clip, load_dino
 from addiff_env.perception.previews import load_tiny_decoder
 from addiff_env.perception.scorers import load_scorer

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import addiff_env
-from addiff_env.loading.weights import resolve_model
+from addiff_env.loading.paths import resolve_model
 from addiff_env.perception.encoders import CLIPEncoder, ContrastiveEncoder, DINOEncoder, OpenCLIPEncoder, load_clip
 from addiff_env.perception.preprocessing import (
     OPENAI_CLIP,

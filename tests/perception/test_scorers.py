@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import addiff_env
 from addiff_env import cli
 from addiff_env.env.reward import RewardConfig, quality
-from addiff_env.loading.weights import resolve_model
+from addiff_env.loading.paths import resolve_model
 from addiff_env.perception.encoders import CLIPEncoder, DINOEncoder, OpenCLIPEncoder, load_clip
 from addiff_env.perception.features import Perception
 from addiff_env.perception.preprocessing import OPENAI_CLIP

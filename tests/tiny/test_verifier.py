@@ -279,7 +279,7 @@ def test_the_whole_recipe_and_its_measurement(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Record, train from scratch, measure: on a small model, with few prompts."""
-    from addiff_env.loading.weights import resolve_model
+    from addiff_env.loading.paths import resolve_model
 
     make = LatentTextReward
 

@@ -12,16 +12,8 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from addiff_env.loading.weights import (
-    PACKAGE_PREFIX,
-    check_finite,
-    gated_advice,
-    load_network,
-    looked_at,
-    quiet_loading,
-    resolve_model,
-    some,
-)
+from addiff_env.loading.paths import PACKAGE_PREFIX, looked_at, resolve_model
+from addiff_env.loading.weights import check_finite, gated_advice, load_network, quiet_loading, some
 
 PIPELINE_OPTIONS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
 _MATRICES = (("lora_A.", "lora_B."), ("lora.down.", "lora.up."))  # of a layer's LoRA

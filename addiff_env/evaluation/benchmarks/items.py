@@ -21,7 +21,7 @@ from addiff_env.env.prompts import (
 )
 from addiff_env.evaluation.benchmarks.complexity import count_content_words, text_complexity
 from addiff_env.evaluation.benchmarks.readers import SOURCES, Entry, Source, read_list, read_tiny
-from addiff_env.storage.paths import resolve_model
+from addiff_env.loading.paths import resolve_model
 from addiff_env.tiny.prompt_splits import SPLITS
 
 TINY = tuple(f"tiny-{split}" for split in SPLITS)  # the embedded world's splits

@@ -129,7 +129,7 @@ def clip_features(
     """
     import torch
 
-    from addiff_env.loading.weights import resolve_model
+    from addiff_env.loading.paths import resolve_model
     from addiff_env.perception.encoders import load_clip
 
     _refuse_empty(paths)

@@ -25,7 +25,8 @@ from addiff_env.evaluation.metrics.set_distances import (
     reference_features,
 )
 from addiff_env.evaluation.statistics.summary import NOT_AVAILABLE
-from addiff_env.loading.weights import looked_at, reason, resolve_model
+from addiff_env.loading.paths import looked_at, resolve_model
+from addiff_env.loading.weights import reason
 from addiff_env.perception.encoders import load_clip
 from addiff_env.types import ResultRow
 

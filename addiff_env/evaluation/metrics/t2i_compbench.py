@@ -40,9 +40,9 @@ from addiff_env.evaluation.metrics.t2i_rules import (
     spatial_score,
 )
 from addiff_env.loading.isolation import frozen_call
+from addiff_env.loading.paths import resolve_model
 from addiff_env.loading.weights import fetching, load_network, quiet_loading
 from addiff_env.perception.scorers import Scorer, load_scorer
-from addiff_env.storage.paths import resolve_model
 
 T2I_METRICS = ("blip_vqa", "spatial", "spatial_3d", "numeracy", "non_spatial", "three_in_one", "t2i_compbench")
 OWN = {  # each category's own metric, as the benchmark has it

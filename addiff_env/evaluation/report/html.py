@@ -60,9 +60,9 @@ from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.evaluation.statistics.rules import configured_rules, read_rules
 from addiff_env.evaluation.statistics.summary import by_method, counted, decision_counts, headline_metric
 from addiff_env.evaluation.statistics.tiers import by_tier, claims_of, describe_tiers, stated_name
+from addiff_env.loading.paths import looked_at
 from addiff_env.storage.files import claim, told_when_full
 from addiff_env.storage.inputs import flatten
-from addiff_env.storage.paths import looked_at
 from addiff_env.types import ACTIONS, ResultRow
 
 LEFT_OUT = "left_out"  # in a run's provenance: methods and metrics that were asked for and could not be had

@@ -22,8 +22,8 @@ from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.registry import AUTO, is_agent
 from addiff_env.evaluation.metrics.registry import missing
 from addiff_env.evaluation.statistics.families import at_price
+from addiff_env.loading.paths import PACKAGE_PREFIX, resolve_model
 from addiff_env.storage.files import alone_in, read_json, write_whole
-from addiff_env.storage.paths import PACKAGE_PREFIX, resolve_model
 
 ALL = "all"
 METRICS = "left_out_metrics"  # in methods.json

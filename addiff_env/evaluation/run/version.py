@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 import addiff_env
-from addiff_env.storage.paths import PACKAGE_PREFIX
+from addiff_env.loading.paths import PACKAGE_PREFIX
 
 CODE = ("addiff_env", "configs")  # what can change a row; documentation and tests cannot
 

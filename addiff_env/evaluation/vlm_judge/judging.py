@@ -34,10 +34,10 @@ from addiff_env.evaluation.vlm_judge.agreement import cohens_kappa, rank_methods
 from addiff_env.evaluation.vlm_judge.client import Judge, JudgeError
 from addiff_env.evaluation.vlm_judge.pairs import OUTCOMES, Pair, Preference, pairs_of
 from addiff_env.evaluation.vlm_judge.settings import JudgeSettings
+from addiff_env.loading.paths import looked_at
 from addiff_env.stats import wilson_interval
 from addiff_env.storage.commands import interruptible
 from addiff_env.storage.files import claim, write_whole
-from addiff_env.storage.paths import looked_at
 from addiff_env.types import ResultRow
 
 # --------------------------------------------------------------------------- what is judged

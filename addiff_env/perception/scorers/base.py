@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from addiff_env.loading.isolation import exclusive
-from addiff_env.loading.weights import check_finite, looked_at, reason, resolve_model, some
+from addiff_env.loading.paths import looked_at, resolve_model
+from addiff_env.loading.weights import check_finite, reason, some
 from addiff_env.perception.preprocessing import check_pairs
 
 Module = TypeVar("Module", bound=nn.Module)

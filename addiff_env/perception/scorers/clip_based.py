@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from addiff_env.loading.isolation import frozen_call
+from addiff_env.loading.paths import resolve_model
 from addiff_env.perception.encoders import CLIPEncoder, ContrastiveEncoder, OpenCLIPEncoder, load_clip, quiet_open_clip
 from addiff_env.perception.preprocessing import OPENAI_CLIP, Preprocess, check_pairs
 from addiff_env.perception.scorers.base import (
@@ -18,7 +19,6 @@ from addiff_env.perception.scorers.base import (
     load_exactly,
     read_checkpoint,
 )
-from addiff_env.storage.paths import resolve_model
 
 HPS_SOURCE = Source("xswu/HPSv2", "HPS_v2.1_compressed.pt")
 HPS_ARCHITECTURE = "ViT-H-14"  # open_clip's, with GELU as in LAION-2B's weights

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from addiff_env.loading.isolation import frozen_call
-from addiff_env.loading.weights import looked_at, quiet_loading, resolve_model
+from addiff_env.loading.paths import looked_at, resolve_model
+from addiff_env.loading.weights import quiet_loading
 from addiff_env.perception.preprocessing import OPENAI_CLIP, Preprocess, check_pairs
 from addiff_env.perception.scorers.base import (
     LOGIT_LIMIT,

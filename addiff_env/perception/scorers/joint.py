@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-from addiff_env.loading.weights import reason, resolve_model
+from addiff_env.loading.paths import resolve_model
+from addiff_env.loading.weights import reason
 from addiff_env.perception.scorers.base import LOGIT_LIMIT, load_exactly, read_checkpoint
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"

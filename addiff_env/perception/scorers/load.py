@@ -6,7 +6,8 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from addiff_env.loading.weights import looked_at, resolve_model, shared
+from addiff_env.loading.paths import looked_at, resolve_model
+from addiff_env.loading.weights import shared
 from addiff_env.perception.scorers.base import Scorer
 from addiff_env.perception.scorers.clip_based import CLIP_BASED, clip_score
 from addiff_env.perception.scorers.image_reward import ImageReward

@@ -12,7 +12,7 @@ import torch
 
 import addiff_env
 from addiff_env.diffusion.backbones import denoise, initial_noise, load_backbone
-from addiff_env.loading.weights import resolve_model
+from addiff_env.loading.paths import resolve_model
 from addiff_env.stats import auc, auc_interval
 from addiff_env.tiny.measures import auc as command
 from addiff_env.tiny.measures.auc import SHARES, look, measure, probe, table

@@ -24,13 +24,12 @@ from addiff_env.evaluation.metrics.t2i_compbench import open_t2i
 from addiff_env.evaluation.run.planning import named_agents
 from addiff_env.evaluation.run.version import model_revision
 from addiff_env.evaluation.share import measured, record
-from addiff_env.loading.weights import resolve_model
+from addiff_env.loading.paths import expand_home, resolve_model
 from addiff_env.perception.encoders import load_clip, load_dino
 from addiff_env.perception.scorers import PixelTextReward, load_scorer
 from addiff_env.rllib.lanes import make_lanes
 from addiff_env.sb3 import search, zips
 from addiff_env.storage.inputs import fingerprint
-from addiff_env.storage.paths import expand_home
 
 ID = "AdDiffusion-Tiny-v0"
 AGENT = "addiff_env:tiny/weights/agent"
