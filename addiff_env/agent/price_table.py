@@ -81,8 +81,8 @@ class PriceTable:
         logs = np.log([point.price for point in self.points])
         costs, (least, most) = self._falling(column), self.limits(column)
         if not least * (1 - _SLACK) <= wanted <= most * (1 + _SLACK):
-            cheap, dear = self.points[0].price, self.points[-1].price
-            measured = f"as the agent was measured at prices from {cheap:g} to {dear:g}"
+            lowest, highest = self.points[0].price, self.points[-1].price
+            measured = f"as the agent was measured at prices from {lowest:g} to {highest:g}"
             raise ValueError(f"{name} must lie in [{least:.4g}, {most:.4g}], {measured}, got {target!r}")
         levels = np.unique(costs)  # ascending; points of one level stand at their middle
         middles = [logs[costs == level].mean() for level in levels]

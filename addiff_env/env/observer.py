@@ -146,7 +146,7 @@ class Observer:
         return pictures
 
     def blank(self, state: LaneState, lanes: np.ndarray) -> None:
-        """Forget what was seen of ``lanes``: without warm-up there is no prediction yet."""
+        """Clear the features of ``lanes``: without warm-up there is no prediction yet."""
         index, perception = state.index(lanes), self.perception
         blank = Features.blank(len(lanes), perception.clip.width, perception.dino.width, self.backbone.device)
         state.features.put(index, blank)

@@ -1,7 +1,7 @@
-"""The learning bar: does an agent use what it may do, and does it beat what one can do by hand?
+"""The acceptance test: does an agent use what it may do, and does it beat what one can do by hand?
 
     addiff acceptance runs/train/tiny-seed0/agent
-    addiff acceptance runs/train/tiny-seed{0,1,2}/agent --limit 256 --json > bar.json
+    addiff acceptance runs/train/tiny-seed{0,1,2}/agent --limit 256 --json > acceptance.json
     addiff acceptance runs/train/tiny-seed0/agent --opponents runs/opponents.json     kept for the next agent
 
 On the embedded world's dev split, in the agent's own environment and paid by its own reward, the agent is compared with
@@ -246,18 +246,18 @@ class AcceptanceTest:
         return self._known[key]
 
     def _measure_opponents(self, env: DiffusionDenoiseVectorEnv, price: float | None) -> Opponents:
-        stamp = self._stamp(env) | ({} if price is None else {"price": price})
+        fingerprint = self._fingerprint(env) | ({} if price is None else {"price": price})
         if self.file and self.file.is_file():
-            return read_opponents(self.file, stamp)
+            return read_opponents(self.file, fingerprint)
         choice = choose_rule(env, tuning_items(env, self.tuning, self.seed), price=price)
         rule = ThresholdRule(choice.look_at, choice.tau, env.config.num_inference_steps)
         played = run_policy(env, rule, self.items, rule.fingerprint, price)
         found = Opponents(choice, constants(env, self.items, price), played)
         if self.file:
-            write_opponents(self.file, stamp, found)
+            write_opponents(self.file, fingerprint, found)
         return found
 
-    def _stamp(self, env: DiffusionDenoiseVectorEnv) -> dict[str, Any]:
+    def _fingerprint(self, env: DiffusionDenoiseVectorEnv) -> dict[str, Any]:
         """What the opponents' returns depend on, the models' files included."""
         items = hashlib.sha256(repr(self.items).encode()).hexdigest()[:12]
         reward = dict(vars(env.reward_config))
@@ -270,16 +270,16 @@ def settings_of(env: DiffusionDenoiseVectorEnv) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(env.config) | {"prompts": len(env.prompts)}, default=str))
 
 
-def write_opponents(path: Path, stamp: dict[str, Any], found: Opponents) -> None:
+def write_opponents(path: Path, fingerprint: dict[str, Any], found: Opponents) -> None:
     """Keep what the opponents made, as JSON."""
     policy_runs = [
         {"name": p.name, "episodes": [astuple(e) for e in p.episodes]} for p in (found.rule, *found.constant)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps({"stamp": stamp, "choice": asdict(found.choice), "plays": policy_runs}))
+    write_whole(path, json.dumps({"stamp": fingerprint, "choice": asdict(found.choice), "plays": policy_runs}))
 
 
-def read_opponents(path: Path, stamp: dict[str, Any]) -> Opponents:
+def read_opponents(path: Path, fingerprint: dict[str, Any]) -> Opponents:
     """What `write_opponents` kept.
 
     Raises:
@@ -292,14 +292,14 @@ def read_opponents(path: Path, stamp: dict[str, Any]) -> Opponents:
             PolicyRun(p["name"], [Episode(v, s, n, tuple(a)) for v, s, n, a in p["episodes"]]) for p in kept["plays"]
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no opponents of the bar ({error}); remove it") from error
-    if differing := [name for name in stamp if stamp[name] != theirs.get(name)]:
+        raise ValueError(f"{path} holds no opponents of the acceptance test ({error}); remove it") from error
+    if differing := [name for name in fingerprint if fingerprint[name] != theirs.get(name)]:
         raise ValueError(f"{path} was made with other {', '.join(differing)}; remove it or name another file")
     return Opponents(choice, constant, rule)
 
 
 def load_agent(folder: Path) -> Agent:
-    """An agent that the bar is set for.
+    """An agent that the acceptance test is for.
 
     Raises:
         FileNotFoundError, ValueError: as `Agent.from_pretrained`, or it acts elsewhere.
@@ -307,15 +307,17 @@ def load_agent(folder: Path) -> Agent:
     agent = Agent.from_pretrained(folder)
     environment, _ = agent.environment
     if not environment.startswith("AdDiffusion-Tiny-"):
-        raise ValueError(f"{folder} acts on {environment!r}; the bar is set in the embedded world, AdDiffusion-Tiny-v0")
+        raise ValueError(
+            f"{folder} acts on {environment!r}; the acceptance test is set in the embedded world, AdDiffusion-Tiny-v0"
+        )
     return agent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Decide; returns the exit status: 1 where an agent misses the bar."""
+    """Decide; returns the exit status: 1 where an agent fails."""
     options = _parser().parse_args(argv)
     items = load_benchmark("tiny-dev", options.limit)
-    bar = AcceptanceTest(items, options.tuning, options.num_envs, options.seed, options.opponents, options.price)
+    test = AcceptanceTest(items, options.tuning, options.num_envs, options.seed, options.opponents, options.price)
     reports: list[AcceptanceReport] = []
     try:
         agents = [load_agent(folder) for folder in options.agents]  # all of them before the first is measured
@@ -323,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for agent in agents:
                 agent.check_price(options.price)
         for folder, agent in zip(options.agents, agents, strict=True):
-            reports.append(bar.measure(folder, agent))
+            reports.append(test.measure(folder, agent))
             if not options.json:
                 print(f"{reports[-1].text()}\n", flush=True)
     finally:
@@ -333,7 +335,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="addiff acceptance", description="Decide the learning bar.")
+    parser = argparse.ArgumentParser(
+        prog="addiff acceptance", description="Decide whether agents pass the acceptance test."
+    )
     parser.add_argument("agents", nargs="+", type=Path, metavar="AGENT", help="folder of an agent bundle")
     parser.add_argument(
         "--limit", type=at_least_one, default=None, help="pictures, categories in turn (default: all 1,024)"

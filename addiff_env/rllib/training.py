@@ -42,7 +42,7 @@ def require_ray() -> Any:
     return ray
 
 
-def make_config(cfg: DictConfig, gpus: float, seen: Survey, seed: int) -> Any:
+def make_config(cfg: DictConfig, gpus: float, surveyed: Survey, seed: int) -> Any:
     """RLlib's ``PPOConfig`` for this configuration, runners with ``gpus`` GPUs each, and what `survey` saw."""
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -52,8 +52,8 @@ def make_config(cfg: DictConfig, gpus: float, seen: Survey, seed: int) -> Any:
 
     register_env(ENV_NAME, make_lanes)
     model = {
-        "parts": seen.norm.parts,
-        "norm": seen.norm.state_dict(),
+        "parts": surveyed.norm.parts,
+        "norm": surveyed.norm.state_dict(),
         "hidden": cfg.policy.hidden,
         "action_bias": list(cfg.policy.action_bias),
     }
@@ -166,11 +166,11 @@ def running_ray(cfg: DictConfig) -> Iterator[None]:
 
 def _train(cfg: DictConfig, run: Path) -> list[float]:
     gpus = share_gpus(cfg, _living_nodes())
-    seen = _look(cfg, gpus)
+    surveyed = _survey(cfg, gpus)
     found = checkpoint.find(run)
     # RLlib does not save the lanes: with the old seed, every continuation would play the same episodes again.
     done = len(_progress_lines(run)) if found else 0
-    algorithm = make_config(cfg, gpus, seen, cfg.seed + 1000 * done).build_algo()
+    algorithm = make_config(cfg, gpus, surveyed, cfg.seed + 1000 * done).build_algo()
     iterations = math.ceil(cfg.algorithm.total_timesteps / train_batch_size(cfg))
     try:
         if found:
@@ -181,14 +181,14 @@ def _train(cfg: DictConfig, run: Path) -> list[float]:
             row = progress.add(algorithm.iteration, {name: float(means.get(name, math.nan)) for name in NUMBERS})
             returns.append(row.get("episode_return_mean", math.nan))
             if algorithm.iteration % cfg.rllib.checkpoint_every == 0 or algorithm.iteration == iterations:
-                bundle(algorithm, cfg, seen, row).save(run / "agent")
+                bundle(algorithm, cfg, surveyed, row).save(run / "agent")
                 checkpoint.save(run, algorithm.save_to_path)
     finally:
         algorithm.stop()
     return returns
 
 
-def _look(cfg: DictConfig, gpus: float) -> Survey:
+def _survey(cfg: DictConfig, gpus: float) -> Survey:
     """`survey` where the runners will be: the main process may have no GPU, or should leave it to them."""
     context = {**_context(cfg, gpus), "num_envs": cfg.num_envs}
     arguments = (context, cfg.calibration_steps, cfg.seed, as_mapping(cfg.policy)["gains"])
@@ -198,18 +198,18 @@ def _look(cfg: DictConfig, gpus: float) -> Survey:
     return ray.get(ray.remote(num_cpus=1, num_gpus=gpus, max_calls=1)(survey).remote(*arguments))
 
 
-def bundle(algorithm: Any, cfg: DictConfig, seen: Survey, last: Mapping[str, float]) -> Agent:
+def bundle(algorithm: Any, cfg: DictConfig, surveyed: Survey, last: Mapping[str, float]) -> Agent:
     """The trained policy with what it was trained on and the means of its last iteration."""
     weights = algorithm.learner_group.get_weights()["default_policy"]
-    policy = PolicyNet(seen.norm.parts, cfg.policy.hidden)
+    policy = PolicyNet(surveyed.norm.parts, cfg.policy.hidden)
     policy.load_state_dict({name: torch.as_tensor(weights[f"policy.{name}"]) for name in policy.state_dict()})
     lanes = {"num_env_runners": cfg.rllib.num_env_runners, "num_envs": cfg.num_envs}
     config: dict[str, Any] = {
         "env": {"id": cfg.env.id, "kwargs": shareable(env_settings(cfg))},
-        "observation": seen.norm.parts,
+        "observation": surveyed.norm.parts,
         "hidden": cfg.policy.hidden,
-        "backbone": seen.backbone,
-        "reward": seen.reward,
+        "backbone": surveyed.backbone,
+        "reward": surveyed.reward,
         "training": {
             "seed": cfg.seed,
             "timesteps": algorithm.iteration * train_batch_size(cfg),

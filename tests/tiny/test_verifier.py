@@ -236,7 +236,7 @@ def test_what_was_not_tried_is_not_learned_from() -> None:
     logits = torch.tensor([[2.0, 50.0], [-1.0, 1.0]])
     labels = torch.tensor([[1.0, UNASKED], [0.0, 1.0]])
     by_hand = (np.log1p(np.exp(-2.0)) + np.log1p(np.exp(-1.0)) + np.log1p(np.exp(-1.0))) / 3
-    assert float(verifier.verdict_loss(logits, labels)) == pytest.approx(by_hand)
+    assert float(verifier.success_loss(logits, labels)) == pytest.approx(by_hand)
 
 
 @settings(max_examples=50)

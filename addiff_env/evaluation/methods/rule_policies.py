@@ -2,7 +2,7 @@
 
 The environment shows every policy everything at every decision, and charges for it. A rule that would do without is not
 made to pay: it says by ``sees`` at which observations it looks, and of what it looks at it reads the reward model's
-score only; `AdaptivePipeline` takes the rest off its bill. An agent has no ``sees``: it reads everything.
+score only; `AdaptivePipeline` takes the rest off its cost. An agent has no ``sees``: it reads everything.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Tuning:
     words: str
     best_of: str
     metric: str
-    stamp: dict[str, Any]  # agent, prompts: what it was measured with
+    fingerprint: dict[str, Any]  # agent, prompts: what it was measured with
     measured: list[dict[str, Any]]  # every method tried
 
     def spec(self, auto: str) -> str:
@@ -102,8 +102,8 @@ def measure(
     taken = [action for _, result in made for action in result.actions]
     shares = np.bincount(taken, minlength=len(Action)) / len(taken) if taken else np.zeros(0)
     flops, nfe = np.mean([(result.net_flops, result.nfe) for _, result in made], axis=0)
-    seen = tuple(scores["look"] for scores, _ in looks if scores)
-    return Measured(method.name, float(np.mean(quality)), float(flops), float(nfe), (*shares.tolist(),), seen)
+    reward_scores = tuple(scores["look"] for scores, _ in looks if scores)
+    return Measured(method.name, float(np.mean(quality)), float(flops), float(nfe), (*shares.tolist(),), reward_scores)
 
 
 def best_matched(candidates: Sequence[Measured], net_flops: float) -> Measured:
@@ -167,13 +167,13 @@ def tune(
         for specs in (grid, best_of_grid(env, own.net_flops))
     )
     shares = [round(share, 4) for share in own.shares[1:]]
-    stamp = stamp_of(agent, env, items, metric, price)
+    fingerprint = tuning_fingerprint(agent, env, items, metric, price)
     rule, several = (best_matched(candidates, own.net_flops).spec for candidates in (tried, pictures))
     random = ":".join(f"{share:g}" for share in (round(1 - sum(shares), 4), *shares))
     kept = [
         {key: value for key, value in asdict(one).items() if key != "reward_scores"} for one in (own, *tried, *pictures)
     ]
-    return Tuning(rule, f"random:{random}", f"words-{max(1, round(own.nfe, 1)):g}", several, metric, stamp, kept)
+    return Tuning(rule, f"random:{random}", f"words-{max(1, round(own.nfe, 1)):g}", several, metric, fingerprint, kept)
 
 
 def _refuse_unmeasured(items: Sequence[Item], metrics: Sequence[Metric], metric: str) -> None:
@@ -211,7 +211,7 @@ def tuning_items(
     return [item for group in ordered[:limit] for item in group]
 
 
-def stamp_of(
+def tuning_fingerprint(
     agent: Agent, env: DiffusionDenoiseVectorEnv, items: Sequence[Item], metric: str, price: float | None = None
 ) -> dict[str, Any]:
     """What a tuning depends on."""
@@ -223,7 +223,7 @@ def stamp_of(
     return {"agent": agent.fingerprint, "settings": settings, **prompts, "metric": metric, "contents": files, **paid}
 
 
-def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Callable[[], Tuning]) -> list[str]:
+def resolve(specs: Sequence[str], path: Path, fingerprint: dict[str, Any], make: Callable[[], Tuning]) -> list[str]:
     """``specs`` with what `AUTO` stands for in place of it.
 
     The tuning is kept at ``path``: an interrupted run and every shard go on with the same one. Where several processes
@@ -236,12 +236,16 @@ def resolve(specs: Sequence[str], path: Path, stamp: dict[str, Any], make: Calla
         return list(specs)
     if not path.exists():
         keep_first(path, json.dumps(asdict(make()), indent=2) + "\n")
+    kept = read_json(path)
+    if "stamp" in kept:  # as the first tunings called it
+        kept["fingerprint"] = kept.pop("stamp")
     try:
-        tuning = Tuning(**read_json(path))
+        tuning = Tuning(**kept)
     except TypeError as error:
         raise ValueError(f"{path} was tuned by another release ({error}): delete it to tune again") from error
-    if tuning.stamp != {name: value for name, value in stamp.items() if name != "contents" or name in tuning.stamp}:
-        raise ValueError(f"{path} was tuned with {tuning.stamp}, not with {stamp}: delete it to tune again")
+    known = tuning.fingerprint
+    if known != {name: value for name, value in fingerprint.items() if name != "contents" or name in known}:
+        raise ValueError(f"{path} was tuned with {known}, not with {fingerprint}: delete it to tune again")
     return [tuning.spec(spec) if spec in AUTO else spec for spec in specs]
 
 

@@ -193,8 +193,8 @@ def _wrong_place(
         for other in others:
             holds = relative_position(one, other, threshold)
             if relation not in holds:
-                seen = " and ".join(sorted(holds)) or "neither side of"
-                return f"expected {clause['class']} {relation} target, found {seen} target"
+                position = " and ".join(sorted(holds)) or "neither side of"
+                return f"expected {clause['class']} {relation} target, found {position} target"
     return ""
 
 
@@ -321,8 +321,8 @@ class GenEval:
 
     def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[tuple[dict[str, float], str]]:
         """Verdicts on pictures, uint8 (B, H, W, 3)."""
-        verdicts = [self._judge(picture, item) for picture, item in zip(pictures, items, strict=True)]
-        return [({"geneval": float(v.correct)}, v.reason) for v in verdicts]
+        results = [self._judge(picture, item) for picture, item in zip(pictures, items, strict=True)]
+        return [({"geneval": float(v.correct)}, v.reason) for v in results]
 
     def _judge(self, picture: np.ndarray, item: Item) -> GenEvalVerdict:
         shown = Image.fromarray(picture)

@@ -57,8 +57,8 @@ class Checker:
 
     def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
         """Verdicts with their reasons."""
-        verdicts = [check_picture(picture, item.prompt) for picture, item in zip(pictures, items, strict=True)]
-        return [({"success": float(v.satisfied), "requirements": v.score}, v.reason) for v in verdicts]
+        results = [check_picture(picture, item.prompt) for picture, item in zip(pictures, items, strict=True)]
+        return [({"success": float(v.satisfied), "requirements": v.score}, v.reason) for v in results]
 
 
 class ModelScore:

@@ -98,16 +98,16 @@ class BlipVqa:
         Questions are asked one by one: `transformers` lets the padding of a shorter one change its answer.
         """
         pixels = self.processor.image_processor(picture.convert("RGB"), return_tensors="pt").pixel_values
-        seen = self.model.vision_model(pixels.to(self.device)).last_hidden_state  # (1, patches, width)
-        return [self._probability(seen, question) for question in asked]
+        features = self.model.vision_model(pixels.to(self.device)).last_hidden_state  # (1, patches, width)
+        return [self._probability(features, question) for question in asked]
 
-    def _probability(self, seen: torch.Tensor, question: str) -> float:
+    def _probability(self, features: torch.Tensor, question: str) -> float:
         text = self.processor.tokenizer(question, truncation=True, max_length=35, return_tensors="pt").to(self.device)
         config = self.model.config.text_config
         if config.bos_token_id + 1 < config.vocab_size:
             text.input_ids[:, 0] = config.bos_token_id + 1  # BLIP's encoder token, as in the official code
         read = self.model.text_encoder(
-            input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=seen
+            input_ids=text.input_ids, attention_mask=text.attention_mask, encoder_hidden_states=features
         ).last_hidden_state
         begin = torch.tensor([[config.bos_token_id]], device=self.device)
         logits = self.model.text_decoder(input_ids=begin, encoder_hidden_states=read).logits[0, 0]

@@ -134,11 +134,11 @@ def depth_score(
 
 def _first_of(detections: Sequence[Detection], objects: tuple[str, str]) -> list[Detection | None]:
     """The detection of each object: as in the script the last one before both have been seen, or the first of one."""
-    seen: list[Detection | None] = [None, None]
+    chosen: list[Detection | None] = [None, None]
     for found in detections:
-        seen = [found if name in found.label else before for name, before in zip(objects, seen, strict=True)]
-        if all(seen):
-            return seen
+        chosen = [found if name in found.label else before for name, before in zip(objects, chosen, strict=True)]
+        if all(chosen):
+            return chosen
     return [next((found for found in detections if name in found.label), None) for name in objects]
 
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.methods.controls import MatchedSteps, Replay
 from addiff_env.evaluation.methods.registry import AUTO, Method, is_agent, make_method
-from addiff_env.evaluation.methods.tuning import resolve, stamp_of, tune, tuning_items
+from addiff_env.evaluation.methods.tuning import resolve, tune, tuning_fingerprint, tuning_items
 from addiff_env.evaluation.metrics.base import columns_of
 from addiff_env.evaluation.metrics.registry import is_embedded_world, open_metrics, primary_score
 from addiff_env.evaluation.run.evaluation_run import EvaluationRun, plain
@@ -79,8 +79,8 @@ def tuned_specs(run: EvaluationRun, specs: Sequence[str], maker: RowMaker, metri
         raise ValueError(f"{', '.join(AUTO)} need tune.benchmark=<prompts that the evaluation does not use>")
     items = tuning_items(name, cfg.tune.limit, run.benchmark, cfg.benchmark.root, cfg.benchmark.any_length)
     env, agent, price = maker.env, run.agent, run.price
-    stamp = stamp_of(agent, env, items, metric, price)
-    return resolve(specs, run.files.tuning, stamp, lambda: tune(env, agent, items, maker.metrics, metric, price))
+    fingerprint = tuning_fingerprint(agent, env, items, metric, price)
+    return resolve(specs, run.files.tuning, fingerprint, lambda: tune(env, agent, items, maker.metrics, metric, price))
 
 
 def make_rows(run: EvaluationRun, maker: RowMaker, methods: Sequence[Method]) -> list[ResultRow]:

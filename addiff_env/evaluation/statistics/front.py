@@ -67,7 +67,7 @@ def front_quality(costs: np.ndarray, qualities: np.ndarray, at: np.ndarray) -> n
 
     The front is the upper concave envelope of the points: tossing a coin between two methods for each prompt reaches
     every point of their chord, so a chord is what fixed inference can do at that cost. Cheaper than every method, the
-    cheapest one stands in, which favours the front; dearer than all, the best one does. The best of noisy points lies
+    cheapest one stands in, which favours the front; above all of them, the best one does. The best of noisy points lies
     above the best true one on average: good for drawing, while tests take `above_front`.
 
     Args:
@@ -102,10 +102,10 @@ def above_front(found: Resampled, agent: str, front: Sequence[str]) -> MinDiffer
         raise ValueError("a front needs at least one fixed method")
     own = found.means[agent][1]
     cheap = [name for name in front if found.means[name][1] <= own]
-    dear = [name for name in front if found.means[name][1] > own]
+    above = [name for name in front if found.means[name][1] > own]
     members = cheap or [min(front, key=lambda name: found.means[name][1])]
     differences = {name: found.difference(agent, name) for name in members}
-    chords = {f"{left} with {right}": _above_chord(found, agent, left, right) for left in cheap for right in dear}
+    chords = {f"{left} with {right}": _above_chord(found, agent, left, right) for left in cheap for right in above}
     return MinDifference({**differences, **chords}, found.level)
 
 

@@ -85,8 +85,8 @@ def _one_solver(fronts: Groups) -> list[Part]:
 def _reaching(part: Part, family: str, members: Sequence[str], found: Resampled, spending: Spending) -> Part:
     """A part about a front, undecided where the front does not reach the agent's cost (measure 1).
 
-    Fixed inference that spends as much as the agent may be better than the dearest method that was run, and one that
-    spends as little worse than the cheapest.
+    Fixed inference that spends as much as the agent may be better than the most expensive method that was run,
+    and one that spends as little worse than the cheapest.
     """
     own, costs = found.means[AGENT][1], [found.means[name][1] for name in members]
     words = ""

@@ -7,9 +7,9 @@ A judge called ``gpt4o`` is set up by the environment variables ``ADDIFF_JUDGE_G
 ``..._USD_OUT`` (dollars per million tokens), ``..._API_KEY``, and if wanted ``..._BASE_URL``, ``..._MAX_USD``,
 ``..._ANSWER_TOKENS``, ``..._IMAGE_TOKENS`` (what the model bills for a picture) and ``..._TEMPERATURE``. Every pair of
 methods is asked about on every picture, both ways round. What it costs, about, is said first, and nothing is asked
-where that, with what earlier runs spent, exceeds the ceiling; where the first answers turn out dearer, no further ones
-are asked for. Answers lie in ``judge-answers.jsonl`` of the run folder, so that the same command goes on where it was
-stopped; the result is ``judge.json``, which ``report.html`` shows.
+where that, with what earlier runs spent, exceeds the ceiling; where the first answers turn out to cost more, no further
+ones are asked for. Answers lie in ``judge-answers.jsonl`` of the run folder, so that the same command goes on where it
+was stopped; the result is ``judge.json``, which ``report.html`` shows.
 """
 
 from __future__ import annotations

@@ -66,5 +66,5 @@ def peaks_inside(heat: torch.Tensor, found: Found) -> bool:
 def attention_outcomes(sample: Sample, maps: torch.Tensor, tokenizer: CLIPTokenizer) -> list[bool]:
     """For each object of a satisfied two-object picture, whether its tokens' ``maps`` peak inside it."""
     prompt = parse_caption(sample.row["prompt"])
-    pairs = zip(object_token_spans(tokenizer, prompt), match_objects(sample.verdict.objects, prompt), strict=True)
+    pairs = zip(object_token_spans(tokenizer, prompt), match_objects(sample.result.objects, prompt), strict=True)
     return [found is not None and peaks_inside(object_heat(maps, tokens), found) for tokens, found in pairs]

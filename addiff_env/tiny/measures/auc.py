@@ -97,14 +97,14 @@ def look(
     final = denoise(backbone, schedule, prompts, noise, guidance, watch)
     stages[-1], asked[-1] = backbone.decode(final), (final, *asked[-1][1:])
     pictures = stages[-1].permute(0, 2, 3, 1).cpu().numpy().clip(0, 1)
-    verdicts = np.array([check_picture(p, prompt).satisfied for p, prompt in zip(pictures, prompts, strict=True)])
+    satisfied = np.array([check_picture(p, prompt).satisfied for p, prompt in zip(pictures, prompts, strict=True)])
     scores = {
         name: np.stack([score(stage, prompts).cpu().numpy() for stage in stages]) for name, score in scorers.items()
     }
     for name, verifier in (verifiers or {}).items():
         answers = [verifier.score_latents(x0, prompts, timesteps, left)[:, 0] for x0, timesteps, left in asked]
         scores[name] = torch.stack(answers).cpu().numpy()
-    return scores, verdicts
+    return scores, satisfied
 
 
 def scorers_of(weights: Path, clip: ContrastiveEncoder, device: str) -> dict[str, Any]:
@@ -129,14 +129,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for start in range(0, len(rows), 64):
         part = rows[start : start + 64]
         parts.append(look(backbone, scorers, part, addiff_env.TINY["guidance_scale"], args.steps, verifiers))
-    labels = np.concatenate([verdicts for _, verdicts in parts])
+    labels = np.concatenate([satisfied for _, satisfied in parts])
     texts = clip.text_features([row["prompt"] for row in rows]).double().cpu().numpy()
-    told = probe(texts, labels.astype(float))
+    predicted = probe(texts, labels.astype(float))
     found: dict[str, Any] = {}
     for name in (*scorers, *verifiers):
         scores = np.concatenate([each[name] for each, _ in parts], axis=1)  # (5, N)
         found[name] = {f"{share:g}": entry(scores[k], labels) for k, share in enumerate(SHARES)}
-    found["prompt alone (CLIP text, ridge)"] = {f"{share:g}": entry(told, labels) for share in SHARES}
+    found["prompt alone (CLIP text, ridge)"] = {f"{share:g}": entry(predicted, labels) for share in SHARES}
     result = {"split": args.split, "number": len(rows), "satisfied": float(labels.mean()), "auc": found}
     if verifier is not None:
         result |= calibrated(args, verifier, rows)

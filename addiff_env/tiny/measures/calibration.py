@@ -40,8 +40,8 @@ class Group:
     @property
     def passed(self) -> bool:
         """Whether both probabilities lie within `TOLERANCE` of the share."""
-        told = (p for p in (self.foretold, self.paid) if p is not None)
-        return all(abs(p - self.satisfied) <= TOLERANCE for p in told)
+        known = (p for p in (self.foretold, self.paid) if p is not None)
+        return all(abs(p - self.satisfied) <= TOLERANCE for p in known)
 
 
 def record(config: EnvConfig, rows: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, np.ndarray]:
@@ -159,8 +159,8 @@ def groups(scorer: LatentScorer, table: dict[str, np.ndarray], categories: Seque
 
 def _mean(values: np.ndarray) -> float | None:
     """The mean of what is not NaN; None if there is nothing."""
-    told = values[~np.isnan(values)]
-    return float(told.mean()) if len(told) else None
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
 
 
 def reliability(probabilities: np.ndarray, satisfied: np.ndarray, bins: int = 10) -> list[tuple[float, float, int]]:

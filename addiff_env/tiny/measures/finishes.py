@@ -36,10 +36,10 @@ def outcomes(
 
         def note(key: tuple[int, int], latents: Any, lanes: FreeLanes = lanes, prompts: list[str] = prompts) -> None:
             pictures = to_uint8(lanes.backbone.decode(latents))
-            verdicts = [
+            results = [
                 check_picture(picture, prompt).satisfied for picture, prompt in zip(pictures, prompts, strict=True)
             ]
-            found.setdefault(key, []).extend(verdicts)
+            found.setdefault(key, []).extend(results)
 
         lanes.start(prompts, [row["seed"] for row in part])
         for step in range(1, length):

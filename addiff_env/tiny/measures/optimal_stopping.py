@@ -113,7 +113,7 @@ class Refinement:
 
     def __call__(self, features: np.ndarray, step: int) -> np.ndarray:
         """(N, 2): chance of success, and evaluations, of a lane that refines here and follows the policy."""
-        outcome = self._seen(features, np.full(len(features), step)) @ self.weights
+        outcome = self._inputs(features, np.full(len(features), step)) @ self.weights
         return np.stack([outcome[:, 0].clip(0, 1), outcome[:, 1].clip(REFINE_K, None)], 1)
 
     @classmethod
@@ -121,11 +121,11 @@ class Refinement:
         """Fitted to what followed, (M, 2), in the trajectories that were refined."""
         refined = np.flatnonzero(walks.source >= 0)
         left = walks.left_at[refined]
-        seen = cls._seen(walks.features(left, walks.source[refined]), left)
-        return cls(_fit(seen, outcomes[refined] + [0, REFINE_K]))
+        inputs = cls._inputs(walks.features(left, walks.source[refined]), left)
+        return cls(_fit(inputs, outcomes[refined] + [0, REFINE_K]))
 
     @staticmethod
-    def _seen(features: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    def _inputs(features: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """What is regressed on: few are refined, so a plane in both probabilities and the step."""
         return np.concatenate([features[:, : len(REFINED_BY) - 1], steps[:, None] / 10], 1)
 

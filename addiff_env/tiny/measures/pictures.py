@@ -36,7 +36,7 @@ class Sample:
     """A generated picture's verdict, and what is looked at along the way."""
 
     row: dict[str, Any]  # prompt, seed, category
-    verdict: CheckResult  # of the final picture
+    result: CheckResult  # of the final picture
     preview: np.ndarray  # (64, 64, 3) uint8, the decoded x0 at one third of the schedule
     early_maps: torch.Tensor  # (tokens, h, w) cross-attention there
     last_maps: torch.Tensor  # (tokens, h, w) cross-attention of the last step
@@ -59,19 +59,19 @@ def _generate_batch(
 ) -> list[Sample]:
     schedule = backbone.schedule(steps, latent_shape(backbone))
     noise = initial_noise(backbone, latent_shape(backbone), [row["seed"] for row in rows])
-    seen: dict[int, Prediction] = {}
+    predictions: dict[int, Prediction] = {}
 
     def watch(index: int, latents: torch.Tensor, now: Prediction) -> None:
         if index in looks:
-            seen[index] = now
+            predictions[index] = now
         progress.update()
 
     looks = (early_step(steps), steps - 1)
     latents = denoise(backbone, schedule, [row["prompt"] for row in rows], noise, guidance, watch, looks)
-    early, last = (seen[index] for index in looks)
+    early, last = (predictions[index] for index in looks)
     pictures, previews = to_uint8(backbone.decode(latents)), to_uint8(backbone.decode(early.x0))
-    verdicts = [check_picture(picture, row["prompt"]) for picture, row in zip(pictures, rows, strict=True)]
-    return list(map(Sample, rows, verdicts, previews, early.maps.cpu(), last.maps.cpu()))
+    results = [check_picture(picture, row["prompt"]) for picture, row in zip(pictures, rows, strict=True)]
+    return list(map(Sample, rows, results, previews, early.maps.cpu(), last.maps.cpu()))
 
 
 def coloured_region(picture: np.ndarray) -> np.ndarray:

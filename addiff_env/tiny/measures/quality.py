@@ -141,10 +141,10 @@ class Measurements:
 
     def generation(self) -> list[Bar]:
         """Success by category and of all, and the graded score."""
-        satisfied = [sample.verdict.satisfied for sample in self.samples]
+        satisfied = [sample.result.satisfied for sample in self.samples]
         groups = self._by_category("generated", [sample.row["category"] for sample in self.samples], satisfied)
         bars = [share(f"generation: {c}", groups[c], LEAST_SUCCESS.get(c)) for c in CATEGORIES]
-        score = float(np.mean([sample.verdict.score for sample in self.samples]))
+        score = float(np.mean([sample.result.score for sample in self.samples]))
         return [*bars, share("generation: all", satisfied, 0.70, most=0.95, note=f"mean graded score {score:.3f}")]
 
     def preview(self) -> list[Bar]:
@@ -153,7 +153,7 @@ class Measurements:
         outcomes = [
             shown
             for sample, region in zip(self.samples, regions, strict=True)
-            for shown in foreshadowed(sample.verdict.objects, region)
+            for shown in foreshadowed(sample.result.objects, region)
         ]
         note = f"coloured area of the previews: {100 * np.mean(regions):.0f}%"  # what chance would give
         return [share("preview: objects there at 1/3 (our own bar)", outcomes, 0.80, note=note)]
@@ -171,7 +171,7 @@ class Measurements:
 
     def attention(self) -> list[Bar]:
         """Cross-attention of an object's words peaks inside the object, in satisfied two-object pictures."""
-        chosen = [s for s in self.samples if s.row["category"] in TWO_OBJECTS and s.verdict.satisfied]
+        chosen = [s for s in self.samples if s.row["category"] in TWO_OBJECTS and s.result.satisfied]
         tokenizer = self.generator.tokenizer
         outcomes = {
             when: [hit for sample in chosen for hit in attention_outcomes(sample, getattr(sample, when), tokenizer)]
@@ -179,7 +179,7 @@ class Measurements:
         }
         categories = [sample.row["category"] for sample in chosen for _ in range(2)]
         self._by_category("attention at 1/3", categories, outcomes["early_maps"])
-        reach = [EXTENT[o.shape] * o.radius + PEAK_SLACK for sample in chosen for o in sample.verdict.objects]
+        reach = [EXTENT[o.shape] * o.radius + PEAK_SLACK for sample in chosen for o in sample.result.objects]
         chance = f"by chance {100 * math.pi * np.mean(np.square(reach)) / SIZE**2:.0f}%" if reach else ""
         return [
             share("attention: peaks in its object at 1/3", outcomes["early_maps"], 0.80, note=chance),
@@ -190,11 +190,11 @@ class Measurements:
         """Weights are small, and load with the ordinary classes."""
         sizes = weight_bytes(self.args.weights)
         problems = [loading_problem(name, self.args.weights / name) for name in MODELS]
-        faults = "; ".join(filter(None, problems))
+        damage = "; ".join(filter(None, problems))
         parts = ", ".join(f"{name} {number / MIB:.1f}" for name, number in sizes.items())
         return [
             Bar("size: safetensors of all models", sum(sizes.values()) / MIB, most=40.0, unit="MiB", note=parts),
-            Bar("size: folders that load", problems.count(""), least=len(MODELS), unit="folders", note=faults),
+            Bar("size: folders that load", problems.count(""), least=len(MODELS), unit="folders", note=damage),
         ]
 
 
@@ -208,11 +208,11 @@ def sweep(measurements: Measurements, scales: Sequence[float]) -> dict[str, dict
     results = {}
     for scale in scales:
         samples = generate(backbone, rows, args.steps, scale)
-        satisfied = [sample.verdict.satisfied for sample in samples]
+        satisfied = [sample.result.satisfied for sample in samples]
         groups = measurements._by_category(f"{scale:g}", [sample.row["category"] for sample in samples], satisfied)
         shares = {category: float(np.mean(group)) for category, group in groups.items()}
         low, high = wilson_interval(sum(satisfied), len(satisfied))
-        score = float(np.mean([sample.verdict.score for sample in samples]))
+        score = float(np.mean([sample.result.score for sample in samples]))
         results[f"{scale:g}"] = {"all": float(np.mean(satisfied)), "interval": (low, high), "score": score, **shares}
         parts = "  ".join(f"{name} {value:.2f}" for name, value in shares.items())
         print(

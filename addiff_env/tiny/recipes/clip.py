@@ -63,8 +63,10 @@ def embed_text(model: CLIPModel, tokenizer: CLIPTokenizer, captions: list[str]) 
 
 def embed_pictures(model: CLIPModel, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Unit vectors (B, 128) and patch tokens (B, 64, 128) of uint8 pictures (B, 64, 64, 3)."""
-    seen = model.vision_model(common.to_input(pictures, model.device) * 2 - 1)
-    return F.normalize(model.visual_projection(seen.pooler_output).float(), dim=-1), seen.last_hidden_state[:, 1:]
+    features = model.vision_model(common.to_input(pictures, model.device) * 2 - 1)
+    return F.normalize(model.visual_projection(features.pooler_output).float(), dim=-1), features.last_hidden_state[
+        :, 1:
+    ]
 
 
 def contrast(
@@ -111,12 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch = batch + previews.take(common.batch_indices(generator, len(previews.captions), half))
         batch = pairs.shift_and_mirror(batch, generator)
         wrong = [caption for _ in range(NEGATIVES) for caption in pairs.negatives(batch.captions, generator)]
-        seen, patches = embed_pictures(model, batch.pictures)
+        features, patches = embed_pictures(model, batch.pictures)
         texts = embed_text(model, tokenizer, batch.captions + wrong)
         own, wrong_texts = texts[: args.batch], texts[args.batch :].unflatten(0, (NEGATIVES, -1)).transpose(0, 1)
         counts = pairs.shape_counts(batch.captions)
         same = (counts[:, None] == counts).all(-1).to(args.device)
-        losses = contrast(seen, own, wrong_texts, model.logit_scale.exp().clamp(max=100), same)
+        losses = contrast(features, own, wrong_texts, model.logit_scale.exp().clamp(max=100), same)
         losses["detection"] = detector.loss(patches, pairs.grid_targets(batch.objects).to(args.device))
         return {"loss": losses["contrast"] + 0.3 * losses["detection"], **losses}
 

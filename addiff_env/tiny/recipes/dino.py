@@ -97,8 +97,8 @@ def retrieval(backbone: ViTModel, pictures: torch.Tensor, generator: torch.Gener
     """Share of pictures whose two views find each other among all of them (chance: one over their number)."""
     features = []
     for _ in range(2):
-        seen = backbone(view(pictures, *VIEWS[0], generator) * 2 - 1).last_hidden_state[:, 0]
-        features.append(F.normalize(seen.float(), dim=-1))
+        hidden = backbone(view(pictures, *VIEWS[0], generator) * 2 - 1).last_hidden_state[:, 0]
+        features.append(F.normalize(hidden.float(), dim=-1))
     nearest = (features[0] @ features[1].T).argmax(-1).cpu()
     return float((nearest == torch.arange(len(pictures))).float().mean())
 

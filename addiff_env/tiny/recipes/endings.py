@@ -228,16 +228,16 @@ class Recorder:
         first = len(self.record.endings)
         pictures = to_uint8(self.lanes.backbone.decode(latents))
         for row, (lane, picture) in enumerate(zip(lanes, pictures, strict=True)):
-            verdict = check_picture(picture, self.captions[lane])
+            result = check_picture(picture, self.captions[lane])
             self.record.endings.append(
                 {
                     "row": lane,
                     "state": states[row],
                     "evaluations": evaluations[row],
                     "final": latents[row].float().cpu().numpy(),
-                    "satisfied": verdict.satisfied,
-                    "score": float(verdict.score),
-                    "objects": pairs.describe(verdict.objects),
+                    "satisfied": result.satisfied,
+                    "score": float(result.score),
+                    "objects": pairs.describe(result.objects),
                 }
             )
         return np.arange(first, len(self.record.endings))

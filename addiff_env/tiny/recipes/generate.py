@@ -91,14 +91,14 @@ def make_chunk(args: argparse.Namespace, model: Backbone, chunk: int) -> dict[st
     captions = [sample_train_prompt(rng).caption for _ in range(args.batch)]
     seeds = [FIRST_SEED + chunk * args.batch + lane for lane in range(args.batch)]
     pictures = sample(model, captions, seeds, args.guidance, args.steps)
-    verdicts = [check_picture(picture, caption) for picture, caption in zip(pictures[-1], captions, strict=True)]
+    results = [check_picture(picture, caption) for picture, caption in zip(pictures[-1], captions, strict=True)]
     return {
         "pictures": np.stack(pictures, 1),  # (B, 4, 64, 64, 3)
         "prompt": np.asarray(captions),
         "seed": np.asarray(seeds),
-        "satisfied": np.asarray([verdict.satisfied for verdict in verdicts]),
-        "score": np.asarray([verdict.score for verdict in verdicts], np.float32),
-        "objects": np.stack([pairs.describe(verdict.objects) for verdict in verdicts]),
+        "satisfied": np.asarray([result.satisfied for result in results]),
+        "score": np.asarray([result.score for result in results], np.float32),
+        "objects": np.stack([pairs.describe(result.objects) for result in results]),
     }
 
 

@@ -122,7 +122,7 @@ class Samples:
     pictures: torch.Tensor  # (N, K, 64, 64, 3) uint8
     captions: list[str]
     objects: torch.Tensor  # (N, 6, 5), what the checker found in the finished picture
-    satisfied: torch.Tensor  # (N,) bool, the checker's verdict on it
+    satisfied: torch.Tensor  # (N,) bool, whether it passes the checker
     shares: tuple[float, ...]  # (K,) of the schedule done when the picture was decoded
 
     def take(self, index: torch.Tensor) -> Samples:
@@ -208,7 +208,7 @@ class Detector(nn.Module):
 
 
 def word_targets(captions: list[str], objects: torch.Tensor, length: int) -> torch.Tensor:
-    """What each caption token can be told about the picture, (B, length, 2); -1 where nothing is to be told.
+    """What each caption token says of the picture, (B, length, 2); -1 where it says nothing.
 
     First, at a color or shape word: something of that color or shape is there. Second, at a shape word:
     as many objects as its phrase counts are there with all its attributes.
@@ -240,8 +240,8 @@ class Grounder(nn.Module):
 
     def loss(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of tokens (B, L, width) against `word_targets`."""
-        told = targets >= 0
-        return F.binary_cross_entropy_with_logits(self.head(tokens).float()[told], targets[told])
+        known = targets >= 0
+        return F.binary_cross_entropy_with_logits(self.head(tokens).float()[known], targets[known])
 
 
 def shape_counts(captions: list[str]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 ``addiff world train reward`` needs `generate`'s previews and samples and writes ``<out>/reward``.
 First it learns to read pictures (rendered scenes and previews against right and wrong captions), then what
-the diffusion model gets wrong (its samples with the checker's verdicts).
+the diffusion model gets wrong (its samples with the checker's results).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def rendered_batch(scenes: Pairs, previews: Pairs, number: int, generator: torch
     captions = list(batch.captions)
     for row in (labels == 0).nonzero().flatten().tolist():
         other = (row + 1) % number
-        # A stranger's caption is surely wrong only if it asks for other shapes.
+        # Another picture's caption is surely wrong only if it asks for other shapes.
         is_swapped = bool(swapped[row]) and not torch.equal(counts[row], counts[other])
         captions[row] = batch.captions[other] if is_swapped else wrong[row]
     return Pairs(batch.pictures, captions, batch.objects), labels
@@ -137,16 +137,16 @@ def train(args: argparse.Namespace, scenes: Pairs, previews: Pairs, samples: Sam
         batch, labels = _join(parts)
         batch, labels = pairs.shift_and_mirror(batch, generator), labels.to(args.device)
         ids, mask = model.tokenize(batch.captions)
-        seen = model.see(common.to_input(batch.pictures, args.device))
-        mixed = model.mix(seen, ids.to(args.device), mask.to(args.device))
+        features = model.see(common.to_input(batch.pictures, args.device))
+        mixed = model.mix(features, ids.to(args.device), mask.to(args.device))
         logits = model.head(mixed[:, 0]).squeeze(-1).float()
-        verdict = F.binary_cross_entropy_with_logits(logits, labels)
-        detection = detector.loss(seen, pairs.grid_targets(batch.objects).to(args.device))
-        told = pairs.word_targets(batch.captions, batch.objects, ids.shape[1]).to(args.device)
-        grounding = grounder.loss(mixed[:, -ids.shape[1] :], told)
+        success = F.binary_cross_entropy_with_logits(logits, labels)
+        detection = detector.loss(features, pairs.grid_targets(batch.objects).to(args.device))
+        known = pairs.word_targets(batch.captions, batch.objects, ids.shape[1]).to(args.device)
+        grounding = grounder.loss(mixed[:, -ids.shape[1] :], known)
         right = ((logits > 0) == (labels > 0.5)).float().mean()
-        losses = {"verdict": verdict, "detection": detection, "grounding": grounding, "right": right}
-        return {"loss": verdict + 0.3 * detection + 0.5 * grounding, **losses}
+        losses = {"success": success, "detection": detection, "grounding": grounding, "right": right}
+        return {"loss": success + 0.3 * detection + 0.5 * grounding, **losses}
 
     loop.run(loss_at, ema.update)
     print(f"reward: {loop.step} steps in {loop.seconds:.0f} s", flush=True)

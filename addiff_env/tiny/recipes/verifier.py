@@ -174,7 +174,7 @@ def mislabel(batch: Questions, generator: torch.Generator) -> Questions:
     return replace(batch, captions=captions, labels=labels)
 
 
-def verdict_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def success_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of logits (B, 2) over the questions that were tried."""
     tried = labels != UNASKED
     return F.binary_cross_entropy_with_logits(logits[tried], labels[tried])
@@ -241,16 +241,16 @@ def train(args: argparse.Namespace, states: Questions, endings: Questions) -> co
         done = mislabel(draw(endings, ending_rows, finished, generator), generator)
         batch = Questions.join([along, stops, done])
         ids, mask = (tokens.to(args.device) for tokens in model.tokenize(list(batch.captions)))
-        seen = model.see(_to_input(batch.latents, args.device), batch.timesteps.to(args.device))
-        mixed = model.mix(seen, ids, mask)
+        features = model.see(_to_input(batch.latents, args.device), batch.timesteps.to(args.device))
+        mixed = model.mix(features, ids, mask)
         logits = model.read_out(mixed, batch.timesteps.to(args.device), batch.evaluations.to(args.device)).float()
         labels = batch.labels.to(args.device)
-        verdict = verdict_loss(logits, labels)
-        detection = detector.loss(seen, pairs.grid_targets(batch.objects).to(args.device))
-        told = pairs.word_targets(list(batch.captions), batch.objects, ids.shape[1]).to(args.device)
-        grounding = grounder.loss(mixed[:, -ids.shape[1] :], told)
-        losses = {"verdict": verdict, "detection": detection, "grounding": grounding}
-        return {"loss": verdict + args.dense * (0.3 * detection + 0.5 * grounding), **losses}
+        success = success_loss(logits, labels)
+        detection = detector.loss(features, pairs.grid_targets(batch.objects).to(args.device))
+        known = pairs.word_targets(list(batch.captions), batch.objects, ids.shape[1]).to(args.device)
+        grounding = grounder.loss(mixed[:, -ids.shape[1] :], known)
+        losses = {"success": success, "detection": detection, "grounding": grounding}
+        return {"loss": success + args.dense * (0.3 * detection + 0.5 * grounding), **losses}
 
     loop.run(loss_at, ema.update)
     print(f"verifier: {loop.step} steps in {loop.seconds:.0f} s", flush=True)

@@ -15,7 +15,7 @@ from addiff_env.evaluation.methods import rollouts
 from addiff_env.evaluation.methods.policy_method import PolicyMethod
 from addiff_env.evaluation.methods.registry import make_method
 from addiff_env.evaluation.methods.rule_policies import StopAt
-from addiff_env.evaluation.methods.tuning import stamp_of
+from addiff_env.evaluation.methods.tuning import tuning_fingerprint
 from addiff_env.evaluation.run.planning import all_methods
 from addiff_env.evaluation.statistics.families import agent_fronts, agent_runs, at_price, control_names
 from addiff_env.pipeline import make_agent_env
@@ -118,5 +118,5 @@ def test_acceptance_is_decided_at_one_price(agent: Agent, capsys: Any, monkeypat
 
 
 def test_a_tuning_is_of_one_price(agent: Agent, env: Any) -> None:
-    stamps = [stamp_of(agent, env, ITEMS, "success", price)["price"] for price in (None, 0.001)]
-    assert stamps == [0.004, 0.001]
+    fingerprints = [tuning_fingerprint(agent, env, ITEMS, "success", price)["price"] for price in (None, 0.001)]
+    assert fingerprints == [0.004, 0.001]

@@ -26,9 +26,9 @@ from addiff_env.evaluation.methods.tuning import (
     best_of_grid,
     measure,
     resolve,
-    stamp_of,
     threshold_grid,
     tune,
+    tuning_fingerprint,
     tuning_items,
 )
 from addiff_env.evaluation.metrics.registry import open_metrics
@@ -87,6 +87,8 @@ def test_auto_is_replaced_and_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="tuned with .*'a'.* not with .*'b'.*: delete it"):
         resolve(specs, path, {"agent": "b"}, make)
     assert [other.name for other in path.parent.iterdir()] == ["tuning.json"]
+    path.write_text(path.read_text().replace('"fingerprint"', '"stamp"'))  # as the first releases wrote it
+    assert resolve(specs, path, {"agent": "a"}, make) == wanted and len(made) == 1
     path.write_text(json.dumps({"threshold": "threshold:5:0.5"}))
     with pytest.raises(ValueError, match="tuned by another release.*delete it"):
         resolve(specs, path, {"agent": "a"}, make)
@@ -136,7 +138,11 @@ def test_tuning_measures_the_agent_and_a_grid(small_kwargs: dict[str, Any], monk
     assert [one["spec"] for one in several] == best_of_grid(env, own["net_flops"]) and several
     assert found.best_of in {one["spec"] for one in several}
     assert all(one["net_flops"] <= MATCHED * own["net_flops"] for one in several)
-    assert found.stamp == stamp_of(agent, env, items, "success") != stamp_of(agent, env, items[:2], "success")
+    assert (
+        found.fingerprint
+        == tuning_fingerprint(agent, env, items, "success")
+        != tuning_fingerprint(agent, env, items[:2], "success")
+    )
     stopped = measure(PolicyMethod(env, StopAt(3, 6), "stop"), env, items, metrics, metric)
     assert stopped.nfe == 3 and len(stopped.reward_scores) == 4
     with pytest.raises(ValueError, match="'beauty' says nothing of 4 tuning prompts"):
@@ -159,7 +165,7 @@ def test_the_embedded_world_is_tuned_on_dev_prompts_that_test_does_not_share(
 
     def tuned(env: Any, agent: Any, items: Any, metrics: Any, metric: str, price: Any) -> Tuning:
         seen.extend(items)
-        return Tuning(*TUNING_SPECS, metric, stamp_of(agent, env, items, metric), [])
+        return Tuning(*TUNING_SPECS, metric, tuning_fingerprint(agent, env, items, metric), [])
 
     monkeypatch.setattr(runner, "tune", tuned)
     env = SimpleNamespace(config=EnvConfig(**small_kwargs, prompts=["a red circle"]))
@@ -179,7 +185,7 @@ def test_lists_of_any_length_are_evaluated_and_tuned_on_where_that_is_asked_for(
     for name, text in (("drawbench/drawbench.txt", "a cat\n"), ("coco/coco_8k_captions.txt", "a cat\na cow\n")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(runner, "resolve", lambda specs, path, stamp, make: stamp)
+    monkeypatch.setattr(runner, "resolve", lambda specs, path, fingerprint, make: fingerprint)
     env = SimpleNamespace(config=EnvConfig(**small_kwargs, prompts=["a red circle"]))
     maker: Any = SimpleNamespace(env=env, metrics=[])
     cfg = OmegaConf.load(ROOT / "configs" / "evaluate.yaml")
