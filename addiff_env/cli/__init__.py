@@ -16,6 +16,7 @@ import gymnasium as gym
 
 import addiff_env
 from addiff_env.loading.paths import expand_home
+from addiff_env.storage.commands import is_out_of_memory
 
 VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does; a table, whose rows are meant to be alike
     "generate": ("addiff_env.cli.generate", "make pictures of prompts with a trained agent"),
@@ -64,6 +65,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does; a t
 }
 BARS = ("acceptance", "world quality", "world auc", "world bars")  # their status 1 says that a bar is missed
 EXPECTED = (ValueError, TypeError, OSError, ImportError, gym.error.Error)
+LESS = "take fewer lanes (num_envs) or smaller batches (batch_size); addiff doctor says what a model needs"
 EXTRAS = {"optuna": "search"}  # libraries that a verb's module imports, and the extra that brings them
 
 
@@ -115,13 +117,16 @@ def run(verb: str, argv: Sequence[str]) -> int:
         return import_module(VERBS[verb][0]).main(list(map(expand_home, argv)))
     except KeyboardInterrupt:
         return 130  # as shells count signals: 128 + SIGINT
-    except EXPECTED as error:
-        if os.environ.get("ADDIFF_TRACEBACK"):
+    except (*EXPECTED, MemoryError, RuntimeError) as error:
+        expected = isinstance(error, EXPECTED) or is_out_of_memory(error)
+        if os.environ.get("ADDIFF_TRACEBACK") or not expected:
             raise
         print(f"addiff {verb}: {_said(error)}", file=sys.stderr)
         return 2 if verb in BARS else 1
 
 
 def _said(error: BaseException) -> str:
+    if is_out_of_memory(error):
+        return f"out of memory: {error}; {LESS}"
     extra = EXTRAS.get(getattr(error, "name", None) or "")
     return f"{error}; pip install 'addiff-env[{extra}]'" if extra else str(error) or type(error).__name__

@@ -34,6 +34,7 @@ from addiff_env.evaluation.run.version import code_version
 from addiff_env.pipeline import SHIPPED_AGENT, AdaptivePipeline
 from addiff_env.pipeline.folder import PictureFolder, Task
 from addiff_env.pipeline.lanes import require_registered
+from addiff_env.stats import at_least_one
 from addiff_env.storage.commands import interruptible
 from addiff_env.storage.files import claim
 from addiff_env.storage.inputs import fingerprints
@@ -193,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("prompt", nargs="*", default=[], help="what to make pictures of, any number of prompts")
     source.add_argument("--prompts", metavar="FILE", help="a file of them: .txt, .csv, .tsv, .json or .jsonl")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where pictures and rows.jsonl go")
-    parser.add_argument("--number", type=_positive, default=1, metavar="N", help="pictures of each prompt")
+    parser.add_argument("--number", type=at_least_one, default=1, metavar="N", help="pictures of each prompt")
     parser.add_argument(
         "--seed", type=_seed, default=0, help="of the first picture; counts up, unless a row has a seed"
     )
@@ -207,19 +208,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="Hub id or folder of a diffusers pipeline")
     for name, kind in (("dtype", str), ("device", str), ("height", int), ("width", int)):
         parser.add_argument(f"--{name}", type=kind, help="setting of the environment")
-    parser.add_argument("--num-envs", type=_positive, default=16, metavar="N", help="pictures denoised at once")
+    parser.add_argument("--num-envs", type=at_least_one, default=16, metavar="N", help="pictures denoised at once")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
 
 
 def _seed(text: str) -> int:
     try:
         return check_seed(int(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, got {text!r}") from None

@@ -14,8 +14,8 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 
+from addiff_env.loading.damage import INDEX, damage, shards_of
 from addiff_env.loading.paths import PACKAGE_PREFIX, looked_at, resolve_model
 from addiff_env.loading.weights import gated_advice
 
@@ -23,7 +23,6 @@ Group = Sequence[str]  # names of files, one of which has to be there
 Find = Callable[[str], Path | None]  # a file by its name in a folder or repository
 
 LOCAL, CACHED, MISSING, GATED, DAMAGED = "local", "in the cache", "missing", "gated", "damaged"
-_INDEX = ".index.json"  # ends the names of the files that list a network's shards
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _judge(needed: Needed, state: str, where: str, absent: Sequence[str], there:
     if absent:
         gated = state == CACHED and gated_advice(OSError(), needed.place)
         return Found(needed, GATED if gated else MISSING, ", ".join(absent))
-    broken = [f"{file}: {why}" for file in there if (why := _damage(file))]
+    broken = [f"{file}: {why}" for file in there if (why := damage(file))]
     return Found(needed, DAMAGED, "; ".join(broken)) if broken else Found(needed, state, where)
 
 
@@ -125,7 +124,7 @@ def _files(find: Find, group: Group) -> Iterator[tuple[str, Path | None]]:
     for name in group:
         if (path := find(name)) is not None:
             yield name, path
-            if name.endswith(_INDEX):
+            if name.endswith(INDEX):
                 folder = name.rpartition("/")[0]
                 shards = [f"{folder}/{shard}".lstrip("/") for shard in _shards(path)]
                 yield from ((shard, find(shard)) for shard in shards)
@@ -135,24 +134,6 @@ def _files(find: Find, group: Group) -> Iterator[tuple[str, Path | None]]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return []  # what the index is worth is told by `_damage`
-
-
-def _damage(file: Path) -> str:
-    """What is wrong with a file, as far as its length and its header tell."""
-    if file.stat().st_size == 0:
-        return "it is empty"
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "pt"):
-                return ""
-        except SafetensorError as error:
-            return f"it is cut off, or no safetensors file ({file.stat().st_size:,} bytes): {error}"
-    if file.suffix == ".json":
-        try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            return f"it is no JSON: {error}"
-    return ""
+        return shards_of(json.loads(index.read_text(encoding="utf-8")))
+    except ValueError:
+        return []  # as `damage` says

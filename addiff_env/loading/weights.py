@@ -13,10 +13,10 @@ from weakref import WeakValueDictionary
 
 import torch
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import GatedRepoError, HFValidationError
-from safetensors import SafetensorError
+from huggingface_hub.errors import GatedRepoError
 from transformers.utils import logging as transformers_logging
 
+from addiff_env.loading.damage import wrong_at
 from addiff_env.loading.isolation import exclusive
 from addiff_env.loading.paths import looked_at, resolve_model
 
@@ -58,9 +58,9 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" computes, but has no values
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not to be had here: {error}") from error
+        raise ValueError(f"device {device!r} is not to be had here: {str(error)[:200]}") from error
     return device
 
 
@@ -117,7 +117,11 @@ def load_network(loader: Any, model: str | Path, *, may_lack: str | None = None,
     """
     if loader.__module__.startswith("transformers."):
         options["ignore_mismatched_sizes"] = True  # else it raises without a name
-    network, report = loader.from_pretrained(model, output_loading_info=True, **options)
+    try:
+        network, report = loader.from_pretrained(model, output_loading_info=True, **options)
+    except ValueError as error:  # diffusers' of another shape names no file, and advises to draw the weights
+        said = str(error).partition(" If you want")[0]
+        raise ValueError(f"{str(model)!r} is no {loader.__name__}: {said}") from error
     problems = {
         "lack {} keys": _relevant(report["missing_keys"], may_lack),
         "hold {} keys that it does not have": _relevant(report["unexpected_keys"]),
@@ -129,6 +133,16 @@ def load_network(loader: Any, model: str | Path, *, may_lack: str | None = None,
         raise ValueError(f"{str(model)!r} is not the {kind} that it says: its weights {'; they '.join(found)}")
     check_finite(network.state_dict(), model)
     return network
+
+
+def check_tokenizer(tokenizer: Any, place: str | Path) -> None:
+    """Refuse a tokenizer without a vocabulary: where its files are missing, transformers makes one of nothing.
+
+    Raises:
+        ValueError: the message names ``place``.
+    """
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:  # T5's has one token more
+        raise ValueError(f"{str(place)!r} holds no vocabulary of a {type(tokenizer).__name__}: its files are missing")
 
 
 def _with_shapes(mismatch: tuple[str, Any, Any]) -> str:
@@ -147,14 +161,13 @@ def fetching(model: str, setting: str) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: ``model`` is neither a local folder nor to be had from the Hub; names ``setting``.
-        ValueError: it is a local folder, and damaged.
+        ValueError: it is a local folder, and damaged or another model's.
     """
     folder = resolve_model(model)
     try:
         yield folder
-    except (OSError, HFValidationError, SafetensorError, RuntimeError) as error:
-        # HFValidationError: a path that is not there is no Hub id either
-        text = f"cannot load {looked_at(model)}: {reason(error)}"
+    except Exception as error:  # libraries raise whatever a damaged file leads to
+        text = f"cannot load {looked_at(model)}: {reason(error)}{wrong_at(folder)}"
         if Path(folder).is_dir():
             raise ValueError(text) from error
         raise FileNotFoundError(f"{text}; download it and pass {setting}") from error

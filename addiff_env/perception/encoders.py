@@ -23,9 +23,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from addiff_env.loading.damage import wrong_at
 from addiff_env.loading.isolation import frozen_call
 from addiff_env.loading.paths import looked_at, resolve_model
-from addiff_env.loading.weights import check_finite, load_network, quiet_loading, reason, shared
+from addiff_env.loading.weights import check_finite, check_tokenizer, load_network, quiet_loading, reason, shared
 from addiff_env.perception.preprocessing import IMAGENET, Preprocess, check_pairs, check_pictures, check_texts
 
 OPEN_CLIP = "open_clip:"
@@ -42,7 +43,7 @@ def _load(load: Any, model: str, what: str, **options: Any) -> Any:
         missing = not Path(folder).exists()
         kind = FileNotFoundError if missing else ValueError
         hint = "download it or pass a local folder" if missing else "a file there is damaged, incomplete or another's"
-        raise kind(f"cannot load {what} from {looked_at(model)}: {reason(error)}; {hint}") from error
+        raise kind(f"cannot load {what} from {looked_at(model)}: {reason(error)}{wrong_at(folder)}; {hint}") from error
 
 
 def _load_model(loader: Any, model: str, what: str, **options: Any) -> Any:
@@ -140,6 +141,7 @@ class CLIPEncoder(ContrastiveEncoder):
 
         self.model = _load_model(CLIPModel, model, "a CLIP model").to(device)
         self.tokenizer = _load(CLIPTokenizer.from_pretrained, processor or model, "CLIP's tokenizer")
+        check_tokenizer(self.tokenizer, processor or model)
         super().__init__(
             Preprocess.of_processor(
                 _load(CLIPImageProcessor.from_pretrained, processor or model, "CLIP's image processor")
@@ -265,6 +267,7 @@ def _explain(setting: str, architecture: str, weights: str | None, error: Except
     what = f"cannot load {setting!r}: {reason(error)}"
     place = weights if weights is not None else architecture.removeprefix("local-dir:")
     if Path(place).exists():
+        what += wrong_at(place) if Path(place).is_dir() else ""
         return ValueError(f"{what}; the weights there are damaged, or of another architecture")
     known = open_clip.get_pretrained_cfg(architecture, weights) if weights is not None else {}
     repo = (known.get("hf_hub") or known.get("url") or architecture.removeprefix("hf-hub:")).rstrip("/")

@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny
 
 from addiff_env.diffusion.backbones import Backbone, count_flops
 from addiff_env.diffusion.backbones.memory import in_slices
+from addiff_env.loading.damage import wrong_at
 from addiff_env.loading.isolation import frozen, isolated
 from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.loading.weights import DTYPES, gated_advice, load_network, quiet_loading, shared
@@ -89,10 +90,8 @@ def load_tiny_decoder(model: str, device: str, dtype: str) -> Any:
             vae = load_network(AutoencoderTiny, model, dtype=DTYPES[dtype], use_safetensors=True)
     except Exception as error:
         kind = ValueError if Path(model).exists() else FileNotFoundError
-        advice = gated_advice(error)
-        raise kind(
-            f"cannot load a preview decoder from {looked_at(model)}: {error}; download it or pass a folder{advice}"
-        ) from error
+        said = f"{error}{wrong_at(model)}; download it or pass a folder{gated_advice(error)}"
+        raise kind(f"cannot load a preview decoder from {looked_at(model)}: {said}") from error
     return vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 

@@ -43,9 +43,14 @@ def make_agent_env(
 
 
 def require_registered(env_id: str | None) -> None:
-    """Check that there is an environment of this id; None passes. ValueError: there is none."""
-    if env_id is not None and env_id not in gym.registry:
-        raise ValueError(f"{env_id!r} is no registered environment; known: {', '.join(sorted(addiff_env.PRESETS))}")
+    """Check that there is an environment of this id; None passes. ValueError: there is none, or it denoises nothing."""
+    if env_id is None:
+        return
+    known = f"known: {', '.join(sorted(addiff_env.PRESETS))}"
+    if env_id not in gym.registry:
+        raise ValueError(f"{env_id!r} is no registered environment; {known}")
+    if "model" not in gym.spec(env_id).kwargs:
+        raise ValueError(f"{env_id!r} has no setting model: it denoises nothing; {known}")
 
 
 @dataclass(frozen=True)

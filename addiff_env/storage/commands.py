@@ -95,7 +95,7 @@ def _started_by() -> list[str]:
 def interruptible(kept: Callable[[], str], further: Sequence[str] = ()) -> Iterator[None]:
     """Turn Ctrl-C into a line that says what was ``kept`` and how to go on, and exit status 130.
 
-    An error of a full disk says it, too.
+    An error of a full disk says it, too, and one of too little memory.
 
     Args:
         kept: says it, when asked.
@@ -111,3 +111,13 @@ def interruptible(kept: Callable[[], str], further: Sequence[str] = ()) -> Itera
     except DiskFullError as error:
         text = f"{error.strerror}; {kept()}; make room, and the same command goes on"
         raise DiskFullError(error.errno, text) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(f"{error}; {kept()}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused, by Python, a GPU or the host; PyTorch has a class of its own for GPUs alone."""
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    return "MemoryError" in kinds or "OutOfMemoryError" in kinds or "DefaultCPUAllocator" in str(error)

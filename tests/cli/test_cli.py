@@ -14,6 +14,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import pytest
+import torch
 from hydra.core.hydra_config import HydraConfig
 
 import addiff_env
@@ -110,6 +111,9 @@ def raising(error):
         (gym.error.NameNotFound("Environment `Nano` doesn't exist."), 1, "`Nano`"),
         (TypeError("unexpected keyword argument 'colour'"), 1, "'colour'"),
         (ValueError(), 1, "ValueError"),
+        (MemoryError(), 1, "out of memory: "),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "out of memory: CUDA"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "num_envs"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -125,9 +129,10 @@ def test_expected_errors_are_one_line(monkeypatch, capsys, error, status, said):
             cli.main(["report", "runs"])
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(cli, "import_module", lambda name: raising(ZeroDivisionError("division by zero")))
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError("division by zero"), RuntimeError("shapes do not match")])
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, error):
+    monkeypatch.setattr(cli, "import_module", lambda name: raising(error))
+    with pytest.raises(type(error)):
         cli.main(["report", "runs"])
 
 

@@ -276,8 +276,48 @@ def test_truncated_weights_are_refused(sound: dict[str, Path], tmp_path: Path, k
             shutil.copytree(sound[kind], folder)
             data = file.read_bytes()
             (folder / file.relative_to(sound[kind])).write_bytes(data[: int(share * len(data))])
-            with pytest.raises(ValueError, match=str(folder)):
+            with pytest.raises(ValueError, match=str(folder)) as error:
                 opened(folder)
+            assert file.name in str(error.value)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:7])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spoiled", [Path.unlink, cut])
+def test_every_other_file_may_be_missing_or_cut(
+    sound: dict[str, Path], tmp_path: Path, kind: str, spoiled: Callable[[Path], None]
+) -> None:
+    """The model is refused with its folder's name, or can do without; in a file that is cut, the file is named too."""
+    for number, file in enumerate(set(sound[kind].rglob("*.*")) - set(weights(sound[kind]))):
+        shutil.copytree(sound[kind], folder := tmp_path / str(number))
+        spoiled(folder / file.relative_to(sound[kind]))
+        try:
+            opened = KINDS[kind][1](folder)
+            if kind in BUILDERS:
+                opened.encode(["a red circle"])
+        except (ValueError, FileNotFoundError) as error:
+            assert str(folder) in str(error)
+            assert spoiled is Path.unlink or file.name in str(error)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "clip", "colors", "blip", "owlvit"])
+def test_a_tokenizer_without_a_vocabulary_is_refused(sound: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    shutil.copytree(sound[kind], folder := tmp_path / "folder")
+    for file in folder.rglob("*"):
+        if file.name in ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"):
+            file.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=str(folder)):
+        KINDS[kind][1](folder)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("agent", "aesthetic", "open_clip")])
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"weights")
+    with pytest.raises((ValueError, FileNotFoundError), match=r"model\.ckpt"):
+        KINDS[kind][1](tmp_path / "model.ckpt")
 
 
 COMPUTED = "encoder.layers.0.position_ids", "x.norm.num_batches_tracked", "b.attention.self.relative_position_index"

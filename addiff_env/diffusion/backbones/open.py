@@ -11,9 +11,19 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from addiff_env.loading.damage import wrong_at
 from addiff_env.loading.paths import PACKAGE_PREFIX, looked_at, resolve_model
-from addiff_env.loading.weights import check_finite, gated_advice, load_network, quiet_loading, some
+from addiff_env.loading.weights import (
+    check_finite,
+    check_tokenizer,
+    gated_advice,
+    load_network,
+    quiet_loading,
+    some,
+)
 
 PIPELINE_OPTIONS: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False, "use_safetensors": True}
 _MATRICES = (("lora_A.", "lora_B."), ("lora.down.", "lora.up."))  # of a layer's LoRA
@@ -40,7 +50,8 @@ def open_pipeline(model: str, revision: str | None, dtype: torch.dtype, lora: st
         hint = "retrain it with: addiff world train" if packaged else "download it, or pass model=<pipeline folder>"
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) or not there else ValueError
         advice = "" if there else gated_advice(error, model)
-        raise kind(f"cannot load a diffusers pipeline from {where}: {error}; {hint}{advice}") from error
+        said = f"{error}{wrong_at(folder)}; {hint}{advice}"
+        raise kind(f"cannot load a diffusers pipeline from {where}: {said}") from error
     if lora is not None:
         _fuse_lora(pipeline, lora)
     return pipeline
@@ -52,7 +63,17 @@ def _load_pipeline(model: str, revision: str | None, dtype: torch.dtype) -> Any:
     networks = {
         name: load_network(kind, part, dtype=dtype, use_safetensors=True) for name, kind, part in _parts(folder)
     }
-    return DiffusionPipeline.from_pretrained(folder, dtype=dtype, **networks, **PIPELINE_OPTIONS)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **networks, **PIPELINE_OPTIONS)
+    for name, part in pipeline.components.items():
+        if isinstance(part, PreTrainedTokenizerBase):
+            _check_tokenizer(part, Path(folder, name))
+    return pipeline
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
+    check_tokenizer(tokenizer, place)
+    if tokenizer.model_max_length >= VERY_LARGE_INTEGER:
+        raise ValueError(f"{str(place)!r} does not say how long a text may be: model_max_length of its configuration")
 
 
 def _parts(folder: str) -> Iterator[tuple[str, Any, Path]]:

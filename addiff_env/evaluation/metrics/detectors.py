@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from addiff_env.loading.isolation import frozen_call
-from addiff_env.loading.weights import fetching, load_network, quiet_loading
+from addiff_env.loading.weights import check_tokenizer, fetching, load_network, quiet_loading
 
 DETECTOR = "google/owlv2-base-patch16-ensemble"  # any word may be asked of it; COCO's 80 classes lack half the objects
 SETTING = "geneval:<folder of a detector>"
@@ -219,6 +219,7 @@ class WordDetector:
         self.name, self.device = model, device
         with fetching(model, "spatial:<folder>") as folder, quiet_loading():
             self.processor = AutoProcessor.from_pretrained(folder)
+            check_tokenizer(self.processor.tokenizer, folder)
             self.model = load_network(AutoModelForZeroShotObjectDetection, folder).eval().to(device)
 
     @frozen_call

@@ -18,7 +18,7 @@ from PIL import Image
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.metrics.detectors import SETTING, BoxDetector, Detection, Detector, InstanceDetector
 from addiff_env.loading.isolation import frozen_call
-from addiff_env.loading.weights import fetching, load_network, quiet_loading
+from addiff_env.loading.weights import check_tokenizer, fetching, load_network, quiet_loading
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -239,6 +239,7 @@ class ClipColors:
         self.name, self.device = model, device
         with fetching(model, f"{SETTING},colors=<folder>") as folder, quiet_loading():
             self.processor = AutoProcessor.from_pretrained(folder, revision=revision)
+            check_tokenizer(self.processor.tokenizer, folder)
             self.model = load_network(CLIPModel, folder, revision=revision).eval().to(device)
         self._classes: dict[str, Any] = {}
 

@@ -21,7 +21,7 @@ from PIL import Image
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.metrics.base import Scored
 from addiff_env.loading.isolation import frozen_call
-from addiff_env.loading.weights import fetching, load_network, quiet_loading
+from addiff_env.loading.weights import check_tokenizer, fetching, load_network, quiet_loading
 
 MODEL = "Qwen/Qwen3-VL-8B-Instruct"
 REQUEST = "{question} Answer in one word."
@@ -48,6 +48,7 @@ class VisionLanguageModel:
         dtype = "auto" if torch.device(device).type == "cuda" else torch.float32
         with fetching(model, "geneval2:<folder>") as folder, quiet_loading():
             self.processor = AutoProcessor.from_pretrained(folder)
+            check_tokenizer(self.processor.tokenizer, folder)
             self.model = load_network(AutoModelForImageTextToText, folder, dtype=dtype).eval().to(device)
 
     @frozen_call

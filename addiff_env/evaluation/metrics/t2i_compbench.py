@@ -41,7 +41,7 @@ from addiff_env.evaluation.metrics.t2i_rules import (
 )
 from addiff_env.loading.isolation import frozen_call
 from addiff_env.loading.paths import resolve_model
-from addiff_env.loading.weights import fetching, load_network, quiet_loading
+from addiff_env.loading.weights import check_tokenizer, fetching, load_network, quiet_loading
 from addiff_env.perception.scorers import Scorer, load_scorer
 
 T2I_METRICS = ("blip_vqa", "spatial", "spatial_3d", "numeracy", "non_spatial", "three_in_one", "t2i_compbench")
@@ -80,6 +80,7 @@ class BlipVqa:
         self.name, self.device = model, device
         with fetching(model, "blip_vqa:<folder>") as folder, quiet_loading():
             self.processor = BlipProcessor.from_pretrained(folder)
+            check_tokenizer(self.processor.tokenizer, folder)
             self.model = load_network(BlipForQuestionAnswering, folder).eval().to(device)
         tokenizer = self.processor.tokenizer
         self.answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]

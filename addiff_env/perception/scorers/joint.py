@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
+from addiff_env.loading.damage import wrong_at
 from addiff_env.loading.paths import resolve_model
-from addiff_env.loading.weights import reason
+from addiff_env.loading.weights import check_tokenizer, reason
 from addiff_env.perception.scorers.base import LOGIT_LIMIT, load_exactly, read_checkpoint
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
@@ -182,6 +183,7 @@ class JointReader(nn.Module):
         model = load_exactly(make, read_checkpoint(folder / WEIGHTS), folder / WEIGHTS)
         with cls._explained(folder / TOKENIZER):
             model.tokenizer = CLIPTokenizer.from_pretrained(folder)
+            check_tokenizer(model.tokenizer, folder)
         return model.to(torch_dtype)
 
     @classmethod
@@ -191,7 +193,9 @@ class JointReader(nn.Module):
         try:
             yield
         except Exception as error:
-            raise ValueError(f"{path} is damaged or not a {cls.__name__}'s: {reason(error)}") from error
+            raise ValueError(
+                f"{path} is damaged or not a {cls.__name__}'s: {reason(error)}{wrong_at(path.parent)}"
+            ) from error
 
     @classmethod
     def _read_config(cls, path: Path) -> dict[str, Any]:
