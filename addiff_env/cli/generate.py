@@ -35,11 +35,10 @@ from addiff_env.pipeline import SHIPPED_AGENT, AdaptivePipeline
 from addiff_env.pipeline.folder import PictureFolder, Task
 from addiff_env.pipeline.lanes import require_registered
 from addiff_env.stats import at_least_one
-from addiff_env.storage.commands import interruptible
+from addiff_env.storage.commands import FAILED, interruptible
 from addiff_env.storage.files import claim
 from addiff_env.storage.inputs import fingerprints
 
-FAILED = 3  # exit status where some pictures could not be made
 _OTHER = "take another folder: --out ..."
 _SHOWN = 5  # failures that are reported one by one
 _SETTINGS = ("model", "dtype", "device", "height", "width")  # of the environment

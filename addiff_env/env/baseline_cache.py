@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,12 +24,12 @@ import torch
 from tqdm import tqdm
 
 from addiff_env.diffusion.backbones import denoise, initial_noise
-from addiff_env.env.prompts import check_prompt
+from addiff_env.env.prompts import check_prompt, shorten
 from addiff_env.env.reward import RewardConfig, quality
 from addiff_env.env.validation import at_least, check_seed, checked
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.loading.paths import looked_at, resolve_model
-from addiff_env.storage.commands import command_line, interruptible, json_argument
+from addiff_env.storage.commands import FAILED, command_line, interruptible, json_argument
 from addiff_env.storage.files import claim_file, told_when_full, write_whole
 from addiff_env.storage.inputs import fingerprint
 from addiff_env.storage.jsonl import read_objects
@@ -99,6 +101,7 @@ class BaselineCache:
     def __init__(self, configuration: dict[str, Any]) -> None:
         self.configuration = configuration
         self.scores: dict[tuple[str, int], tuple[float, float]] = {}
+        self.failed: list[tuple[str, int]] = []  # whose numbers were not finite when they were made
         self._seeds: dict[str, list[int]] = {}
 
     def put(self, prompt: str, seed: int, clip_score: float, reward_score: float) -> None:
@@ -211,8 +214,7 @@ def score_fixed_steps(
 ) -> Iterator[tuple[str, int, float, float]]:
     """Yield (prompt, seed, CLIP score, reward-model score) of ``steps``-step pictures, in the order of ``pairs``.
 
-    Raises:
-        ValueError: numbers that are not finite; the message names prompt and seed.
+    Both scores of a picture whose numbers are not finite are NaN.
     """
     schedule = env.backbone.schedule(steps, env.latent_shape, env.config.solver)
     for start in range(0, len(pairs), env.config.batch_size):
@@ -227,20 +229,10 @@ def score_fixed_steps(
             negative_prompt=env.config.negative_prompt,
         )
         pictures = env.backbone.decode(latents)
-        _check_finite(pictures, prompts, seeds, f"the pictures of {steps} steps in {env.backbone.dtype_name}")
-        features = env.perception.look(pictures, prompts)
-        _check_finite(torch.stack([features.clip_score, features.reward_score], 1), prompts, seeds, "the scores")
-        yield from zip(prompts, seeds, features.clip_score.tolist(), features.reward_score.tolist(), strict=True)
-
-
-def _check_finite(values: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int], what: str) -> None:
-    """Refuse ``values`` (B, ...) that are not finite, and say whose they are."""
-    broken = (~torch.isfinite(values).flatten(1).all(1)).nonzero().flatten().tolist()
-    if broken:
-        whose = f"the prompt {prompts[broken[0]]!r} with seed {seeds[broken[0]]}"
-        raise ValueError(
-            f"{what} are not finite for {whose}, and {len(broken) - 1} more of its batch; try another dtype"
-        )
+        features = env.perception.look(pictures.nan_to_num(0, 1, 0), prompts)
+        scores = torch.stack([features.clip_score, features.reward_score], 1).double()  # (B, 2)
+        scores[~(torch.isfinite(pictures).flatten(1).all(1) & torch.isfinite(scores).all(1))] = torch.nan
+        yield from zip(prompts, seeds, *scores.T.tolist(), strict=True)
 
 
 def compute_baselines(
@@ -248,9 +240,11 @@ def compute_baselines(
 ) -> BaselineCache:
     """Score every prompt with every seed and keep the scores in ``path``; what is there already is not repeated.
 
+    Pictures whose numbers are not finite are left out, and named in the cache's ``failed``.
+
     Raises:
         ValueError: ``path`` holds the baselines of another configuration; steps or seeds that are none; or as
-            `baseline_configuration` and `score_fixed_steps`. TypeError: a prompt that is no string.
+            `baseline_configuration`. TypeError: a prompt that is no string.
         FolderBusyError: another process writes to it.
     """
     steps = checked("steps", steps, Annotated[int, at_least(1)])
@@ -275,6 +269,9 @@ def _complete(
     with told_when_full(path), path.open("a", encoding="utf-8") as file:
         scored = score_fixed_steps(env, steps, missing)
         for prompt, seed, clip, reward in tqdm(scored, total=len(missing), desc=f"{steps} steps", unit="picture"):
+            if math.isnan(clip):
+                cache.failed.append((prompt, seed))
+                continue
             cache.put(prompt, seed, clip, reward)
             row = {"prompt": prompt, "seed": seed, "clip_score": clip, "reward_score": reward}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -288,7 +285,7 @@ def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Score and keep; returns the exit status."""
+    """Score and keep; returns the exit status: 3 where pictures had numbers that are not finite."""
     text = "Score fixed-step inference once, for rewards relative to it."
     parser = argparse.ArgumentParser(prog="addiff baselines", description=text)
     parser.add_argument("path", help="the JSON lines file to write or to complete")
@@ -308,4 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with interruptible(lambda: f"what was scored is kept in {options.path}"):
         cache = compute_baselines(options.path, env, steps, env.prompts[: options.limit], range(options.seeds))
     print(f"{len(cache.scores)} baselines of {steps} steps -> {options.path}")
-    return 0
+    for prompt, seed in cache.failed:
+        where = f"{shorten(prompt)}, seed {seed}, {steps} steps in {env.backbone.dtype_name}"
+        print(f"failed: {where}: numbers that are not finite; try another dtype", file=sys.stderr)
+    return FAILED if cache.failed else 0

@@ -3,20 +3,59 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium as gym
 from omegaconf import DictConfig, OmegaConf
 
 from addiff_env.env.prices import read_price_range
 from addiff_env.env.prompts import load_prompts
+from addiff_env.env.validation import Rule, above, at_least, at_most, below, checked
 from addiff_env.stats import spread
 from addiff_env.storage.inputs import FILE_SETTINGS, differing, flatten
 
 # Settings of the environment that have a place of their own in the configuration.
 _ELSEWHERE = {"reward": "reward.weights", "prompts": "prompts.source", "price_range": "reward.price_range"}
+
+Count = Annotated[int, at_least(1)]
+NotNegative = Annotated[float, at_least(0)]
+Positive = Annotated[float, above(0)]
+Share = Annotated[float, at_least(0), at_most(1)]
+NUMBERS: dict[str, Any] = {
+    "seed": Annotated[int, at_least(0), below(2**32)],  # NumPy's, which training seeds, takes no more
+    "num_envs": Count,
+    "calibration_steps": Count,
+    "algorithm.total_timesteps": Annotated[float, at_least(1)],
+    "algorithm.n_steps": Count,
+    "algorithm.batch_size": Count,
+    "algorithm.n_epochs": Count,
+    "algorithm.learning_rate": Positive,
+    "algorithm.learning_rate_end": NotNegative,
+    "algorithm.gamma": Share,
+    "algorithm.gae_lambda": Share,
+    "algorithm.clip_range": Positive,
+    "algorithm.ent_coef": NotNegative,
+    "algorithm.ent_coef_end": NotNegative,
+    "algorithm.vf_coef": NotNegative,
+    "algorithm.max_grad_norm": Positive,
+    "policy.hidden": Count,
+    "policy.gains": Mapping | None,
+    "policy.action_bias": Annotated[Sequence[float], Rule("of three finite numbers", lambda bias: len(bias) == 3)],
+}
+
+
+def check_numbers(cfg: DictConfig, more: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """What can be checked before any model is loaded: `NUMBERS`, and settings that one trainer has ``more``.
+
+    Raises:
+        ValueError: a value that is not allowed; the message names the setting and shows the value.
+    """
+    for name, kind in {**NUMBERS, **more}.items():
+        checked(name, OmegaConf.select(cfg, name), kind)
+    for bias in cfg.policy.action_bias:
+        checked("each of policy.action_bias", bias, float)
 
 
 def env_settings(cfg: DictConfig) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from addiff_env.evaluation.metrics.models import OFFICIAL, keep_imported
 from addiff_env.evaluation.run.rows import read_rows, write_rows
 from addiff_env.evaluation.run.run_folder import read_items, read_provenance, reported_rows
 from addiff_env.loading.paths import looked_at
-from addiff_env.storage.files import claim, file_name, read_json, write_whole
+from addiff_env.storage.files import claim, file_name, new_folder, read_json, write_whole
 from addiff_env.storage.jsonl import read_objects
 from addiff_env.types import ResultRow
 
@@ -62,7 +62,7 @@ Scores = dict[str, dict[str, float]]  # by a picture's file: scores by name
 
 
 def export(run: Path, layout: str, out: Path, root: str | None = None) -> list[Picture]:
-    """Copy the pictures of a finished run into ``out``, which must be empty or not there.
+    """Copy the pictures of a finished run into ``out``, which must be empty or not there: all of them, or none.
 
     Args:
         run: its folder.
@@ -79,8 +79,6 @@ def export(run: Path, layout: str, out: Path, root: str | None = None) -> list[P
         raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     if not (run / "rows.jsonl").exists():
         raise FileNotFoundError(f"no rows.jsonl in {looked_at(run)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{looked_at(out)} is not empty: an export takes a folder of its own")
     rows, items = reported_rows(run), {(item.prompt, item.seed): item for item in read_items(run)}
     for row in rows:
         if not row.image:
@@ -90,12 +88,15 @@ def export(run: Path, layout: str, out: Path, root: str | None = None) -> list[P
     pairs = [(row, items[row.prompt, row.seed]) for row in rows]
     pictures = LAYOUTS[layout].place(pairs)
     metadata = _metadata(run, root) if LAYOUTS[layout].with_metadata else {}
-    for row, picture in zip(rows, pictures, strict=True):
-        target = out / picture.file
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run / row.image, target)
-    LAYOUTS[layout].describe(out, pictures, [metadata.get(item.id, {}) for _, item in pairs])
-    write_whole(out / INDEX, json.dumps({"layout": layout, "pictures": [asdict(one) for one in pictures]}) + "\n")
+    with new_folder(out, "addiff export") as partial:
+        for row, picture in zip(rows, pictures, strict=True):
+            target = partial / picture.file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(run / row.image, target)
+        texts = LAYOUTS[layout].describe(out, pictures, [metadata.get(item.id, {}) for _, item in pairs])
+        texts[INDEX] = json.dumps({"layout": layout, "pictures": [asdict(one) for one in pictures]}) + "\n"
+        for name, text in texts.items():
+            write_whole(partial / name, text)
     return pictures
 
 
@@ -161,30 +162,32 @@ def _picture(row: ResultRow, file: str, group: str, number: int) -> Picture:
     return Picture(file, group, number, row.method, row.prompt, row.seed)
 
 
-Described = Callable[[Path, Sequence[Picture], Sequence[Mapping[str, Any]]], None]
+Described = Callable[[Path, Sequence[Picture], Sequence[Mapping[str, Any]]], dict[str, str]]  # texts by their files
 
 
-def _describe_geneval(out: Path, pictures: Sequence[Picture], metadata: Sequence[Mapping[str, Any]]) -> None:
-    for picture, own in zip(pictures, metadata, strict=True):
-        write_whole(out / Path(picture.file).parents[1] / "metadata.jsonl", json.dumps(dict(own)) + "\n")
+def _describe_geneval(out: Path, pictures: Sequence[Picture], metadata: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    pairs = zip(pictures, metadata, strict=True)
+    return {f"{Path(one.file).parents[1]}/metadata.jsonl": json.dumps(dict(own)) + "\n" for one, own in pairs}
 
 
-def _describe_geneval2(out: Path, pictures: Sequence[Picture], metadata: Sequence[Mapping[str, Any]]) -> None:
-    for group, own in _by_group(pictures).items():
-        paths = {one.prompt: str((out / one.file).absolute()) for one in own}
-        write_whole(out / group / "image_paths.json", json.dumps(paths, indent=1) + "\n")
+def _describe_geneval2(out: Path, pictures: Sequence[Picture], metadata: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    paths = {
+        group: {one.prompt: str((out / one.file).absolute()) for one in own}
+        for group, own in _by_group(pictures).items()
+    }
+    return {f"{group}/image_paths.json": json.dumps(own, indent=1) + "\n" for group, own in paths.items()}
 
 
-def _describe_flat(out: Path, pictures: Sequence[Picture], metadata: Sequence[Mapping[str, Any]]) -> None:
-    for group, own in _by_group(pictures).items():
-        lines = [
-            json.dumps({"file": Path(one.file).name, "prompt": one.prompt, "seed": one.seed}) + "\n" for one in own
-        ]
-        write_whole(out / group / "prompts.jsonl", "".join(lines))
+def _describe_flat(out: Path, pictures: Sequence[Picture], metadata: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    def line(one: Picture) -> str:
+        return json.dumps({"file": Path(one.file).name, "prompt": one.prompt, "seed": one.seed}) + "\n"
+
+    return {f"{group}/prompts.jsonl": "".join(map(line, own)) for group, own in _by_group(pictures).items()}
 
 
-def _describe_nothing(out: Path, pictures: Sequence[Picture], metadata: Sequence[Mapping[str, Any]]) -> None:
+def _describe_nothing(out: Path, pictures: Sequence[Picture], metadata: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """The names of the files say everything."""
+    return {}
 
 
 def _by_group(pictures: Iterable[Picture]) -> dict[str, list[Picture]]:

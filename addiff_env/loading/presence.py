@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from addiff_env.loading.damage import INDEX, damage, shards_of
+from addiff_env.loading.damage import INDEX, damage, shards_of, wrong_at
 from addiff_env.loading.paths import PACKAGE_PREFIX, looked_at, resolve_model
 from addiff_env.loading.weights import gated_advice
 
@@ -96,6 +96,8 @@ def look_for(needed: Needed) -> Found:
         path = Path(resolve_model(needed.place))
     except FileNotFoundError as error:
         return Found(needed, MISSING, str(error))
+    if path.is_file() and needed.files:
+        return Found(needed, MISSING, wrong_at(path).removeprefix("; "))
     if path.is_file():
         return _judge(needed, LOCAL, str(path), [], [path])
     if not path.is_dir() and not (needed.files and is_hub_id(needed.place)):

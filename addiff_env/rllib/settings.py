@@ -12,8 +12,17 @@ import gymnasium as gym
 from omegaconf import DictConfig, OmegaConf
 
 from addiff_env.env.reward import RewardConfig
-from addiff_env.env.training_settings import check_discount, differing_values, env_inputs, env_settings, resolved
-from addiff_env.env.validation import Rule, above, at_least, at_most, below, checked
+from addiff_env.env.training_settings import (
+    Count,
+    NotNegative,
+    check_discount,
+    check_numbers,
+    differing_values,
+    env_inputs,
+    env_settings,
+    resolved,
+)
+from addiff_env.env.validation import at_least
 from addiff_env.rllib import checkpoint
 from addiff_env.storage.commands import spelled
 from addiff_env.storage.files import read_json, read_yaml, write_whole
@@ -22,30 +31,7 @@ from addiff_env.storage.inputs import fingerprints
 CONFIG_FILE, INPUTS_FILE = "config.yaml", "inputs.json"
 COSMETIC = ("rllib.gpus_per_runner", "rllib.checkpoint_every", "rllib.address", "rllib.nodes")  # decide no result
 
-Count = Annotated[int, at_least(1)]
-NotNegative = Annotated[float, at_least(0)]
-Positive = Annotated[float, above(0)]
-Share = Annotated[float, at_least(0), at_most(1)]
 ALLOWED: dict[str, Any] = {
-    "seed": Annotated[int, at_least(0), below(2**32)],  # NumPy's, which RLlib seeds, takes no more
-    "num_envs": Count,
-    "calibration_steps": Count,
-    "algorithm.total_timesteps": Annotated[float, at_least(1)],
-    "algorithm.n_steps": Count,
-    "algorithm.batch_size": Count,
-    "algorithm.n_epochs": Count,
-    "algorithm.learning_rate": Positive,
-    "algorithm.learning_rate_end": NotNegative,
-    "algorithm.gamma": Share,
-    "algorithm.gae_lambda": Share,
-    "algorithm.clip_range": Positive,
-    "algorithm.ent_coef": NotNegative,
-    "algorithm.ent_coef_end": NotNegative,
-    "algorithm.vf_coef": NotNegative,
-    "algorithm.max_grad_norm": Positive,
-    "policy.hidden": Count,
-    "policy.gains": Mapping | None,
-    "policy.action_bias": Annotated[Sequence[float], Rule("of three finite numbers", lambda bias: len(bias) == 3)],
     "rllib.num_env_runners": Annotated[int, at_least(0)],
     "rllib.gpus_per_runner": NotNegative | None,
     "rllib.checkpoint_every": Count,
@@ -73,10 +59,7 @@ def check_settings(cfg: DictConfig) -> None:
         ValueError: a value that is not allowed, or one that RLlib's trainer has no use for; the message names the
             setting and shows the value.
     """
-    for name, kind in ALLOWED.items():
-        checked(name, OmegaConf.select(cfg, name), kind)
-    for bias in cfg.policy.action_bias:
-        checked("each of policy.action_bias", bias, float)
+    check_numbers(cfg, ALLOWED)
     for name, (only, reason) in UNUSED.items():
         if (value := OmegaConf.select(cfg, name)) != only:
             raise ValueError(f"{name}={value}: RLlib's trainer {reason}; it takes {spelled(only)} alone")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import gymnasium as gym
 from omegaconf import DictConfig
@@ -14,13 +14,14 @@ from addiff_env.env.baseline_cache import BaselineCache
 from addiff_env.env.prices import read_price_range
 from addiff_env.env.reward import check_undiscounted
 from addiff_env.env.training_settings import (
+    Share,
     as_mapping,
     check_discount,
+    check_numbers,
     env_inputs,
     env_settings,
     held_out_prompts,
 )
-from addiff_env.env.validation import at_least, below, checked
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.sb3.callbacks import (
@@ -47,26 +48,18 @@ def input_settings(cfg: DictConfig) -> dict[str, Any]:
     return {**env_inputs(cfg), **more}
 
 
-def check_numbers(cfg: DictConfig) -> None:
+def check_settings(cfg: DictConfig) -> None:
     """Before any model is loaded; what depends on the environment is checked with it.
 
     Raises:
-        ValueError: no seed, no decision to train for, a target that is no number, or one beside a range of prices.
+        ValueError: as `check_numbers`, or a target beside a range of prices.
     """
-    checked("seed", cfg.seed, Annotated[int, at_least(0), below(2**32)])  # NumPy's global stream takes no more
-    total, target = cfg.algorithm.total_timesteps, cfg.reward.target_nfe
-    if not (_is_number(total) and 1 <= total < float("inf")):
-        raise ValueError(f"algorithm.total_timesteps must be a number of at least 1, got {total!r}")
-    if target is not None and not _is_number(target):
-        raise ValueError(f"reward.target_nfe must be a number of evaluations or null, got {target!r}")
+    check_numbers(cfg, {"reward.target_nfe": float | None, "algorithm.gae_lambda_end": Share | None})
+    target = cfg.reward.target_nfe
     price_range = (gym.spec(cfg.env.id).kwargs | env_settings(cfg)).get("price_range")
     if target is not None and read_price_range(price_range) is not None:
         one, many = f"reward.target_nfe={target:g} searches one price", f"reward.price_range={price_range} draws many"
         raise ValueError(f"{one}, {many}: set one of them")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def build_env(cfg: DictConfig) -> DenoiseVecEnv:

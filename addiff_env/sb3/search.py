@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import optuna
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -272,8 +273,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     configs = _find_configs(options.configs)
 
     def configure(drawn: list[str]) -> DictConfig:
-        with initialize_config_dir(configs, version_base="1.3"):
-            return compose("train", [f"prompts.held_out.number={HELD_OUT}", *options.overrides, *drawn])
+        try:
+            with initialize_config_dir(configs, version_base="1.3"):
+                return compose("train", [f"prompts.held_out.number={HELD_OUT}", *options.overrides, *drawn])
+        except HydraException as error:
+            raise ValueError(str(error)) from error
 
     space, cfg = read_space(options.space), configure([])
     refuse_unlike_judges(cfg, space)

@@ -33,7 +33,7 @@ from addiff_env.sb3.callbacks import (
 )
 from addiff_env.sb3.checkpoint import FILE, Checkpoints, load_checkpoint, load_training_state, make_logger
 from addiff_env.sb3.held_out import MetricFn
-from addiff_env.sb3.parts import build_callbacks, build_env, build_held_out, build_model, check_numbers, input_settings
+from addiff_env.sb3.parts import build_callbacks, build_env, build_held_out, build_model, check_settings, input_settings
 from addiff_env.sb3.policies import calibrate
 from addiff_env.sb3.vec_env import observation_parts
 from addiff_env.storage.files import claim, told_when_full, write_whole
@@ -74,7 +74,7 @@ def train(cfg: DictConfig, run: Path, metric: MetricFn | None = None, callbacks:
             no training can have.
         FolderBusyError: another process trains in the folder, or is to write its agent to the same ``cfg.out``.
     """
-    check_numbers(cfg)
+    check_settings(cfg)
     run = Path(run).expanduser()
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

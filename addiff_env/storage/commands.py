@@ -16,6 +16,7 @@ from typing import Any
 from addiff_env.storage.files import DiskFullError
 
 INTERRUPTED = 130  # exit status of what Ctrl-C ended, as shells have it
+FAILED = 3  # exit status where some pictures could not be made, and the others were
 NO_WORDS = ("null", "true", "false", "inf", "nan")  # what Hydra reads as something else
 LAUNCHED = ("RANK", "WORLD_SIZE")  # set by accelerate and torchrun, one process each
 

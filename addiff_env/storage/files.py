@@ -197,6 +197,27 @@ def replacing(path: Path, durable: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path: Path, program: str) -> Iterator[Path]:
+    """A folder to fill that takes ``path``'s place at the end; what was cut short leaves nothing there.
+
+    Raises:
+        ValueError: ``path`` is a file, or holds something. FolderBusyError: another process makes it.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} is not empty: {program} takes a folder of its own")
+    partial = path.with_name(f"{path.name}.partial")
+    with claim_file(path, program):
+        shutil.rmtree(partial, ignore_errors=True)  # of a program that was killed
+        try:
+            with told_when_full(path):
+                partial.mkdir(parents=True)
+                yield partial
+                partial.rename(path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def _to_disk(path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:

@@ -152,6 +152,7 @@ def test_shards_that_an_index_lists_are_asked_for(
     [
         ({"model": "./nowhere"}, "nowhere"),
         ({"model": "addiff_env:tiny/weights/gone"}, "addiff world train"),
+        ({"model": str(Path(__file__))}, "a file, not a model's folder"),
         ({"model": "owner/nobody-has-this"}, "model_index.json"),
         ({"scorer": "imagrewrd"}, "imagrewrd"),
         ({"scorer": "imagereward:/nowhere/ImageReward.pt"}, "/nowhere/ImageReward.pt"),

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -142,24 +143,33 @@ def test_stochastic_solvers_have_no_baselines(path: Path, small_kwargs: dict[str
         BaselineCache.load(path, env)
 
 
-def test_numbers_that_are_not_finite_name_prompt_and_seed(
-    tmp_path: Path, env: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("where", "value"), [("picture", torch.nan), ("picture", torch.inf), ("score", torch.nan)])
+def test_a_picture_that_is_not_finite_fails_alone(
+    tmp_path: Path, env: Any, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, where: str, value: float
 ) -> None:
-    decode, scorer = env.backbone.decode, env.perception.scorer
+    """The others of its batch are kept as they are without it; the next call tries it again."""
+    decode, score = env.backbone.decode, type(env.perception.scorer).score
 
-    def overflow(latents: torch.Tensor) -> torch.Tensor:
-        pictures = decode(latents)
-        pictures[3] = torch.nan
-        return pictures
+    def spoil(values: torch.Tensor) -> torch.Tensor:
+        values[3] = value
+        return values
 
-    monkeypatch.setattr(env.backbone, "decode", overflow)
-    with pytest.raises(ValueError, match=f"pictures of 2 steps in float32.*{PROMPTS[1]!r} with seed 1"):
-        compute_baselines(tmp_path / "b.jsonl", env, 2, PROMPTS, [0, 1])
+    if where == "picture":
+        monkeypatch.setattr(env.backbone, "decode", lambda latents: spoil(decode(latents)))
+    else:
+        monkeypatch.setattr(type(env.perception.scorer), "score", lambda self, *pair: spoil(score(self, *pair)))
+    monkeypatch.setattr(baseline_cache.gym, "make_vec", lambda *_, **__: SimpleNamespace(unwrapped=env))
+    env.prompts = PROMPTS
+    made = tmp_path / "b.jsonl"
+    assert baseline_cache.main([str(made), "--steps", "6", "--seeds", "2"]) == 3
+    told = capsys.readouterr()
+    assert f"failed: {PROMPTS[1]!r}, seed 1, 6 steps in float32" in told.err and "3 baselines" in told.out
+    whole = BaselineCache.load(path, env).scores
+    assert BaselineCache.load(made, env).scores == {key: whole[key] for key in whole if key != (PROMPTS[1], 1)}
     monkeypatch.undo()
-    real = scorer.score
-    monkeypatch.setattr(type(scorer), "score", lambda self, *pair: real(*pair) * torch.tensor([1, torch.nan]))
-    with pytest.raises(ValueError, match=f"scores.*{PROMPTS[0]!r} with seed 1"):
-        compute_baselines(tmp_path / "b.jsonl", env, 2, PROMPTS[:1], [0, 1])
+    again = compute_baselines(made, env, 6, PROMPTS, [0, 1])
+    assert not again.failed and again.scores.keys() == whole.keys()
+    assert again.scores[PROMPTS[1], 1] == pytest.approx(whole[PROMPTS[1], 1], abs=1e-5)
 
 
 def test_a_file_with_nan_is_refused(path: Path, env: Any) -> None:

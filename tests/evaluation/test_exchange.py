@@ -1,6 +1,7 @@
 """Export and import: each layout as its official script takes it, and results that find their way back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,28 @@ def test_every_picture_is_there_once_and_is_the_rows_own(run: Path, tmp_path: Pa
             assert picture.getpixel((0, 0)) == (METHODS.index(one.method), one.seed, 0)
     with pytest.raises(ValueError, match="is not empty"):
         export(run, layout, out, data)
+
+
+def test_an_export_that_was_cut_short_leaves_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, copied = tmp_path / "out", []
+
+    def interrupted(source: Path, target: Path) -> None:
+        copied.append(target)
+        if len(copied) == 3:
+            raise KeyboardInterrupt
+        target.write_bytes(source.read_bytes())
+
+    monkeypatch.setattr(shutil, "copyfile", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(run, "flat", out)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]
+    monkeypatch.undo()
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "old.png").write_text("of a program that was killed")
+    assert len(export(run, "flat", out)) == len(list(out.rglob("*.png"))) == 12
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name and "lock" not in path.name) == ["out"]
 
 
 def test_geneval_as_its_script_reads_it(run: Path, tmp_path: Path, data: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -63,14 +64,14 @@ class VisionLanguageModel:
             return_tensors="pt",
         ).to(self.device)
         encoded = [self.processor.tokenizer.encode(form, add_special_tokens=False) for form in forms(answer)]
-        return min(1.0, sum(self._probability(inputs, tokens) for tokens in exclusive(encoded)))
+        following = cache(partial(self._following, inputs))  # spellings mostly differ in one token
+        found = (following(tokens[:-1])[range(len(tokens)), list(tokens)] for tokens in exclusive(encoded))
+        return min(1.0, sum(float(picked.sum().exp()) for picked in found))
 
-    def _probability(self, inputs: Mapping[str, torch.Tensor], tokens: Sequence[int]) -> float:
-        """Of this continuation."""
+    def _following(self, inputs: Mapping[str, torch.Tensor], tokens: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities (1 + tokens, vocabulary) of what follows the inputs, and each of these tokens."""
         known = inputs["input_ids"].shape[1]
-        logits = self.model(**_continued(inputs, tokens[:-1])).logits[0, known - 1 :]  # (tokens, vocabulary)
-        picked = logits.double().log_softmax(1)[range(len(tokens)), list(tokens)]
-        return float(picked.sum().exp())
+        return self.model(**_continued(inputs, tokens)).logits[0, known - 1 :].double().log_softmax(1)
 
 
 def _continued(inputs: Mapping[str, torch.Tensor], tokens: Sequence[int]) -> dict[str, Any]:
