@@ -19,6 +19,7 @@ from torchvision.transforms.functional import center_crop, crop, resize
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, standard deviation
 OPENAI_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 RANGE_TOLERANCE = 0.01  # decoders overshoot [0, 1] a little; more than this is a mistake of the caller
+PIXELS_AT_ONCE = 2**22  # of pictures that are prepared: four of 1024 x 1024, whatever the batch
 RESIZES = ("shortest", "longest", "squash")
 _PILLOW_FILTERS = {2: "bilinear", 3: "bicubic"}  # what an image processor's `resample` number means
 _skip_validation: ContextVar[bool] = ContextVar("skip_validation", default=False)
@@ -127,7 +128,8 @@ class Preprocess:
 
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         """Network input (B, 3, size, size) float32 of pictures (B, 3, H, W) in [0, 1]."""
-        pixels = self._fit(pictures.float().clamp(0, 1))
+        at_once = max(1, PIXELS_AT_ONCE // pictures.shape[-2:].numel())
+        pixels = torch.cat([self._fit(part.float().clamp(0, 1)) for part in pictures.split(at_once)])
         return (pixels - _per_channel(self.mean, pixels.device)) / _per_channel(self.std, pixels.device)
 
     def _fit(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -225,31 +227,39 @@ def _refuse_oddities(processor: Any) -> None:
 # --------------------------------------------------------------------------- Pillow's resampling
 
 _SUPPORTS = {"bilinear": 1.0, "bicubic": 2.0}  # half widths of the kernels, in pixels of the coarser grid
-_ONE = 2**22  # Pillow's fixed point: 32 bits, less 8 of the pixel and 2 for what overshoots
+_BITS = 22  # Pillow's fixed point: 32 bits, less 8 of the pixel and 2 for what overshoots
 
 
 def resize_as_pillow(pictures: torch.Tensor, height: int, width: int, interpolation: str) -> torch.Tensor:
     """Pictures (B, 3, height, width) in [0, 1] as ``PIL.Image.resize`` makes them of 8-bit ones (B, 3, H, W).
 
     Antialiased, along the rows and then along the columns, with whole numbers throughout: `ImagingResample` in
-    Pillow's Resample.c. Whole numbers of 30 bits and more need float64; where a device has none (Apple's), some
-    pixels differ by 1/255.
+    Pillow's Resample.c. Every device multiplies them exactly, as float32 in whatever precision it is allowed to.
     """
-    exact = torch.float32 if pictures.device.type == "mps" else torch.float64
-    pixels = (pictures.clamp(0, 1) * 255).round().to(exact)
-    for axis, target in ((-1, width), (-2, height)):
-        if (size := pixels.shape[axis]) != target:
-            weights = _pillow_weights(size, target, interpolation, pixels.device, exact)
-            sums = pixels @ weights.mT if axis == -1 else weights @ pixels
-            pixels = ((sums + _ONE // 2) / _ONE).floor().clamp(0, 255)
-    return (pixels / 255).float()
+    pixels = (pictures.clamp(0, 1) * 255).round()
+    with torch.autocast(pictures.device.type, enabled=False):
+        for axis, target in ((-1, width), (-2, height)):
+            if (size := pixels.shape[axis]) != target:
+                pixels = _resample(pixels, axis, _pillow_weights(size, target, interpolation, pixels.device))
+    return pixels / 255
+
+
+def _resample(pixels: torch.Tensor, axis: int, weights: tuple[tuple[int, torch.Tensor], ...]) -> torch.Tensor:
+    """Whole numbers (..., H, W) float32 resampled along an axis, rounded and held in [0, 255]."""
+    parts = ((pixels @ part.mT if axis == -1 else part @ pixels, bits) for bits, part in weights)
+    sums = sum((part.int() << bits for part, bits in parts), start=torch.tensor(1 << _BITS - 1, device=pixels.device))
+    return (sums >> _BITS).clamp(0, 255).float()
 
 
 @lru_cache(maxsize=64)
 def _pillow_weights(
-    size: int, target: int, interpolation: str, device: torch.device, dtype: torch.dtype
-) -> torch.Tensor:
-    """Coefficients (target, size) in units of 1 / `_ONE`; each row adds up to about 1."""
+    size: int, target: int, interpolation: str, device: torch.device
+) -> tuple[tuple[int, torch.Tensor], ...]:
+    """Coefficients (target, size) in units of 2 ** -`_BITS`; each row adds up to about 1.
+
+    They are sums of parts, each a power of two (its exponent first) times whole numbers that half precision holds, and
+    whose products with pixels add up in float32 without rounding.
+    """
     scale = size / target
     stretch = max(scale, 1.0)  # antialiasing: a kernel spans as many pixels as are to become one
     support = _SUPPORTS[interpolation] * stretch
@@ -258,8 +268,14 @@ def _pillow_weights(
     inside = (places >= np.floor(centres - support + 0.5)) & (places < np.floor(centres + support + 0.5))
     weights = np.where(inside, _kernel((places - centres + 0.5) / stretch, interpolation), 0.0)
     weights = weights * (1 / weights.sum(1, keepdims=True))
-    with torch.inference_mode(False):
-        return torch.from_numpy(np.trunc(weights * _ONE + np.copysign(0.5, weights))).to(device, dtype)
+    left, parts = np.trunc(weights * 2**_BITS + np.copysign(0.5, weights)).astype(np.int64), []
+    bits = min(8, 17 - int(inside.sum(1).max()).bit_length())  # 255 times a part of them, as often as is added up
+    for exponent in range(0, _BITS + 1, bits):
+        part = (left + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)  # the lowest bits, from -128 to 127
+        left = (left - part) >> bits
+        with torch.inference_mode(False):
+            parts.append((exponent, torch.from_numpy(part).to(device, torch.float32)))
+    return tuple(parts)
 
 
 def _kernel(x: np.ndarray, interpolation: str) -> np.ndarray:

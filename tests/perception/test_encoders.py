@@ -11,14 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import addiff_env
 from addiff_env.loading.paths import resolve_model
+from addiff_env.perception import preprocessing
 from addiff_env.perception.encoders import CLIPEncoder, ContrastiveEncoder, DINOEncoder, OpenCLIPEncoder, load_clip
 from addiff_env.perception.preprocessing import (
     OPENAI_CLIP,
+    RESIZES,
     Preprocess,
     check_pairs,
     check_pictures,
@@ -111,12 +115,47 @@ def test_pixels_are_those_of_transformers_processors(processor: Any, height: int
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-@pytest.mark.parametrize(("height", "width", "to"), [(512, 512, (224, 224)), (33, 17, (100, 224)), (64, 48, (64, 31))])
+@pytest.mark.parametrize(
+    ("height", "width", "to"),
+    [(512, 512, (224, 224)), (33, 17, (100, 224)), (64, 48, (64, 31)), (3, 2048, (3, 7)), (4, 9000, (3, 13))],
+)
 def test_resampling_is_pillows(interpolation: str, height: int, width: int, to: tuple[int, int]) -> None:
     picture = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)  # overshoots often
     theirs = np.asarray(Image.fromarray(picture).resize(to[::-1], Image.Resampling[interpolation.upper()]))
     ours = (resize_as_pillow(as_tensor(picture), *to, interpolation)[0] * 255).round().byte()
     np.testing.assert_array_equal(ours.permute(1, 2, 0).numpy(), theirs)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_resampling_is_exact_in_whatever_precision_is_allowed(precision: str) -> None:
+    pictures = torch.rand(2, 3, 96, 80, generator=torch.Generator().manual_seed(0))
+    strict, before = resize_as_pillow(pictures, 40, 32, "bicubic"), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(resize_as_pillow(pictures, 40, 32, "bicubic"), strict)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@given(
+    st.integers(1, 9),
+    st.tuples(st.integers(8, 40), st.integers(8, 40)),
+    st.sampled_from(RESIZES),
+    st.sampled_from(["bicubic", "bilinear"]),
+    st.booleans(),
+    st.integers(1, 4000),
+)
+@settings(max_examples=60)
+def test_pictures_prepared_in_slices_are_those_of_one_batch(
+    number: int, sides: tuple[int, int], resized: str, interpolation: str, eight_bit: bool, at_once: int
+) -> None:
+    pictures = torch.rand(number, 3, *sides, generator=torch.Generator().manual_seed(number))
+    prepare = Preprocess(16, (0.5,) * 3, (0.3,) * 3, resized, None, interpolation, eight_bit)
+    whole = prepare(pictures)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocessing, "PIXELS_AT_ONCE", at_once)
+        assert torch.equal(prepare(pictures), whole)
 
 
 def test_bars_are_black_and_overshoot_is_kept_where_the_official_code_keeps_it() -> None:
