@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 import numpy as np
@@ -227,6 +227,7 @@ def _refuse_oddities(processor: Any) -> None:
 # --------------------------------------------------------------------------- Pillow's resampling
 
 _SUPPORTS = {"bilinear": 1.0, "bicubic": 2.0}  # half widths of the kernels, in pixels of the coarser grid
+FAST_FLOAT64 = ("cpu",)  # devices
 _BITS = 22  # Pillow's fixed point: 32 bits, less 8 of the pixel and 2 for what overshoots
 
 
@@ -234,31 +235,33 @@ def resize_as_pillow(pictures: torch.Tensor, height: int, width: int, interpolat
     """Pictures (B, 3, height, width) in [0, 1] as ``PIL.Image.resize`` makes them of 8-bit ones (B, 3, H, W).
 
     Antialiased, along the rows and then along the columns, with whole numbers throughout: `ImagingResample` in
-    Pillow's Resample.c. Every device multiplies them exactly, as float32 in whatever precision it is allowed to.
+    Pillow's Resample.c. They are exact in float64; where that is slow, as on most GPUs, or not to be had, in several
+    products of float32, in whatever precision the device multiplies.
     """
-    pixels = (pictures.clamp(0, 1) * 255).round()
+    fast = pictures.device.type in FAST_FLOAT64
+    pixels = (pictures.clamp(0, 1) * 255).round().to(torch.float64 if fast else torch.float32)
     with torch.autocast(pictures.device.type, enabled=False):
         for axis, target in ((-1, width), (-2, height)):
             if (size := pixels.shape[axis]) != target:
-                pixels = _resample(pixels, axis, _pillow_weights(size, target, interpolation, pixels.device))
-    return pixels / 255
+                pixels = _resample(pixels, axis, _pillow_weights(size, target, interpolation, pixels.device, fast))
+    return (pixels / 255).float()
 
 
 def _resample(pixels: torch.Tensor, axis: int, weights: tuple[tuple[int, torch.Tensor], ...]) -> torch.Tensor:
-    """Whole numbers (..., H, W) float32 resampled along an axis, rounded and held in [0, 255]."""
-    parts = ((pixels @ part.mT if axis == -1 else part @ pixels, bits) for bits, part in weights)
-    sums = sum((part.int() << bits for part, bits in parts), start=torch.tensor(1 << _BITS - 1, device=pixels.device))
-    return (sums >> _BITS).clamp(0, 255).float()
+    """Whole numbers (..., H, W) resampled along an axis, rounded and held in [0, 255]."""
+    products = ((pixels @ part.mT if axis == -1 else part @ pixels).int() << exponent for exponent, part in weights)
+    sums = reduce(torch.add, products) + (1 << _BITS - 1)
+    return (sums >> _BITS).clamp(0, 255).to(pixels.dtype)
 
 
 @lru_cache(maxsize=64)
 def _pillow_weights(
-    size: int, target: int, interpolation: str, device: torch.device
+    size: int, target: int, interpolation: str, device: torch.device, whole: bool
 ) -> tuple[tuple[int, torch.Tensor], ...]:
     """Coefficients (target, size) in units of 2 ** -`_BITS`; each row adds up to about 1.
 
-    They are sums of parts, each a power of two (its exponent first) times whole numbers that half precision holds, and
-    whose products with pixels add up in float32 without rounding.
+    Either ``whole``, as float64, or the sum of parts, each a power of two (its exponent first) times whole numbers that
+    half precision holds, and whose products with pixels add up in float32 without rounding.
     """
     scale = size / target
     stretch = max(scale, 1.0)  # antialiasing: a kernel spans as many pixels as are to become one
@@ -269,12 +272,12 @@ def _pillow_weights(
     weights = np.where(inside, _kernel((places - centres + 0.5) / stretch, interpolation), 0.0)
     weights = weights * (1 / weights.sum(1, keepdims=True))
     left, parts = np.trunc(weights * 2**_BITS + np.copysign(0.5, weights)).astype(np.int64), []
-    bits = min(8, 17 - int(inside.sum(1).max()).bit_length())  # 255 times a part of them, as often as is added up
+    bits = 32 if whole else min(8, 17 - int(inside.sum(1).max()).bit_length())  # of 24: 8 are the pixel's
     for exponent in range(0, _BITS + 1, bits):
-        part = (left + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)  # the lowest bits, from -128 to 127
+        part = (left + (1 << bits - 1)) % (1 << bits) - (1 << bits - 1)  # the lowest bits, as near to 0 as they can be
         left = (left - part) >> bits
         with torch.inference_mode(False):
-            parts.append((exponent, torch.from_numpy(part).to(device, torch.float32)))
+            parts.append((exponent, torch.from_numpy(part).to(device, torch.float64 if whole else torch.float32)))
     return tuple(parts)
 
 

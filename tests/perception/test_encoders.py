@@ -119,7 +119,16 @@ def test_pixels_are_those_of_transformers_processors(processor: Any, height: int
     ("height", "width", "to"),
     [(512, 512, (224, 224)), (33, 17, (100, 224)), (64, 48, (64, 31)), (3, 2048, (3, 7)), (4, 9000, (3, 13))],
 )
-def test_resampling_is_pillows(interpolation: str, height: int, width: int, to: tuple[int, int]) -> None:
+@pytest.mark.parametrize("devices", [("cpu",), ()])
+def test_resampling_is_pillows(
+    interpolation: str,
+    height: int,
+    width: int,
+    to: tuple[int, int],
+    devices: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preprocessing, "FAST_FLOAT64", devices)  # as on a GPU where there is none
     picture = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)  # overshoots often
     theirs = np.asarray(Image.fromarray(picture).resize(to[::-1], Image.Resampling[interpolation.upper()]))
     ours = (resize_as_pillow(as_tensor(picture), *to, interpolation)[0] * 255).round().byte()
@@ -127,9 +136,10 @@ def test_resampling_is_pillows(interpolation: str, height: int, width: int, to: 
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_resampling_is_exact_in_whatever_precision_is_allowed(precision: str) -> None:
+def test_resampling_is_exact_in_whatever_precision_is_allowed(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = torch.rand(2, 3, 96, 80, generator=torch.Generator().manual_seed(0))
     strict, before = resize_as_pillow(pictures, 40, 32, "bicubic"), torch.get_float32_matmul_precision()
+    monkeypatch.setattr(preprocessing, "FAST_FLOAT64", ())
     torch.set_float32_matmul_precision(precision)
     try:
         with torch.autocast("cpu", torch.bfloat16):
