@@ -21,7 +21,7 @@ from addiff_env.pipeline.lanes import LaneScheduler, LaneStep, Request, make_age
 from addiff_env.pipeline.output import AdaptivePipelineOutput, GeneratedImage, check_output_type, gathered
 from addiff_env.pipeline.requests import Generators, Seeds, read_requests, with_noise
 
-SHIPPED_AGENT = "addiff_env:tiny/weights/agent"
+SHIPPED_AGENT = "addiff_env:tiny/weights/agent_prices"
 CALLBACK_INPUTS = ("latents", "x0", "preview", "mask", "action_probabilities")
 StepCallback = Callable[["AdaptivePipeline", int, int, dict[str, Any]], dict[str, Any] | None]
 

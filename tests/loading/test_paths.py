@@ -17,7 +17,6 @@ from addiff_env.env.baseline_cache import BaselineCache
 from addiff_env.env.prompts import load_prompts
 from addiff_env.evaluation.acceptance import load_agent
 from addiff_env.evaluation.benchmarks.items import load_benchmark
-from addiff_env.evaluation.methods import tuning as tune
 from addiff_env.evaluation.metrics.geneval import open_geneval
 from addiff_env.evaluation.metrics.sets import References, SetOptions
 from addiff_env.evaluation.metrics.t2i_compbench import open_t2i
@@ -27,12 +26,13 @@ from addiff_env.evaluation.share import measured, record
 from addiff_env.loading.paths import expand_home, resolve_model
 from addiff_env.perception.encoders import load_clip, load_dino
 from addiff_env.perception.scorers import PixelTextReward, load_scorer
+from addiff_env.pipeline import SHIPPED_AGENT
 from addiff_env.rllib.lanes import make_lanes
 from addiff_env.sb3 import search, zips
 from addiff_env.storage.inputs import fingerprint
 
 ID = "AdDiffusion-Tiny-v0"
-AGENT = "addiff_env:tiny/weights/agent"
+AGENT = "addiff_env:tiny/weights/agent_prices"
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         lambda: Agent.load(AGENT),
         lambda: Agent.from_pretrained(AGENT),
-        lambda: Agent.from_pretrained(tune.PACKAGED),
+        lambda: Agent.from_pretrained(SHIPPED_AGENT),
         lambda: load_agent(Path(AGENT)),  # as a command line gives it
         lambda: load_prompts(Path(TINY["prompts"])),
         lambda: load_benchmark("addiff_env:tiny/splits/dev.jsonl", 3),

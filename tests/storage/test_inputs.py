@@ -17,9 +17,10 @@ from addiff_env.agent import Agent
 from addiff_env.env.baseline_cache import BaselineCache, baseline_configuration, compute_baselines
 from addiff_env.evaluation.benchmarks.items import load_benchmark
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
-from addiff_env.evaluation.methods.tuning import PACKAGED
 from addiff_env.evaluation.run.fingerprint import run_fingerprint
 from addiff_env.evaluation.run.made_with import keep_fingerprint, require_same
+from addiff_env.loading.paths import resolve_model
+from addiff_env.pipeline import SHIPPED_AGENT
 from addiff_env.rllib.settings import claim
 from addiff_env.sb3 import search
 from addiff_env.sb3.checkpoint import FILE
@@ -95,7 +96,7 @@ def test_paths_within_a_setting_are_found_and_the_rest_counts_as_written(tmp_pat
     assert fingerprint(f"aesthetic:{moved},clip={tmp_path}") != before
     names = (None, "", "someone/model", "imagereward", 3, ["a red circle"], "x" * 5000, "a\x00b")
     assert [fingerprint(name) for name in names] == [None] * len(names)
-    assert fingerprint("addiff_env:tiny/weights/agent") == fingerprint(PACKAGED)
+    assert fingerprint(SHIPPED_AGENT) == fingerprint(resolve_model(SHIPPED_AGENT))
 
 
 @given(
@@ -270,7 +271,7 @@ def test_baselines_know_the_whole_of_the_weights_and_not_their_place(model, tmp_
 
 
 def stamp(overrides, benchmark, metrics=("checker",)):
-    agents = {"agent": Agent.load(PACKAGED)}
+    agents = {"agent": Agent.load(SHIPPED_AGENT)}
     return run_fingerprint(agents, overrides, metrics, load_benchmark(str(benchmark)), MethodOptions(), str(benchmark))
 
 

@@ -41,7 +41,7 @@ from addiff_env.evaluation.metrics.registry import (
     reward_score,
 )
 from addiff_env.evaluation.statistics.families import at_price
-from addiff_env.pipeline import make_agent_env
+from addiff_env.pipeline import SHIPPED_AGENT, make_agent_env
 from addiff_env.stats import at_least_one
 from addiff_env.storage.files import keep_first, read_json
 from addiff_env.storage.inputs import FILE_SETTINGS, fingerprints
@@ -51,7 +51,6 @@ MATCHED = 1.02  # net FLOPs of the agent that a rule may spend
 LOOKS = (0.5, 0.75, 1.0)  # shares of the schedule after which rules look
 NUMBERS = (2, 3, 4)  # of pictures that best-of-N takes the best of
 QUANTILES = (0.1, 0.25, 0.5, 0.75)  # of the agent's final reward scores, at which rules' thresholds lie
-PACKAGED = "addiff_env:tiny/weights/agent"
 
 
 @dataclass(frozen=True)
@@ -252,7 +251,7 @@ def resolve(specs: Sequence[str], path: Path, fingerprint: dict[str, Any], make:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="addiff tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--agent", default=PACKAGED, help="folder of an agent bundle")
+    parser.add_argument("--agent", default=SHIPPED_AGENT, help="folder of an agent bundle")
     parser.add_argument("--benchmark", default="tiny-dev", help="prompts to tune on; never those of the evaluation")
     parser.add_argument("--limit", type=at_least_one, default=64, help="prompts, categories in turn")
     parser.add_argument("--metric", help="metric to maximise (default: the checker, or hpsv2.1)")

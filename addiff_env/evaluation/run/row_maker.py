@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from addiff_env.storage.pictures import save_picture
 from addiff_env.types import Generated, ResultRow
 
 
-def made_by(method: Method) -> dict[str, str]:
+def made_by(method: Method) -> dict[str, Any]:
     """Backbone with its revision, solver, policy and dtype, as a method's rows state them."""
     backbone = method.backbone
     return {

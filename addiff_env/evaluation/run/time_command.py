@@ -42,10 +42,10 @@ from addiff_env.evaluation.run.version import code_version
 from addiff_env.evaluation.statistics.families import control_names, run_and_price
 from addiff_env.evaluation.statistics.summary import by_method
 from addiff_env.evaluation.statistics.timings import Timings, describe_machine
+from addiff_env.loading.paths import looked_at
 from addiff_env.stats import at_least_one
 from addiff_env.storage.commands import interruptible
 from addiff_env.storage.files import claim, read_yaml, told_when_full
-from addiff_env.storage.paths import looked_at
 from addiff_env.types import ResultRow
 
 ANEW = "--anew measures everything again"
