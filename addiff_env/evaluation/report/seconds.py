@@ -27,7 +27,7 @@ def timing_notes(folder: Path, rows: Sequence[ResultRow]) -> list[str]:
     if timings is None:
         return []
     without = timings.why_untimed(rows)
-    timed = [f"seconds a picture were timed: {describe_machine(timings)}"] if timings.methods else []
+    timed = [f"timed seconds: {describe_machine(timings)}"] if timings.methods else []
     return [*timed, *timings.cautions(rows), *(f"{name} was not timed: {why}" for name, why in without.items())]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from addiff_env.evaluation.statistics.summary import counted
 from addiff_env.types import ResultRow
 
 TIMED = "timed_seconds"  # the cost, as a row's field
@@ -164,8 +165,10 @@ def describe_machine(timings: Timings) -> str:
     dates = sorted({str(session["date"])[:10] for session in timings.sessions if "date" in session})
     loads = [(one.get("load_before"), one.get("load_after")) for one in timings.sessions]
     parts = [
-        f"{place}, {machine.get('cores')} cores, {machine.get('threads')} threads",
-        f"{timings.rounds} rounds in turns over the same {settings.get('pictures')} pictures",
+        place,
+        *(counted(machine[name], name.removesuffix("s")) for name in ("cores", "threads") if machine.get(name)),
+        str(machine.get("dtype", "")),
+        f"{counted(timings.rounds, 'round')} in turns over the same {counted(settings.get('pictures', 0), 'picture')}",
         f"batches of {settings.get('batch_size')}",
         f"PyTorch {machine.get('torch')}",
         " and ".join(dates),

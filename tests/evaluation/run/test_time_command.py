@@ -77,7 +77,7 @@ def test_every_method_of_a_run_is_timed_and_reported(run, still_clock, monkeypat
     rows = reported_rows(run)
     assert {row.timed_seconds for row in rows if row.method == "ddim-4"} == {0.25}
     text = (run / "table.txt").read_text()
-    assert "s/image" in text and "seconds a picture were timed: " in text
+    assert "s/image" in text and "timed seconds: " in text
     with (run / "table.csv").open() as file:
         timed = {line["method"]: line for line in csv.DictReader(file) if line["metric"] == "timed_seconds"}
     assert set(timed) == {*METHODS, *CONTROLS}
