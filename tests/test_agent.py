@@ -111,10 +111,15 @@ def test_an_interrupted_save_keeps_the_old_bundle(bundle: Path, monkeypatch: pyt
     def fail(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(module.bundle, "save_file", fail)
+    monkeypatch.setattr(module.bundle, "save", fail)
     with pytest.raises(OSError, match="no space"):
         make_agent(1).save(bundle)
     assert Agent.load(bundle).fingerprint == make_agent(0).fingerprint
+
+
+def test_whoever_may_read_the_settings_may_read_the_weights(bundle: Path) -> None:
+    modes = {(bundle / name).stat().st_mode for name in (CONFIG, WEIGHTS)}
+    assert len(modes) == 1
 
 
 # ------------------------------------------------------------------ damaged bundles

@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 import addiff_env
@@ -188,7 +188,7 @@ class Agent:
         weights = {name: value.contiguous() for name, value in self.policy.state_dict().items()}
         head = {"format_version": FORMAT_VERSION, "fingerprint": self.fingerprint}
         with replacing(folder / CONFIG, durable=True) as config, replacing(folder / WEIGHTS, durable=True) as tensors:
-            save_file(weights, tensors)
+            tensors.write_bytes(save(weights))  # save_file would let nobody but its owner read it
             config.write_text(json.dumps(plain(head | self.config), indent=2) + "\n")
 
     @classmethod

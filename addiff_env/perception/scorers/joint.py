@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -157,7 +157,8 @@ class JointReader(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG).write_text(json.dumps(self.config, indent=2) + "\n")
-        save_file({key: value.half().contiguous().cpu() for key, value in self.state_dict().items()}, folder / WEIGHTS)
+        weights = {key: value.half().contiguous().cpu() for key, value in self.state_dict().items()}
+        (folder / WEIGHTS).write_bytes(save(weights))
         tokenizer.save_pretrained(folder)
 
     @classmethod
