@@ -28,6 +28,7 @@ class RunFolder:
     plot: Path = _file("quality_vs_compute.png")
     report: Path = _file("report.html")
     table: Path = _file("table.txt")
+    bars: Path = _file("bars.txt")  # of an agent for every price, see `addiff_env.evaluation.budget_bars`
     judge_answers: Path = _file("judge-answers.jsonl")
     judgement: Path = _file("judge.json")
     reported: Path = _file(".reported")  # what the latest report was about

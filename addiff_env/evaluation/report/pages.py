@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.metrics.models import model_notes, read_metric_models
 from addiff_env.evaluation.report.seconds import notes_of, speed_text
 from addiff_env.evaluation.report.sections import comparison_tables, distinct_text
@@ -151,6 +152,11 @@ def _seconds(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
     return f"```text\n{speed_text(run.folder)}\n```"
 
 
+def _bars(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
+    """What is asked of one agent for every price."""
+    return f"```text\n{read_text(RunFolder(run.folder).bars).rstrip()}\n```"
+
+
 def _summary(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
     """Quality, cost and the agent's lead, without the controls of H4."""
     metric = headline_metric(rows)
@@ -222,6 +228,7 @@ def _plot(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
 
 
 PARTS: dict[str, Callable[[Run, Sequence[ResultRow], str], str]] = {
+    "bars": _bars,
     "summary": _summary,
     "command": _command,
     "table": _table,
