@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from addiff_env.env.config import EnvConfig
-from addiff_env.env.validation import plain
 from addiff_env.storage.files import keep_first, read_json
 from addiff_env.storage.inputs import differing, flatten
 
@@ -26,13 +25,20 @@ HARMLESS = (
     *("prompts", "reward", "render_mode", "device", "dtype", "compile", "channels_last", "batch_size"),
     *("decode_memory", "offload"),
 )
-# What a folder of a release without a setting was made with: the setting's default.
-_DEFAULTS = {
-    f"environment.{field.name}": plain(field.default)
-    for field in fields(EnvConfig)
-    if field.default is not MISSING and field.name not in HARMLESS
-}
 ADDED = ("metrics", "agents")  # named one by one: who goes on need not have all of them
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """What a folder of a release without a setting was made with: the setting's default."""
+    from addiff_env.env.config import EnvConfig  # loads PyTorch, which a report without timings does not need
+    from addiff_env.env.validation import plain
+
+    return {
+        f"environment.{field.name}": plain(field.default)
+        for field in fields(EnvConfig)
+        if field.default is not MISSING and field.name not in HARMLESS
+    }
 
 
 def differing_values(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -42,7 +48,7 @@ def differing_values(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list
     same if its contents are, except for the model, by whose name rows are told apart.
     """
     mine, others = (
-        _DEFAULTS | {name: value for name, value in flatten(tree).items() if value != {}} for tree in (ours, theirs)
+        _defaults() | {name: value for name, value in flatten(tree).items() if value != {}} for tree in (ours, theirs)
     )
     names = [name for name in dict.fromkeys([*mine, *others]) if not _may_lack(name, mine, others)]
     now, before = ({name: values[name] for name in names if name in values} for values in (mine, others))
