@@ -5,7 +5,7 @@ READY := .venv/.installed
 BENCHMARK ?= tiny-final
 LIMIT ?= null
 
-.PHONY: demo reproduce test train lint tiny slow clean
+.PHONY: demo reproduce web test train lint tiny slow clean
 
 demo: $(READY)  ## the shipped agent against a few other methods on 48 prompts
 	$(BIN)/addiff evaluate
@@ -13,6 +13,9 @@ demo: $(READY)  ## the shipped agent against a few other methods on 48 prompts
 # By the s/image in docs/results.md half an hour on two cores with bfloat16, an hour without; ARGS='--methods all': hours.
 reproduce: $(READY)  ## every number of the README and of docs/results.md; resumes where it was stopped
 	$(BIN)/addiff reproduce --benchmark $(BENCHMARK) --limit $(LIMIT) $(ARGS)
+
+web: $(READY)  ## a page to type prompts on; ARGS='--port 8000'
+	$(BIN)/addiff web $(ARGS)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

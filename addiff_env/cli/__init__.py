@@ -20,6 +20,7 @@ from addiff_env.storage.commands import is_out_of_memory
 
 VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does; a table, whose rows are meant to be alike
     "generate": ("addiff_env.cli.generate", "make pictures of prompts with a trained agent"),
+    "web": ("addiff_env.cli.web", "open a page to type prompts on and watch the agent decide"),
     "train": ("addiff_env.sb3.command", "train an agent with Stable-Baselines3 (Hydra overrides)"),
     "train-rllib": ("addiff_env.rllib.command", "train an agent with RLlib on Ray (Hydra overrides)"),
     "evaluate": ("addiff_env.evaluation.run.command", "compare an agent with fixed-step inference (Hydra overrides)"),

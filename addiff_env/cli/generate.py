@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from addiff_env.agent import Agent
+from addiff_env.cli.options import add_agent_options, overrides_of
 from addiff_env.env.prompts import BadRow, PromptRow, check_prompt, each_prompt, shorten
 from addiff_env.env.validation import check_seed
 from addiff_env.evaluation.benchmarks.items import item_of
@@ -41,7 +42,6 @@ from addiff_env.storage.inputs import fingerprints
 
 _OTHER = "take another folder: --out ..."
 _SHOWN = 5  # failures that are reported one by one
-_SETTINGS = ("model", "dtype", "device", "height", "width")  # of the environment
 
 
 # --------------------------------------------------------------------------- what is wanted
@@ -111,7 +111,7 @@ def generate(options: argparse.Namespace, place: tuple[int, int]) -> int:
         ValueError: the folder's pictures are of other prompts or settings; and as the agent, environment and pipeline.
     """
     tasks, agent = tasks_of(options), Agent.from_pretrained(options.agent)
-    overrides = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
+    overrides = overrides_of(options)
     made_with = fingerprint_of(options, tasks, agent, overrides)
     require_same(options.out, made_with, "generate", _OTHER)
     if place[1] > 1 and torch.cuda.is_available():
@@ -202,11 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target-nfe", type=float, metavar="N", help="in its place: mean evaluations a picture")
     parser.add_argument("--max-nfe", type=int, metavar="N", help="budget of a picture")
     parser.add_argument("--save-previews", action="store_true", help="also what each decision saw, in previews/")
-    parser.add_argument("--agent", default=SHIPPED_AGENT, help="folder or Hub id (default: the shipped one)")
-    parser.add_argument("--env", metavar="ID", help="environment, if not the agent's own")
-    parser.add_argument("--model", help="Hub id or folder of a diffusers pipeline")
-    for name, kind in (("dtype", str), ("device", str), ("height", int), ("width", int)):
-        parser.add_argument(f"--{name}", type=kind, help="setting of the environment")
+    add_agent_options(parser, SHIPPED_AGENT)
     parser.add_argument("--num-envs", type=at_least_one, default=16, metavar="N", help="pictures denoised at once")
     return parser
 

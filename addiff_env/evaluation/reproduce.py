@@ -62,9 +62,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--benchmark", default=BENCHMARK, help=f"prompts: {', '.join(known_benchmarks()[:3])}, ... ({BENCHMARK})")
     add("--limit", type=limit, help="prompts, categories in turn; null: all (null)")
-    add(
-        "--methods", nargs="+", default=list(REMARKS), help=f"names, {BUDGETS} or {EVERYTHING} ({', '.join(REMARKS)})"
-    )
+    add("--methods", nargs="+", default=list(REMARKS), help=f"names, {BUDGETS} or {EVERYTHING} ({', '.join(REMARKS)})")
     add("--folder", type=Path, help=f"where rows are kept ({FOLDER / '<benchmark>'})")
     add("--pages", type=Path, nargs="+", default=PAGES, help=f"pages to fill ({', '.join(map(str, PAGES))})")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of addiff evaluate")
