@@ -95,9 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--queue-size", type=at_least_one, default=16, metavar="N", help="requests that may wait; more are turned away"
     )
-    parser.add_argument(
-        "--steps", type=at_least_one, metavar="N", help="of the comparison (default: the id's)"
-    )
+    parser.add_argument("--steps", type=at_least_one, metavar="N", help="of the comparison (default: the id's)")
     parser.add_argument("--prompts", metavar="FILE", help="presets: .txt, .csv, .tsv, .json or .jsonl")
     parser.add_argument("--presets", type=_count, default=6, metavar="N", help="how many are made at the start")
     parser.add_argument(

@@ -128,7 +128,7 @@ class AdaptivePipeline:
             num_images_per_prompt: pictures of each prompt.
             generator: in place of ``seeds``, a `torch.Generator` or a list of one per picture, from which initial noise
                 is drawn as diffusers does.
-            price: of one evaluation, which an agent with a price input acts by.
+            price: of one evaluation, which an agent with a price input acts by; by default the middle of its range.
             target_nfe: mean evaluations a picture, instead of the price that was measured to give them.
             max_nfe: budget of a picture; None: the environment's.
             height: of the pictures, pixels; None: the environment's.
@@ -148,10 +148,9 @@ class AdaptivePipeline:
 
         Raises:
             ValueError: numbers of prompts, seeds, generators and negative prompts that do not agree, what is no seed, a
-                negative prompt for a model without guidance; an agent with a price input and not exactly one of
-                ``price`` and ``target_nfe``, either of them for one without, or a value beyond the agent's range; a
-                budget that leaves no decision, a size that the model cannot make, or an unknown output type or tensor
-                input.
+                negative prompt for a model without guidance; both of ``price`` and ``target_nfe``, either of them for
+                an agent without a price input, or a value beyond its range; a budget that leaves no decision, a size
+                that the model cannot make, or an unknown output type or tensor input.
             TypeError: a prompt that is no string, or no generator.
             RuntimeError: a stream of this pipeline is open in the same thread.
         """

@@ -147,15 +147,16 @@ def price_of(
 ) -> float | None:
     """What an evaluation costs; None: what the environment says, which a policy without a price input ignores.
 
+    Without either of the two an agent with a price input acts by the middle of its range.
+
     Raises:
-        ValueError: an agent with a price input and not exactly one of the two, either of them for one without, or a
-            value beyond the agent's range.
+        ValueError: both of the two, either of them for an agent without a price input, or a value beyond its range.
     """
     if isinstance(policy, Agent):
-        if (price, target_nfe) == (None, None) and policy.price_range is None:
-            return None
+        if (price, target_nfe) == (None, None):
+            return policy.middle_price
         policy.require_price_input()
-        if (price is None) == (target_nfe is None):
+        if price is not None and target_nfe is not None:
             raise ValueError(f"name price or target_nfe, one of the two, got {price!r} and {target_nfe!r}")
         price = policy.price_for(target_nfe) if price is None else price
     elif target_nfe is not None:
