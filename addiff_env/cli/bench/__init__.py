@@ -1,6 +1,6 @@
 """Measure the pipeline's speed: figures are ratios to a baseline of the same process, measured in turns with it.
 
-    addiff bench                                     the embedded world, all comparisons: ten minutes on two cores
+    addiff bench                                     everything, of the embedded world: some eleven minutes on two cores
     addiff bench --only diffusers batching --rounds 3 --prompts 32
     addiff bench env=sd15 device=cuda dtype=bfloat16 --variant 'height=1024 width=1024' --variant compile=true
 
@@ -59,10 +59,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--agent", metavar="FOLDER", help=f"default: {AGENT} where it fits, else one that stops by turns")
     made.add_argument("--price", type=float, metavar="P", help="of an evaluation; default: the middle of its range")
     made.add_argument("--rounds", type=at_least_one, default=5, metavar="N", help="times that each side is measured")
-    made.add_argument("--prompts", type=at_least_one, default=64, metavar="N", help="pictures of batching")
+    made.add_argument("--prompts", type=at_least_one, default=128, metavar="N", help="pictures of batching")
     sizes: dict[str, Any] = {"type": at_least_one, "nargs": "*", "metavar": "N"}
-    made.add_argument("--scaling-lanes", default=[1, 4, 16, 64], help="lanes of scaling", **sizes)
-    made.add_argument("--scaling-prompts", default=[16, 64, 256, 1024], help="prompts of scaling", **sizes)
+    made.add_argument("--scaling-lanes", default=[1, 4, 64], help="of scaling, beside the baseline's 16", **sizes)
+    made.add_argument("--scaling-prompts", default=[16, 256, 1024], help="likewise, beside its 64", **sizes)
     made.add_argument("--quality-pictures", type=at_least_one, default=64, metavar="N", help="of each method")
     made.add_argument("--run", type=Path, metavar="FOLDER", help="a finished evaluation: its quality, of its methods")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write everything there, as it is measured")

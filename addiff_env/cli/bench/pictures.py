@@ -10,37 +10,41 @@ import numpy as np
 from addiff_env.cli.bench.memory import peak_of
 from addiff_env.cli.bench.rounds import Figure, Side
 from addiff_env.cli.bench.subject import Subject
-from addiff_env.pipeline import AdaptivePipeline, LaneScheduler, Request
+from addiff_env.pipeline import AdaptivePipeline, LaneScheduler
 from addiff_env.types import Generated
 
 MIB = 2**20
 BASE_LANES, BASE_PROMPTS = 16, 64  # what other numbers of lanes and prompts are compared with
-PICTURES_A_SIZE = 256  # a size that makes more pictures is measured once, others about so often
+PICTURES_A_SIZE = 128  # of scaling: a size whose run makes more pictures is measured once
+BATCHING_ROUNDS = 3  # at most: runs are long
 
 
 def batching(subject: Subject) -> list[Figure]:
     """Lanes that refill at once against batches that end together, and against full batches of such steps."""
     made: dict[str, list[Generated]] = {}
 
-    def play(name: str, defer: bool, groups: Callable[[], list[list[Request]]]) -> None:
-        lanes = LaneScheduler(subject.acting, subject.agent, defer_warmup=defer)
-        made[name] = [one for part in groups() for group in lanes.run(part) for _, one in group]
+    def play(name: str, defer: bool, together: int, number: int) -> None:
+        lanes, requests = LaneScheduler(subject.acting, subject.agent, defer_warmup=defer), subject.requests(number)
+        parts = [requests[at : at + together] for at in range(0, number, together)]
+        made[name] = [one for part in parts for group in lanes.run(part) for _, one in group]
 
-    def fixed() -> list[list[Request]]:
-        requests = subject.requests()
-        return [requests[at : at + subject.lanes] for at in range(0, len(requests), subject.lanes)]
+    def side(name: str, defer: bool, together: int) -> Side:
+        few = min(subject.lanes, subject.prompts)
+        return Side(
+            partial(play, name, defer, together, subject.prompts), first=partial(play, name, defer, together, few)
+        )
 
     sides = {
-        "continuous": Side(partial(play, "continuous", True, lambda: [subject.requests()])),
-        "warm-up apart": Side(partial(play, "warm-up apart", False, lambda: [subject.requests()])),
-        "fixed batches": Side(partial(play, "fixed batches", False, fixed)),
+        "continuous": side("continuous", True, subject.prompts),
+        "actions apart": side("actions apart", False, subject.prompts),
+        "fixed batches": side("fixed batches", True, subject.lanes),
         "full batch with looks": Side(lambda: subject.continues(subject.acting)),
         "full batch without looks": Side(lambda: subject.continues(subject.blind)),
     }
-    found = subject.timed("batching", sides)
+    found = subject.timed("batching", sides, BATCHING_ROUNDS)
     figures = [
         Figure("batching", f"{name} / continuous", (found[name] / found["continuous"]).tolist())
-        for name in ("fixed batches", "warm-up apart")
+        for name in ("fixed batches", "actions apart")
     ]
     batches = full_batches([one.nfe for one in made["continuous"]], subject)
     for name in ("full batch with looks", "full batch without looks"):
@@ -76,32 +80,30 @@ def scaling(subject: Subject, lanes: Sequence[int], prompts: Sequence[int]) -> I
         for _ in pipelines[num_envs].stream(texts, seeds=list(range(number)), price=subject.price):
             pass
 
-    kept = subject.seconds.setdefault("scaling", {})
     for number in lanes:
-        yield from _size(subject, f"{number} lanes", partial(run, number), BASE_PROMPTS, run, kept)
+        yield from _size(subject, f"{number} lanes", run, number, BASE_PROMPTS)
     for number in prompts:
-        yield from _size(subject, f"{number} prompts", partial(run, BASE_LANES), number, run, kept)
+        yield from _size(subject, f"{number} prompts", run, BASE_LANES, number)
 
 
-def _size(
-    subject: Subject,
-    name: str,
-    run: Callable[[int], None],
-    pictures: int,
-    baseline: Callable[[int, int], None],
-    kept: dict[str, list[float]],
-) -> Iterator[Figure]:
-    """The figures of one size, whose run makes so many ``pictures``."""
-    rounds = max(1, min(subject.rounds.number, PICTURES_A_SIZE // pictures))
-    sides = {
-        "baseline": Side(partial(baseline, BASE_LANES, BASE_PROMPTS)),
-        "size": Side(partial(run, pictures)),
-        "memory": Side(lambda: peaks.append(peak_of(partial(run, pictures), subject.rounds.device))),
-    }
+def _size(subject: Subject, name: str, run: Callable[[int, int], None], lanes: int, pictures: int) -> Iterator[Figure]:
+    """The figures of one size, a run of which makes so many ``pictures`` on so many ``lanes``."""
     peaks: list[int | None] = []
-    run(min(pictures, BASE_PROMPTS))  # what a first run of a size makes once is made
-    turns: list[list[str]] = [["baseline", "size"] for _ in range(rounds)] + [["baseline", "memory"]]
-    found = list(subject.rounds.whole(f"scaling, {name}", turns, lambda side: subject.rounds.seconds(sides[side])))
+
+    def watched() -> None:
+        peaks.append(peak_of(partial(run, lanes, pictures), subject.rounds.device))
+
+    sides = {
+        "baseline": Side(partial(run, BASE_LANES, BASE_PROMPTS), first=partial(run, BASE_LANES, BASE_LANES)),
+        "size": Side(watched, first=partial(run, lanes, min(lanes, pictures))),
+    }
+    rounds = max(1, min(subject.rounds.number, PICTURES_A_SIZE // pictures))
+    turns = [["baseline", "size"]] * rounds + [["baseline"]]
+    found = list(
+        subject.rounds.whole(
+            f"scaling, {name}", turns, lambda side: subject.rounds.seconds(sides[side]), sides.values()
+        )
+    )
     timed = [turn for turn in found if "size" in turn]
     if not timed:
         raise KeyboardInterrupt
@@ -109,8 +111,10 @@ def _size(
     around = [[turn["baseline"], after["baseline"]] for turn, after in zip(timed, following, strict=False)]
     baseline_seconds = np.mean(around, axis=1) / BASE_PROMPTS
     seconds = np.array([turn["size"] for turn in timed]) / pictures
+    kept = subject.seconds.setdefault("scaling", {})
     kept[name], kept[f"{name}, baseline"] = seconds.tolist(), baseline_seconds.tolist()
     yield Figure("scaling", f"{name} / baseline, a picture", (seconds / baseline_seconds).tolist())
     yield Figure("scaling", name, seconds.tolist(), "s a picture")
-    if peaks and peaks[0] is not None:
-        yield Figure("scaling", f"{name}, at most", [peaks[0] / MIB], "MiB")
+    memory = [peak / MIB for peak in peaks[: len(timed)] if peak is not None]
+    if memory:
+        yield Figure("scaling", f"{name}, at most", memory, "MiB")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,16 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Side:
-    """One of those that are timed in turns; ``prepare`` is not timed."""
+    """One of those that are timed in turns; ``prepare`` is not timed, nor is the ``first`` run (None: as others)."""
 
     run: Callable[[], Any]
     prepare: Callable[[], Any] = _nothing
+    first: Callable[[], Any] | None = None
+
+    def begin(self) -> None:
+        """The run that does not count: it makes what is made once."""
+        self.prepare()
+        (self.first or self.run)()
 
 
 @dataclass(frozen=True)
@@ -76,33 +82,40 @@ class Rounds:
             KeyboardInterrupt: Ctrl-C, now or before, and no whole round was measured since.
         """
         names = list(sides)
-        turns = [names[::-1] if turn % 2 else names for turn in range((number or self.number) + 1)]
-        found: dict[str, list[float]] = {name: [] for name in sides}
-        for turn in self.whole(label, turns, lambda name: self.seconds(sides[name])):
-            for name, value in turn.items():
-                found[name].append(value)
-        if len(found[names[0]]) < 2:
+        turns = [names[::-1] if turn % 2 else names for turn in range(number or self.number)]
+        found = list(self.whole(label, turns, lambda name: self.seconds(sides[name]), sides.values()))
+        if not found:
             raise KeyboardInterrupt
-        return {name: np.array(values[1:]) for name, values in found.items()}
+        return {name: np.array([turn[name] for turn in found]) for name in names}
 
     def whole(
-        self, label: str, turns: Iterable[Sequence[str]], measure: Callable[[str], float]
-    ) -> Iterable[dict[str, float]]:
-        """What is measured of the names of each turn, turn by turn; Ctrl-C ends it after the last whole one."""
+        self,
+        label: str,
+        turns: Sequence[Sequence[str]],
+        measure: Callable[[str], float],
+        sides: Iterable[Side] = (),
+    ) -> Iterator[dict[str, float]]:
+        """What is measured of the names of each turn, turn by turn; Ctrl-C ends it after the last whole one.
+
+        Before the first turn each of the ``sides`` begins.
+        """
         if self.interrupted:
             raise KeyboardInterrupt
-        turns = list(turns)
-        with tqdm(total=sum(map(len, turns)), desc=label, unit="run", leave=False, disable=self._hidden) as bar:
-            for turn in turns:
-                found = {}
-                try:
+        beginning = list(sides)
+        total = len(beginning) + sum(map(len, turns))
+        with tqdm(total=total, desc=label, unit="run", leave=False, disable=self._hidden) as bar:
+            try:
+                for side in beginning:
+                    side.begin()
+                    bar.update()
+                for turn in turns:
+                    found = {}
                     for name in turn:
                         found[name] = measure(name)
                         bar.update()
-                except KeyboardInterrupt:
-                    self.interrupted = True
-                    return
-                yield found
+                    yield found
+            except KeyboardInterrupt:
+                self.interrupted = True
 
 
 def table(figures: Sequence[Figure]) -> str:

@@ -152,9 +152,10 @@ class Subject:
         while not env.done.all():
             env.step(np.zeros(env.num_envs, np.int64))
 
-    def timed(self, comparison: str, sides: dict[str, Side]) -> dict[str, np.ndarray]:
-        """`Rounds.in_turns`, and kept."""
-        found = self.rounds.in_turns(comparison, sides)
+    def timed(self, comparison: str, sides: dict[str, Side], at_most: int | None = None) -> dict[str, np.ndarray]:
+        """`Rounds.in_turns`, and kept; ``at_most`` so many rounds."""
+        number = self.rounds.number if at_most is None else min(at_most, self.rounds.number)
+        found = self.rounds.in_turns(comparison, sides, number)
         self.seconds[comparison] = {name: values.tolist() for name, values in found.items()}
         return found
 
