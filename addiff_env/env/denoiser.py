@@ -5,7 +5,8 @@ No policy, reward or Gymnasium here: `addiff_env.env.refine` adds RegionRefine, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,12 +17,33 @@ from addiff_env.env.config import EnvConfig, renoise_timestep
 from addiff_env.env.state import LaneState
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """One denoiser evaluation that an action asks for; see `Denoiser.evaluate`."""
+
+    lanes: np.ndarray  # (L,)
+    timesteps: torch.Tensor  # (L,)
+    level: Level
+    capture: bool
+
+    @classmethod
+    def together(cls, parts: Sequence[Evaluation]) -> Evaluation:
+        """Those of different lanes as one."""
+        level = Level(*(torch.cat(values) for values in zip(*(part.level for part in parts), strict=True)))
+        lanes = np.concatenate([part.lanes for part in parts])
+        return cls(lanes, torch.cat([part.timesteps for part in parts]), level, any(part.capture for part in parts))
+
+
+Work = Generator[Evaluation, None, None]  # what an action does: goes on when an evaluation that it asked for was made
+
+
 class Denoiser:
     """Evaluations and solver steps of the ``lanes`` (L,) of a `LaneState`; the model is frozen, the state is written.
 
     Attributes:
         backbone: the text-to-image model.
         schedule: the grid that the lanes go along, and the levels that the model was trained at.
+        joint: whether evaluations of several actions share a batch, see `carry_out`.
         latent_shape: (C, h, w).
         renoise_indices: (N,) for each point of the grid, index into the training levels of a refinement's t'.
         passes_per_nfe: network passes of one evaluation (2 with guidance).
@@ -30,7 +52,7 @@ class Denoiser:
     """
 
     def __init__(self, config: EnvConfig, backbone: Backbone) -> None:
-        self.config, self.backbone = config, backbone
+        self.config, self.backbone, self.joint = config, backbone, False
         backbone.check_negative_prompt(config.negative_prompt, config.guidance_scale)
         self.latent_shape = backbone.latent_shape(config.height, config.width)
         self.schedule = backbone.schedule(config.num_inference_steps, self.latent_shape, config.solver, config.eta)
@@ -102,6 +124,18 @@ class Denoiser:
 
     # ----------------------------------------------------------------- denoising
 
+    def carry_out(self, state: LaneState, *works: Work) -> None:
+        """Do the ``works``, which are about different lanes: one after another; or, with ``joint``, side by side.
+
+        Side by side the evaluations that they ask for at a time are made in one batch.
+        """
+        for group in [works] if self.joint else [[work] for work in works]:
+            asked = _ask(group)
+            while asked:
+                one = Evaluation.together(list(asked.values())) if len(asked) > 1 else next(iter(asked.values()))
+                self.evaluate(state, one.lanes, one.timesteps, one.level, one.capture)
+                asked = _ask(asked)
+
     def evaluate(
         self, state: LaneState, lanes: np.ndarray, timesteps: torch.Tensor, level: Level, capture: bool = True
     ) -> None:
@@ -132,11 +166,15 @@ class Denoiser:
 
     def step(self, state: LaneState, lanes: np.ndarray, capture: bool = True) -> None:
         """One solver step of ``lanes`` along the grid; a lane that reaches its end is done."""
+        self.carry_out(state, self.stepping(state, lanes, capture))
+
+    def stepping(self, state: LaneState, lanes: np.ndarray, capture: bool = True) -> Work:
+        """What `step` does."""
         if len(lanes) == 0:
             return
         index, at = state.index(lanes), state.index(state.step_index[lanes])
         before = state.x0[index].clone() if self.schedule.multistep else None
-        self.evaluate(state, lanes, self.schedule.timesteps[at], self.schedule.current.at(at), capture)
+        yield Evaluation(lanes, self.schedule.timesteps[at], self.schedule.current.at(at), capture)
         noise = self.fresh_noise(state, lanes) if self.schedule.needs_noise else None
         latents, known = state.latents[index], state.has_previous[index]
         state.latents[index] = solver_step(self.schedule, latents, state.x0[index], at, before, known, noise)
@@ -146,6 +184,10 @@ class Denoiser:
 
     def finish(self, state: LaneState, lanes: np.ndarray, steps: int | None = None) -> None:
         """End ``lanes`` where they are: x0 is the result, or that of ``steps`` coarse steps (None: the setting)."""
+        self.carry_out(state, self.finishing(state, lanes, steps))
+
+    def finishing(self, state: LaneState, lanes: np.ndarray, steps: int | None = None) -> Work:
+        """What `finish` does."""
         if len(lanes) == 0:
             return
         index, steps = state.index(lanes), self.config.finish_steps if steps is None else steps
@@ -155,7 +197,7 @@ class Denoiser:
             at = state.index(state.step_index[lanes])
             path = self.coarse_path(self.schedule.timesteps[at], self.schedule.current.at(at), steps)
             for j, (timesteps, current, next_level) in enumerate(path):
-                self.coarse_step(state, lanes, timesteps, current, next_level, capture=j + 1 == steps)
+                yield from self.coarse_step(state, lanes, timesteps, current, next_level, capture=j + 1 == steps)
         state.done[lanes] = True
 
     def settle_nonfinite(self, state: LaneState, lanes: np.ndarray) -> None:
@@ -175,10 +217,10 @@ class Denoiser:
         current: Level,
         next_level: Level,
         capture: bool,
-    ) -> None:
+    ) -> Work:
         """Evaluate at the ``current`` level and go to the ``next_level`` by DDIM with eta 0."""
         index = state.index(lanes)
-        self.evaluate(state, lanes, timesteps, current, capture)
+        yield Evaluation(lanes, timesteps, current, capture)
         state.latents[index] = ddim_between(state.latents[index], state.x0[index], current, next_level)
 
     def coarse_path(
@@ -202,6 +244,12 @@ class Denoiser:
         table = self.schedule.training_timesteps.double()
         nearest = torch.searchsorted(table, (timesteps * fraction).round().double()).clamp(0, len(table) - 1)
         return self.schedule.training_timesteps[nearest], self.schedule.training.at(nearest)
+
+
+def _ask(works: Iterable[Work]) -> dict[Work, Evaluation]:
+    """Let each go on until it asks for an evaluation; those that have ended ask for none."""
+    asked = {work: next(work, None) for work in works}
+    return {work: evaluation for work, evaluation in asked.items() if evaluation is not None}
 
 
 def reset_solver_history(state: LaneState, lanes: np.ndarray) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from addiff_env.diffusion.attention import refinement_mask
 from addiff_env.diffusion.samplers import Level, add_noise
-from addiff_env.env.denoiser import Denoiser, reset_solver_history
+from addiff_env.env.denoiser import Denoiser, Work, reset_solver_history
 from addiff_env.env.state import LaneState
 
 
@@ -18,13 +18,18 @@ def refine(denoiser: Denoiser, state: LaneState, lanes: np.ndarray, masks: torch
     held to its own x0 noised to that evaluation's level, so that the denoiser never sees a half-clean latent.
     ``masks`` (L, 1, h, w) in [0, 1], 1 = renew, are by default those of the setting, see `make_masks`.
     """
+    denoiser.carry_out(state, refining(denoiser, state, lanes, masks))
+
+
+def refining(denoiser: Denoiser, state: LaneState, lanes: np.ndarray, masks: torch.Tensor | None = None) -> Work:
+    """What `refine` does."""
     if len(lanes) == 0:
         return
     state.refine_masks[state.index(lanes)] = make_masks(denoiser, state, lanes) if masks is None else masks
     state.refines[lanes] += 1
     reset_solver_history(state, lanes)
     refine_lanes = _rewind if denoiser.config.refine_mode == "rewind" else _refine_in_place
-    refine_lanes(denoiser, state, lanes)
+    yield from refine_lanes(denoiser, state, lanes)
     reset_solver_history(state, lanes)
 
 
@@ -47,7 +52,7 @@ def _renoise_index(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) -> n
     return indices[np.minimum(state.step_index[lanes], len(indices) - 1)]
 
 
-def _rewind(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) -> None:
+def _rewind(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) -> Work:
     """Go back to the grid point nearest t' and step on from there, for k ordinary solver steps."""
     index, schedule, k = state.index(lanes), denoiser.schedule, denoiser.config.refine_k
     target = denoiser.training_timesteps[_renoise_index(denoiser, state, lanes)]
@@ -60,7 +65,7 @@ def _rewind(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) -> None:
     for j in range(k):
         going = lanes[running]
         ends = state.step_index[going] + 1 == schedule.num_inference_steps
-        denoiser.step(state, going, capture=bool(j + 1 == k or ends.any()))
+        yield from denoiser.stepping(state, going, capture=bool(j + 1 == k or ends.any()))
         # Before the next evaluation the outside is brought to that evaluation's own noise level.
         rows = state.index(np.flatnonzero(running))
         reached = schedule.next.at(state.index(state.step_index[going] - 1))
@@ -69,7 +74,7 @@ def _rewind(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) -> None:
         running &= ~state.done[lanes]
 
 
-def _refine_in_place(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) -> None:
+def _refine_in_place(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) -> Work:
     """Renew x0 inside the mask from t' down in k coarse steps, then noise it back to where the lane stands."""
     index, schedule, steps = state.index(lanes), denoiser.schedule, denoiser.config.refine_k
     old, noise = state.x0[index].clone(), denoiser.fresh_noise(state, lanes)
@@ -78,7 +83,7 @@ def _refine_in_place(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) ->
     state.latents[index] = add_noise(old, noise, level)
     for j, (timesteps, current, next_level) in enumerate(denoiser.coarse_path(start, level, steps)):
         last = j + 1 == steps
-        denoiser.coarse_step(state, lanes, timesteps, current, next_level, capture=last)
+        yield from denoiser.coarse_step(state, lanes, timesteps, current, next_level, capture=last)
         if not last:
             _hold_latents(state, lanes, old, noise, next_level)
     _hold_x0(state, lanes, old)

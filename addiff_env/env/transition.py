@@ -7,7 +7,7 @@ import numpy as np
 from addiff_env.env.decisions import admissible, spent
 from addiff_env.env.denoiser import Denoiser
 from addiff_env.env.observer import Observer
-from addiff_env.env.refine import refine
+from addiff_env.env.refine import refining
 from addiff_env.env.state import LaneState
 from addiff_env.types import Action
 
@@ -41,9 +41,12 @@ def transition(
     warming, lanes = lanes[warming[lanes]], lanes[~warming[lanes]]
     going = lanes[~state.fault[lanes]]  # who broke down in its warm-up has nothing left to decide
     taken = admissible(config, state, going, actions)
-    denoiser.step(state, np.union1d(going[taken[going] == Action.CONTINUE], warming))
-    refine(denoiser, state, going[taken[going] == Action.REFINE])
-    denoiser.finish(state, going[taken[going] == Action.STOP])
+    denoiser.carry_out(
+        state,
+        denoiser.stepping(state, np.union1d(going[taken[going] == Action.CONTINUE], warming)),
+        refining(denoiser, state, going[taken[going] == Action.REFINE]),
+        denoiser.finishing(state, going[taken[going] == Action.STOP]),
+    )
     state.decisions[lanes] += 1
     denoiser.finish(state, going[~state.done[going] & spent(config, state)[going]])
     warm = warming[state.step_index[warming] == config.warmup_steps]

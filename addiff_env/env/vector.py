@@ -107,14 +107,12 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     ``max_episode_steps`` limits a lane's decisions (None or -1: no limit), which `gymnasium.make_vec` passes on where
     the id has such a limit.
 
-    Those that fit a model into memory:
-    ``batch_size``, lanes of one denoiser call; ``decode_memory``, GiB that a decode's activations may take, by which it
-    is sliced (None: half of a GPU's free memory, elsewhere 4; at least one picture is decoded at a time); ``offload``,
-    networks that wait on the host: ``none``, ``model`` (all but the one at work), ``sequential`` (all but the layer at
-    work; slowest). ``negative_prompt`` is what guidance leads away from, in lanes that are not given their own (None:
-    as diffusers' pipeline without one); it needs ``guidance_scale`` above 1, and a model other than Flux.
-    ``look_precision`` is what encoders and scorer look in: ``auto``, on GPUs the model's half precision, or
-    ``float32``, which on tensor cores may take as long as a step.
+    Those that fit a model into memory: ``batch_size``, lanes of one denoiser call; ``decode_memory``, GiB that a
+    decode's activations may take, by which it is sliced (None: half of a GPU's free memory, elsewhere 4); ``offload``,
+    networks that wait on the host: ``none``, ``model`` (all but the one at work), ``sequential`` (all but the layer).
+    ``negative_prompt`` is what guidance leads away from, in lanes that are not given their own (None: as diffusers'
+    pipeline without one); it needs ``guidance_scale`` above 1, and a model other than Flux.
+    ``look_precision`` is that of encoders and scorer: ``auto``, on GPUs the model's half precision, or ``float32``.
 
     >>> import gymnasium as gym
     >>> envs = gym.make_vec("AdDiffusion-Tiny-v0", num_envs=4)  # doctest: +SKIP
@@ -125,8 +123,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     it gives alone, bit for bit; one environment belongs to one thread at a time. A shared model serves one thread after
     the other, so threads save nothing of the denoiser's own time: lanes of one vector environment do. While a model is
     loaded, no environment steps. The caller's default dtype and device, autocast, inference mode and gradient mode
-    change no result (`addiff_env.loading.isolation`); what changes arithmetic itself (TF32, threads of an operation) is
-    his.
+    change no result (`addiff_env.loading.isolation`); what changes arithmetic (TF32, threads of an operation) is his.
 
     ## Version history
     v0: first version.
@@ -294,6 +291,10 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         if self.autoreset_mode != AutoresetMode.DISABLED:
             raise ValueError(f"lanes wait with autoreset_mode DISABLED only, got {self.autoreset_mode}")
         self.state.done[reset_options.lane_numbers(lanes, self.num_envs)] = True
+
+    def share_batches(self, shared: bool = True) -> None:
+        """Evaluate lanes of different actions in one batch from now on: the same pictures, up to rounding, sooner."""
+        self.denoiser.joint = shared
 
     def _out_of_steps(self) -> np.ndarray:
         """Which lanes (B,) bool have made all the decisions that an episode may have."""

@@ -170,8 +170,8 @@ class LaneScheduler:
     Args:
         env: with lanes that wait when they have ended.
         policy: an agent, or anything with its ``act`` and ``flops``.
-        defer_warmup: lanes that start make their mandatory steps in one batch with those that run. Their pictures are
-            the same up to rounding, and the batch stays full.
+        defer_warmup: lanes that start make their mandatory steps in one batch with those that run, and evaluations of
+            different actions share a batch. Pictures are the same up to rounding, and the batch stays full.
         watch: sees every step of every lane; True asks that this lane stops at its next decision.
         previews, masks: keep a preview before each decision, and the mask of each refinement.
         probabilities: tell ``watch`` the probabilities of the actions.
@@ -203,6 +203,7 @@ class LaneScheduler:
         waiting, running = iter(requests), dict[int, Episode]()  # by lane
         observation, info = None, None
         self._park()
+        self.env.share_batches(self.defer_warmup)
         try:
             while True:
                 free = [lane for lane in range(self.env.num_envs) if lane not in running]
@@ -215,6 +216,8 @@ class LaneScheduler:
                     yield ended
         finally:
             self._park()
+            if "denoiser" in vars(self.env):  # else it was closed meanwhile
+                self.env.share_batches(False)
 
     def _park(self) -> None:
         if "state" in vars(self.env):

@@ -49,13 +49,15 @@ def alone(env: DiffusionDenoiseVectorEnv, lane: int, actions: list[int]) -> list
 @given(
     starts=st.lists(st.integers(0, 4), min_size=3, max_size=3),
     actions=st.lists(st.lists(st.sampled_from([0, 0, 0, 1, 2]), min_size=8, max_size=8), min_size=3, max_size=3),
+    shared=st.booleans(),
 )
 def test_lanes_that_warm_up_beside_others_show_what_they_show_alone(
-    envs: dict[int, DiffusionDenoiseVectorEnv], starts: list[int], actions: list[list[int]]
+    envs: dict[int, DiffusionDenoiseVectorEnv], starts: list[int], actions: list[list[int]], shared: bool
 ) -> None:
     expected = [alone(envs[1], lane, actions[lane]) for lane in range(3)]
     env, shown, steps = envs[3], [[] for _ in range(3)], [0] * 3  # type: ignore[var-annotated]
     env.park(np.arange(3))
+    env.share_batches(shared)
     for tick in range(14):
         for lane in (lane for lane in range(3) if starts[lane] == tick):
             observation, info = env.reset(options=options(lane, defer_warmup=True))
@@ -76,10 +78,43 @@ def test_lanes_that_warm_up_beside_others_show_what_they_show_alone(
             if not env.warming[lane]:
                 values = observation[lane], float(reward[lane]), int(info["nfe"][lane]), bool(terminated[lane])
                 shown[lane].append(values)
+    env.share_batches(False)
     for found, wanted in zip(shown, expected, strict=True):
         for one, other in zip(found, wanted, strict=False):
             assert one[0] == pytest.approx(other[0], abs=2e-3) and one[1] == pytest.approx(other[1], abs=2e-3)
             assert one[2:] == other[2:]
+
+
+@pytest.mark.parametrize("more", [{}, {"refine_mode": "in_place"}, {"solver": "dpmpp_2m"}, {"eta": 0.5}])
+def test_lanes_of_different_actions_share_a_batch_where_they_may(
+    small_kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch, more: Kwargs
+) -> None:
+    env = vector(small_kwargs, 5, finish_steps=2, num_inference_steps=8, max_nfe=20, **more)
+    sizes: list[int] = []
+    predict = env.backbone.predict
+
+    def spy(latents: Any, *args: Any) -> Any:
+        sizes.append(len(latents))
+        return predict(latents, *args)
+
+    monkeypatch.setattr(env.backbone, "predict", spy)
+    shown = []
+    for shared, expected in ((False, [2, 2, 2, 1, 1]), (True, [5, 3]), (False, [2, 2, 2, 1, 1])):
+        env.share_batches(shared)
+        env.reset(options={"prompt": (PROMPTS * 2)[:5], "seed": list(range(5))})
+        sizes.clear()
+        observation, reward, terminated, _, info = env.step([0, 2, 1, 0, 2])
+        assert sizes == expected
+        drawn = [generator.get_state().numpy() for generator in env.state.generators]
+        exact = [terminated, info["nfe"], info["net_flops"], info["step_index"], info["action_taken"], drawn]
+        shown.append((exact, [observation, reward, env.refine_mask, env.final_image(2) / 255]))
+    for exact, close in shown[1:]:
+        for one, other in zip(exact, shown[0][0], strict=True):
+            np.testing.assert_array_equal(one, other)
+        for one, other in zip(close, shown[0][1], strict=True):
+            np.testing.assert_allclose(one, other, atol=5e-3)
+    for one, other in zip(shown[2][1], shown[0][1], strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_without_a_warm_up_there_is_nothing_to_defer(small_kwargs: Kwargs) -> None:
