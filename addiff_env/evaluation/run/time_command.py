@@ -27,6 +27,7 @@ from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.methods.base import Method
+from addiff_env.evaluation.methods.policy_method import PolicyMethod
 from addiff_env.evaluation.methods.registry import make_method
 from addiff_env.evaluation.report.html import remake
 from addiff_env.evaluation.report.seconds import speed_text
@@ -103,6 +104,8 @@ def _make(run: EvaluationRun, env: DiffusionDenoiseVectorEnv, name: str) -> Meth
     made = make_method(spec, env, agent, run.options, run.benchmark, label)
     if made.name != name:
         raise ValueError(f"what is called {name!r} in the rows is now {made.name!r}")
+    if isinstance(made, PolicyMethod):
+        made.lanes.defer_warmup = True  # lanes are refilled as the pipeline does: the same pictures, in full batches
     return made
 
 
