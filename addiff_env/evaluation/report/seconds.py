@@ -50,7 +50,7 @@ def speed_table(rows: Sequence[ResultRow], speeds: Sequence[Speed]) -> Table:
     def entries(one: Speed) -> list[Entry]:
         quality = Cell(100 * one.quality, 1) if is_share else Cell(one.quality, 3)
         if one.rival is None:
-            return [quality, _rate(one.seconds), NONE, None, None]
+            return [quality, _rate(one.seconds), NONE, None, _at_least(one) or None]
         return [quality, _rate(one.seconds), one.rival, _rate(one.rival_seconds), _ratio(one)]
 
     head = [
@@ -71,8 +71,13 @@ def _rate(seconds: float) -> Cell:
 
 def _ratio(one: Speed) -> Cell:
     finite = one.low is not None and one.high is not None and math.isfinite(one.high)
-    note = f"at least {one.low:.2f}" if one.low is not None and not finite and math.isfinite(one.low) else ""
-    return Cell(one.ratio, 2, one.low if finite else None, one.high if finite else None, note=note)
+    return Cell(one.ratio, 2, one.low if finite else None, one.high if finite else None, note=_at_least(one))
+
+
+def _at_least(one: Speed) -> str:
+    """The interval's lower end in words, where it has no upper one: in some replicates no fixed method is as good."""
+    is_open = one.low is not None and math.isfinite(one.low) and not (one.high is not None and math.isfinite(one.high))
+    return f"at least {one.low:.2f}" if is_open else ""
 
 
 def speed_text(folder: Path) -> str:
