@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -126,8 +127,9 @@ def generate(options: argparse.Namespace, place: tuple[int, int]) -> int:
     for task in checked:
         if task.error:
             folder.fail(task, task.error)
-    for made in stream:
-        folder.keep(good[made.index], made)
+    with closing(stream):  # also its progress bar, before anything else is said
+        for made in stream:
+            folder.keep(good[made.index], made)
     return report(options.out, folder.merge(), tasks, place)
 
 

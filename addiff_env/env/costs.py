@@ -31,6 +31,7 @@ from addiff_env.loading.weights import resolve_device, resolve_dtype
 from addiff_env.perception.encoders import load_clip, load_dino
 from addiff_env.perception.previews import PREVIEWS, make_previewer
 from addiff_env.perception.scorers import load_scorer, reads_latents
+from addiff_env.storage.files import told_when_full
 
 PROMPT = "a red circle left of a blue square"
 STEP = "denoiser step"
@@ -240,7 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(rows))
     if options.json:
         text = json.dumps(report, indent=2) + "\n"
-        sys.stdout.write(text) if options.json == "-" else Path(options.json).write_text(text)
+        with told_when_full(Path(options.json)):
+            sys.stdout.write(text) if options.json == "-" else Path(options.json).write_text(text)
     return 0
 
 

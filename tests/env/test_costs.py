@@ -16,6 +16,7 @@ from addiff_env.env import costs
 from addiff_env.env.config import EnvConfig
 from addiff_env.env.costs import Cost
 from addiff_env.perception.encoders import OpenCLIPEncoder
+from addiff_env.storage.files import DiskFullError
 
 SMALL = ["--lanes", "2", "--repeats", "1"]
 
@@ -124,6 +125,13 @@ def test_auto_is_resolved_before_anything_is_measured(
     report = json.loads(capsys.readouterr().out)
     assert report["dtype"] in ("float32", "float16", "bfloat16") and "auto" not in report["device"]
     assert report["lanes"] == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_report_without_room_is_named(small_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "measure", lambda *args: [])
+    with pytest.raises(DiskFullError, match="no space left to write /dev/full"):
+        costs.main(["--json", "/dev/full"])
 
 
 def test_a_report_that_cannot_be_written_is_refused_beforehand(

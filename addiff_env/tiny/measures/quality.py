@@ -28,6 +28,7 @@ from addiff_env.diffusion.backbones import Backbone, to_uint8
 from addiff_env.loading.weights import DTYPES, quiet_loading, resolve_dtype
 from addiff_env.perception.encoders import CLIPEncoder
 from addiff_env.stats import at_least_one, wilson_interval
+from addiff_env.storage.files import told_when_full
 from addiff_env.tiny.checker import check_picture
 from addiff_env.tiny.hard_negatives import hard_negative
 from addiff_env.tiny.measures.attention import PEAK_SLACK, attention_outcomes
@@ -290,7 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     scales = args.guidance_sweep
     result: dict[str, Any] = {"sweep": sweep(measurements, scales)} if scales else measure(measurements)
     if args.json:
-        args.json.write_text(json.dumps(_conditions(args) | result, indent=2) + "\n")
+        with told_when_full(args.json):
+            args.json.write_text(json.dumps(_conditions(args) | result, indent=2) + "\n")
     failed = [bar["name"] for bar in result.get("bars", []) if bar["passed"] is False]
     if failed:
         print(f"{len(failed)} bar(s) FAILED: {', '.join(failed)}")
