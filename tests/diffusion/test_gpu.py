@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode
 
 from addiff_env import cli
 from addiff_env.env import DiffusionDenoiseVectorEnv
+from addiff_env.perception.preprocessing import OPENAI_CLIP, Preprocess, resize_as_pillow
 from addiff_env.storage.commands import override
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:__array__ implementation")]  # diffusers' own
@@ -99,7 +100,7 @@ def test_no_latents_travel_to_the_host(kwargs: Kwargs, monkeypatch: pytest.Monke
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert observation.is_cuda
-    assert max(copied) <= 3 * envs.num_envs
+    assert max(copied, default=0) <= 3 * envs.num_envs
     assert len(synchronised) <= 20
 
 
@@ -132,6 +133,23 @@ def test_looks_are_in_half_precision_unless_told(kwargs: Kwargs) -> None:
         assert scores[-1].dtype == torch.float32
     assert not torch.equal(*scores)
     torch.testing.assert_close(*scores, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize(("side", "target"), [(1024, 224), (512, 256), (64, 224)])
+def test_pictures_are_resized_as_on_the_cpu(precision: str, side: int, target: int) -> None:
+    """Bit for bit, in whatever precision matrices are multiplied, and within autocast."""
+    pictures = torch.rand(5, 3, side, side, generator=torch.Generator().manual_seed(0))
+    prepare, before = Preprocess(target, *OPENAI_CLIP), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast("cuda", torch.float16):
+            resized = resize_as_pillow(pictures.cuda(), target, target, "bicubic")
+            prepared = prepare(pictures.cuda())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(resized.cpu(), resize_as_pillow(pictures, target, target, "bicubic"))
+    torch.testing.assert_close(prepared.cpu(), prepare(pictures), rtol=0, atol=1e-6)
 
 
 def test_networks_are_in_the_dtype_asked_for(kwargs: Kwargs) -> None:

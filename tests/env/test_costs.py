@@ -130,6 +130,7 @@ def test_auto_is_resolved_before_anything_is_measured(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_report_without_room_is_named(small_kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "measure", lambda *args: [])
+    monkeypatch.setattr(costs, "table", lambda rows: "")
     with pytest.raises(DiskFullError, match="no space left to write /dev/full"):
         costs.main(["--json", "/dev/full"])
 
