@@ -62,6 +62,7 @@ ASSETS, CHECKPOINT = "ADDIFF_IMAGEREWARD_ASSETS", "ADDIFF_IMAGEREWARD"
 README_PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"
 README_SCORES = (0.5811, 0.2745, -1.4132, -2.0296)
 README_TOLERANCE = 0.01
+PICTURES = 16  # at most, that scores are compared on
 PASS, FAIL, SKIPPED = "pass", "FAIL", "skipped"
 
 
@@ -221,6 +222,33 @@ def looks(subject: Subject) -> str:
     )
 
 
+def precision(subject: Subject) -> str:
+    """How far looks in half precision move what is read of finished pictures, from strict float32 ones."""
+    backbone, perception = subject.backbone, subject.observer.perception
+    number = max(2, min(subject.chosen.num_envs, PICTURES))
+    usual, half = perception.precision, perception.precision or torch.bfloat16
+    with isolated():
+        pictures = backbone.decode(subject.run([PROMPT] * number, range(number)).to(backbone.dtype))
+        found = []
+        for perception.precision in (None, half):
+            features = perception.look(pictures, [PROMPT] * number)
+            found.append({"CLIP": features.clip_score, "scorer": features.reward_score, "DINO": features.dino})
+    perception.precision = usual
+    strict, rounded = found
+    moved = [f"{name} {_moved(strict[name], rounded[name])}" for name in ("CLIP", "scorer")]
+    away = 1 - torch.cosine_similarity(strict["DINO"], rounded["DINO"])
+    state = "as looks are" if usual else "which looks here are not in"
+    return (
+        f"{str(half).removeprefix('torch.')}, {state}, on {number} pictures: {', '.join(moved)}, "
+        f"DINO 1 - cosine {float(away.mean()):.1g}"
+    )
+
+
+def _moved(strict: torch.Tensor, rounded: torch.Tensor) -> str:
+    moved = (strict - rounded).abs()
+    return f"{float(moved.mean()):.2g} (at most {float(moved.max()):.2g}, of a spread of {float(strict.std()):.2g})"
+
+
 def memory(subject: Subject) -> str:
     """The peak so far, against the accounting of `addiff doctor` where there is one."""
     peak, env_id, config = peak_memory(subject.backbone.device), subject.chosen.env_id, subject.config
@@ -259,6 +287,7 @@ CHECKS: dict[str, tuple[str, Callable[[Subject], str]]] = {
     "parity": ("as diffusers' own pipeline", parity),
     "lanes": ("lanes as single pictures", lanes),
     "looks": ("a look against a step", looks),
+    "precision": ("looks in half precision", precision),
     "memory": ("peak memory", memory),
     "imagereward": ("ImageReward's README", image_reward),
 }

@@ -43,8 +43,10 @@ def test_a_sound_model_passes(
     status, text, outcomes = run(capsys, settings | {"model": folder, "dtype": dtype, **OWN[kind]})
     assert status == 0, text
     passed = {name for name, outcome in outcomes.items() if outcome == "pass"}
-    assert passed == {"load", "parity", "lanes", "looks", "memory"} and outcomes["imagereward"] == "skipped"
-    for said in (folder, dtype, "torch 2", "GiB", " ms a lane", "3 lanes", "no check failed"):
+    assert (
+        passed == {"load", "parity", "lanes", "looks", "precision", "memory"} and outcomes["imagereward"] == "skipped"
+    )
+    for said in (folder, dtype, "torch 2", "GiB", "at most", " ms a lane", "3 lanes", "no check failed"):
         assert said in text
 
 
@@ -58,7 +60,7 @@ def test_a_wrong_solver_fails_and_keeps_no_other_check_from_running(
 ) -> None:
     monkeypatch.setattr("addiff_env.env.denoiser.solver_step", lambda *args: 1.02 * solver_step(*args))
     status, text, outcomes = run(capsys, settings)
-    assert status == 1 and outcomes["parity"] == "FAIL" and "1 of 6 checks failed" in text
+    assert status == 1 and outcomes["parity"] == "FAIL" and "1 of 7 checks failed" in text
     assert outcomes["lanes"] == outcomes["looks"] == outcomes["memory"] == "pass"
 
 
@@ -99,7 +101,7 @@ def test_without_a_model_the_rest_is_skipped(
 def test_missing_encoders_cost_only_their_own_check(settings: Kwargs, capsys: pytest.CaptureFixture[str]) -> None:
     status, text, outcomes = run(capsys, settings | {"clip": "/nowhere/clip"})
     assert status == 1 and "/nowhere/clip" in text
-    assert {name for name, outcome in outcomes.items() if outcome == "FAIL"} == {"looks"}
+    assert {name for name, outcome in outcomes.items() if outcome == "FAIL"} == {"looks", "precision"}
 
 
 def test_numbers_that_are_not_finite_fail(
