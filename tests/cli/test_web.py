@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_agents import small_agent
+from serving_agents import free_port, small_agent
 
 from addiff_env import cli
 
@@ -83,9 +83,7 @@ def test_wrong_settings_are_one_line(
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_it_ends_cleanly_when_it_is_interrupted(bundle: Path, tmp_path: Path, number: signal.Signals) -> None:
     pytest.importorskip("gradio")
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "addiff_env.cli", "web", "--agent", str(bundle), "--port", str(port)]
     command += ["--presets", "1"]
     root = str(Path(__file__).resolve().parents[2])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import threading
 import time
 import urllib.error
@@ -15,6 +14,8 @@ import pytest
 
 pytest.importorskip("gradio")
 
+from serving_agents import collect_event_loops, free_port
+
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
 from addiff_env.serving.page import build, make_picture
 from addiff_env.serving.server import check_address, served, temporary_files
@@ -25,10 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::R
 GOOD = ["a red circle", 3, 5.0, True, 4]
 
 
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return int(place.getsockname()[1])
+@pytest.fixture(autouse=True)
+def event_loops() -> Iterator[None]:
+    yield
+    collect_event_loops()
 
 
 @pytest.fixture
