@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from addiff_env.agent import Agent
 from addiff_env.cli.options import add_agent_options, overrides_of
 from addiff_env.env.prompts import load_prompts
-from addiff_env.pipeline import AdaptivePipeline
+from addiff_env.pipeline import SHIPPED_AGENT, AdaptivePipeline
 from addiff_env.pipeline.lanes import require_registered
 from addiff_env.serving.limits import PROMPT_LENGTH, Limits
 from addiff_env.serving.server import (
@@ -34,7 +34,6 @@ from addiff_env.stats import at_least_one
 from addiff_env.storage.commands import INTERRUPTED
 
 TOLD = "the tokenizer does not know|prompt truncated"  # warnings that the page itself shows to whom they concern
-AGENT = "addiff_env:tiny/weights/agent_prices"  # which has a table of prices, and so a budget to choose
 
 
 def studio_of(options: argparse.Namespace) -> Studio:
@@ -105,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--pace", type=_seconds, default=0.1, metavar="SECONDS", help="between two steps that are shown, at least"
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
-    add_agent_options(parser, AGENT)
+    add_agent_options(parser, SHIPPED_AGENT)
     return parser
 
 
