@@ -233,7 +233,7 @@ def test_visitors_wait_for_each_other_and_a_full_queue_is_told(page: Any, url: s
         tabs.append(page.current_window_handle)
         one(page, "#start").click()
         time.sleep(1)  # so that it is the later one
-    until(lambda: "queue is full" in one(page, "body").text.lower())
+    until(lambda: "currently busy" in one(page, "body").text)
     evaluations.go.set()
     for tab in (tabs[1], tabs[0]):
         page.close()
