@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -252,6 +254,50 @@ def test_an_evaluations_methods_form_families() -> None:
     for missing in (["ddim-5"], ["agent"]):
         with pytest.raises(ValueError, match=missing[0]):
             quality.families_of(missing)
+
+
+class FakeMethod:
+    """Takes ``seconds`` a picture, of which the first ``good`` are good."""
+
+    solver = policy = "none"
+    backbone = SimpleNamespace(device=CPU, name="none", revision=None, dtype_name="float32")
+
+    def __init__(self, name: str, clock: FakeClock, seconds: float, good: int) -> None:
+        self.name, self.clock, self.seconds, self.good = name, clock, seconds, good
+
+    def make(self, items: list[Any]) -> Any:
+        for index, item in enumerate(items):
+            self.clock.now += self.seconds
+            picture = np.full(1, index < self.good, np.uint8)
+            yield [(item, Generated(item.prompt, item.seed, picture, nfe=5, net_flops=1.0))]
+
+
+def test_pictures_that_are_judged_are_those_that_were_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch)
+    made = {"ddim-5": (1, 4), "ddim-10": (2, 6), "best-of-2:ddim-5": (4, 8), "threshold:5:0": (1, 8), "agent": (2, 8)}
+    monkeypatch.setattr(
+        quality,
+        "FAMILIES",
+        {"solvers": ("ddim-5", "ddim-10"), "best": ("best-of-2:ddim-5",), "rule": ("threshold:5:0",)},
+    )
+    monkeypatch.setattr(quality, "_method", lambda spec, *_: FakeMethod(spec, clock, *made[spec]))
+    monkeypatch.setattr(quality, "_forget", lambda subject: None)
+    monkeypatch.setattr(
+        quality, "check_picture", lambda picture, prompt: SimpleNamespace(satisfied=bool(picture.all()))
+    )
+    own = partial(quality.time_methods, clock=lambda: clock.now)
+    monkeypatch.setattr(quality, "time_methods", own)
+    agent = SimpleNamespace(price_range=None)
+    subject: Any = SimpleNamespace(
+        trained=agent, agent=agent, lanes=2, rounds=Rounds(2, CPU), acting_env=lambda lanes, batch_size: None
+    )
+    found = {figure.name: figure for figure in quality.equal_quality(subject, 8)}
+    for name, (seconds, good) in made.items():
+        assert found[f"{name}, quality"].median == good / 8
+        assert found[name].rounds == [1 / seconds] * 2 and found[name].unit == "pictures/s"
+    assert found["agent / solvers, both at 0.750"].median == pytest.approx(1)
+    assert found["agent / best, both at 1.000"].median == pytest.approx(2)
+    assert found["agent / rule, both at 1.000"].median == pytest.approx(0.5)
 
 
 # ------------------------------------------------------------------ the command
