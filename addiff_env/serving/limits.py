@@ -36,16 +36,9 @@ class Budget:
         agent, config = pipe.agent, pipe.env.config
         prices = agent.price_range if isinstance(agent, Agent) else None
         if prices is None:
-            low, high = config.warmup_steps + 1 + config.finish_steps, config.nfe_budget
-            return cls(
-                "max_nfe",
-                "Budget: most evaluations",
-                "The picture is finished when they are spent.",
-                low,
-                high,
-                1,
-                high,
-            )
+            least, most = config.warmup_steps + 1 + config.finish_steps, config.nfe_budget
+            info = "The picture is finished when they are spent."
+            return cls("max_nfe", "Budget: most evaluations", info, least, most, 1, most)
         if agent.price_table is None:
             low, high = prices
             info = "The dearer an evaluation is, the fewer the agent takes."

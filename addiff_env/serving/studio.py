@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from addiff_env.diffusion.backbones.tokens import spelled_out_words, truncated_w
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.base import decode_finite
 from addiff_env.evaluation.methods.samplers import FixedSteps
-from addiff_env.pipeline import AdaptivePipeline
+from addiff_env.pipeline import AdaptivePipeline, GeneratedImage
 from addiff_env.serving.limits import Limits, PictureRequest
 from addiff_env.serving.pushed import pushed
 from addiff_env.tiny.checker import check_picture
@@ -107,9 +107,8 @@ class Studio:
     def presets(self, prompts: Sequence[str]) -> list[Preset]:
         """Pictures of ``prompts`` at the budget that the slider starts with, seeds counting up from 0."""
         budget = self.limits.budget
-        made = self.pipe(prompts, range(len(prompts)), **budget.arguments(budget.start))
-        rows = zip(made.prompts, made.seeds, made.images, made.nfe, strict=True)
-        return [Preset(prompt, seed, np.asarray(image), nfe) for prompt, seed, image, nfe in rows]
+        made = self.pipe.stream(prompts, range(len(prompts)), **budget.arguments(budget.start))
+        return [Preset(each.prompt, each.seed, np.asarray(each.image), each.nfe) for each in _in_order(made)]
 
     def preset_prompts(self, number: int) -> list[str]:
         """Prompts to begin with: the embedded world's own selection, or the first ones of the environment."""
@@ -192,6 +191,10 @@ class Studio:
         except ValueError:  # no caption of the embedded world
             return None, ""
         return found.satisfied, found.reason
+
+
+def _in_order(made: Iterable[GeneratedImage]) -> list[GeneratedImage]:
+    return sorted(made, key=lambda each: each.index)
 
 
 class Stopwatch:
