@@ -31,10 +31,10 @@ from packaging.specifiers import SpecifierSet
 
 import addiff_env
 from addiff_env.cli.chosen import Chosen, add_settings, read_chosen
-from addiff_env.diffusion.backbones.memory import GIB, free_memory
 from addiff_env.env.config import EnvConfig
 from addiff_env.env.footprint import LAYOUTS, ROOM, download_bytes, footprint
 from addiff_env.env.requirements import required
+from addiff_env.loading.memory import GIB, free_memory
 from addiff_env.loading.presence import GATED, Found, is_hub_id, look_for
 from addiff_env.loading.weights import gated_advice, reason, resolve_device, resolve_dtype
 from addiff_env.storage.commands import command_line

@@ -29,7 +29,6 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from addiff_env.cli.chosen import Chosen, add_settings, read_chosen
 from addiff_env.diffusion.backbones import Backbone, FluxBackbone, initial_noise, load_backbone
 from addiff_env.diffusion.backbones.flux import pack_latents, unpack_latents
-from addiff_env.diffusion.backbones.memory import GIB
 from addiff_env.env.config import EnvConfig
 from addiff_env.env.costs import best_seconds
 from addiff_env.env.denoiser import Denoiser
@@ -40,6 +39,7 @@ from addiff_env.evaluation.methods.diffusers_methods import make_pipeline
 from addiff_env.evaluation.run.memory import peak_memory
 from addiff_env.evaluation.run.version import code_version
 from addiff_env.loading.isolation import frozen, isolated
+from addiff_env.loading.memory import GIB
 from addiff_env.loading.weights import resolve_device, resolve_dtype
 from addiff_env.perception.scorers import load_scorer
 from addiff_env.storage.commands import command_line

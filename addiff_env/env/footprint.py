@@ -29,8 +29,8 @@ from transformers import (
 )
 
 import addiff_env
-from addiff_env.diffusion.backbones.memory import GIB, bytes_per_pixel
 from addiff_env.loading.isolation import exclusive
+from addiff_env.loading.memory import GIB, bytes_per_pixel
 from addiff_env.loading.weights import DTYPES
 from addiff_env.perception.scorers.image_reward import ImageReward
 

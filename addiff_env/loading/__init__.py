@@ -1,1 +1,1 @@
-"""Where paths lead and frozen models come from, and what shields models from their surroundings."""
+"""Where paths lead and frozen models come from, what they cost, and what shields them from their surroundings."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from addiff_env.diffusion.backbones import count_flops
+from addiff_env.loading.flops import count_flops
 from addiff_env.loading.isolation import isolated
 from addiff_env.loading.paths import resolve_model
 from addiff_env.perception.encoders import load_clip, load_dino

@@ -9,15 +9,38 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 
-from addiff_env.diffusion.backbones import Backbone, count_flops
-from addiff_env.diffusion.backbones.memory import in_slices
 from addiff_env.loading.damage import wrong_at
+from addiff_env.loading.flops import count_flops
 from addiff_env.loading.isolation import frozen, isolated
+from addiff_env.loading.memory import in_slices
 from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.loading.weights import DTYPES, gated_advice, load_network, quiet_loading, shared
 
 PREVIEWS = ("vae", "taesd", "latent_rgb")
 FIT_PICTURES, FIT_CELLS = 16, 16  # pictures that `fit_latent_rgb` looks at, and their side in latent cells
+
+
+class Model(Protocol):
+    """What previews need of a text-to-image model, as `addiff_env.diffusion.backbones.Backbone` has it."""
+
+    name: str
+    device: torch.device
+    dtype_name: str
+    latent_channels: int
+    spatial_factor: int
+    size_multiple: int
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) to pictures (B, 3, H, W) float32 in [0, 1]."""
+
+    def encode_pictures(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The other way round."""
+
+    def flops(self, component: str, shape: tuple[int, ...]) -> float:
+        """FLOPs of a ``decode`` of latents ``shape``."""
+
+    def pictures_at_once(self, decoder: Any, pixels: int) -> int:
+        """How many pictures of so many pixels ``decoder`` may decode together."""
 
 
 class Previewer(Protocol):
@@ -33,7 +56,7 @@ class Previewer(Protocol):
 class FullDecoder:
     """The model's own decoder."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Model) -> None:
         self.backbone = backbone
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -52,7 +75,7 @@ class TinyDecoder:
         FileNotFoundError: no such model; ValueError: its files are damaged, or it is for other latents.
     """
 
-    def __init__(self, backbone: Backbone, model: str) -> None:
+    def __init__(self, backbone: Model, model: str) -> None:
         self.vae = load_tiny_decoder(resolve_model(model), str(backbone.device), backbone.dtype_name)
         channels = self.vae.config.latent_channels
         if channels != backbone.latent_channels:
@@ -98,7 +121,7 @@ def load_tiny_decoder(model: str, device: str, dtype: str) -> Any:
 class LinearDecoder:
     """Each latent cell's colour as a linear map of its channels, fitted to the model's own autoencoder."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Model) -> None:
         self.scale = backbone.spatial_factor
         self.weight, self.bias = fit_latent_rgb(backbone)  # (3, C), (3,)
 
@@ -114,7 +137,7 @@ class LinearDecoder:
 
 
 @isolated()
-def fit_latent_rgb(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_latent_rgb(backbone: Model) -> tuple[torch.Tensor, torch.Tensor]:
     """Least-squares map from latent channels to mean colour: weight (3, C), bias (3,), float32 on the device.
 
     The pictures it is fitted to are smooth random fields, encoded by the model's autoencoder: no weights, prompts or
@@ -132,7 +155,7 @@ def fit_latent_rgb(backbone: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
     return solution[:-1].T.contiguous(), solution[-1]
 
 
-def make_previewer(kind: str, backbone: Backbone, model: str | None = None) -> Previewer:
+def make_previewer(kind: str, backbone: Model, model: str | None = None) -> Previewer:
     """The decoder of a ``preview`` setting; ``model`` is the TAESD to use.
 
     Raises:

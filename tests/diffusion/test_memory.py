@@ -21,13 +21,13 @@ from torch._subclasses import FakeTensorMode
 
 import addiff_env
 from addiff_env.diffusion.backbones import BackboneOptions, FluxBackbone, StableDiffusionBackbone, load_backbone
-from addiff_env.diffusion.backbones.memory import bytes_per_pixel, in_slices
 from addiff_env.diffusion.backbones.open import open_pipeline
 from addiff_env.diffusion.backbones.prompt_cache import PromptCache
 from addiff_env.env import DiffusionDenoiseVectorEnv
 from addiff_env.env.footprint import LAYOUTS, footprint, made_in, memory_table, peak_allocation
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.registry import make_method
+from addiff_env.loading.memory import bytes_per_pixel, in_slices
 from addiff_env.loading.weights import resolve_dtype
 from addiff_env.perception.previews import make_previewer
 

@@ -10,7 +10,7 @@ from addiff_env.diffusion.backbones.offload import check_offload
 from addiff_env.diffusion.backbones.open import open_pipeline
 from addiff_env.diffusion.backbones.stable_diffusion import StableDiffusionBackbone
 from addiff_env.diffusion.backbones.types import BackboneOptions, Conditioning, Prediction
-from addiff_env.diffusion.flops import count_flops
+from addiff_env.loading.flops import count_flops
 from addiff_env.loading.weights import DTYPES, resolve_device, resolve_dtype, shared
 
 __all__ = [

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from addiff_env.diffusion.backbones.memory import activation_ceiling, bytes_per_pixel, in_slices
 from addiff_env.diffusion.backbones.offload import attach_offload, load_now
 from addiff_env.diffusion.backbones.prompt_cache import PromptCache
 from addiff_env.diffusion.backbones.types import BackboneOptions, Conditioning, Prediction
-from addiff_env.diffusion.flops import count_flops
 from addiff_env.diffusion.samplers import Level, Schedule, make_schedule, solver_step
+from addiff_env.loading.flops import count_flops
 from addiff_env.loading.isolation import frozen_call, isolated
+from addiff_env.loading.memory import activation_ceiling, bytes_per_pixel, in_slices
 from addiff_env.loading.weights import DTYPES
 
 _RECOMPILE_LIMIT = 256  # of one function: a network's blocks share their code, and each shape is a graph of its own
