@@ -196,9 +196,9 @@ def test_a_price_decides_what_a_picture_costs(small_kwargs: Kwargs) -> None:
 
 def test_a_call_names_price_or_target(agent: Agent, small_kwargs: Kwargs) -> None:
     priced = AdaptivePipeline(make_agent_env(priced_agent(small_kwargs), 1), priced_agent(small_kwargs))
-    for asked in ({}, {"price": 0.004, "target_nfe": 4}):
-        with pytest.raises(ValueError, match="price or target_nfe"):
-            priced("a star", 0, **asked)
+    assert priced("a star", 0).price == [priced.agent.middle_price] == [0.004]
+    with pytest.raises(ValueError, match="price or target_nfe"):
+        priced("a star", 0, price=0.004, target_nfe=4)
     for price in (0.1, 0, -1, float("nan"), "0.004"):
         with pytest.raises(ValueError, match="price must"):
             priced("a star", 0, price=price)
