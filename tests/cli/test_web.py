@@ -89,15 +89,23 @@ def test_it_ends_cleanly_when_it_is_interrupted(bundle: Path, tmp_path: Path, nu
     root = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     surroundings = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        command, env=surroundings, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        lines = iter(process.stdout.readline, "")
-        assert any("the page is at" in line for line in lines)
+    # A suite that runs in the background may ignore the signal, which its children would inherit.
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command, env=surroundings, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(number, before)
+    try:
+        assert process.stdout is not None
+        assert any("the page is at" in line for line in iter(process.stdout.readline, ""))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
             assert answer.status == 200
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130 and "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []

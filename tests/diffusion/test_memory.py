@@ -290,7 +290,7 @@ def test_every_text_is_encoded_once(folders: dict[str, Path], kind: str, monkeyp
     backbone = load(folders[kind])
     texts: list[str] = []
     embed = backbone._embed
-    monkeypatch.setattr(backbone, "_embed", lambda text: texts.append(text) or embed(text))
+    monkeypatch.setattr(backbone, "_embed", lambda text, *ids: texts.append(text) or embed(text, *ids))
     negative = None if kind == "flux" else "two blue squares"
     for _ in range(2):
         backbone.encode_prompts(["a red circle", "", "two blue squares", "a red circle"], negative)

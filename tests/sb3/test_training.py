@@ -609,8 +609,7 @@ def test_an_agent_for_many_prices_says_so(priced):
     assert agent.price_range == (0.001, 0.016) and agent.config["observation"]["price"] == 1
     made = AdaptivePipeline(make_agent_env(agent, 1), agent)("a star", 3, price=0.004)
     assert made.price == [0.004]
-    with pytest.raises(ValueError, match="price or target_nfe"):
-        AdaptivePipeline(make_agent_env(agent, 1), agent)("a star", 3)
+    assert AdaptivePipeline(make_agent_env(agent, 1), agent)("a star", 3).price == [0.004]
 
 
 def test_a_setting_that_is_null_and_one_that_is_not_there_are_the_same(whole, small_kwargs, tmp_path):

@@ -65,7 +65,7 @@ WRITERS: dict[str, tuple[Callable[[Path], Any], str]] = {  # what writes, and wh
     "first": (lambda path: keep_first(path, "new"), "pathlib.Path.write_text"),
     "rows": (lambda path: append_objects(path, [{"a": 2}]), "os.fsync"),
     "picture": (lambda path: save_picture(path, GREY), "PIL.Image.Image.save"),
-    "bundle": (bundle, "addiff_env.agent.bundle.save_file"),
+    "bundle": (bundle, "pathlib.Path.write_bytes"),
     "checkpoint": (checkpoint, "torch.save"),
 }
 

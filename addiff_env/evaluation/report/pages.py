@@ -228,7 +228,6 @@ def _plot(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
 
 
 PARTS: dict[str, Callable[[Run, Sequence[ResultRow], str], str]] = {
-    "bars": _bars,
     "summary": _summary,
     "command": _command,
     "table": _table,
@@ -236,4 +235,5 @@ PARTS: dict[str, Callable[[Run, Sequence[ResultRow], str], str]] = {
     "differences": _differences,
     "verdicts": _verdicts,
     "plot": _plot,
+    "bars": _bars,
 }

@@ -423,7 +423,7 @@ def test_the_default_run_is_a_demo_of_a_few_minutes():
     """48 prompts, and of each at most 115 evaluations: at 34 ms an evaluation that is less than 200 s."""
     cfg = OmegaConf.load(Path(__file__).parents[3] / "configs" / "evaluate.yaml")
     assert {"agent", "ddim-10", "ddim-50", "best-of-2:ddim-5"} <= set(cfg.methods)
-    assert any(name.startswith("threshold:") for name in cfg.methods) and cfg.controls
+    assert any(name.startswith("two-step:") for name in cfg.methods) and cfg.controls
     fixed = {"ddim-10": 10, "ddim-50": 50, "best-of-2:ddim-5": 10}
     decided = 2 * 2 + 10  # at most: two refinements, the schedule; by rule, agent and both controls mostly 9
     assert len(cfg.methods) == 5 and 0.034 * cfg.benchmark.limit * (sum(fixed.values()) + 4 * decided) < 240
