@@ -96,6 +96,14 @@ def evaluation(args: argparse.Namespace) -> list[str]:
     return [*(override(key, value) for key, value in (chosen | fixed).items()), *args.set]
 
 
+def bars_text(folder: Path) -> str:
+    """The bars, or why so few pictures do not tell them: the page's other parts are made all the same."""
+    try:
+        return describe_bars(folder, Path(resolve_model(RULES)))[0]
+    except ValueError as error:
+        return f"n/a: {error}"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate and fill the pages; returns the exit status."""
     args = options(argv)
@@ -105,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if status := command.main(evaluation(args)):
         return status
     if name == BUDGETS:
-        write_whole(RunFolder(args.folder).bars, describe_bars(args.folder, Path(resolve_model(RULES)))[0] + "\n")
+        write_whole(RunFolder(args.folder).bars, bars_text(args.folder) + "\n")
     remarks = {method: remark for method, remark in REMARKS.items() if remark}
     given = sys.argv[2:] if argv is None else argv
     run = Run(name, args.folder, command_line("addiff", "reproduce", *given), remarks)

@@ -75,7 +75,7 @@ def test_the_bars_name_what_is_missed(budgets: budget_bars.Budgets) -> None:
     adaptivity = budget_bars.adaptivity_of(rows(), {(r.prompt, r.seed): requirements(r) for r in rows()}, 0.004)
     assert adaptivity.estimate == pytest.approx(1)
     found = {bar.name: bar for bar in budget_bars.bars(budgets, RULES, adaptivity)}
-    assert len(found) == 3 + 3 + 2 + 3 + 1
+    assert len(found) == 3 + 3 + 2 + 3 + 2
     assert budget_bars.best_rule(budgets, RULES, 0.008) == "threshold:5:0.1"
     # at the highest price the rule satisfies .05 more for two evaluations
     (lost,) = [bar for name, bar in found.items() if name.startswith("return at 0.008")]

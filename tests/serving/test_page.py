@@ -112,7 +112,7 @@ def test_no_file_outside_its_folder_is_served(url: str, tmp_path: Path) -> None:
     for secret in secrets:
         for way in ("gradio_api/file=", "file=", "gradio_api/file/", "file/", "static/", "assets/"):
             assert status(url, way + secret) in (401, 403, 404, 405), (way, secret)
-    for folder in ("gradio_api/file=http://127.0.0.1:1/", "gradio_api/file=file:///etc/passwd", "monitoring"):
+    for folder in (f"gradio_api/file={Path(__file__).as_uri()}", "monitoring"):
         assert status(url, folder) >= 400, folder
 
 
