@@ -35,15 +35,18 @@ class PartNorm(nn.Module):
         widths = torch.cat([torch.full((n,), float(n)) for n in parts.values()])
         self.register_buffer("root_widths", widths.sqrt(), persistent=False)
 
-    def set_statistics(self, mean: torch.Tensor, std: torch.Tensor, gains: Mapping[str, float] | None = None) -> None:
+    def set_statistics(
+        self, mean: torch.Tensor, std: torch.Tensor, gains: Mapping[str, float | None] | None = None
+    ) -> None:
         """Fix the statistics (width,) of the observations; a slot that never varies is left out (scale 0).
 
         ``gains`` lengthen parts: where it is 3, three times `PART_NORM`, and clipped to a third as many deviations.
+        None takes back what a preset says.
 
         Raises:
             ValueError: a gain of a part that there is not, or one that is not positive.
         """
-        gains = dict(gains or {})
+        gains = {name: gain for name, gain in (gains or {}).items() if gain is not None}
         if wrong := {name: gain for name, gain in gains.items() if name not in self.parts or not gain > 0}:
             raise ValueError(f"gains must be positive numbers of the parts {list(self.parts)}, got {wrong}")
         varies = std > 1e-6
@@ -59,7 +62,7 @@ class PartNorm(nn.Module):
         steps: int,
         probabilities: Sequence[float],
         seed: int,
-        gains: Mapping[str, float] | None = None,
+        gains: Mapping[str, float | None] | None = None,
     ) -> None:
         """Fix the statistics from ``steps`` steps of a random policy with these action shares.
 

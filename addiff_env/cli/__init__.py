@@ -60,6 +60,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does; a t
     ),
     "world rules": ("addiff_env.tiny.measures.rules", "play plain rules on several grids, with the verifier alone"),
     "world prices": ("addiff_env.evaluation.prices", "compare agents with hand-made rules at every price"),
+    "world ablations": ("addiff_env.evaluation.ablations", "say what each part of an agent's training is worth"),
     "world bars": ("addiff_env.evaluation.budget_bars", "hold an evaluation at several prices against what is asked"),
     "world optimal": ("addiff_env.tiny.measures.optimal_stopping", "say what dynamic programming earns on a record"),
     "world repair": ("addiff_env.tiny.measures.repair", "measure what a refinement repairs, for each kind of mask"),

@@ -1,0 +1,71 @@
+"""Distil the autoencoder's decoder into a smaller one, for previews alone (as TAESD, Bohan 2023, is to a VAE).
+
+``addiff world train preview`` writes ``<out>/preview``, to be used with the settings ``preview=taesd`` and
+``preview_model=addiff_env:tiny/weights/preview``. The teacher is ``<out>/pipeline/vae``; its encoder is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+
+from addiff_env.tiny.recipes import common, data
+
+MOST_NOISE = 0.5  # standard deviations of a latent; clean predictions of early steps are not quite of pictures
+
+
+def build(teacher: AutoencoderTiny) -> AutoencoderTiny:
+    """The teacher with a decoder of half its width, and no block at the picture's own resolution."""
+    settings = dict(teacher.config) | {"decoder_block_out_channels": (16, 16, 16), "num_decoder_blocks": (3, 2, 0)}
+    model = AutoencoderTiny.from_config(settings)
+    model.encoder.load_state_dict(teacher.encoder.state_dict())
+    model.encoder.requires_grad_(False)
+    return model
+
+
+def losses(
+    model: AutoencoderTiny, teacher: AutoencoderTiny, pictures: torch.Tensor, noise: torch.Tensor, amount: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """How far the student is from what the teacher decodes.
+
+    Args:
+        model: the student.
+        teacher: frozen.
+        pictures: (B, 3, 64, 64) in [0, 1].
+        noise: standard normal (B, 8, 16, 16).
+        amount: of the noise (B, 1, 1, 1), up to `MOST_NOISE`.
+    """
+    with torch.no_grad():
+        latents = teacher.encoder(pictures * 2 - 1).float() + amount * noise
+        wanted = (teacher.decoder(latents).float() + 1) / 2
+    error = (model.decoder(latents).float() + 1) / 2 - wanted
+    chroma = wanted.amax(1, keepdim=True) - wanted.amin(1, keepdim=True)
+    weight = 1 + 4 * (F.max_pool2d(chroma, 3, 1, 1) > 0.15)  # objects cover a small part of a picture
+    l1, l2 = (weight * error.abs()).mean(), (weight * error**2).mean()
+    return {"loss": l1 + 5 * l2, "l1": l1, "l2": l2}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train and export; returns the exit status."""
+    args = common.arguments("world train preview", __doc__ or "", argv, steps=4000, batch=32, lr=2e-3)
+    data.prepare(args.work)
+    pictures, _ = data.load(args.work)
+    torch.manual_seed(args.seed)
+    teacher = AutoencoderTiny.from_pretrained(args.out / "pipeline" / "vae").float().to(args.device).eval()
+    model = build(teacher.requires_grad_(False)).to(args.device, memory_format=torch.channels_last)
+    ema = common.EMA(model, 0.998)
+    loop = common.Loop("preview", args, {"model": model, "ema": ema.model}, args.lr)
+
+    def loss_at(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        batch = common.to_input(pictures[common.batch_indices(generator, len(pictures), args.batch)], args.device)
+        noise = torch.randn(args.batch, teacher.config.latent_channels, 16, 16, generator=generator).to(args.device)
+        amount = MOST_NOISE * torch.rand(args.batch, 1, 1, 1, generator=generator).to(args.device)
+        return losses(model, teacher, batch, noise, amount)
+
+    loop.run(loss_at, ema.update)
+    ema.model.half().save_pretrained(args.out / "preview")
+    print(f"preview: {loop.step} steps in {loop.seconds:.0f} s -> {args.out / 'preview'}")
+    return 0
