@@ -48,14 +48,15 @@ def found_in(folder: Path) -> list[Ablation]:
         name, _, seed = bundle.parents[1].name.rpartition("-")
         runs.setdefault(name, {})[seed] = bundle.parents[1]
     if WHOLE not in runs:
-        raise ValueError(f"{folder} holds no {WHOLE}-<seed>/agent to compare with, only: {', '.join(runs) or 'nothing'}")
+        there = ", ".join(runs) or "nothing"
+        raise ValueError(f"{folder} holds no {WHOLE}-<seed>/agent to compare with, only: {there}")
     return [Ablation(name, runs[name]) for name in sorted(runs, key=lambda name: (name != WHOLE, name))]
 
 
 def outcomes_of(run: Path, items: Sequence[Item], price: float) -> np.ndarray:
     """`COLUMNS` (N, 3) of the pictures that the agent of ``run`` makes, as its folder has kept them or made now."""
     agent, kept = Agent.load(run / "agent"), run / "ablation.json"
-    made_of = {"agent": agent.fingerprint, "price": price, "id_list_sha256": id_list_hash(items), "columns": list(COLUMNS)}
+    made_of = {"agent": agent.fingerprint, "price": price, "pictures": id_list_hash(items), "columns": list(COLUMNS)}
     if kept.exists() and {**(found := read_json(kept)), "outcomes": None} == {**made_of, "outcomes": None}:
         return np.array(found["outcomes"])
     env = make_agent_env(agent, min(64, len(items)))

@@ -8,10 +8,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from composed import rllib_config
 
 from addiff_env.agent import Agent, PolicyNet
+from addiff_env.agent.networks import PartNorm
+from addiff_env.env.training_settings import check_numbers, env_settings
 from addiff_env.evaluation import ablations
 from addiff_env.evaluation.benchmarks.items import load_benchmark
+from addiff_env.loading.paths import configs_folder
 
 PRICE = 0.01
 PRICED = {"price_range": [0.001, 0.02]}
@@ -49,7 +53,7 @@ def test_seeds_are_one_group_and_the_difference_is_of_pairs(
     read = {run: json.loads((sweep / run / "ablation.json").read_text()) for run in ("none-0", "none-1", "no_price-0")}
     kept = {run: np.array(found["outcomes"]) for run, found in read.items()}
     assert kept["none-0"].shape == (4, 3) and (kept["none-0"][:, 1] > kept["none-1"][:, 1]).all()
-    np.testing.assert_array_equal(kept["no_price-0"], kept["none-1"])
+    np.testing.assert_array_equal(kept["no_price-0"][:, :2], kept["none-1"][:, :2])  # policies differ in width
     returns = {run: (found[:, 0] - PRICE * found[:, 1]).mean() for run, found in kept.items()}
     assert none[:2] == ["none", "2"] and lacking[:2] == ["no_price", "1"]
     assert float(none[5]) == pytest.approx((returns["none-0"] + returns["none-1"]) / 2, abs=1e-4)
@@ -79,3 +83,20 @@ def test_without_agents_that_lack_nothing_there_is_no_comparison(sweep: Path) ->
         ablations.found_in(sweep / "part")
     with pytest.raises(ValueError, match="nothing"):
         ablations.found_in(sweep / "gone")
+
+
+NAMES = sorted(path.stem for path in (configs_folder() / "ablation").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_ablation_is_one_that_can_be_trained(name: str) -> None:
+    whole, lacking = (rllib_config("env=tiny_prices", f"+ablation={one}", name="train") for one in ("none", name))
+    assert (whole == lacking) == (name == "none")
+    check_numbers(lacking)
+    env = gym.make_vec(lacking.env.id, num_envs=1, vectorization_mode="vector_entry_point", **env_settings(lacking))
+    parts = env.unwrapped.parts  # type: ignore[attr-defined]
+    named = {part for part, gain in lacking.policy.gains.items() if gain is not None}
+    assert named <= set(parts) and ("outlook" in parts) == (name != "no_early_verdicts")
+    assert ("price" in parts) == (name != "no_price")
+    width = sum(parts.values())
+    PartNorm(parts).set_statistics(torch.zeros(width), torch.ones(width), lacking.policy.gains)
