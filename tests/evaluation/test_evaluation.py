@@ -160,6 +160,16 @@ def test_an_agent_at_several_prices_is_a_front_of_its_own():
     assert {"@0.002", "@0.004"} <= {text.get_text() for text in axis.texts}
 
 
+def test_training_seeds_are_one_point_for_each_price():
+    names = {"ddim-5": 5, "agent-s0@0.002": 6, "agent-s1@0.002": 8, "agent-s0@0.004": 3, "agent-s1@0.004": 4}
+    rows = [row(name, seed, nfe=nfe) for name, nfe in names.items() for seed in range(3)]
+    (axis,) = quality_figure(rows, ["nfe"]).axes
+    found = zip(*axis.get_legend_handles_labels(), strict=True)
+    lines = {label: (line if hasattr(line, "get_xdata") else line[0]) for line, label in found}
+    assert list(lines["agent, 2 training seeds"].get_xdata()) == [3.5, 7]
+    assert not any(label.startswith("agent-s") for label in lines)
+
+
 def test_benchmark_limit_is_balanced_and_fixed():
     items = load_benchmark("tiny-test", 16)
     assert [item.category for item in items[:8]] == [item.category for item in items[8:]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from addiff_env.env.trajectories import ACCENT, INK
-from addiff_env.evaluation.statistics.families import agent_fronts, solver_families
+from addiff_env.evaluation.statistics.families import RULES, agent_fronts, run_and_price, solver_families
 from addiff_env.evaluation.statistics.front import front_quality
 from addiff_env.evaluation.statistics.summary import (
     COSTS,
     Estimate,
     MethodSummary,
+    by_method,
     by_num_requirements,
     counted,
     decision_counts,
@@ -35,7 +37,8 @@ from addiff_env.evaluation.statistics.summary import (
 from addiff_env.evaluation.statistics.timings import TIMED
 from addiff_env.types import ACTIONS, Action, ResultRow
 
-GRID, AGENT = "#c9ced6", ACCENT
+GRID, RULE = "#c9ced6", "#5c6773"  # RULE: hand-made rules
+AGENT = "agent"  # what its rows are called, whatever its price
 FAMILIES = ("#1c7ed6", "#2b8a3e", "#7048e8", "#c2255c", "#0b7285", "#846800")  # solvers, best-of-N, single methods
 ACTION_COLORS = ("#4c8ed9", "#7a8494", "#e8590c")  # continue, stop, refine
 _LOOK: dict[Any, Any] = {
@@ -84,11 +87,12 @@ def plotted_costs(rows: Sequence[ResultRow]) -> list[str]:
 def quality_figure(rows: Sequence[ResultRow], costs: Sequence[str], size: tuple[float, float] = (5.4, 4.4)) -> Figure:
     """The headline metric against each of ``costs``, with the interpolated front of all fixed methods.
 
-    Methods without the metric or the cost have no point.
+    Methods without the metric or the cost have no point. Training seeds of an agent are one point for each price.
     """
     metric, shares = headline_metric(rows), share_metrics(rows)
     scale = 100.0 if metric in shares else 1.0
-    summaries = {summary.method: summary for summary in summarise(rows, shares)}
+    seeds = len({found[0] for method in by_method(rows) if (found := run_and_price(method))})
+    summaries = {summary.method: summary for summary in summarise(_seeds_together(rows), shares)}
     with _figure(*size, len(costs)) as (figure, axes):
         for axis, name in zip(axes, costs, strict=True):
             cost = next(cost for cost in COSTS if cost.name == name)
@@ -98,6 +102,8 @@ def quality_figure(rows: Sequence[ResultRow], costs: Sequence[str], size: tuple[
             _draw_front(axis, drawn, metric, name, cost.unit, scale)
             for label, members, color, marker in _series(list(summaries)):
                 points = [drawn[member] for member in members if member in drawn]
+                if label == AGENT and seeds > 1:
+                    label += f", {seeds} training seeds"  # noqa: PLW2901 (for the legend)
                 if points:
                     _draw_points(axis, points, (metric, scale), (name, cost.unit), label, color, marker)
             if not drawn:
@@ -108,6 +114,13 @@ def quality_figure(rows: Sequence[ResultRow], costs: Sequence[str], size: tuple[
     return figure
 
 
+def _seeds_together(rows: Sequence[ResultRow]) -> list[ResultRow]:
+    """The rows, those of ``agent-s0@0.004``, ``agent-s1@0.004``, ... under one name, ``agent@0.004``."""
+    runs = {method: found[0] for method in by_method(rows) if (found := run_and_price(method))}
+    names = {method: AGENT + method.removeprefix(run) for method, run in runs.items()}
+    return [replace(row, method=names.get(row.method, row.method)) for row in rows]
+
+
 def _series(methods: list[str]) -> list[tuple[str, list[str], str, str]]:
     """Label, methods, colour and marker of each line or point: solver families first, the agent, by price, last."""
     families = solver_families(methods)
@@ -116,10 +129,11 @@ def _series(methods: list[str]) -> list[tuple[str, list[str], str, str]]:
     single = [name for name in single if name not in sum(fronts.values(), [])]
     colors = [FAMILIES[k % len(FAMILIES)] for k in range(len(families) + len(single))]
     found = [(label, members, colors[k], "o-") for k, (label, members) in enumerate(families.items())]
-    for k, name in enumerate(name for name in single if name != "agent"):
-        found.append((name, [name], colors[len(families) + k], "sDv^P"[k % 5]))
-    found += [(run, members, AGENT, "*-") for run, members in fronts.items()]
-    return found + [("agent", ["agent"], AGENT, "*")] * ("agent" in single)
+    for k, name in enumerate(name for name in single if name != AGENT):
+        color = RULE if name.startswith(RULES) else colors[len(families) + k]
+        found.append((name, [name], color, "sDv^P"[k % 5]))
+    found += [(run, members, ACCENT, "*-") for run, members in fronts.items()]
+    return found + [(AGENT, [AGENT], ACCENT, "*")] * (AGENT in single)
 
 
 def _draw_points(
@@ -140,11 +154,12 @@ def _draw_points(
         "xerr": _lengths([point.costs[name] for point in points], 1 / unit),
         "yerr": _lengths([point.scores[metric] for point in points], scale),
     }
-    size = 13 if marker[0] == "*" else 5
+    size = {"*": 13, "*-": 9}.get(marker, 5)
     thin: dict[str, Any] = {"capsize": 2.5, "linewidth": 0.8, "elinewidth": 0.9}
     axis.errorbar(x, y, fmt=marker, color=color, label=label, markersize=size, **thin, **bounds)
-    for point, px, py in zip(points, x, y, strict=True):
-        mark = _mark(point.method) if marker[1:] == "-" else ""
+    for k, (point, px, py) in enumerate(zip(points, x, y, strict=True)):
+        told = marker == "o-" or (marker == "*-" and k in (0, len(points) - 1))  # prices lie close together
+        mark = _mark(point.method) if told else ""
         axis.annotate(mark, (px, py), textcoords="offset points", xytext=(5, 5), fontsize=8.5, color=color)
 
 
@@ -207,7 +222,7 @@ def complexity_figure(rows: Sequence[ResultRow], num_requirements: Mapping[tuple
         area = 12 + 260 * number / number.max()
         axis.scatter(x, y, s=area, color=FAMILIES[0], alpha=0.35, linewidths=0, label="pictures")
         means = [e.mean for e in found]
-        axis.errorbar(list(levels), means, yerr=_lengths(found, 1), fmt="o-", color=AGENT, capsize=2.5, label="mean")
+        axis.errorbar(list(levels), means, yerr=_lengths(found, 1), fmt="o-", color=ACCENT, capsize=2.5, label="mean")
         axis.set(xlabel="requirements that the prompt states", ylabel="NFE")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(loc="outside lower center", ncols=2, markerscale=0.6)
