@@ -16,13 +16,13 @@ from addiff_env.tiny.recipes import common, data
 LATENT_CHANNELS = 8
 
 
-def build() -> AutoencoderTiny:
-    """The untrained model; 4x downsampling, 32 channels, so that a preview costs little."""
+def build(width: int = 32, blocks: tuple[int, int, int] = (4, 3, 1)) -> AutoencoderTiny:
+    """The untrained model, 4x downsampling; the decoder's ``width`` and ``blocks`` say what a preview costs."""
     return AutoencoderTiny(
         encoder_block_out_channels=(48, 48, 48),
-        decoder_block_out_channels=(32, 32, 32),
+        decoder_block_out_channels=(width,) * 3,
         num_encoder_blocks=(1, 2, 3),
-        num_decoder_blocks=(4, 3, 1),
+        num_decoder_blocks=blocks,
         latent_channels=LATENT_CHANNELS,
         upsampling_scaling_factor=2,
         scaling_factor=1.0,

@@ -12,18 +12,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 
-from addiff_env.tiny.recipes import common, data
+from addiff_env.tiny.recipes import autoencoder, common, data
 
 MOST_NOISE = 0.5  # standard deviations of a latent; clean predictions of early steps are not quite of pictures
-
-
-def build(teacher: AutoencoderTiny) -> AutoencoderTiny:
-    """The teacher with a decoder of half its width, and no block at the picture's own resolution."""
-    settings = dict(teacher.config) | {"decoder_block_out_channels": (16, 16, 16), "num_decoder_blocks": (3, 2, 0)}
-    model = AutoencoderTiny.from_config(settings)
-    model.encoder.load_state_dict(teacher.encoder.state_dict())
-    model.encoder.requires_grad_(False)
-    return model
 
 
 def losses(
@@ -50,12 +41,15 @@ def losses(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and export; returns the exit status."""
-    args = common.arguments("world train preview", __doc__ or "", argv, steps=4000, batch=32, lr=2e-3)
+    args = common.arguments("world train preview", __doc__ or "", argv, steps=4000, batch=16, lr=2e-3)
     data.prepare(args.work)
     pictures, _ = data.load(args.work)
     torch.manual_seed(args.seed)
     teacher = AutoencoderTiny.from_pretrained(args.out / "pipeline" / "vae").float().to(args.device).eval()
-    model = build(teacher.requires_grad_(False)).to(args.device, memory_format=torch.channels_last)
+    model = autoencoder.build(16, (3, 2, 0))  # no block at the picture's own resolution
+    model.encoder.load_state_dict(teacher.requires_grad_(False).encoder.state_dict())
+    model.encoder.requires_grad_(False)
+    model.to(args.device, memory_format=torch.channels_last)
     ema = common.EMA(model, 0.998)
     loop = common.Loop("preview", args, {"model": model, "ema": ema.model}, args.lr)
 
