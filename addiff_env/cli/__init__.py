@@ -108,7 +108,7 @@ def _unknown(verb: str, rest: Sequence[str], group: Sequence[str]) -> str:
 
 def usage(verbs: Iterable[str]) -> str:
     """The help text: a line for each of ``verbs``."""
-    lines = [f"  {verb:<14} {VERBS[verb][1]}" for verb in verbs]
+    lines = [f"  {verb:<15} {VERBS[verb][1]}" for verb in verbs]
     ends = ["addiff <verb> --help tells a verb's options, addiff --version the release."]
     return "\n".join(["usage: addiff <verb> ...", "", *lines, "", *ends])
 
