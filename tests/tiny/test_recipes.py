@@ -1,14 +1,20 @@
 import argparse
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from scipy.stats import beta
 from torch import nn
 
+from addiff_env.diffusion.backbones import load_backbone
+from addiff_env.perception.previews import make_previewer
 from addiff_env.tiny.prompts import SHAPES
-from addiff_env.tiny.recipes import common, data, diffusion, reward
+from addiff_env.tiny.recipes import common, data, diffusion, preview, reward
 from addiff_env.tiny.recipes.pairs import Samples
+from addiff_env.tiny.world import WEIGHTS
 
 STEPS = 24
 
@@ -117,10 +123,10 @@ def test_missing_data_names_the_file_and_the_command(tmp_path: Path) -> None:
 
 def test_rendered_chunks_are_reproducible(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "_CHUNK", 16)
-    captions, pictures = data._render_chunk((0, 5))
-    again, same = data._render_chunk((0, 5))
+    captions, pictures = data.render_chunk((0, 5))
+    again, same = data.render_chunk((0, 5))
     assert captions == again and (pictures == same).all()
-    assert captions != data._render_chunk((0, 6))[0]
+    assert captions != data.render_chunk((0, 6))[0]
 
 
 def test_pictures_become_inputs() -> None:
@@ -168,3 +174,31 @@ def test_the_reader_learns_what_a_token_knows_and_guesses_the_rest() -> None:
     reader, hidden, told = diffusion.LayoutReader(), torch.randn(3, 5, diffusion.TEXT_WIDTH), torch.randn(3, 24)
     by_hand = sum(((reader(hidden[i, j]) - told[i]) ** 2).sum() for i in range(3) for j in range(5)) / 15
     assert reader.loss(hidden, told).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_the_preview_decoder_learns_what_the_autoencoder_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "_CHUNK", 16)
+    captions, pictures = data.render_chunk((0, 0))
+    monkeypatch.setattr(data, "prepare", lambda work: None)
+    monkeypatch.setattr(data, "load", lambda work: (torch.from_numpy(pictures), captions))
+    shutil.copytree(WEIGHTS / "pipeline" / "vae", tmp_path / "pipeline" / "vae")
+    told = {}
+    for steps in (1, 40):
+        words = ["--work", str(tmp_path / str(steps)), "--out", str(tmp_path), "--device", "cpu"]
+        assert preview.main([*words, "--steps", str(steps), "--batch", "8"]) == 0
+        told[steps] = json.loads((tmp_path / str(steps) / "preview.json").read_text())
+    assert told[40]["psnr_noise_0"] > told[1]["psnr_noise_0"] + 1
+    AutoencoderTiny.from_pretrained(tmp_path / "preview", use_safetensors=True)
+
+
+def test_the_shipped_preview_decoder_shows_what_the_whole_one_does() -> None:
+    backbone = load_backbone(str(WEIGHTS / "pipeline"))
+    whole, small = make_previewer("vae", backbone), make_previewer("taesd", backbone, str(WEIGHTS / "preview"))
+    pictures = common.to_input(torch.from_numpy(data.render_chunk((0, preview.UNSEEN))[1][:32]))
+    latents = backbone.encode_pictures(pictures)
+    error = (whole.decode(latents) - small.decode(latents)).square().mean()
+    assert -10 * error.log10() > 33  # dB; preview.json of its training says 34.4
+    shape = tuple(latents.shape[1:])
+    assert small.flops(shape) < 0.15 * whole.flops(shape)

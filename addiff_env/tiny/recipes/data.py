@@ -27,7 +27,8 @@ SHARES = (0.05, 0.18, 0.13, 0.06, 0.26, 0.10, 0.11, 0.11)
 _CHUNK = 1000
 
 
-def _render_chunk(seed_and_index: tuple[int, int]) -> tuple[list[str], np.ndarray]:
+def render_chunk(seed_and_index: tuple[int, int]) -> tuple[list[str], np.ndarray]:
+    """Captions and pictures (1000, 64, 64, 3) uint8 of a part of the set."""
     rng = np.random.default_rng(seed_and_index)
     captions, pictures = [], np.empty((_CHUNK, 64, 64, 3), np.uint8)
     for row in range(_CHUNK):
@@ -48,7 +49,7 @@ def prepare(work: Path, number: int = 80_000, seed: int = 0) -> None:
     )
     captions: list[str] = []
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for chunk, (texts, block) in enumerate(pool.imap(_render_chunk, jobs)):
+        for chunk, (texts, block) in enumerate(pool.imap(render_chunk, jobs)):
             pictures[chunk * _CHUNK : (chunk + 1) * _CHUNK] = block
             captions += texts
     pictures.flush()

@@ -16,6 +16,8 @@ from addiff_env.tiny.recipes import autoencoder, common, data
 
 MOST_NOISE = 0.5  # standard deviations of a latent; clean predictions of early steps are not quite of pictures
 
+UNSEEN = 10_000  # a part of the scenes that no training set has
+
 
 def losses(
     model: AutoencoderTiny, teacher: AutoencoderTiny, pictures: torch.Tensor, noise: torch.Tensor, amount: torch.Tensor
@@ -39,6 +41,22 @@ def losses(
     return {"loss": l1 + 5 * l2, "l1": l1, "l2": l2}
 
 
+@torch.no_grad()
+def psnr(model: AutoencoderTiny, teacher: AutoencoderTiny, pictures: torch.Tensor, amount: float) -> float:
+    """Peak signal-to-noise ratio in dB of what the student decodes, the teacher's pictures being the signal.
+
+    Args:
+        model: the student.
+        teacher: what it learned from.
+        pictures: (B, 3, 64, 64) in [0, 1], encoded by the teacher.
+        amount: of standard normal noise that is added to their latents, drawn with seed 0.
+    """
+    latents = teacher.encoder(pictures * 2 - 1)
+    latents = latents + amount * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
+    found, wanted = ((one.decoder(latents) / 2 + 0.5).clamp(0, 1) for one in (model, teacher))
+    return float(-10 * F.mse_loss(found, wanted).log10())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and export; returns the exit status."""
     args = common.arguments("world train preview", __doc__ or "", argv, steps=4000, batch=16, lr=2e-3)
@@ -60,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return losses(model, teacher, batch, noise, amount)
 
     loop.run(loss_at, ema.update)
+    _, fresh = data.render_chunk((args.seed, UNSEEN))
+    held_out = common.to_input(torch.from_numpy(fresh), args.device)
+    told = {f"psnr_noise_{amount:g}": psnr(ema.model, teacher, held_out, amount) for amount in (0.0, MOST_NOISE)}
     ema.model.half().save_pretrained(args.out / "preview")
-    print(f"preview: {loop.step} steps in {loop.seconds:.0f} s -> {args.out / 'preview'}")
+    common.keep_result(args, "preview", {"steps": loop.step, "seconds": round(loop.seconds), **told})
     return 0
