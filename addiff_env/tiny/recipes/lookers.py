@@ -1,6 +1,6 @@
 """Make everything that looks at pictures anew, in order: ``addiff world train lookers``.
 
-CLIP, DINO, the reward model and the verifier, from what the present diffusion model draws. Every recipe resumes where
+CLIP, DINO, the reward model, the verifier and the preview decoder, from what the present diffusion model draws. Every recipe resumes where
 it was; ``<work>/lookers.json`` says how long each took (the last time it ran) and with which options.
 """
 
@@ -23,6 +23,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     "reward": ("--steps", "1400", "--generated-from", "0.1"),
     "endings": ("--stops", "2", "--dense-every", "11"),
     "verifier": (),
+    "preview": (),
 }
 
 
