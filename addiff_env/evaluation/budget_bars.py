@@ -23,6 +23,7 @@ from addiff_env.evaluation.statistics.correlation import spearman_test
 from addiff_env.evaluation.statistics.families import (
     BEST_OF,
     agent_runs_by_price,
+    at_price,
     search_families,
     solver_fronts,
 )
@@ -112,15 +113,18 @@ def read_budgets(rows: Sequence[ResultRow]) -> Budgets:
         ValueError: no agent at a price, or methods that made other pictures than the rest.
     """
     names = list(dict.fromkeys(row.method for row in rows))
-    priced = {float(price): runs for price, runs in agent_runs_by_price(names).items() if price}
+    priced: dict[float, list[str]] = {}
+    for price, runs in agent_runs_by_price(names).items():
+        if price:
+            priced.setdefault(float(price), []).extend(runs)  # .004 is 0.004
     if not priced:
         raise ValueError(f"no agent at a price (agent@.004) among the methods {', '.join(names)}")
-    agents = {price: f"agent@{price:g}" for price in sorted(priced)}
+    agents = {price: at_price("agent", price) for price in sorted(priced)}
     taken = {run for runs in priced.values() for run in runs}
     others = [name for name in names if name not in taken]
     groups = {agents[price]: priced[price] for price in agents} | {name: [name] for name in others}
     values = paired_values(rows, groups, [score_of("success"), costs_of("net_flops"), costs_of("nfe")])
-    return Budgets(resample(values, pictures=picture_counts(rows, next(iter(taken)))), agents, others)
+    return Budgets(resample(values, pictures=picture_counts(rows, groups)), agents, others)
 
 
 # --------------------------------------------------------------------------- bars
@@ -202,11 +206,16 @@ def _efficiency(budgets: Budgets) -> list[Bar]:
 
 
 def adaptivity_of(rows: Sequence[ResultRow], requirements: Mapping[SampleKey, float], price: float) -> Interval:
-    """Rank correlation of a prompt's NFE with its number of requirements, over the agent's seeds at a price."""
+    """Rank correlation of a prompt's NFE with its number of requirements, over the agent's seeds at a price.
+
+    NaN, which meets no bar, where there is none: of fewer than four prompts, or where one of the two does not vary.
+    """
     by_price = agent_runs_by_price(row.method for row in rows)
-    runs = next(runs for text, runs in by_price.items() if text and float(text) == price)
+    runs = [run for text, members in by_price.items() if text and float(text) == price for run in members]
     read = [costs_of("nfe"), lambda row: requirements[row.prompt, row.seed]]
     nfe, levels = paired_values(rows, {"agent": runs}, read)["agent"]
+    if nfe.shape[1] < 4 or np.ptp(levels[0]) == 0 or np.ptp(nfe, axis=1).max() == 0:
+        return Interval(np.nan, np.nan, np.nan, np.empty(0))
     return spearman_test(levels[0], nfe).rho
 
 

@@ -103,7 +103,7 @@ def choose_rules(
 
 def keep_rules(path: Path, chosen: Chosen, **measured_on: Any) -> None:
     """Write what was chosen, and on what, as JSON."""
-    text = {f"{price:g}": named for price, named in chosen.items()}
+    text = {repr(price): named for price, named in chosen.items()}
     write_whole(path, json.dumps({**measured_on, "rules": text}, indent=2) + "\n")
 
 

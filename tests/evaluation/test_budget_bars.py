@@ -1,6 +1,7 @@
 """One agent for every budget, held against what is asked: each number by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from addiff_env.evaluation import budget_bars
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.prices import keep_rules
+from addiff_env.evaluation.prices import keep_rules, read_rules
 from addiff_env.evaluation.run.rows import write_rows
 from addiff_env.evaluation.run.run_folder import write_items
 from addiff_env.types import ResultRow
@@ -96,6 +97,41 @@ def test_rules_of_other_prices_or_runs_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         budget_bars.bars(budgets, rules, budgets.ratio(0.004, "ddim-50"))
+
+
+def test_pictures_weigh_the_prompts_that_they_are_of(budgets: budget_bars.Budgets) -> None:
+    # One method's rows lie in another order, and prompts have one picture or two: no order may decide what counts.
+    twice = [replace(row, seed=row.seed + 1000) for row in rows() if row.seed < 20]
+    both = sorted([*rows(), *twice], key=lambda row: row.seed % 1000)
+    order = {name: -1 if name == "agent-s0@0.002" else 1 for name in METHODS}
+    mixed = [row for name in METHODS for row in _of(name, both)[:: order[name]]]
+    found = budget_bars.read_budgets(mixed).found.means
+    np.testing.assert_allclose(found["agent@0.008"][0], (0.75 * PROMPTS + 20) / (PROMPTS + 20))
+
+
+def _of(method: str, found: list[ResultRow]) -> list[ResultRow]:
+    return [row for row in found if row.method == method]
+
+
+def test_prices_that_differ_in_the_seventh_digit_are_two(tmp_path: Path) -> None:
+    close = {"0.0020000001": "agent-s0@0.004", "0.002": "agent-s0@0.002", ".008": "agent-s0@0.008"}
+    of = {old: f"agent-s0@{price}" for price, old in close.items()}
+    renamed = [replace(row, method=of[row.method]) for row in rows() if row.method in of]
+    seeds = [row for row in rows() if row.method in ("ddim-5", "agent-s1@0.008")]
+    found = budget_bars.read_budgets([*renamed, *seeds])
+    assert list(found.agents) == [0.002, 0.0020000001, 0.008] and len(set(found.agents.values())) == 3
+    assert found.found.runs[found.agents[0.008]].shape[1] == 2  # both spellings of a price are one
+    keep_rules(tmp_path / "rules.json", dict.fromkeys(found.agents, {"fixed": "stop-3"}))
+    assert list(read_rules(tmp_path / "rules.json")) == list(found.agents)
+
+
+@pytest.mark.parametrize("prompts", [2, 3, 24])
+def test_few_prompts_leave_one_bar_unknown_and_show_the_others(tmp_path: Path, prompts: int) -> None:
+    write_rows(tmp_path / "rows.jsonl", [row for row in rows() if row.seed < prompts])
+    write_items(tmp_path, [Item(f"prompt {k}", k, "colors", str(k), k % 2) for k in range(prompts)])
+    keep_rules(tmp_path / "rules.json", RULES)
+    text, passed = budget_bars.describe_bars(tmp_path, tmp_path / "rules.json")
+    assert not passed and "nan" in text and "return at 0.004" in text
 
 
 @given(

@@ -165,8 +165,8 @@ def _draw_points(
 
 def _mark(method: str) -> str:
     """What tells members of a family apart: the number of steps, evaluations, pictures or particles, or the price."""
-    if agent_fronts([method]):
-        return "@" + method.partition("@")[2]
+    if agent := run_and_price(method):
+        return f"@{agent[1]}" if agent[1] else ""
     head, _, tail = method.partition(":")
     kind, _, number = head.rpartition("-")
     return f"×{number}" if tail and kind in ("best-of", "fk") else number

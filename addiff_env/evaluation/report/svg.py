@@ -9,13 +9,14 @@ import matplotlib.pyplot as plt
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from addiff_env.env.trajectories import INK
-from addiff_env.evaluation.report.figures import ACTION_COLORS, AGENT, FAMILIES, GRID
+from addiff_env.env.trajectories import ACCENT, INK
+from addiff_env.evaluation.report.figures import ACTION_COLORS, FAMILIES, GRID, RULE
 
 DARK = {  # what each colour of the plots becomes on a dark page
     INK: "#e4e7ec",
     GRID: "#3d4452",
-    AGENT: "#ff8c57",
+    ACCENT: "#ff8c57",
+    RULE: "#a9b2bf",
     **dict(zip(FAMILIES, ("#6cb4ff", "#69d07c", "#b197fc", "#ff86ad", "#4fd0e4", "#e3bf3c"), strict=True)),
     **dict(zip(ACTION_COLORS, ("#6ea8ec", "#98a1b0", "#ff8c42"), strict=True)),
 }

@@ -101,7 +101,7 @@ def compare_methods(
     named = methods if isinstance(methods, Mapping) else {name: [name] for name in methods}
     groups = {**{name: [name] for name in baselines}, **named}
     values = paired_values(rows, groups, [score_of(metric) for metric in metrics])
-    pictures = picture_counts(rows, next(iter(groups.values()))[0])
+    pictures = picture_counts(rows, groups)
     wanted = [
         ((k, metric), method, baseline)
         for k, metric in enumerate(metrics)

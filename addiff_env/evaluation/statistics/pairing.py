@@ -85,13 +85,14 @@ def on_common_pictures(rows: Sequence[ResultRow], methods: Sequence[str]) -> tup
     return [row for row in rows if (row.prompt, row.seed) in common], notes
 
 
-def picture_counts(rows: Sequence[ResultRow], method: str) -> np.ndarray:
-    """Pictures of each prompt, int64 (prompts,), in the order of `paired_values` whose first method is ``method``.
+def picture_counts(rows: Sequence[ResultRow], groups: Mapping[str, Sequence[str]]) -> np.ndarray:
+    """Pictures of each prompt, int64 (prompts,), in the order of the `paired_values` of the same groups.
 
     Raises:
         ValueError: as `paired_values`.
     """
-    return np.bincount(_owners(prompt for prompt, _ in _tables(rows, [method])[method]))
+    first = next(iter(groups.values()))[0]  # whose rows set the order
+    return np.bincount(_owners(prompt for prompt, _ in _tables(rows, [first])[first]))
 
 
 def _owners(prompts: Iterable[str]) -> np.ndarray:

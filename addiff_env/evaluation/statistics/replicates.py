@@ -43,7 +43,7 @@ class PairedValues:
 
 def read_paired(rows: Sequence[ResultRow], groups: Groups, measures: Sequence[Measure], rules: Rules) -> PairedValues:
     """Read ``measures`` of every group off the rows, the rules' metric first; raises as `paired_values`."""
-    values, pictures = paired_values(rows, groups, measures), picture_counts(rows, next(iter(groups.values()))[0])
+    values, pictures = paired_values(rows, groups, measures), picture_counts(rows, groups)
     if rules.metric not in share_metrics(rows):
         return PairedValues(values, values, pictures)
     padded = {name: _with_disagreement(array, pictures, name == AGENT) for name, array in values.items()}

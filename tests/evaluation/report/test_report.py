@@ -17,8 +17,10 @@ from reports import ACTIONS, HOSTILE, ITEMS, VERDICTS, Page, rows_of
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.metrics.set_results import pictures_of
 from addiff_env.evaluation.report.exports import latex_escape, latex_table, write_csv
+from addiff_env.evaluation.report.figures import actions_figure, complexity_figure, quality_figure
 from addiff_env.evaluation.report.gallery import MAX_SIDE, png_uri
 from addiff_env.evaluation.report.html import main, write_report
+from addiff_env.evaluation.report.svg import DARK, css_variable, inline_svg
 from addiff_env.evaluation.run.rows import append_rows
 from addiff_env.evaluation.run.run_folder import (
     Trajectory,
@@ -328,6 +330,23 @@ def test_nothing_is_loaded_from_anywhere(run, page):
     assert urls and all(url.startswith("#") for url in urls)
     assert "@import" not in text
     assert re.findall(r"https?://[^\s<\"&]*", text.replace("http://evil.example", "")) == []
+
+
+def test_plots_follow_the_page_in_every_colour_and_leave_words_alone():
+    names = ["ddim-5", "ddim-10", "best-of-2:ddim-5", "stop-3", "words-9", "agent@0.002", "agent@0.004"]
+    places = [(f"p{k}", k, "c", "m", "ddim-10", "agent", "float32", "1") for k in range(3)]
+    rows = [
+        ResultRow(name, *place, nfe=5 + k, net_flops=1e9 * (5 + k), actions=[0, 2, 1], scores={"success": k % 2})
+        for k, name in enumerate(names)
+        for place in places
+    ]
+    requirements = {place[:2]: 1 + k for k, place in enumerate(places)}
+    for figure in (quality_figure(rows, ["nfe"]), actions_figure(rows), complexity_figure(rows, requirements)):
+        svg = inline_svg(figure, "plot")
+        assert not re.findall(r"(?:fill|stroke): *#[0-9a-f]{6}", svg) and "var(--plot-agent)" not in svg
+        assert set(re.findall(r"var\((--plot-[^)]*)\)", svg)) <= {css_variable(color) for color in DARK}
+        words = re.findall(r">([^<>]+)</text>", svg)
+        assert "ddim" not in words or {"agent", "@0.002", "@0.004", "stop-3"} <= set(words)
 
 
 def test_links_and_ids_fit(page):

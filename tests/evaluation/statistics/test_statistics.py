@@ -98,7 +98,7 @@ def test_copied_seeds_are_no_evidence(rng):
 def test_prompts_weigh_by_their_pictures(rng):
     # As tables do: nine pictures of one prompt and one of another average to a mean of ten pictures.
     rows = [row("a", "x", k, 1) for k in range(9)] + [row("a", "y", 9, 0)]
-    counts = picture_counts(rows, "a")
+    counts = picture_counts(rows, {"a": ["a"]})
     assert counts.tolist() == [9, 1]
     found = resample(paired_values(rows, ["a"], [score_of("success"), costs_of("nfe")]), draws=500, pictures=counts)
     assert found.means["a"].tolist() == pytest.approx([0.9, 10])
