@@ -48,16 +48,34 @@ def _spacing(config: Mapping[str, Any], default: str) -> str:
 _Grid = tuple[np.ndarray, tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
+def _trailing(total: int, number: int) -> np.ndarray:
+    """N timesteps of the ``trailing`` spacing; for 61 steps of 1000 and the like, rounding would add one below 0."""
+    return np.arange(total, 0, -total / number)[:number].round().astype(np.int64) - 1
+
+
+def _require_falling(timesteps: np.ndarray, total: int, spacing: str) -> None:
+    """Refuse timesteps beyond the training's, or the same one twice, between which a solver has nowhere to go."""
+    if timesteps[0] >= total or (np.diff(timesteps) >= 0).any():
+        raise ValueError(
+            f"num_inference_steps {len(timesteps)} are too many for timestep_spacing {spacing!r} of {total} training "
+            "steps: take fewer"
+        )
+
+
 def ddim_grid(config: Mapping[str, Any], powers: np.ndarray, number: int) -> _Grid:
-    """Timesteps and levels of DDIM; the three spacings of Lin et al. 2024, table 2, as diffusers has them."""
+    """Timesteps and levels of DDIM; the three spacings of Lin et al. 2024, table 2, as diffusers has them.
+
+    Raises:
+        ValueError: more steps than the spacing has timesteps for.
+    """
     total, spacing = len(powers), _spacing(config, "leading")
     if spacing == "linspace":
         timesteps = np.linspace(0, total - 1, number).round()[::-1].astype(np.int64)
     elif spacing == "leading":
-        timesteps = (np.arange(number) * (total // number)).round()[::-1].astype(np.int64)
-        timesteps = timesteps + int(config.get("steps_offset", 0))
+        timesteps = np.arange(number)[::-1] * (total // number) + int(config.get("steps_offset", 0))
     else:
-        timesteps = np.round(np.arange(total, 0, -total / number)).astype(np.int64) - 1
+        timesteps = _trailing(total, number)
+    _require_falling(timesteps, total, spacing)
     following = timesteps - total // number  # diffusers' own notion of the next level
     last = 1.0 if config.get("set_alpha_to_one", True) else powers[0]
     current, next_level = powers[timesteps], np.where(following >= 0, powers[np.maximum(following, 0)], last)
@@ -65,7 +83,11 @@ def ddim_grid(config: Mapping[str, Any], powers: np.ndarray, number: int) -> _Gr
 
 
 def dpm_grid(config: Mapping[str, Any], powers: np.ndarray, number: int) -> _Grid:
-    """Timesteps and levels of DPM-Solver++ as diffusers has them; Karras levels: Karras et al. 2022, eq. 5."""
+    """Timesteps and levels of DPM-Solver++ as diffusers has them; Karras levels: Karras et al. 2022, eq. 5.
+
+    Raises:
+        ValueError: as `ddim_grid`.
+    """
     if powers[-1] == 0:
         powers = powers.copy()
         powers[-1] = 2.0**-24  # diffusers' stand-in for zero signal, at which lambda would be infinite
@@ -88,11 +110,14 @@ def dpm_grid(config: Mapping[str, Any], powers: np.ndarray, number: int) -> _Gri
 def _dpm_timesteps(config: Mapping[str, Any], total: int, number: int) -> np.ndarray:
     spacing = _spacing(config, "linspace")
     if spacing == "linspace":
-        return np.linspace(0, total - 1, number + 1).round()[::-1][:-1].astype(np.int64)
-    if spacing == "leading":
-        steps = (np.arange(number + 1) * (total // (number + 1))).round()[::-1][:-1].astype(np.int64)
-        return np.minimum(steps + int(config.get("steps_offset", 0)), total - 1)
-    return np.arange(total, 0, -total / number).round().astype(np.int64) - 1
+        timesteps = np.linspace(0, total - 1, number + 1).round()[::-1][:-1].astype(np.int64)
+    elif spacing == "leading":
+        steps = np.arange(number, 0, -1) * (total // (number + 1))
+        timesteps = np.minimum(steps + int(config.get("steps_offset", 0)), total - 1)
+    else:
+        timesteps = _trailing(total, number)
+    _require_falling(timesteps, total, spacing)
+    return timesteps
 
 
 def _preserving(ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -330,6 +330,25 @@ def test_impossible_step_numbers_are_quoted(number: int) -> None:
         make_schedule(options(), number, "cpu")
 
 
+@given(
+    number=st.one_of(st.sampled_from([61, 121, 201, 999, 1000]), st.integers(1, 1000)),
+    spacing=st.sampled_from(SPACINGS),
+    offset=st.sampled_from([0, 1]),
+    solver=st.sampled_from(["ddim", "dpmpp_2m"]),
+)
+def test_every_grid_has_its_number_of_steps_and_falls(number: int, spacing: str, offset: int, solver: str) -> None:
+    """Or it is refused: a rounding must not add a step, nor put two on one timestep or beyond the training's."""
+    try:
+        schedule = make_schedule(options(spacing, offset), number, "cpu", solver)
+    except ValueError as error:
+        assert f"num_inference_steps {number} " in str(error) and number >= 999
+        return
+    timesteps = schedule.timesteps
+    assert schedule.num_inference_steps == len(timesteps) == number
+    assert 0 <= timesteps.min() and timesteps.max() < 1000
+    assert (timesteps.diff() < 0).all() and (schedule.current.alpha.diff() > 0).all()
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
