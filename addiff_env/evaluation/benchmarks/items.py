@@ -13,12 +13,11 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from addiff_env.env.prompts import (
-    READERS,
-)
+from addiff_env.env.prompts import READERS
 from addiff_env.evaluation.benchmarks.complexity import count_content_words, text_complexity
 from addiff_env.evaluation.benchmarks.readers import SOURCES, Entry, Source, read_list, read_tiny
 from addiff_env.loading.paths import resolve_model
@@ -46,8 +45,7 @@ def load_benchmark(name: str | os.PathLike[str], limit: int | None = None, **pro
     Raises:
         ValueError: a limit below 1; and as `load_prompts`.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
+    check_number("limit", limit)
     return [item for group in load_prompts(name, **protocol)[:limit] for item in group]
 
 
@@ -71,21 +69,29 @@ def load_prompts(
         any_length: accept a public list of another length than the published one.
 
     Raises:
-        ValueError: unknown name, a number of images below 1, a list of another length than published,
+        ValueError: unknown name, a number of images that is none, a list of another length than published,
             a damaged line, a seed that is no whole number of at least 0, the same (prompt, seed) twice.
         FileNotFoundError: no such file, or the public list is not in the folder; says where it comes from.
     """
-    if images_per_prompt is not None and images_per_prompt < 1:
-        raise ValueError(f"images_per_prompt must be at least 1, got {images_per_prompt}")
+    check_number("images_per_prompt", images_per_prompt)
     name = os.fspath(name)
     source = SOURCES.get(name)
-    groups = _give_seeds(
-        _entries(name, root, any_length), images_per_prompt or (source.images_per_prompt if source else 1), first_seed
-    )
+    images = images_per_prompt or (source.images_per_prompt if source else 1)
+    groups = _give_seeds(_entries(name, root, any_length), images, first_seed)
     if source is None or source.in_turn:
         groups = categories_in_turn(groups)
     _refuse_repeats(name, [item for group in groups for item in group])
     return groups
+
+
+def check_number(name: str, value: Any) -> None:
+    """Check that a limit, or another number of things, is None or a whole number of at least 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+        raise ValueError(f"{name} must be a whole number of at least 1, or null, got {value!r}")
 
 
 def known_benchmarks() -> tuple[str, ...]:

@@ -5,6 +5,7 @@ A further method is one more function with `method` above it; fields are convert
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -83,9 +84,11 @@ def _whole(name: str, text: str) -> int:
 
 def _number(name: str, text: str) -> float:
     try:
-        return float(text)
-    except ValueError as error:
-        raise ValueError(f"{name} must be a number, got {text!r}") from error
+        if math.isfinite(number := float(text)):  # a policy that compares with NaN would do the same of every picture
+            return number
+    except ValueError:
+        pass
+    raise ValueError(f"{name} must be a number, got {text!r}")
 
 
 _CONVERTERS: dict[Any, Callable[[str, str], Any]] = {int: _whole, float: _number, str: lambda name, text: text}

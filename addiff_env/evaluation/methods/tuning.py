@@ -25,7 +25,13 @@ from tqdm import tqdm
 
 from addiff_env.agent import Agent
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.benchmarks.items import Item, categories_in_turn, id_list_hash, load_benchmark
+from addiff_env.evaluation.benchmarks.items import (
+    Item,
+    categories_in_turn,
+    check_number,
+    id_list_hash,
+    load_benchmark,
+)
 from addiff_env.evaluation.benchmarks.readers import SOURCES
 from addiff_env.evaluation.methods.base import Method
 from addiff_env.evaluation.methods.registry import AUTO, make_method, usual_price
@@ -165,14 +171,21 @@ def tune(
         [measure(make_method(spec, env), env, items, metrics, metric) for spec in tqdm(specs, "tuning", unit="method")]
         for specs in (grid, best_of_grid(env, own.net_flops))
     )
-    shares = [round(share, 4) for share in own.shares[1:]]
     fingerprint = tuning_fingerprint(agent, env, items, metric, price)
     rule, several = (best_matched(candidates, own.net_flops).spec for candidates in (tried, pictures))
-    random = ":".join(f"{share:g}" for share in (round(1 - sum(shares), 4), *shares))
     kept = [
         {key: value for key, value in asdict(one).items() if key != "reward_scores"} for one in (own, *tried, *pictures)
     ]
-    return Tuning(rule, f"random:{random}", f"words-{max(1, round(own.nfe, 1)):g}", several, metric, fingerprint, kept)
+    return Tuning(
+        rule, random_spec(own.shares), f"words-{max(1, round(own.nfe, 1)):g}", several, metric, fingerprint, kept
+    )
+
+
+def random_spec(shares: Sequence[float]) -> str:
+    """The random policy with these shares of continue, stop and refine, to four digits that add up to 1."""
+    stop = round(shares[1], 4)
+    refine = min(round(shares[2], 4), round(1 - stop, 4))
+    return "random:" + ":".join(f"{share:g}" for share in (abs(round(1 - stop - refine, 4)), stop, refine))
 
 
 def _refuse_unmeasured(items: Sequence[Item], metrics: Sequence[Metric], metric: str) -> None:
@@ -196,8 +209,7 @@ def tuning_items(
     Raises:
         ValueError: no prompt is left, or a limit below 1; and as `load_benchmark`.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"tune.limit must be at least 1, got {limit}")
+    check_number("tune.limit", limit)
     taken = {item.prompt for item in benchmark}
     groups: dict[tuple[str, str], list[Item]] = {}  # the pictures of each entry of the list
     for item in load_benchmark(name, root=root, any_length=any_length):

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from addiff_env.agent import Agent
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.benchmarks.items import Item, load_prompts
+from addiff_env.evaluation.benchmarks.items import Item, check_number, load_prompts
 from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.methods.diffusers_methods import MethodOptions
 from addiff_env.evaluation.methods.registry import first_price
@@ -87,8 +87,7 @@ class EvaluationRun:
             ValueError: a limit that is no whole number of at least 1; and as `load_prompts`.
         """
         limit = self.cfg.benchmark.limit
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-            raise ValueError(f"benchmark.limit must be a whole number of at least 1, or null for all, got {limit!r}")
+        check_number("benchmark.limit", limit)
         if limit is not None and (number := len(self.prompts)) < limit:
             print(
                 f"benchmark.limit={limit}: {self.cfg.benchmark.name} has {number:,} prompts, and all of them are taken"

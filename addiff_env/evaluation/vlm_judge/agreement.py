@@ -9,6 +9,8 @@ import numpy as np
 
 from addiff_env.evaluation.vlm_judge.pairs import Preference
 
+TOLERANCE, STEPS = 1e-8, 10_000  # of Bradley-Terry: largest change of a log-strength, most iterations
+
 
 def cohens_kappa(one: Sequence[Preference], other: Sequence[Preference]) -> float:
     """Agreement of two judges on the same pairs beyond chance, over a, b and tie (Cohen 1960).
@@ -41,22 +43,23 @@ def _place(preference: Preference) -> tuple[str, int, str, str]:
 
 @dataclass(frozen=True)
 class Strength:
-    """A method's Bradley-Terry log-strength (the methods' mean is 0) with a 95% bootstrap interval."""
+    """A method's Bradley-Terry log-strength (the methods' mean is 0) with a 95% bootstrap interval.
+
+    Of a single prompt there is no interval: nothing can be resampled.
+    """
 
     method: str
     estimate: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
-def bradley_terry(wins: np.ndarray, prior: float = 0.5, tolerance: float = 1e-8, steps: int = 10_000) -> np.ndarray:
+def bradley_terry(wins: np.ndarray, prior: float = 0.5) -> np.ndarray:
     """Log-strengths (M,) from wins (M, M), row over column, a tie being half a win for each (Hunter 2004, eq. 3).
 
     Args:
         wins: ``wins[i, j]`` times that i beat j.
         prior: wins added both ways to every pair that met, so that a method that never lost stays finite.
-        tolerance: on the largest change of a log-strength.
-        steps: most iterations.
 
     Raises:
         ValueError: methods that no chain of comparisons connects, or no convergence.
@@ -66,14 +69,14 @@ def bradley_terry(wins: np.ndarray, prior: float = 0.5, tolerance: float = 1e-8,
     wins = wins + prior * met
     games, own = wins + wins.T, wins.sum(1)
     strength = np.zeros(len(wins))
-    for _ in range(steps):
+    for _ in range(STEPS):
         weight = np.exp(strength)
         updated = np.log(own) - np.log((games / (weight[:, None] + weight)).sum(1))
         updated -= updated.mean()
-        if np.abs(updated - strength).max() < tolerance:
+        if np.abs(updated - strength).max() < TOLERANCE:
             return updated
         strength = updated
-    raise ValueError(f"Bradley-Terry did not converge in {steps} steps")
+    raise ValueError(f"Bradley-Terry did not converge in {STEPS} steps")
 
 
 def _check_connected(met: np.ndarray) -> None:
@@ -82,7 +85,7 @@ def _check_connected(met: np.ndarray) -> None:
         raise ValueError(f"methods {np.flatnonzero(~reached).tolist()} never met method 0, not even through others")
 
 
-def rank_methods(preferences: Sequence[Preference], draws: int = 1000, seed: int = 0) -> list[Strength]:
+def rank_methods(preferences: Sequence[Preference], draws: int = 1000) -> list[Strength]:
     """Methods by Bradley-Terry strength, strongest first; intervals by bootstrap over prompts.
 
     Unanswered pairs are left out. All pairs of a prompt stay together in the bootstrap.
@@ -96,12 +99,15 @@ def rank_methods(preferences: Sequence[Preference], draws: int = 1000, seed: int
     names = sorted({name for p in answered for name in (p.method_a, p.method_b)})
     per_prompt = _wins_per_prompt(answered, names)  # (prompts, M, M)
     estimate = bradley_terry(per_prompt.sum(0))
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(per_prompt), np.full(len(per_prompt), 1 / len(per_prompt)), size=draws)
+    counts = np.random.default_rng(0).multinomial(
+        len(per_prompt), np.full(len(per_prompt), 1 / len(per_prompt)), size=draws
+    )
     met = (per_prompt.sum(0) + per_prompt.sum(0).T) > 0
     tables = np.einsum("dp,pij->dij", counts, per_prompt) + 1e-9 * met  # a replicate keeps every pair that met
-    low, high = np.quantile([bradley_terry(table) for table in tables], [0.025, 0.975], axis=0)
-    found = [Strength(*values) for values in zip(names, estimate.tolist(), low.tolist(), high.tolist(), strict=True)]
+    low, high = np.quantile([bradley_terry(table) for table in tables], [0.025, 0.975], axis=0).tolist()
+    if len(per_prompt) < 2:
+        low = high = [None] * len(names)
+    found = [Strength(*values) for values in zip(names, estimate.tolist(), low, high, strict=True)]
     return sorted(found, key=lambda strength: -strength.estimate)
 
 

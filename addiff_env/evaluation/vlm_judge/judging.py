@@ -26,6 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from addiff_env.evaluation.benchmarks.items import check_number
 from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.report.html import write_report
 from addiff_env.evaluation.run.run_folder import read_items, read_verdicts, reported_rows
@@ -64,8 +65,7 @@ def run_pairs(
         raise ValueError(f"no rows of {unknown}; the run has {', '.join(known)}")
     if len(chosen) < 2:
         raise ValueError(f"a comparison needs two methods, got {chosen}; the run has {', '.join(known)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1, got {limit}")
+    check_number("limit", limit)
     prompts = set(list(dict.fromkeys(row.prompt for row in rows))[:limit])
     places = list(dict.fromkeys((row.prompt, row.seed) for row in rows if row.prompt in prompts))
     return pairs_of({name: _pictures(folder, known[name]) for name in chosen}, places)
@@ -232,9 +232,9 @@ def describe(found: Mapping[str, Any]) -> str:
     lines += [f"{' and '.join(a['judges'])}: kappa {_number(a['kappa'])}" for a in found["agreement"]]
     lines += ["Bradley-Terry log-strengths:"] if found["together"]["ranking"] else []
     for strength in found["together"]["ranking"]:
-        lines.append(
-            f"  {strength['method']}: {strength['estimate']:+.3f} [{strength['low']:+.3f}, {strength['high']:+.3f}]"
-        )
+        low, high = strength["low"], strength["high"]
+        ends = "" if low is None else f" [{low:+.3f}, {high:+.3f}]"
+        lines.append(f"  {strength['method']}: {strength['estimate']:+.3f}{ends}")
     return "\n".join(lines)
 
 
@@ -246,6 +246,15 @@ def _number(value: float | None) -> str:
 
 
 # --------------------------------------------------------------------------- the command
+
+
+def _dollars(text: str) -> float:
+    try:
+        if (value := float(text)) >= 0:  # what is no number would be no ceiling
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text!r}")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -260,7 +269,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", metavar="METHOD", help="two or more of the run; all, if left out")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N prompts only, with all their pictures")
     parser.add_argument(
-        "--max-usd", type=float, metavar="USD", help="ceiling of all judges together, what earlier runs spent included"
+        "--max-usd",
+        type=_dollars,
+        metavar="USD",
+        help="ceiling of all judges together, what earlier runs spent included",
     )
     parser.add_argument("--again", action="store_true", help="ask anew what never got a usable answer")
     parser.add_argument("--estimate", action="store_true", help="say about what it would cost, and ask nothing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,11 @@ class JudgeSettings:
     malformed_retries: int = 2  # after an answer that is not what was asked for
     timeout: float = 120.0  # seconds per call
 
+    def __post_init__(self) -> None:
+        for name in ("usd_per_million_input", "usd_per_million_output", "max_usd", "image_tokens", "answer_tokens"):
+            if not getattr(self, name) >= 0:  # NaN too: no cost would ever exceed a ceiling that is none
+                raise ValueError(f"{name} of {self.model} must be at least 0, got {getattr(self, name)}")
+
     @classmethod
     def from_environment(cls, name: str = "", **overrides: Any) -> JudgeSettings:
         """Read ``ADDIFF_JUDGE_{MODEL,USD_IN,USD_OUT,BASE_URL,MAX_USD,ANSWER_TOKENS,IMAGE_TOKENS,TEMPERATURE}``.
@@ -35,7 +41,7 @@ class JudgeSettings:
         ``..._API_KEY``.
 
         Raises:
-            ValueError: a variable that is missing or no number, by name.
+            ValueError: a variable that is missing or no number of at least 0, by name.
         """
         prefix = f"ADDIFF_JUDGE_{name.upper()}_" if name else "ADDIFF_JUDGE_"
         required = [f"{prefix}{part}" for part in ("MODEL", "USD_IN", "USD_OUT", "API_KEY")]
@@ -61,6 +67,8 @@ class JudgeSettings:
 
 def _number(variable: str) -> float:
     try:
-        return float(os.environ[variable])
-    except ValueError as error:
-        raise ValueError(f"{variable} must be a number, got {os.environ[variable]!r}") from error
+        if 0 <= (value := float(os.environ[variable])) < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise ValueError(f"{variable} must be a number of at least 0, got {os.environ[variable]!r}")

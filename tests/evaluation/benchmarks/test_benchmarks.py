@@ -1,10 +1,12 @@
 """The benchmark loader on small lists of every published format, and on the real lists where they are."""
 
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,6 +26,7 @@ from addiff_env.evaluation.benchmarks.items import (
     load_benchmark,
 )
 from addiff_env.evaluation.benchmarks.readers import SOURCES, T2I_CATEGORIES, read_coco
+from addiff_env.evaluation.methods.tuning import tuning_items
 
 
 def write(path: Path, text: str) -> Path:
@@ -148,8 +151,17 @@ def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match="unknown benchmark 'coco'") as error:
         load_benchmark("coco")
     assert all(name in str(error.value) for name in known_benchmarks())
-    with pytest.raises(ValueError, match="images_per_prompt must be at least 1, got 0"):
-        load_benchmark("tiny-dev", images_per_prompt=0)
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5, True, "3", math.nan])
+def test_numbers_of_prompts_and_pictures_are_whole(number):
+    with pytest.raises(ValueError, match=rf"^images_per_prompt must be a whole number of at least 1.*{number}"):
+        load_benchmark("tiny-dev", images_per_prompt=number)
+    with pytest.raises(ValueError, match=rf"^limit must be a whole number of at least 1.*{number}"):
+        load_benchmark("tiny-dev", number)
+    with pytest.raises(ValueError, match=rf"^tune.limit must be a whole number of at least 1.*{number}"):
+        tuning_items("tiny-dev", number, ())
+    assert len(load_benchmark("tiny-dev", np.int64(3))) == 3
 
 
 # --------------------------------------------------------------------------- files

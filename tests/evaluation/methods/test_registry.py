@@ -251,6 +251,12 @@ def test_random_actions_do_not_depend_on_the_batch(env: DiffusionDenoiseVectorEn
         "threshold:5",
         "random:1:1:1",
         "agent",
+        "threshold:5:nan",
+        "words-inf",
+        "two-step:nan:5:0.5:2",
+        "random:nan:0:0",
+        "fk-2:ddim-5@nan",
+        "restart-15:ddim-10@0.1:1e999",
     ],
 )
 def test_bad_names_are_quoted(spec: str, env: DiffusionDenoiseVectorEnv) -> None:

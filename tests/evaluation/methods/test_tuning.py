@@ -10,6 +10,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
+from hypothesis import example, given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from addiff_env.env.config import EnvConfig
@@ -25,6 +27,7 @@ from addiff_env.evaluation.methods.tuning import (
     best_matched,
     best_of_grid,
     measure,
+    random_spec,
     resolve,
     threshold_grid,
     tune,
@@ -53,6 +56,15 @@ def test_the_best_rule_at_the_agents_compute_is_chosen() -> None:
     assert best_matched(rules, 10).spec == "cheap"  # none is affordable: the one that exceeds least
     with pytest.raises(ValueError, match="no rule"):
         best_matched([], 10)
+
+
+@given(st.integers(1, 400).flatmap(lambda n: st.lists(st.integers(0, n), min_size=2, max_size=2).map(
+    lambda cuts: np.diff([0, *sorted(cuts), n]) / n)))  # fmt: skip
+@example(np.array([0, 1, 159]) / 160)  # each rounds up: with four digits they would add up to more than 1
+def test_any_agents_action_shares_make_a_random_policy(shares: np.ndarray) -> None:
+    name, *texts = random_spec(shares.tolist()).split(":")
+    assert name == "random" and not any("-" in text and "e" not in text for text in texts)
+    np.testing.assert_allclose(RandomPolicy([float(text) for text in texts]).shares, shares, atol=2e-4)
 
 
 def test_best_of_n_gets_the_steps_that_the_agents_compute_pays_for(small_kwargs: dict[str, Any]) -> None:

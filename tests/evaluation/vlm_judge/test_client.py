@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scipy import optimize
 
 from addiff_env.evaluation.vlm_judge.agreement import bradley_terry, cohens_kappa, rank_methods
 from addiff_env.evaluation.vlm_judge.client import CostCeilingError, Judge, JudgeError, parse_answer
+from addiff_env.evaluation.vlm_judge.judging import describe
 from addiff_env.evaluation.vlm_judge.pairs import Pair, Preference, combine_orders, pairs_of
 from addiff_env.evaluation.vlm_judge.settings import JudgeSettings
 
@@ -296,7 +298,7 @@ def test_settings_come_from_the_environment(monkeypatch, tmp_path, pairs):
         JudgeSettings.from_environment("eye")
     for name, value in (("USD_IN", "2.5"), ("USD_OUT", "dear"), ("API_KEY", KEY), ("BASE_URL", "http://x/v1")):
         monkeypatch.setenv(f"ADDIFF_JUDGE_EYE_{name}", value)
-    with pytest.raises(ValueError, match="USD_OUT must be a number, got 'dear'"):
+    with pytest.raises(ValueError, match="USD_OUT must be a number of at least 0, got 'dear'"):
         JudgeSettings.from_environment("eye")
     monkeypatch.setenv("ADDIFF_JUDGE_EYE_USD_OUT", "10")
     monkeypatch.setenv("ADDIFF_JUDGE_EYE_MAX_USD", "3")
@@ -311,6 +313,17 @@ def test_settings_come_from_the_environment(monkeypatch, tmp_path, pairs):
     monkeypatch.delenv("ADDIFF_JUDGE_EYE_API_KEY")
     with pytest.raises(JudgeError, match="no key in the environment variable ADDIFF_JUDGE_EYE_API_KEY"):
         Judge(settings, tmp_path / "c.jsonl").compare(pairs)
+
+
+@pytest.mark.parametrize("variable", ["USD_IN", "USD_OUT", "MAX_USD", "ANSWER_TOKENS", "IMAGE_TOKENS"])
+@pytest.mark.parametrize("value", ["nan", "-1", "inf", "1e400"])
+def test_a_price_that_is_none_does_not_lift_the_ceiling(monkeypatch, variable, value):
+    for name, usual in {"MODEL": "m", "USD_IN": "1", "USD_OUT": "1", "API_KEY": KEY, variable: value}.items():
+        monkeypatch.setenv(f"ADDIFF_JUDGE_EYE_{name}", usual)
+    with pytest.raises(ValueError, match=f"ADDIFF_JUDGE_EYE_{variable} must be a number of at least 0, got '{value}'"):
+        JudgeSettings.from_environment("eye")
+    with pytest.raises(ValueError, match="max_usd of m must be at least 0, got nan"):
+        JudgeSettings("m", 1.0, 1.0, max_usd=math.nan)
 
 
 # --------------------------------------------------------------------------- agreement and ranking
@@ -372,6 +385,15 @@ def test_planted_strengths_are_recovered(rng):
         assert s.low < s.estimate < s.high and s.estimate == pytest.approx(truth[s.method], abs=0.25)
     with pytest.raises(ValueError, match="none of 1 pairs has an answer"):
         rank_methods(preferences([None]))
+
+
+def test_a_single_prompt_gives_no_interval():
+    games = [replace(one, prompt="p") for one in preferences(["a"] * 9 + ["b"])]
+    found = rank_methods(games)
+    assert [(s.method, s.low, s.high) for s in found] == [("x", None, None), ("y", None, None)]
+    ranking = [asdict(s) for s in found]
+    judged = {"judges": {}, "agreement": [], "together": {"ranking": ranking}}
+    assert f"x: {found[0].estimate:+.3f}\n" in describe(judged)
 
 
 def test_bootstrap_intervals_of_the_ranking_agree_with_theory(rng):

@@ -131,7 +131,7 @@ def test_a_limit_takes_whole_prompts(run):
     [
         (["eye", "--methods", "agent", "ddim-7"], r"no rows of \['ddim-7'\]; the run has ddim-5, ddim-10, agent"),
         (["eye", "--methods", "agent"], "needs two methods"),
-        (["eye", "--limit", "0"], "limit must be at least 1, got 0"),
+        (["eye", "--limit", "0"], "limit must be a whole number of at least 1, or null, got 0"),
         (["eye", "eye"], "each once"),
         (["nose"], "ADDIFF_JUDGE_NOSE_MODEL, .*ADDIFF_JUDGE_NOSE_API_KEY"),
     ],
@@ -140,6 +140,13 @@ def test_what_cannot_be_judged_is_said(run, judges, capsys, arguments, words):
     assert judge(run, *arguments) == 1
     assert not judges.requests
     assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("ceiling", ["nan", "-1", "much"])
+def test_a_ceiling_that_is_none_is_refused(run, judges, capsys, ceiling):
+    with pytest.raises(SystemExit):
+        judge(run, "eye", "--max-usd", ceiling)
+    assert not judges.requests and f"at least 0, got '{ceiling}'" in capsys.readouterr().err
 
 
 def test_a_missing_key_is_named_by_its_variable(run, judges, monkeypatch, capsys):
