@@ -324,7 +324,7 @@ def _read_geneval2(results: Path, pictures: Sequence[Picture], metric: str | Non
 
 def _read_flat(results: Path, pictures: Sequence[Picture], metric: str | None) -> Scores:
     if results.suffix.lower() == ".csv":
-        with results.open(newline="", encoding="utf-8") as file:
+        with results.open(newline="", encoding="utf-8-sig") as file:
             lines: list[dict[str, Any]] = list(csv.DictReader(file))
     else:
         lines = read_objects(results)

@@ -20,6 +20,7 @@ from addiff_env.agent import Agent
 from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.run.rows import read_rows
 from addiff_env.evaluation.statistics.families import agent_runs
+from addiff_env.evaluation.statistics.summary import score_value
 from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.stats import clustered_wilson
 from addiff_env.storage.files import claim, read_yaml
@@ -65,7 +66,7 @@ def measured(agent: Agent, folder: Path) -> dict[str, dict[str, float]]:
 
 def _numbers(rows: Sequence[ResultRow]) -> dict[str, float]:
     """Means over pictures; a share of successes has its 95% Wilson interval."""
-    metrics = [name for name in rows[0].scores if all(name in row.scores for row in rows)]
+    metrics = [name for name in rows[0].scores if all(score_value(row, name) is not None for row in rows)]
     numbers = {name: float(np.mean([row.scores[name] for row in rows])) for name in metrics}
     if "success" in numbers:
         low, high = clustered_wilson([row.scores["success"] for row in rows], [row.prompt for row in rows])

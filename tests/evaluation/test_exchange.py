@@ -154,7 +154,7 @@ def test_geneval2_scores_are_means_of_their_atoms(run: Path, tmp_path: Path, as_
     assert "soft_tifa_gm_official" not in scores["agent", 2]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "spreadsheet.csv"])
 def test_flat_results_are_named_by_their_columns(run: Path, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
     export(run, "flat", out)
@@ -164,7 +164,8 @@ def test_flat_results_are_named_by_their_columns(run: Path, tmp_path: Path, kind
     lines = [{"file": line["file"], "mine": line["seed"] / 10} for line in listed]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     csv_text = "file,mine\n" + "".join(f"{line['file']},{line['mine']}\n" for line in lines)
-    results.write_text(text if kind == "jsonl" else csv_text)
+    mark = "\ufeff" * kind.startswith("spreadsheet")  # as spreadsheets begin their files
+    results.write_text(text if kind == "jsonl" else mark + csv_text, encoding="utf-8")
     assert bring_back(run, results) == (["mine"], 6)
     own = [row.scores["mine"] for row in read_rows(run / "rows.jsonl") if row.method == "agent"]
     assert own == [k / 10 for k in range(6)]

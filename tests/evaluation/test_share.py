@@ -1,6 +1,7 @@
 """What was measured reaches the bundle and the model card, and only what belongs to the agent."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -52,6 +53,17 @@ def test_results_go_from_the_rows_into_bundle_and_card(agent, rows, tmp_path, ca
     card = ModelCard(capsys.readouterr().out)
     measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert measured["success"] == 0.75 and "| nfe | 8.0 |" in card.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e300, None])
+def test_a_score_that_some_pictures_lack_is_no_result(agent, rows, tmp_path, value):
+    rows[0].scores = {"reward_score": 1.0} if value is None else {"success": value, "reward_score": 1.0}
+    (tmp_path / "run").mkdir()
+    lines = [json.dumps({key: kept for key, kept in asdict(row).items() if kept is not None}) for row in rows]
+    write(tmp_path / "other", rows[1:])
+    (tmp_path / "other" / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    results = share.measured(agent, tmp_path / "other")["tiny-test"]
+    assert "success" not in results and "success_95_low" not in results and results["reward_score"] == 0.75
 
 
 def test_each_of_several_agents_finds_its_own_rows(agent, rows, tmp_path):

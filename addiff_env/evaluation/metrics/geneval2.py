@@ -66,7 +66,7 @@ class VisionLanguageModel:
         encoded = [self.processor.tokenizer.encode(form, add_special_tokens=False) for form in forms(answer)]
         following = cache(partial(self._following, inputs))  # spellings mostly differ in one token
         found = (following(tokens[:-1])[range(len(tokens)), list(tokens)] for tokens in exclusive(encoded))
-        return min(1.0, sum(float(picked.sum().exp()) for picked in found))
+        return min(sum(float(picked.sum().exp()) for picked in found), 1.0)  # in this order NaN stays NaN
 
     def _following(self, inputs: Mapping[str, torch.Tensor], tokens: Sequence[int]) -> torch.Tensor:
         """Log-probabilities (1 + tokens, vocabulary) of what follows the inputs, and each of these tokens."""
@@ -118,11 +118,13 @@ class SoftTifa:
         return (GM, AM, *(PREFIX + skill for skill in dict.fromkeys(item.metadata["skills"])))
 
     def score(self, pictures: np.ndarray, items: Sequence[Item]) -> list[Scored]:
-        """Scores in [0, 1], and words on the atoms that are missing more likely than not."""
+        """Scores in [0, 1] (NaN where the model gives none), and words on the atoms that are more likely missing."""
         return [self._scored(Image.fromarray(picture), item) for picture, item in zip(pictures, items, strict=True)]
 
     def _scored(self, picture: Image.Image, item: Item) -> Scored:
         atoms = [self.model.probability(picture, question, answer) for question, answer in item.metadata["vqa_list"]]
+        if any(map(math.isnan, atoms)):
+            return dict.fromkeys(self.columns(item), math.nan), ""
         lacking = [
             f"{question} {answer}: {p:.2f}"
             for (question, answer), p in zip(item.metadata["vqa_list"], atoms, strict=True)
@@ -166,7 +168,8 @@ def summarize(scores: Sequence[tuple[str, Mapping[str, float]]], skills: Sequenc
     for skill in dict.fromkeys(skill for own in skills for skill in own):
         name = PREFIX + skill
         pairs = [(own[name], asked.count(skill)) for (_, own), asked in zip(scores, skills, strict=True) if name in own]
-        found[skill] = sum(value * number for value, number in pairs) / sum(number for _, number in pairs)
+        if pairs:
+            found[skill] = sum(value * number for value, number in pairs) / sum(number for _, number in pairs)
     for category in sorted({category for category, _ in scores}, key=lambda name: (len(name), name)):
         found[category] = _mean([own[GM] for name, own in scores if name == category])
     return found

@@ -61,7 +61,7 @@ from addiff_env.evaluation.statistics.rules import configured_rules, read_rules
 from addiff_env.evaluation.statistics.summary import by_method, counted, decision_counts, headline_metric
 from addiff_env.evaluation.statistics.tiers import by_tier, claims_of, describe_tiers, stated_name
 from addiff_env.loading.paths import looked_at
-from addiff_env.storage.files import claim, told_when_full
+from addiff_env.storage.files import claim, read_text, told_when_full
 from addiff_env.storage.inputs import flatten
 from addiff_env.types import ACTIONS, ResultRow
 
@@ -183,7 +183,7 @@ def _css() -> str:
         for pairs in ([(color, color) for color in DARK], DARK.items())
     )
     rules = f":root{{{light}}}\n@media (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
-    return rules + (Path(__file__).parent / "templates" / "report.css").read_text()
+    return rules + (Path(__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
 
 
 def _actions(own: Sequence[ResultRow]) -> dict[str, Any] | None:
@@ -213,7 +213,7 @@ def _provenance(folder: Path, rows: Sequence[ResultRow], kept: Mapping[str, Any]
         "methods": [
             (name, [distinct_text(group, part) for part in SETTINGS]) for name, group in by_method(rows).items()
         ],
-        "config": config.read_text() if config.exists() else "",
+        "config": read_text(config) if config.exists() else "",
     }
 
 

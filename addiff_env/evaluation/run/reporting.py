@@ -96,26 +96,26 @@ def report(run: EvaluationRun) -> None:
         print(f"{len(run.rows) - len(rows)} of {len(run.rows)} rows have no {metric} and are left out of the report")
     notes = [*model_notes([metric], run_models(run.folder, run.metrics)), *timing_notes(run.folder, rows)]
     table = summary_table(rows, notes)
-    files.table.write_text(table + "\n")
+    write_whole(files.table, table + "\n")
     written = [files.table, files.rows, files.plot]
     plot_quality_against_compute(rows, files.plot)
     head = f"{cfg.benchmark.name}, {counted(len(run.items), 'picture')} a method, {rows[0].dtype}"
     print(f"\n{head}; {metric}, shares in percent")
     print(f"{table}\n")
-    own, trajectories = run.own_rows(rows), []
-    if own and cfg.filmstrips:
-        trajectories = record_filmstrips(run, choose_filmstrips(own, cfg.filmstrips, metric))
-        titled = [(f"{strip.item.prompt!r}: {strip.reason}", strip.frames) for strip in trajectories]
-        filmstrip_figure(titled).savefig(files.filmstrips)
-        written.append(files.filmstrips)
     rules = rules_of(metric, plain(cfg.rules))
     requirements = {(item.prompt, item.seed): item.num_requirements for item in run.items}
     verdicts = decide(rows, requirements, rules, run.runs, usable_timings(run.folder, rows))
     print(describe_tiers(verdicts) if verdicts else "no verdicts: no agent is among the methods")
     print("".join(f"\n{line}\n" for line in what_decides(cfg, verdicts)))
     keep_run(run, rows, metric)
-    save_trajectories(run.folder, trajectories)
     write_verdicts(run.folder, verdicts, rules)
+    own, trajectories = run.own_rows(rows), []
+    if own and cfg.filmstrips:  # makes pictures once more: only when everything else is kept
+        trajectories = record_filmstrips(run, choose_filmstrips(own, cfg.filmstrips, metric))
+        titled = [(f"{strip.item.prompt!r}: {strip.reason}", strip.frames) for strip in trajectories]
+        filmstrip_figure(titled).savefig(files.filmstrips)
+        written.append(files.filmstrips)
+    save_trajectories(run.folder, trajectories)
     written += [files.verdicts, *write_report(run.folder, rows, run.items, verdicts)]
     print("wrote")
     for path in written:
@@ -141,14 +141,14 @@ def measure_whole(run: EvaluationRun, references: References) -> None:
     """What is measured of a method's pictures together: the benchmark's own protocol, and the set metrics."""
     run.files.protocols.unlink(missing_ok=True)  # of other rows
     if scores := protocol_scores(run.rows, run.items):
-        run.files.protocols.write_text(json.dumps(scores, indent=2) + "\n")
+        write_whole(run.files.protocols, json.dumps(scores, indent=2) + "\n")
         for metric, methods in scores.items():
             for method, shares in methods.items():
                 print(f"{metric}, {method}: " + "  ".join(f"{name} {share:.4f}" for name, share in shares.items()))
     if references.features:
         sets = set_scores(run.rows, run.folder, references)
         kept = {**sets, "measured_on": pictures_of(run.rows, run.items)}
-        run.files.set_metrics.write_text(json.dumps(kept, indent=2) + "\n")
+        write_whole(run.files.set_metrics, json.dumps(kept, indent=2) + "\n")
         print(describe_sets(sets))
 
 

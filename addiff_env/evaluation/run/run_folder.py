@@ -149,10 +149,11 @@ def _reported_only(folder: Path, rows: list[ResultRow], methods: dict[str, Any] 
     if methods is None:
         return rows
     found = {(row.prompt, row.seed, row.method, *(getattr(row, part) for part in SETTINGS)): row for row in rows}
+    items = read_items(folder)
     wanted = [
         (item.prompt, item.seed, name, *(settings[part] for part in SETTINGS))
         for name, settings in methods.items()
-        for item in read_items(folder)
+        for item in items
     ]
     missing = [key for key in wanted if key not in found]
     if missing:

@@ -31,7 +31,7 @@ def cohens_dz(differences: np.ndarray) -> float:
     0.0 where nothing differs, infinite where every prompt differs by the same amount.
     """
     mean, spread = float(np.mean(differences)), float(np.std(differences, ddof=1))
-    if spread > 0:
+    if spread > 1e-12 * np.abs(differences).max():  # else it is rounding
         return mean / spread
     return 0.0 if mean == 0 else math.copysign(math.inf, mean)
 
@@ -126,7 +126,7 @@ def _compare(
 ) -> Comparison:
     measure, name = metric
     difference = resampled.difference(method, baseline, measure)
-    per_prompt = values[method][measure].mean(0) - values[baseline][measure].mean(0)
+    per_prompt = _settled(*(values[one][measure].mean(0) for one in (method, baseline)))
     return Comparison(
         metric=name,
         method=method,
@@ -144,6 +144,12 @@ def _compare(
             _spread(per_prompt, pictures), per_prompt.size, alpha, run_error=difference.run_error
         ),
     )
+
+
+def _settled(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Differences (prompts,) without rounding: what is equal differs by exactly nothing, and ties are ties."""
+    unit = 1e-12 * (1 + np.abs(theirs).max())
+    return np.rint((ours - theirs) / unit) * unit
 
 
 def _spread(differences: np.ndarray, pictures: np.ndarray) -> float:

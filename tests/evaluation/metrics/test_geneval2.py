@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks.items import Item, load_benchmark
+from addiff_env.evaluation.metrics.base import score_pictures
 from addiff_env.evaluation.metrics.geneval2 import (
     AM,
     GM,
@@ -223,6 +224,22 @@ def test_probabilities_of_answers_by_hand(model: VisionLanguageModel) -> None:
         assert found == pytest.approx(expected, rel=1e-4) and 0 < found < 1
     other = model.probability(Image.fromarray(noise(1)), "How many pigs?", "seven")
     assert other != pytest.approx(found, rel=1e-3)  # the picture is looked at
+
+
+def test_a_model_whose_numbers_break_down_measures_nothing(
+    model: VisionLanguageModel, items: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = lambda inputs, tokens: torch.full((1 + len(tokens), 10_000), math.nan)  # noqa: E731
+    monkeypatch.setattr(model, "_following", broken)
+    assert math.isnan(model.probability(Image.fromarray(noise(0)), "How many pigs?", "seven"))  # and not 1
+    for scores, words in score_pictures([SoftTifa(model)], np.stack([noise(0), noise(1)]), items):
+        assert scores == {} and "no finite soft_tifa_gm (nan)" in words
+
+
+def test_a_skill_that_no_picture_tells_leaves_the_others(items: list[Item]) -> None:
+    own = {GM: 0.5, AM: 0.5, "soft_tifa_object": 0.5}  # of a picture that got no finite score of its other skills
+    found = summarize([("3 atoms", own)], [items[0].metadata["skills"]])
+    assert found["object"] == 0.5 and "count" not in found
 
 
 def test_a_pictures_scores_are_means_of_its_answers(model: VisionLanguageModel, items: list[Item]) -> None:

@@ -19,11 +19,13 @@ from PIL import Image
 
 from addiff_env.evaluation import acceptance
 from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.methods import rollouts
 from addiff_env.evaluation.metrics.base import score_pictures, unmeasured
 from addiff_env.evaluation.metrics.registry import protocol_scores, reported_score
 from addiff_env.evaluation.metrics.set_results import read_set_results
 from addiff_env.evaluation.metrics.sets import References, SetOptions, describe_sets, set_scores
+from addiff_env.evaluation.report import html
 from addiff_env.evaluation.report.exports import latex_table
 from addiff_env.evaluation.report.figures import plot_quality_against_compute
 from addiff_env.evaluation.report.html import write_report
@@ -401,6 +403,29 @@ def test_filmstrips_are_chosen_whatever_is_missing():
         chosen = reporting.choose_filmstrips(rows, 2)
         assert len(chosen) == 2 and len({row.key for row in chosen}) == 2
     assert reporting.choose_filmstrips(rows_of("agent", [None]), 8) == rows_of("agent", [None])
+
+
+def test_what_breaks_the_filmstrips_costs_no_verdict(tmp_path, monkeypatch):
+    """They are made last, by the model: the report can be made again without it."""
+    rows = [row for name in ("agent", "ddim-5") for row in rows_of(name, [1.0] * 4)]
+    append_rows(tmp_path / "rows.jsonl", rows)
+    items = [Item(row.prompt, row.seed, row.category, str(k), 1) for k, row in enumerate(rows[:4])]
+    benchmark = {"name": "tiny-dev", "limit": None}
+    cfg = {"primary": None, "benchmark": benchmark, "filmstrips": 2, "rules": {}, "methods": "all"}
+    agent = SimpleNamespace(environment=("AdDiffusion-Tiny-v0", {}), fingerprint="f")
+    run = SimpleNamespace(
+        cfg=OmegaConf.create(cfg), files=RunFolder(tmp_path), folder=tmp_path, rows=rows, metrics=["checker"],
+        items=items, own_rows=lambda rows: rows[:4], runs=["agent"], agent=agent, agents={"agent": agent}, overrides={},
+    )  # fmt: skip
+
+    def full(*_):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(reporting, "record_filmstrips", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        reporting.report(run)
+    assert {"H1", "H2", "H3", "H4", "H2+", "H4+", "H5"} <= {one.hypothesis for one in read_verdicts(tmp_path)}
+    assert html.main([str(tmp_path)]) == 0 and "H5" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_picture_without_a_finite_score_is_no_row_of_other_metrics(tmp_path):

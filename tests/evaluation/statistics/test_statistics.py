@@ -19,8 +19,8 @@ from addiff_env.types import ResultRow
 SIMULATIONS = 1500
 
 
-def row(method, prompt, seed, success, nfe=10):
-    scores = {"success": float(success), "clip_score": success / 2}
+def row(method, prompt, seed, success, nfe=10, clip_score=None):
+    scores = {"success": float(success), "clip_score": success / 2 if clip_score is None else clip_score}
     return ResultRow(
         method, prompt, seed, "c", "b", "s", method, "float32", "1", nfe=nfe, net_flops=nfe * 1e9, scores=scores
     )
@@ -223,6 +223,20 @@ def test_effect_sizes_by_hand(rng):
     t = stats.ttest_1samp(sample, 0).statistic
     assert cohens_dz(sample) == pytest.approx(t / math.sqrt(30))
     assert cohens_dz(np.zeros(4)) == 0.0 and cohens_dz(-np.ones(4)) == -math.inf
+
+
+def test_rounding_is_no_difference_and_breaks_no_tie():
+    # Three runs that do as the baseline does: their mean is the same number, but for its last digit.
+    values = np.random.default_rng(1).normal(0.3, 0.02, 60)
+    rows = [row(name, f"p{k}", k, 1, clip_score=value) for name in "abcd" for k, value in enumerate(values)]
+    (found,) = compare_methods(rows, {"runs": ["a", "b", "c"]}, ["d"], ["clip_score"], draws=400)
+    assert (found.p_wilcoxon, found.cohens_dz) == (1.0, 0.0)
+    # Every prompt differs by a tenth, which no two of these differences are in binary.
+    rows = [row("b", f"p{k}", k, 1, clip_score=value) for k, value in enumerate(values)]
+    rows += [row("a", f"p{k}", k, 1, clip_score=value + 0.1) for k, value in enumerate(values)]
+    (found,) = compare_methods(rows, ["a"], ["b"], ["clip_score"], draws=400)
+    assert found.cohens_dz == math.inf
+    assert found.p_wilcoxon == pytest.approx(stats.wilcoxon(np.ones(60), method="approx").pvalue)
 
 
 def test_holm_by_hand():
