@@ -7,7 +7,7 @@ prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from addiff_env.evaluation.statistics.decision import NOT_APPLICABLE, UNDECIDED, Decision, Part, Rules, conclude
 from addiff_env.evaluation.statistics.families import (
@@ -33,10 +33,32 @@ from addiff_env.evaluation.statistics.hypotheses import (
 )
 from addiff_env.evaluation.statistics.pairing import on_common_pictures
 from addiff_env.evaluation.statistics.spending import NET_FLOPS, Spending, at_seconds
-from addiff_env.evaluation.statistics.summary import score_value
+from addiff_env.evaluation.statistics.summary import by_method, score_value
 from addiff_env.evaluation.statistics.tiers import correct_within_tiers
 from addiff_env.evaluation.statistics.timings import COMMAND, Timings
 from addiff_env.types import ResultRow, SampleKey
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a hypothesis is asked of.
+
+    Attributes:
+        rows: per-image rows.
+        runs: the agent's training runs, as method names.
+        rules: margins and levels.
+        spending: what "equal compute" is measured in.
+    """
+
+    rows: Sequence[ResultRow]
+    runs: Sequence[str]
+    rules: Rules
+    spending: Spending = NET_FLOPS
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods of the rows, in order of first appearance."""
+        return list(by_method(self.rows))
 
 
 def decide_all(
@@ -60,87 +82,68 @@ def decide_all(
     Raises:
         ValueError: no rows of the agent.
     """
-    methods = list(dict.fromkeys(row.method for row in rows))
+    methods = list(by_method(rows))
     runs = agent_runs(methods) if agent is None else list(agent)
     if not set(runs) & set(methods):
         raise ValueError(f"no rows of the agent ({', '.join(runs) or 'none was named'}); rows are of {methods}")
-    refined = runs if refining is None else list(refining)
+    asked, refined = Asked(rows, runs, rules), Asked(rows, runs if refining is None else list(refining), rules)
     found = [
-        _h1(rows, runs, methods, rules),
-        _h2(rows, runs, methods, rules),
-        _h3_on_common(rows, runs, complexity, rules),
-        _h4_on_common("H4", CONTINUED, rows, refined, rules),
-        _h2_search(rows, runs, methods, rules),
-        _h4_on_common("H4+", FULL_IMAGE, rows, refined, rules),
-        _h5(rows, runs, methods, rules),
+        _h1(asked),
+        _h2(asked),
+        _h3_on_common(asked, complexity),
+        _h4_on_common("H4", CONTINUED, refined),
+        _h2_search(asked),
+        _h4_on_common("H4+", FULL_IMAGE, refined),
+        _h5(asked),
     ]
     return correct_within_tiers(found, rules)
 
 
-def _h1(rows: Sequence[ResultRow], runs: Sequence[str], methods: Sequence[str], rules: Rules) -> Decision:
-    wanted, solvers = _references(rows, runs), solver_fronts(methods)
-    reference = next((name for name in wanted if name in methods), None)
+def _h1(asked: Asked) -> Decision:
+    wanted, solvers = _references(asked.rows, asked.runs), solver_fronts(asked.methods)
+    reference = next((name for name in wanted if name in asked.methods), None)
 
     def h1(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         if reference not in others:
             return _undecided("H1", f"50-step inference ({' or '.join(wanted)}) was not run", _prompts(paired))
-        return h1_efficiency(paired, own, reference, _known(solvers, others), rules)
+        return h1_efficiency(paired, own, reference, _known(solvers, others), asked.rules)
 
-    compared = [*([reference] if reference else ()), *members_of(solvers)]
-    return _on_common(h1, "H1", rows, runs, compared, rules)
+    return _on_common(h1, "H1", asked, [*([reference] if reference else ()), *members_of(solvers)])
 
 
-def _h2(
-    rows: Sequence[ResultRow],
-    runs: Sequence[str],
-    methods: Sequence[str],
-    rules: Rules,
-    spending: Spending = NET_FLOPS,
-) -> Decision:
-    solvers = solver_fronts(methods)
+def _h2(asked: Asked) -> Decision:
+    solvers = solver_fronts(asked.methods)
 
     def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         if not others:
             return _undecided("H2", "no solver was run", _prompts(paired))
-        return h2_quality(paired, own, _known(solvers, others), rules, spending)
+        return h2_quality(paired, own, _known(solvers, others), asked.rules, asked.spending)
 
-    return _on_common(h2, "H2", rows, runs, members_of(solvers), rules, spending)
+    return _on_common(h2, "H2", asked, members_of(solvers))
 
 
-def _h2_search(
-    rows: Sequence[ResultRow],
-    runs: Sequence[str],
-    methods: Sequence[str],
-    rules: Rules,
-    spending: Spending = NET_FLOPS,
-) -> Decision:
-    solvers, searches = solver_fronts(methods), search_families(methods)
+def _h2_search(asked: Asked) -> Decision:
+    solvers, searches = solver_fronts(asked.methods), search_families(asked.methods)
 
     def h2(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         known = _known(searches, others)
         if not known:
             return _undecided("H2+", "neither best-of-N nor another search was run", _prompts(paired))
-        return h2_search(paired, own, _known(solvers, others), known, rules, spending)
+        return h2_search(paired, own, _known(solvers, others), known, asked.rules, asked.spending)
 
-    return _on_common(h2, "H2+", rows, runs, [*members_of(solvers), *members_of(searches)], rules, spending)
+    return _on_common(h2, "H2+", asked, [*members_of(solvers), *members_of(searches)])
 
 
-def _h5(
-    rows: Sequence[ResultRow],
-    runs: Sequence[str],
-    methods: Sequence[str],
-    rules: Rules,
-    spending: Spending = NET_FLOPS,
-) -> Decision:
-    solvers, by_hand = solver_fronts(methods), hand_made_rules(methods)
+def _h5(asked: Asked) -> Decision:
+    solvers, by_hand = solver_fronts(asked.methods), hand_made_rules(asked.methods)
 
     def h5(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         known = [name for name in by_hand if name in others]
         if not known:
             return _undecided("H5", "no hand-made rule was run", _prompts(paired))
-        return h5_learning(paired, own, known, _known(solvers, others), rules, spending)
+        return h5_learning(paired, own, known, _known(solvers, others), asked.rules, asked.spending)
 
-    return _on_common(h5, "H5", rows, runs, [*by_hand, *members_of(solvers)], rules, spending)
+    return _on_common(h5, "H5", asked, [*by_hand, *members_of(solvers)])
 
 
 def _prompts(rows: Sequence[ResultRow]) -> int:
@@ -156,31 +159,24 @@ def _known(fronts: Groups, names: Sequence[str]) -> dict[str, list[str]]:
 Decide = Callable[[Sequence[ResultRow], list[str], list[str]], Decision]  # rows, the agent's runs, other methods
 
 
-def _on_common(
-    decided: Decide,
-    hypothesis: str,
-    rows: Sequence[ResultRow],
-    agent: Sequence[str],
-    others: Sequence[str],
-    rules: Rules,
-    spending: Spending = NET_FLOPS,
-) -> Decision:
+def _on_common(decided: Decide, hypothesis: str, asked: Asked, others: Sequence[str]) -> Decision:
     """What ``decided`` makes of the pictures that the agent and ``others`` have in common, with the rules' metric."""
+    rows, agent, metric, cost = asked.rows, asked.runs, asked.rules.metric, asked.spending.cost
     names = list(dict.fromkeys([*agent, *others]))
-    scored = [row for row in rows if row.method not in names or score_value(row, rules.metric) is not None]
+    scored = [row for row in rows if row.method not in names or score_value(row, metric) is not None]
     measured = {row.method for row in scored}
-    known = [row for row in scored if row.method not in names or getattr(row, spending.cost.name) is not None]
+    known = [row for row in scored if row.method not in names or getattr(row, cost.name) is not None]
     having = {row.method for row in known}
     own = [name for name in agent if name in having]
     if not own:
-        lacking = spending.cost.words if set(agent) & measured else rules.metric
+        lacking = cost.words if set(agent) & measured else metric
         return _undecided(hypothesis, f"no picture of {' or '.join(agent)} has {lacking}", _prompts(rows))
     compared = [name for name in dict.fromkeys(others) if name in having]
     paired, notes = on_common_pictures(known, [*own, *compared])
     if not paired:
         return _undecided(hypothesis, f"its methods have no picture in common: {'; '.join(notes)}", 0)
     decision = decided(paired, own, compared)
-    lacks = {name: spending.cost.words if name in measured else rules.metric for name in names if name not in having}
+    lacks = {name: cost.words if name in measured else metric for name in names if name not in having}
     mute = [Part(f"{name} has no {what}", UNDECIDED) for name, what in lacks.items()]
     return _noting(decision, mute, notes)
 
@@ -193,27 +189,16 @@ def _noting(decision: Decision, further: Sequence[Part], notes: Sequence[str]) -
     return replace(decision, reason="; ".join([decision.reason, *notes]))
 
 
-def _at_other_prices(
-    rows: Sequence[ResultRow],
-    agents: Sequence[str],
-    decisions: Sequence[Decision],
-    rules: Rules,
-    spendings: Sequence[Spending] = (NET_FLOPS,),
-) -> list[Decision]:
+def _at_other_prices(asked: Asked, decisions: Sequence[Decision], spendings: Sequence[Spending]) -> list[Decision]:
     """H2 at every further price that the agents were run at, by names that say it; corrected in the place of H2."""
-    methods = list(dict.fromkeys(row.method for row in rows))
     found = []
-    for price, runs in agent_runs_by_price(methods).items():
-        if not set(runs) & set(agents):
+    for price, runs in agent_runs_by_price(asked.methods).items():
+        if not set(runs) & set(asked.runs):
             for spending in spendings:
-                decision = _in_place(_h2(rows, runs, methods, rules, spending), decisions, rules)
-                found.append(replace(decision, hypothesis=f"H2 at price {price}{_suffix(spending)}"))
+                decision = _in_place(_h2(replace(asked, runs=runs, spending=spending)), decisions, asked.rules)
+                suffix = "" if spending is NET_FLOPS else f" at equal {spending.cost.words}"
+                found.append(replace(decision, hypothesis=f"H2 at price {price}{suffix}"))
     return found
-
-
-def _suffix(spending: Spending) -> str:
-    """How a hypothesis is called that is decided at another cost than net FLOPs."""
-    return "" if spending is NET_FLOPS else f" at equal {spending.cost.words}"
 
 
 def _in_place(decision: Decision, decisions: Sequence[Decision], rules: Rules) -> Decision:
@@ -222,21 +207,18 @@ def _in_place(decision: Decision, decisions: Sequence[Decision], rules: Rules) -
     return correct_within_tiers([decision, *others], rules)[0]
 
 
-def _at_equal_seconds(
-    rows: Sequence[ResultRow], runs: Sequence[str], decisions: Sequence[Decision], rules: Rules, timings: Timings | None
-) -> list[Decision]:
+def _at_equal_seconds(asked: Asked, decisions: Sequence[Decision], timings: Timings | None) -> list[Decision]:
     """H2, H2+ and H5 once more, at equal seconds; not applicable where the agent was not timed.
 
     Each is corrected within its tier in the place of the one at equal net FLOPs, which stays as it is.
     """
-    methods = list(dict.fromkeys(row.method for row in rows))
-    absent = _why_no_seconds(rows, runs, timings)
+    absent = _why_no_seconds(asked.rows, asked.runs, timings)
     found = []
     for name, decided in (("H2", _h2), ("H2+", _h2_search), ("H5", _h5)):
         if timings is None or absent:
-            decision = Decision(name, NOT_APPLICABLE, absent, _prompts(rows))
+            decision = Decision(name, NOT_APPLICABLE, absent, _prompts(asked.rows))
         else:
-            decision = _in_place(decided(rows, runs, methods, rules, at_seconds(timings)), decisions, rules)
+            decision = _in_place(decided(replace(asked, spending=at_seconds(timings))), decisions, asked.rules)
         found.append(replace(decision, hypothesis=f"{name} at equal seconds"))
     return found
 
@@ -249,33 +231,28 @@ def _why_no_seconds(rows: Sequence[ResultRow], runs: Sequence[str], timings: Tim
     return "; ".join(f"{name} was not timed: {why}" for name, why in reasons.items())
 
 
-def _h3_on_common(
-    rows: Sequence[ResultRow], agent: Sequence[str], complexity: Mapping[SampleKey, float], rules: Rules
-) -> Decision:
+def _h3_on_common(asked: Asked, complexity: Mapping[SampleKey, float]) -> Decision:
     """H3 on the pictures that all training runs have; it asks for no quality."""
-    having = {row.method for row in rows}
-    own = [name for name in agent if name in having]
-    paired, notes = on_common_pictures(rows, own)
+    own = [name for name in asked.runs if name in asked.methods]
+    paired, notes = on_common_pictures(asked.rows, own)
     if own and not paired:
         return _undecided("H3", f"the training runs have no picture in common: {'; '.join(notes)}", 0)
-    lacking = [Part(f"{name} was not run", UNDECIDED) for name in agent if name not in having]
-    return _noting(h3_adaptivity(paired, own, complexity, rules), lacking, notes)
+    lacking = [Part(f"{name} was not run", UNDECIDED) for name in asked.runs if name not in own]
+    return _noting(h3_adaptivity(paired, own, complexity, asked.rules), lacking, notes)
 
 
-def _h4_on_common(
-    hypothesis: str, control: str, rows: Sequence[ResultRow], agent: Sequence[str], rules: Rules
-) -> Decision:
+def _h4_on_common(hypothesis: str, control: str, asked: Asked) -> Decision:
     """H4 or H4+ with the ``control`` of each of the agent's training runs."""
+    agent = asked.runs
     names = [control.replace("agent", run, 1) for run in agent]
     label = control if len(agent) != 1 else names[0]
-    whole = {row.method for row in rows}
 
     def h4(paired: Sequence[ResultRow], own: list[str], others: list[str]) -> Decision:
         if not names or len(own) < len(agent) or set(others) != set(names):
             return _undecided(hypothesis, f"its control ({label}) was not run", _prompts(paired))
-        return h4_refinement(paired, own, {label: names}, rules, hypothesis)
+        return h4_refinement(paired, own, {label: names}, asked.rules, hypothesis)
 
-    return _on_common(h4, hypothesis, rows, agent, names if set(names) <= whole else (), rules)
+    return _on_common(h4, hypothesis, asked, names if set(names) <= set(asked.methods) else ())
 
 
 def decide(
@@ -291,16 +268,16 @@ def decide(
     that they were run at, too, as if the agent had been run at that one alone. With ``timings`` H2, H2+ and H5 are
     decided at equal seconds as well, in verdicts of their own.
     """
-    if not {row.method for row in rows} & set(agents):
+    if not set(by_method(rows)) & set(agents):
         return []
-    refining = agents[:1] if set(control_names(agents[0])) & {row.method for row in rows} else agents
+    refining = agents[:1] if set(control_names(agents[0])) & set(by_method(rows)) else agents
     timed = list(rows) if timings is None else timings.onto(rows)
     decisions = decide_all(timed, complexity, agents, rules, refining)
-    spendings = [NET_FLOPS, *([] if timings is None else [at_seconds(timings)])]
+    asked, spendings = Asked(timed, agents, rules), [NET_FLOPS, *([] if timings is None else [at_seconds(timings)])]
     return [
         *decisions,
-        *_at_other_prices(timed, agents, decisions, rules, spendings),
-        *_at_equal_seconds(timed, agents, decisions, rules, timings),
+        *_at_other_prices(asked, decisions, spendings),
+        *_at_equal_seconds(asked, decisions, timings),
     ]
 
 
