@@ -62,10 +62,8 @@ class Replay(Batched):
 class MatchedSteps(Batched):
     """Fixed steps, per picture as many as the agent spent on it: what continuing would have made of the same NFE."""
 
-    def __init__(
-        self, env: DiffusionDenoiseVectorEnv, name: str, scripts: Scripts, batch_size: int | None = None
-    ) -> None:
-        super().__init__(env, name, batch_size)
+    def __init__(self, env: DiffusionDenoiseVectorEnv, name: str, scripts: Scripts) -> None:
+        super().__init__(env, name)
         self.scripts, self.expected_nfe = scripts, _mean_nfe(scripts)
 
     def make(self, items: list[Item]) -> Iterator[list[tuple[Item, Generated]]]:
@@ -73,7 +71,7 @@ class MatchedSteps(Batched):
         spent = [_script(self.scripts, item).nfe for item in items]
         for number in sorted(set(spent)):
             chosen = [item for item, own in zip(items, spent, strict=True) if own == number]
-            yield from FixedSteps(self.env, number, batch_size=self.batch_size).make(chosen)
+            yield from FixedSteps(self.env, number).make(chosen)
 
 
 def _mean_nfe(scripts: Scripts) -> float:

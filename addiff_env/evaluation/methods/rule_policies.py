@@ -34,9 +34,12 @@ class Policy(Protocol):
         """Actions (B,) int64 for flat observations (B, width) and admissible actions (B, 3) bool."""
 
 
-def _blind(obs: Any) -> np.ndarray:
-    """(B,) False: the policy reads no observation."""
-    return np.zeros(len(obs), bool)
+class Blind:
+    """A policy that reads no observation."""
+
+    def sees(self, obs: Any) -> np.ndarray:
+        """Whether it looks, (B,) bool: never."""
+        return np.zeros(len(obs), bool)
 
 
 def quality_slot(obs: Any, name: str) -> np.ndarray:
@@ -121,7 +124,7 @@ class TwoStepRule:
 
 
 @dataclass(frozen=True)
-class StopAt:
+class StopAt(Blind):
     """Stop after ``steps`` solver steps."""
 
     steps: int
@@ -133,10 +136,6 @@ class StopAt:
         """The number of steps."""
         return f"stop-{self.steps}"
 
-    def sees(self, obs: Any) -> np.ndarray:
-        """Whether it looks, (B,) bool: never."""
-        return _blind(obs)
-
     def act(self, obs: Any, action_mask: Any = None) -> np.ndarray:
         """Actions (B,) int64."""
         done = steps_done(obs, self.num_inference_steps) >= self.steps
@@ -144,15 +143,11 @@ class StopAt:
 
 
 @dataclass(frozen=True)
-class RefineAlways:
+class RefineAlways(Blind):
     """Refine whenever it is admissible, else continue."""
 
     flops: float = 0.0
     fingerprint: str = "refine-always"
-
-    def sees(self, obs: Any) -> np.ndarray:
-        """Whether it looks, (B,) bool: never."""
-        return _blind(obs)
 
     def act(self, obs: Any, action_mask: Any = None) -> np.ndarray:
         """Actions (B,) int64."""
@@ -160,7 +155,7 @@ class RefineAlways:
         return np.where(allowed, Action.REFINE, Action.CONTINUE).astype(np.int64)
 
 
-class RandomPolicy:
+class RandomPolicy(Blind):
     """Draw actions with fixed shares of continue, stop and refine, whatever is seen.
 
     Raises:
@@ -179,10 +174,6 @@ class RandomPolicy:
     def fingerprint(self) -> str:
         """The shares and the seed."""
         return "random-" + "-".join(f"{share:.3f}" for share in self.shares) + f"-{self.seed}"
-
-    def sees(self, obs: Any) -> np.ndarray:
-        """Whether it looks, (B,) bool: never."""
-        return _blind(obs)
 
     def act(self, obs: Any, action_mask: Any = None) -> np.ndarray:
         """Actions (B,) int64; an inadmissible one is drawn again among the others."""

@@ -26,11 +26,10 @@ class FixedSteps(Batched):
         env: DiffusionDenoiseVectorEnv,
         steps: int,
         solver: str | None = None,
-        batch_size: int | None = None,
         watch: Any = None,
     ) -> None:
         solver = solver or env.backbone.solver
-        super().__init__(env, f"{solver}-{steps}", batch_size)
+        super().__init__(env, f"{solver}-{steps}")
         self.steps, self.watch = steps, watch
         self.expected_nfe = float(steps)
         self.schedule = env.backbone.schedule(steps, env.latent_shape, solver)
@@ -56,14 +55,8 @@ class WordCount(Batched):
     over, or a run with a limit gets the steps that it gets in the whole.
     """
 
-    def __init__(
-        self,
-        env: DiffusionDenoiseVectorEnv,
-        mean_steps: float,
-        benchmark: Sequence[Item],
-        batch_size: int | None = None,
-    ) -> None:
-        super().__init__(env, f"words-{mean_steps:g}", batch_size)
+    def __init__(self, env: DiffusionDenoiseVectorEnv, mean_steps: float, benchmark: Sequence[Item]) -> None:
+        super().__init__(env, f"words-{mean_steps:g}")
         if not benchmark or not mean_steps >= 1:
             raise ValueError(f"{self.name} needs at least one step and one prompt, got {len(benchmark)}")
         self.expected_nfe = mean_steps
@@ -76,7 +69,7 @@ class WordCount(Batched):
         steps = np.maximum(1, np.rint(self.mean_steps * lengths / self.mean_words)).astype(int)
         for number in sorted(set(steps.tolist())):
             chosen = [item for item, own in zip(items, steps, strict=True) if own == number]
-            yield from FixedSteps(self.env, number, batch_size=self.batch_size).make(chosen)
+            yield from FixedSteps(self.env, number).make(chosen)
 
 
 def _words(item: Item) -> int:

@@ -10,9 +10,6 @@ import numpy as np
 import torch
 
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.statistics.rules import MARGINS as MARGINS
-from addiff_env.evaluation.statistics.rules import SHARE as SHARE
-from addiff_env.evaluation.statistics.rules import margins_of as margins_of
 
 Scored = tuple[dict[str, float], str]  # a picture's scores, and words about them
 _CHUNK = 16  # pictures that a model sees at a time

@@ -16,6 +16,7 @@ from addiff_env.loading.isolation import frozen_call
 from addiff_env.loading.weights import check_tokenizer, fetching, load_network, quiet_loading
 
 DETECTOR = "google/owlv2-base-patch16-ensemble"  # any word may be asked of it; COCO's 80 classes lack half the objects
+MASK2FORMER = "facebook/mask2former-swin-small-coco-instance"  # of the script's architecture
 SETTING = "geneval:<folder of a detector>"
 # GenEval's names for COCO classes that it renamed, or that checkpoints call otherwise: Mask2Former's and RT-DETR's have
 # Pascal VOC's names for six of them.
@@ -64,25 +65,18 @@ class InstanceDetector:
     Args:
         model: hub id or folder.
         device: where it runs.
-        revision: of the hub repository.
 
     Raises:
         ValueError: the model does not know a class of `GENEVAL_CLASSES`.
     """
 
-    def __init__(
-        self,
-        model: str = "facebook/mask2former-swin-small-coco-instance",
-        device: str = "cpu",
-        revision: str | None = None,
-    ) -> None:
+    def __init__(self, model: str = MASK2FORMER, device: str = "cpu") -> None:
         from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
         self.name, self.device = model, device
         with fetching(model, SETTING) as folder, quiet_loading():
-            self.processor = AutoImageProcessor.from_pretrained(folder, revision=revision)
-            loaded = load_network(Mask2FormerForUniversalSegmentation, folder, revision=revision)
-        self.model = loaded.eval().to(device)
+            self.processor = AutoImageProcessor.from_pretrained(folder)
+            self.model = load_network(Mask2FormerForUniversalSegmentation, folder).eval().to(device)
         self.labels = vocabulary(self.model.config.id2label)
 
     @frozen_call
@@ -130,26 +124,18 @@ class BoxDetector:
         model: hub id or folder.
         device: where it runs.
         coco: whether it must know GenEval's classes, and gives these alone, under GenEval's names; else all it knows.
-        revision: of the hub repository.
 
     Raises:
         ValueError: the model does not know a class of `GENEVAL_CLASSES`. FileNotFoundError: it is not there.
     """
 
-    def __init__(
-        self,
-        model: str = "facebook/detr-resnet-50",
-        device: str = "cpu",
-        coco: bool = True,
-        revision: str | None = None,
-    ) -> None:
+    def __init__(self, model: str = "facebook/detr-resnet-50", device: str = "cpu", coco: bool = True) -> None:
         from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
         self.name, self.device = model, device
         with fetching(model, SETTING) as folder, quiet_loading():
-            self.processor = AutoImageProcessor.from_pretrained(folder, revision=revision)
-            loaded = load_network(AutoModelForObjectDetection, folder, revision=revision)
-        self.model = loaded.eval().to(device)
+            self.processor = AutoImageProcessor.from_pretrained(folder)
+            self.model = load_network(AutoModelForObjectDetection, folder).eval().to(device)
         names = self.model.config.id2label
         self.labels = vocabulary(names) if coco else dict(names)
 
@@ -164,10 +150,15 @@ class BoxDetector:
         (result,) = self.processor.post_process_object_detection(
             outputs, threshold=0.0, target_sizes=[(picture.height, picture.width)]
         )
-        parts = (result["labels"].tolist(), result["scores"].tolist(), result["boxes"].tolist())
-        known = [(self.labels.get(label), score, box) for label, score, box in zip(*parts, strict=True)]
-        found = [Detection(label, score, (b[0], b[1], b[2], b[3])) for label, score, b in known if label]
-        return sorted(found, key=lambda f: -f.score)
+        return _detections(result, self.labels)
+
+
+def _detections(result: Mapping[str, Any], labels: Mapping[int, str]) -> list[Detection]:
+    """What a processor found of ``labels``, most confident first."""
+    parts = (result["labels"].tolist(), result["scores"].tolist(), result["boxes"].tolist())
+    known = [(labels.get(label), score, box) for label, score, box in zip(*parts, strict=True)]
+    found = [Detection(label, score, (b[0], b[1], b[2], b[3])) for label, score, b in known if label]
+    return sorted(found, key=lambda f: -f.score)
 
 
 def vocabulary(id2label: Mapping[int, str]) -> dict[int, str]:
@@ -233,7 +224,4 @@ class WordDetector:
         (result,) = self.processor.post_process_grounded_object_detection(
             outputs, threshold=0.0, target_sizes=[(picture.height, picture.width)]
         )
-        parts = (result["labels"].tolist(), result["scores"].tolist(), result["boxes"].tolist())
-        known = [(words[label], score, box) for label, score, box in zip(*parts, strict=True)]
-        found = [Detection(word, score, (b[0], b[1], b[2], b[3])) for word, score, b in known]
-        return sorted(found, key=lambda f: -f.score)
+        return _detections(result, dict(enumerate(words)))

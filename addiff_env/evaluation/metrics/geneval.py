@@ -16,11 +16,19 @@ import numpy as np
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.metrics.detectors import SETTING, BoxDetector, Detection, Detector, InstanceDetector
+from addiff_env.evaluation.metrics.detectors import (
+    MASK2FORMER,
+    SETTING,
+    BoxDetector,
+    Detection,
+    Detector,
+    InstanceDetector,
+)
 from addiff_env.loading.isolation import frozen_call
 from addiff_env.loading.weights import check_tokenizer, fetching, load_network, quiet_loading
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+CLIP = "openai/clip-vit-large-patch14"  # the script's
 RELATIONS = ("left of", "right of", "above", "below")
 
 
@@ -225,22 +233,19 @@ class ClipColors:
     Args:
         model: hub id or folder; the default is the script's CLIP.
         device: where it runs.
-        revision: of the hub repository.
     """
 
     TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
     GREY = (0x99, 0x99, 0x99)
 
-    def __init__(
-        self, model: str = "openai/clip-vit-large-patch14", device: str = "cpu", revision: str | None = None
-    ) -> None:
+    def __init__(self, model: str = CLIP, device: str = "cpu") -> None:
         from transformers import AutoProcessor, CLIPModel
 
         self.name, self.device = model, device
         with fetching(model, f"{SETTING},colors=<folder>") as folder, quiet_loading():
-            self.processor = AutoProcessor.from_pretrained(folder, revision=revision)
+            self.processor = AutoProcessor.from_pretrained(folder)
             check_tokenizer(self.processor.tokenizer, folder)
-            self.model = load_network(CLIPModel, folder, revision=revision).eval().to(device)
+            self.model = load_network(CLIPModel, folder).eval().to(device)
         self._classes: dict[str, Any] = {}
 
     def of(self, picture: Image.Image) -> ColorClassifier:
@@ -303,18 +308,12 @@ class GenEval:
     Args:
         detector: finds the objects.
         colors: names their colours.
-        rules: thresholds.
     """
 
     name = "geneval"
 
-    def __init__(
-        self,
-        detector: Detector,
-        colors: ClipColors,
-        rules: GenEvalRules = GenEvalRules(),  # noqa: B008 (frozen)
-    ) -> None:
-        self.detector, self.colors, self.rules = detector, colors, rules
+    def __init__(self, detector: Detector, colors: ClipColors) -> None:
+        self.detector, self.colors = detector, colors
 
     def columns(self, item: Item) -> tuple[str, ...]:
         """``geneval`` of items with GenEval's metadata."""
@@ -327,7 +326,7 @@ class GenEval:
 
     def _judge(self, picture: np.ndarray, item: Item) -> GenEvalVerdict:
         shown = Image.fromarray(picture)
-        return judge_picture(self.detector(shown), item.metadata, self.colors.of(shown), self.rules)
+        return judge_picture(self.detector(shown), item.metadata, self.colors.of(shown))
 
 
 def open_geneval(rest: str, device: str) -> GenEval:
@@ -350,8 +349,8 @@ def open_geneval(rest: str, device: str) -> GenEval:
 def read_models(rest: str) -> tuple[str, str]:
     """The detector and the CLIP that the setting of the metric names, or their defaults; raises as `open_geneval`."""
     parts = [part for part in rest.split(",") if part]
-    model = parts.pop(0) if parts and "=" not in parts[0] else "facebook/mask2former-swin-small-coco-instance"
+    model = parts.pop(0) if parts and "=" not in parts[0] else MASK2FORMER
     options = dict(part.partition("=")[::2] for part in parts)
     if set(options) - {"colors"}:
         raise ValueError(f"cannot read {rest!r} of 'geneval'; known options: colors")
-    return model, options.get("colors", "openai/clip-vit-large-patch14")
+    return model, options.get("colors", CLIP)

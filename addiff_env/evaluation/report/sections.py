@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from addiff_env.evaluation.statistics.summary import (
     by_method,
     by_num_requirements,
     categories_of,
-    estimate,
+    estimate_of,
     headline_metric,
     measured_costs,
     metric_names,
@@ -176,22 +177,15 @@ def complexity_table(own: Sequence[ResultRow], num_requirements: Mapping[SampleK
     is_share = metric in share_metrics(own)
     lines = []
     for level, group in by_num_requirements(own, num_requirements).items():
-        prompts = [row.prompt for row in group]
-        spent = shown(score_cell(estimate([row.nfe for row in group], prompts), False, len(group)))
-        quality = shown(score_cell(_estimate_of(metric, group, is_share), is_share, len(group)))
+        spent = shown(score_cell(estimate_of(group, lambda row: row.nfe), False, len(group)))
+        measured = estimate_of(group, partial(score_value, name=metric), is_share)
+        quality = shown(score_cell(measured, is_share, len(group)))
         lines.append((level, len(group), spent, quality))
     return {
         "svg": inline_svg(complexity_figure(own, num_requirements), "complexity"),
         "lines": lines,
         "percent": is_share,
     }
-
-
-def _estimate_of(metric: str, group: Sequence[ResultRow], is_share: bool) -> Estimate | None:
-    measured = [(value, row.prompt) for row in group if (value := score_value(row, metric)) is not None]
-    return (
-        estimate([value for value, _ in measured], [prompt for _, prompt in measured], is_share) if measured else None
-    )
 
 
 # --------------------------------------------------------------------------- judges

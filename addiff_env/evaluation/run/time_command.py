@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -220,14 +219,9 @@ def _measure(
 # --------------------------------------------------------------------------- the command
 
 
-@contextmanager
-def _kept_rounds(folder: Path) -> Iterator[None]:
-    def said() -> str:
-        found = read_timings(folder)
-        return f"{found.rounds if found else 0} rounds are kept in {RunFolder(folder).timings}"
-
-    with interruptible(said):
-        yield
+def _kept_rounds(folder: Path) -> str:
+    found = read_timings(folder)
+    return f"{found.rounds if found else 0} rounds are kept in {RunFolder(folder).timings}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--anew", action="store_true", help="measure everything again, whatever is kept")
     told = parser.parse_args(argv)
     open_run(told.run)  # before the folder is claimed, and made where there is none
-    with claim(told.run, "addiff time"), told_when_full(told.run), _kept_rounds(told.run):
+    with claim(told.run, "addiff time"), told_when_full(told.run), interruptible(lambda: _kept_rounds(told.run)):
         timings = time_run(told.run, told.rounds, told.prompts, told.batch_size, told.anew, told.seed)
         written = remake(told.run, decide=True)
     print(f"\n{describe_machine(timings)}")

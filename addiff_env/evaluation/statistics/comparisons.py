@@ -82,7 +82,6 @@ def compare_methods(
     metrics: Sequence[str],
     *,
     draws: int = 10_000,
-    seed: int = 0,
 ) -> list[Comparison]:
     """Every method against every baseline on every metric, with Holm's correction over all of them.
 
@@ -96,7 +95,6 @@ def compare_methods(
         metrics: names of scores.
         draws: bootstrap replicates; more are drawn where so few could not make the smallest p-value, 2 / (draws + 1),
             a corrected one of 1%.
-        seed: of the resampling.
     """
     named = methods if isinstance(methods, Mapping) else {name: [name] for name in methods}
     groups = {**{name: [name] for name in baselines}, **named}
@@ -109,7 +107,7 @@ def compare_methods(
         for baseline in baselines
         if method != baseline
     ]
-    resampled = resample(values, draws=max(draws, 200 * len(wanted)), seed=seed, pictures=pictures)
+    resampled = resample(values, draws=max(draws, 200 * len(wanted)), pictures=pictures)
     found = [_compare(*names, values, resampled, pictures, 0.05 / len(wanted)) for names in wanted]
     corrected = holm([comparison.p_bootstrap for comparison in found])
     return [replace(comparison, p_holm=p) for comparison, p in zip(found, corrected, strict=True)]

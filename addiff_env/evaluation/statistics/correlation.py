@@ -17,7 +17,6 @@ class RankCorrelation:
 
     rho: Interval
     p_permutation: float
-    prompts: int
 
 
 def spearman_test(
@@ -44,7 +43,7 @@ def spearman_test(
     null = np.concatenate([_permuted_rho(null_stream, ranks_x, ranks_y, d) for d in _portions(x.size, draws)])
     rho, run_error = float(each.mean()), float(np.std(each) / math.sqrt(len(each)))
     found = interval(rho, replicates[np.isfinite(replicates)], level, run_error)
-    return RankCorrelation(found, tail_share(null >= rho - 1e-12), x.size)
+    return RankCorrelation(found, tail_share(null >= rho - 1e-12))
 
 
 def _portions(number: int, draws: int) -> list[int]:

@@ -5,13 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-FIXED_STEP_SOLVERS = (
-    "ddim",
-    "dpmpp_2m",
-    "euler",
-    "unipc",
-    "pndm",
-)  # the model's own inference; others change it
+FIXED_STEP_SOLVERS = ("ddim", "dpmpp_2m", "euler", "unipc", "pndm")  # the model's own inference; others change it
 BEST_OF = "best-of-N"  # the family of best-of-N at every N
 SEARCHES = {"fk": "Feynman-Kac steering", "rbf": "rollover budget forcing", "restart": "restart sampling"}
 LOOKING_RULES = ("threshold:", "two-step:")
@@ -59,8 +53,8 @@ def agent_runs_by_price(methods: Iterable[str]) -> dict[str, list[str]]:
     """Training runs of the agent at each price, as the names say it (empty: without): ``{"0.004": [...]}``."""
     found: dict[str, list[str]] = {}
     for name in methods:
-        if match := _AGENT.fullmatch(name):
-            found.setdefault(match["price"] or "", []).append(name)
+        if agent := run_and_price(name):
+            found.setdefault(agent[1], []).append(name)
     return found
 
 
@@ -68,8 +62,8 @@ def agent_fronts(methods: Iterable[str]) -> dict[str, list[str]]:
     """Training runs of the agent with their methods, one a price: ``{"agent": ["agent@0.002", "agent@0.004"]}``."""
     fronts: dict[str, list[str]] = {}
     for name in methods:
-        if match := _AGENT.fullmatch(name):
-            fronts.setdefault(match["run"], []).append(name)
+        if agent := run_and_price(name):
+            fronts.setdefault(agent[0], []).append(name)
     return fronts
 
 

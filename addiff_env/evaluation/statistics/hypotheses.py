@@ -15,6 +15,9 @@ methods it was compared with. (H3 is refuted by either of two correlations, each
 
 Means are those of pictures, as in the tables; prompts are what is resampled. H3's correlations take one value per
 prompt.
+
+All take per-image rows, the agent's training runs as method names, and rules: margins and levels. Fixed-step methods
+of each solver are ``fronts`` or ``solvers``; ``spending`` is what is equal: net FLOPs, or another cost of the rows.
 """
 
 from __future__ import annotations
@@ -114,12 +117,7 @@ def h1_efficiency(
     Parts: mean NFE within ``max_nfe``; quality not inferior to the reference. A plain solver of fewer steps may do the
     same: those that do are noted, and whether the agent is better than they are at its compute is H2's question.
 
-    Args:
-        rows: per-image rows.
-        agent: the agent's training runs, as method names.
-        reference: 50-step inference, e.g. ``ddim-50``.
-        fronts: fixed-step methods of each solver.
-        rules: margins and levels.
+    ``reference`` is 50-step inference, e.g. ``ddim-50``.
     """
     groups = _flatten(agent, fronts, reference)
     if few := _too_few("H1", rows, agent):
@@ -155,15 +153,8 @@ def h2_quality(
     """H2 as stated: at the agent's mean cost its quality lies above every front of fixed-step methods.
 
     The null hypothesis is every solver at every N: where a second solver was not run, or a front ends below the agent's
-    cost, H2 can be refuted but not supported.
-
-    Args:
-        rows: per-image rows.
-        agent: the agent's training runs, as method names.
-        fronts: methods of each solver; the front over all of them together is tested as well, since a mixture of two
-            solvers is fixed inference too.
-        rules: margins and levels.
-        spending: what is equal: net FLOPs, or another cost of the rows.
+    cost, H2 can be refuted but not supported. The front over all solvers together is tested as well, since a mixture of
+    two is fixed inference too.
     """
     families = {**fronts, "all fixed methods": members_of(fronts)} if len(fronts) > 1 else dict(fronts)
     return _above_fronts("H2", rows, agent, families, rules, _one_solver(fronts), spending)
@@ -179,14 +170,8 @@ def h2_search(
 ) -> Decision:
     """H2+: at the agent's mean cost its quality lies also above best-of-N and inference-time search.
 
-    Args:
-        rows: per-image rows.
-        agent: the agent's training runs, as method names.
-        solvers: fixed-step methods of each solver: with the others they make the front of all methods.
-        searches: methods of each kind of search; where best-of-N or every other kind is missing, H2+ can be refuted but
-            not supported.
-        rules: margins and levels.
-        spending: what is equal: net FLOPs, or another cost of the rows.
+    ``searches`` are methods of each kind; where best-of-N or every other kind is missing, H2+ can be refuted but not
+    supported. Fixed-step methods and they make the front of all methods.
     """
     families = {**searches, "all fixed and search methods": [*members_of(solvers), *members_of(searches)]}
     missing = [] if BEST_OF in searches else [Part("best-of-N was not run", UNDECIDED)]
@@ -205,16 +190,9 @@ def h5_learning(
 ) -> Decision:
     """H5: at the agent's mean cost its quality lies above the front of hand-made rules.
 
-    A fixed number of steps is the simplest of these rules: with it the front goes on where a tuned rule costs less than
-    the agent. Without a rule that looks (`LOOKING_RULES`), H5 can be refuted but not supported.
-
-    Args:
-        rows: per-image rows.
-        agent: the agent's training runs, as method names.
-        made_by_hand: the rules, as method names.
-        solvers: fixed-step methods of each solver.
-        rules: margins and levels.
-        spending: what is equal: net FLOPs, or another cost of the rows.
+    These are the methods ``made_by_hand``, and fixed numbers of steps as the simplest: with them the front goes on
+    where a tuned rule costs less than the agent. Without a rule that looks (`LOOKING_RULES`), H5 can be refuted but not
+    supported.
     """
     looks = any(name.startswith(LOOKING_RULES) for name in made_by_hand)
     missing = [] if looks else [Part("no rule that looks (threshold:n:tau) was run", UNDECIDED)]
@@ -262,13 +240,8 @@ def h3_adaptivity(
     Parts: Spearman's correlation of a prompt's mean NFE with its complexity is positive by the bootstrap and against a
     permutation null; and it stays so among pictures that share a seed. Where every prompt has seeds of its own nothing
     can be held constant, and nothing need be: seeds are dealt out without a look at the prompt, so that no seed can
-    make complex prompts take longer. That part is not applicable then, and the others decide.
-
-    Args:
-        rows: per-image rows.
-        agent: the agent's training runs, as method names; the mean of their own correlations counts.
-        complexity: of every (prompt, seed), e.g. `Item.num_requirements`.
-        rules: margins and levels.
+    make complex prompts take longer. That part is not applicable then, and the others decide. Of several training runs
+    the mean of their own correlations counts. ``complexity`` is that of every (prompt, seed): `Item.num_requirements`.
 
     Raises:
         ValueError: a picture without a complexity.
@@ -306,7 +279,7 @@ def h4_refinement(
 
     Args:
         rows: per-image rows.
-        refining: the agent's training runs, as method names.
+        refining: the agent's training runs.
         controls: of H4, the agent's NFE spent on plain steps of the whole picture; of H4+, its decisions with
             ``mask=full``: method names, or names with the controls of each training run, in the order of ``refining``.
         rules: margins and levels.

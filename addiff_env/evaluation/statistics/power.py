@@ -7,20 +7,17 @@ import math
 from scipy import stats
 
 
-def minimum_detectable_effect(
-    spread: float, prompts: int, alpha: float = 0.05, power: float = 0.8, run_error: float = 0.0
-) -> float:
-    """Smallest true mean difference that a two-sided paired test finds with the power wanted.
+def minimum_detectable_effect(spread: float, prompts: int, alpha: float = 0.05, run_error: float = 0.0) -> float:
+    """Smallest true mean difference that a two-sided paired test finds with a power of 0.8.
 
     Args:
         spread: standard deviation of the per-prompt differences.
         prompts: number of prompts.
         alpha: level of the test.
-        power: chance of finding it.
         run_error: what training runs add to the standard error, see `required_prompts`.
     """
     error = math.hypot(spread / math.sqrt(prompts), run_error)
-    return float((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * error)
+    return float((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(0.8)) * error)
 
 
 def required_prompts(

@@ -29,8 +29,8 @@ class Spending:
         """A mean cost with its unit."""
         return f"{number_text(value / self.cost.unit, self.cost.digits)} {self.cost.label}"
 
-    def with_rounds(self, found: Resampled, groups: Groups, rules: Rules, measure: int = 1) -> Resampled:
-        """Replicates whose costs (of that measure) vary with the rounds of the timings as well; else as they are.
+    def with_rounds(self, found: Resampled, groups: Groups, rules: Rules) -> Resampled:
+        """Replicates whose costs (measure 1) vary with the rounds of the timings as well; else as they are.
 
         Of several training runs the mean of their factors counts.
         """
@@ -40,7 +40,7 @@ class Spending:
         factors = self.timings.factors(names, len(next(iter(found.draws.values()))), rules.seed)
         draws = {name: array.copy() for name, array in found.draws.items()}
         for name, members in groups.items():
-            draws[name][:, measure] *= np.mean([factors[member] for member in members], axis=0)
+            draws[name][:, 1] *= np.mean([factors[member] for member in members], axis=0)
         return replace(found, draws=draws)
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -195,6 +196,14 @@ def _clustered(numbers: np.ndarray, prompts: Sequence[str]) -> tuple[float, floa
     return float(numbers.mean() - half), float(numbers.mean() + half)
 
 
+def estimate_of(
+    rows: Sequence[ResultRow], value: Callable[[ResultRow], float | None], is_share: bool = False
+) -> Estimate | None:
+    """Mean of what ``value`` reads off the rows that have it; None where none has."""
+    measured = [(number, row.prompt) for row in rows if (number := value(row)) is not None]
+    return estimate(*zip(*measured, strict=True), is_share) if measured else None
+
+
 def summarise(rows: Sequence[ResultRow], shares: frozenset[str] | None = None) -> list[MethodSummary]:
     """Every method on the rows given.
 
@@ -210,22 +219,13 @@ def summarise(rows: Sequence[ResultRow], shares: frozenset[str] | None = None) -
 
 
 def _scores(group: Sequence[ResultRow], shares: frozenset[str]) -> dict[str, Estimate]:
-    found = {}
-    for name in metric_names(group):
-        measured = [(value, row.prompt) for row in group if (value := score_value(row, name)) is not None]
-        values, prompts = zip(*measured, strict=True)
-        found[name] = estimate(values, prompts, name in shares)
-    return found
+    found = {name: estimate_of(group, partial(score_value, name=name), name in shares) for name in metric_names(group)}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _costs(group: Sequence[ResultRow]) -> dict[str, Estimate]:
-    found = {}
-    for cost in COSTS:
-        measured = [(value, row.prompt) for row in group if (value := cost_value(row, cost.name)) is not None]
-        if measured:
-            values, prompts = zip(*measured, strict=True)
-            found[cost.name] = estimate(values, prompts)
-    return found
+    found = {cost.name: estimate_of(group, partial(cost_value, name=cost.name)) for cost in COSTS}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def tidy(rows: Sequence[ResultRow]) -> Iterator[tuple[str, str, str, Estimate]]:
