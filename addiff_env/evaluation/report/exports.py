@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from addiff_env.evaluation.metrics.models import model_notes, models_of
 from addiff_env.evaluation.metrics.set_results import SetResults
@@ -27,6 +28,7 @@ from addiff_env.evaluation.statistics.summary import (
     tidy,
 )
 from addiff_env.evaluation.statistics.tiers import by_tier
+from addiff_env.storage.files import replacing
 from addiff_env.types import ResultRow
 
 WHOLE_HEAD = ("method", "metric", "category", "pictures", "value", "sd", "models")  # sd: over random subsets, of KID
@@ -47,23 +49,16 @@ def write_csv(rows: Sequence[ResultRow], path: Path, models: Mapping[str, str] =
 
     ``models`` says by which models scores were made, see `metric_models`.
     """
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(CSV_HEAD)
-        for method, metric, category, e in tidy(rows):
-            numbers = [e.number, e.mean, e.deviation, _blank(e.low), _blank(e.high)]
-            writer.writerow([method, metric, category, *numbers, models_of(metric, models)])
+    lines = (
+        [method, metric, category, e.number, e.mean, e.deviation, e.low, e.high, models_of(metric, models)]
+        for method, metric, category, e in tidy(rows)
+    )
+    write_lines(path, CSV_HEAD, lines)
 
 
 def write_set_results_csv(whole: SetResults, path: Path, models: Mapping[str, str] = MappingProxyType({})) -> None:
     """One line per method, protocol or set metric, and category; ``models`` as in `write_csv`."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(WHOLE_HEAD)
-        for line in whole.lines():
-            writer.writerow(
-                [*(cell if isinstance(cell, str) else _blank(cell) for cell in line), models_of(line[1], models)]
-            )
+    write_lines(path, WHOLE_HEAD, ([*line, models_of(line[1], models)] for line in whole.lines()))
 
 
 VERDICTS_HEAD = ("tier", "hypothesis", "verdict", "prompts", "estimate", "low", "high", "p", "p_corrected", "reason")
@@ -74,20 +69,21 @@ def write_verdicts_csv(verdicts: Sequence[Decision], path: Path) -> None:
 
     Where there is no p-value its cells and the interval's are empty, and the reason says why.
     """
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(VERDICTS_HEAD)
-        for tier, found in by_tier(verdicts):
-            for one in found:
-                part = one.deciding
-                numbers = [] if part is None else [part.estimate, part.low, part.high]
-                cells = [*(numbers or [None] * 3), one.p, one.p_corrected]
-                reason = one.reason if one.p is not None else f"{one.reason} (no p-value: {one.lacking})"
-                writer.writerow([tier.title, one.hypothesis, one.outcome, one.prompts, *map(_blank, cells), reason])
+    lines = []
+    for tier, found in by_tier(verdicts):
+        for one in found:
+            part = one.deciding
+            numbers = [None] * 3 if part is None else [part.estimate, part.low, part.high]
+            reason = one.reason if one.p is not None else f"{one.reason} (no p-value: {one.lacking})"
+            head = [tier.title, one.hypothesis, one.outcome, one.prompts]
+            lines.append([*head, *numbers, one.p, one.p_corrected, reason])
+    write_lines(path, VERDICTS_HEAD, lines)
 
 
-def _blank(value: float | None) -> float | str:
-    return "" if value is None else value
+def write_lines(path: Path, head: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file at once; what is None is an empty cell."""
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *lines])
 
 
 def latex_escape(text: str) -> str:

@@ -72,7 +72,7 @@ class Cards:
         self.groups, self.subject = by_method(rows), subject_of(rows)
         self.by_place: dict[SampleKey, list[ResultRow]] = {}
         for row in rows:
-            self.by_place.setdefault((row.prompt, row.seed), []).append(row)
+            self.by_place.setdefault(_place(row), []).append(row)
 
     def trajectory(self, trajectory: Trajectory) -> dict[str, Any]:
         """A recorded trajectory, and the final pictures of every method for the same prompt and noise."""
@@ -92,7 +92,7 @@ class Cards:
 
     def _final(self, row: ResultRow) -> dict[str, Any]:
         value = score_value(row, self.metric)
-        passed = bool(value) if self.is_share and value is not None else None
+        passed = _outcome(row, self.metric) if self.is_share else None
         words = row.reason or f"{self.metric} {NOT_AVAILABLE if value is None else f'{value:.3g}'}"
         return {"method": row.method, "uri": self.pictures.of(row), "passed": passed, "words": words, "nfe": row.nfe}
 
@@ -100,9 +100,7 @@ class Cards:
         """What the agent failed, categories in turn, and who passed where it failed; None for graded scores."""
         if not self.is_share:
             return None
-        own = {
-            (row.prompt, row.seed): row for row in self.groups[self.subject] if _outcome(row, self.metric) is not None
-        }
+        own = {_place(row): row for row in self.groups[self.subject] if _outcome(row, self.metric) is not None}
         failed = [row for row in own.values() if not _outcome(row, self.metric)]
         others = {name: group for name, group in self.groups.items() if name != self.subject}
         shown = [row for (row,) in categories_in_turn([[row] for row in failed])][:MAX_FAILURES]
@@ -110,7 +108,7 @@ class Cards:
             "number": len(failed),
             "of": len(own),
             "balance": [(name, *_discordant(group, own, self.metric)) for name, group in others.items()],
-            "cards": [{"row": row, "made": self.made((row.prompt, row.seed))} for row in shown],
+            "cards": [{"row": row, "made": self.made(_place(row))} for row in shown],
         }
 
 

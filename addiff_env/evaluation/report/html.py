@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from markupsafe import Markup
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.files import RunFolder
 from addiff_env.evaluation.metrics.models import model_notes, read_metric_models
-from addiff_env.evaluation.metrics.set_results import read_set_results
+from addiff_env.evaluation.metrics.set_results import SetResults, read_set_results
 from addiff_env.evaluation.report.exports import latex_table, write_csv, write_set_results_csv, write_verdicts_csv
 from addiff_env.evaluation.report.figures import (
     actions_figure,
@@ -58,10 +58,11 @@ from addiff_env.evaluation.statistics.decide import decide
 from addiff_env.evaluation.statistics.decision import Decision, Rules
 from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.evaluation.statistics.rules import configured_rules, read_rules
+from addiff_env.evaluation.statistics.speed import Speed
 from addiff_env.evaluation.statistics.summary import by_method, counted, decision_counts, headline_metric
 from addiff_env.evaluation.statistics.tiers import by_tier, claims_of, describe_tiers, stated_name
 from addiff_env.loading.paths import looked_at
-from addiff_env.storage.files import claim, read_text, told_when_full
+from addiff_env.storage.files import claim, read_text, told_when_full, write_whole
 from addiff_env.storage.inputs import flatten
 from addiff_env.types import ACTIONS, ResultRow
 
@@ -90,12 +91,11 @@ def write_report(
     if not rows:
         raise ValueError(f"no rows to report on in {folder}")
     page, tex, table, further, decided, fast = (folder / name for name in WRITTEN)
-    whole, models, speeds = read_set_results(folder, rows, items), read_metric_models(folder), speeds_of(folder, rows)
+    found = Found.read(folder, rows, items)
+    whole, models, speeds, caption = found.whole, found.models, found.speeds, _caption(rows, found.provenance)
     write_csv(rows, table, models)
-    caption, notes = _caption(rows, read_provenance(folder)), timing_notes(folder, rows)
-    text = latex_table(rows, caption, whole, verdicts, models, speed_table(rows, speeds), notes)
-    tex.write_text(text, encoding="utf-8")
-    page.write_text(render(folder, rows, items, verdicts), encoding="utf-8")
+    write_whole(tex, latex_table(rows, caption, whole, verdicts, models, speed_table(rows, speeds), found.timing))
+    write_whole(page, render(folder, rows, items, verdicts, found))
     written = [page, tex, table]
     for path, write in (
         (further, partial(write_set_results_csv, whole, models=models) if whole else None),
@@ -109,17 +109,36 @@ def write_report(
     return written
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a run folder holds beside its rows, as far as the report shows it."""
+
+    whole: SetResults
+    models: dict[str, str]
+    speeds: list[Speed]
+    timing: list[str]
+    provenance: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, rows: Sequence[ResultRow], items: Sequence[Item]) -> Found:
+        """Of the run in ``folder``, about these rows and items."""
+        whole, models = read_set_results(folder, rows, items), read_metric_models(folder)
+        return cls(whole, models, speeds_of(folder, rows), timing_notes(folder, rows), read_provenance(folder))
+
+
 def _caption(rows: Sequence[ResultRow], provenance: Mapping[str, Any]) -> str:
     number, name = len(next(iter(by_method(rows).values()))), provenance.get("benchmark", "benchmark")
     return f"{name}, {counted(number, 'picture')}, {distinct_text(rows, 'backbone')}, {distinct_text(rows, 'dtype')}"
 
 
-def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdicts: Sequence[Decision]) -> str:
+def render(
+    folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdicts: Sequence[Decision], found: Found
+) -> str:
     """The page as text, see `write_report`. Everything read from files is escaped by the template."""
     own = by_method(rows).get(subject_of(rows), [])
     num_requirements = {(item.prompt, item.seed): item.num_requirements for item in items}
     rules = read_rules(folder, headline_metric(rows))
-    cards, provenance, models = Cards(rows, folder), read_provenance(folder), read_metric_models(folder)
+    cards, provenance = Cards(rows, folder), found.provenance
     return _template().render(
         css=Markup(_css()),  # noqa: S704 (ours)
         caption=_caption(rows, provenance),
@@ -135,11 +154,11 @@ def render(folder: Path, rows: Sequence[ResultRow], items: Sequence[Item], verdi
         subject=subject_of(rows),
         methods=main_section(rows),
         absences=absences(rows),
-        made_by=lambda names: model_notes(names, models),
-        timing=timing_notes(folder, rows),
-        speeds=speed_section(rows, speeds_of(folder, rows)),
+        made_by=lambda names: model_notes(names, found.models),
+        timing=found.timing,
+        speeds=speed_section(rows, found.speeds),
         metrics=metric_section(rows),
-        whole=set_section(read_set_results(folder, rows, items)),
+        whole=set_section(found.whole),
         comparisons=comparison_tables(rows) if own and len(own) < len(rows) else None,
         judged=judge_tables(folder),
         plots=[inline_svg(quality_figure(rows, [name]), f"quality-{name}") for name in plotted_costs(rows)],
@@ -258,6 +277,6 @@ def remake(folder: Path, decide: bool) -> list[Path]:
     if decide:
         print(describe_tiers(verdicts))
     rows = reported_rows(folder)
-    files.table.write_text(summary_table(rows, notes_of(folder, rows)) + "\n", encoding="utf-8")
+    write_whole(files.table, summary_table(rows, notes_of(folder, rows)) + "\n")
     plot_quality_against_compute(rows, files.plot)
     return [files.table, files.plot, *write_report(folder, rows, read_items(folder), verdicts)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from addiff_env.evaluation.metrics.models import model_notes, read_metric_models
+from addiff_env.evaluation.report.exports import write_lines
 from addiff_env.evaluation.report.tables import TEXT, Cell, Entry, Table, with_interval
 from addiff_env.evaluation.report.text import aligned
 from addiff_env.evaluation.run.run_folder import reported_rows, usable_timings
@@ -96,10 +96,9 @@ def speed_text(folder: Path) -> str:
 
 def write_speeds_csv(speeds: Sequence[Speed], path: Path) -> None:
     """One line per method; what there is not, such as a rival, is empty."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(SPEED_HEAD)
-        for one in speeds:
-            numbers = [one.rival_seconds, one.ratio, one.low, one.high]
-            known = ["" if value is None or not math.isfinite(value) else value for value in numbers]
-            writer.writerow([one.method, one.quality, one.seconds, one.per_second, one.rival or "", *known])
+    lines = []
+    for one in speeds:
+        numbers = [one.rival_seconds, one.ratio, one.low, one.high]
+        known = [value if value is not None and math.isfinite(value) else None for value in numbers]
+        lines.append([one.method, one.quality, one.seconds, one.per_second, one.rival, *known])
+    write_lines(path, SPEED_HEAD, lines)
