@@ -140,7 +140,9 @@ def bars(budgets: Budgets, rules: Chosen, adaptivity: Interval) -> list[Bar]:
     middle = budgets.middle
     found = [_above_fixed(budgets, price) for price in budgets.agents]
     ahead = {price: budgets.ahead(price, rule) for price, rule in best.items()}
-    found += [_points(f"return at {price:g}, agent minus {best[price]}", one, 0.0) for price, one in ahead.items()]
+    for price, one in ahead.items():
+        name, p = f"return at {price:g}, agent minus {best[price]}", f"p = {one.p_below(0.0):.2g}"
+        found.append(Bar(name, one.estimate, 0.0, unit="", interval=(one.low, one.high), note=p))
     surely = sum(one.low > 0 for one in ahead.values())
     found.append(Bar("prices at which that interval excludes 0", surely, 3, unit="prices"))
     saved = budgets.saved(best[middle])
@@ -173,10 +175,6 @@ def _above_fixed(budgets: Budgets, price: float) -> Bar:
     least = POINTS if price == budgets.middle else 0.0
     name = f"success at {price:g} above fixed methods and best-of-N, equal net FLOPs"
     return Bar(name, above.estimate, least, interval=(above.low, above.high), note=f"p = {above.p_below(0.0):.2g}")
-
-
-def _points(name: str, one: Interval, least: float) -> Bar:
-    return Bar(name, one.estimate, least, unit="", interval=(one.low, one.high), note=f"p = {one.p_below(0.0):.2g}")
 
 
 def _percent(name: str, one: Interval, least: float | None = None, most: float | None = None) -> Bar:

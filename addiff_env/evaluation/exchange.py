@@ -185,11 +185,6 @@ def _describe_flat(out: Path, pictures: Sequence[Picture], metadata: Sequence[Ma
     return {f"{group}/prompts.jsonl": "".join(map(line, own)) for group, own in _by_group(pictures).items()}
 
 
-def _describe_nothing(out: Path, pictures: Sequence[Picture], metadata: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """The names of the files say everything."""
-    return {}
-
-
 def _by_group(pictures: Iterable[Picture]) -> dict[str, list[Picture]]:
     groups: dict[str, list[Picture]] = {}
     for one in pictures:
@@ -358,7 +353,7 @@ class Layout:
 
 LAYOUTS = {
     "geneval": Layout(_place_geneval, _describe_geneval, _read_geneval, with_metadata=True),
-    "t2i-compbench": Layout(_place_t2i, _describe_nothing, _read_t2i),
+    "t2i-compbench": Layout(_place_t2i, lambda out, pictures, metadata: {}, _read_t2i),
     "geneval2": Layout(_place_geneval2, _describe_geneval2, _read_geneval2),
     "flat": Layout(_place_flat, _describe_flat, _read_flat),
 }

@@ -194,14 +194,14 @@ def choose_rule(
     for look_at in range(first, steps):
         policy = ThresholdRule(look_at, max(taus), steps)
         found = stop_outcomes(env, policy, look_at, items, f"looking after {look_at} steps", price)
-        table |= {(look_at, tau): float(np.mean([_stopped(own, tau).value for own in found])) for tau in taus}
+        table |= {(look_at, tau): _mean_return(found, tau) for tau in taus}
     (look_at, tau), value = max(table.items(), key=lambda entry: entry[1])
     return RuleChoice(look_at, tau, value, len(items), len(table))
 
 
-def _stopped(found: Sequence[StopOutcome], tau: float) -> Episode:
-    """The episode of a rule that stops at the first score of at least ``tau``."""
-    return next(outcome.episode for outcome in found if outcome.score >= tau)
+def _mean_return(found: Sequence[Sequence[StopOutcome]], tau: float) -> float:
+    """Of a rule that stops at the first score of at least ``tau``."""
+    return float(np.mean([next(one.episode.value for one in own if one.score >= tau) for own in found]))
 
 
 def constants(env: DiffusionDenoiseVectorEnv, items: Sequence[Item], price: float | None = None) -> list[PolicyRun]:

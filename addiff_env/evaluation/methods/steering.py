@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from addiff_env.diffusion.backbones import Conditioning, draw_noise, to_uint8
-from addiff_env.diffusion.samplers import Level, ancestral_between, ddim_between, renoise_between
+from addiff_env.diffusion.samplers import ancestral_between, ddim_between, renoise_between
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.base import Batched, decode_finite
@@ -361,13 +361,10 @@ class Restart(Steered):
         again = range(self.first, self.last)
         latents = self._down(latents, range(self.last), conditioning)
         for _ in range(self.restarts):
-            low, high = (self._level(k, len(items)) for k in (self.last, self.first))
+            low, high = (self.schedule.current.at([k] * len(items)) for k in (self.last, self.first))
             latents = renoise_between(latents, low, high, self._fresh(generators))
             latents = self._down(latents, again, conditioning)
         return self._down(latents, range(self.last, self.steps), conditioning)
-
-    def _level(self, index: int, lanes: int) -> Level:
-        return self.schedule.current.at([index] * lanes)
 
     def _down(self, latents: torch.Tensor, points: range, conditioning: Conditioning) -> torch.Tensor:
         for index in points:

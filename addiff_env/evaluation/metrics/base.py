@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -55,6 +55,14 @@ def unmeasured(name: str) -> str:
 def columns_of(metrics: Sequence[Metric], item: Item) -> tuple[str, ...]:
     """Names of all scores that a picture of ``item`` gets."""
     return tuple(dict.fromkeys(name for metric in metrics for name in metric.columns(item)))
+
+
+def category_means(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Mean score of every category."""
+    by: dict[str, list[float]] = {}
+    for category, score in scores:
+        by.setdefault(category, []).append(score)
+    return {category: float(np.mean(values)) for category, values in by.items()}
 
 
 def as_tensor(pictures: np.ndarray, device: torch.device | str) -> torch.Tensor:

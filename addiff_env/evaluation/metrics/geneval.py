@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.metrics.base import category_means
 from addiff_env.evaluation.metrics.detectors import (
     MASK2FORMER,
     SETTING,
@@ -209,21 +210,18 @@ def _wrong_place(
 # --------------------------------------------------------------------------- a run
 
 
-def summarize(results: Iterable[tuple[str, bool]]) -> dict[str, float]:
+def summarize(results: Iterable[tuple[str, float]]) -> dict[str, float]:
     """Share of correct pictures per tag, and under ``overall`` the mean over tags, GenEval's headline number.
 
     Args:
-        results: (tag, correct) of every picture.
+        results: (tag, 0 or 1) of every picture.
 
     Raises:
         ValueError: no results.
     """
-    by_tag: dict[str, list[bool]] = {}
-    for tag, correct in results:
-        by_tag.setdefault(tag, []).append(bool(correct))
-    if not by_tag:
+    shares = category_means(results)
+    if not shares:
         raise ValueError("no GenEval results to summarize")
-    shares = {tag: float(np.mean(values)) for tag, values in by_tag.items()}
     return {**shares, "overall": float(np.mean(list(shares.values())))}
 
 

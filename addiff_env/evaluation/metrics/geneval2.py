@@ -164,19 +164,18 @@ def summarize(scores: Sequence[tuple[str, Mapping[str, float]]], skills: Sequenc
         scores: category and scores (`soft_tifa`) of every picture.
         skills: of every picture's atoms.
     """
-    found = {"overall": _mean([own[GM] for _, own in scores]), AM: _mean([own[AM] for _, own in scores])}
+    found = {
+        "overall": float(np.mean([own[GM] for _, own in scores])),
+        AM: float(np.mean([own[AM] for _, own in scores])),
+    }
     for skill in dict.fromkeys(skill for own in skills for skill in own):
         name = PREFIX + skill
         pairs = [(own[name], asked.count(skill)) for (_, own), asked in zip(scores, skills, strict=True) if name in own]
         if pairs:
             found[skill] = sum(value * number for value, number in pairs) / sum(number for _, number in pairs)
     for category in sorted({category for category, _ in scores}, key=lambda name: (len(name), name)):
-        found[category] = _mean([own[GM] for name, own in scores if name == category])
+        found[category] = float(np.mean([own[GM] for name, own in scores if name == category]))
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
 
 
 def open_geneval2(rest: str, device: str) -> SoftTifa:

@@ -18,13 +18,13 @@ Behind a colon follows what `addiff_env.scorers.load_scorer` takes, or the model
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
 
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.metrics.base import Metric, Scored, as_tensor
+from addiff_env.evaluation.metrics.base import Metric, Scored, as_tensor, category_means
 from addiff_env.evaluation.statistics.rules import MARGINS as MARGINS
 from addiff_env.evaluation.statistics.rules import SHARE as SHARE
 from addiff_env.evaluation.statistics.rules import margins_of as margins_of
@@ -244,9 +244,7 @@ def protocol_scores(rows: Sequence[ResultRow], items: Sequence[Item] = ()) -> di
         having = [row for row in rows if score_value(row, metric) is not None]
         for method in dict.fromkeys(row.method for row in having):
             pairs = [(row.category, row.scores[metric]) for row in having if row.method == method]
-            geneval = metric == "geneval"
-            shares = summarize((tag, bool(v)) for tag, v in pairs) if geneval else category_means(pairs)
-            found.setdefault(metric, {})[method] = shares
+            found.setdefault(metric, {})[method] = (summarize if metric == "geneval" else category_means)(pairs)
     return found | _soft_tifa(rows, items)
 
 
@@ -263,11 +261,3 @@ def _soft_tifa(rows: Sequence[ResultRow], items: Sequence[Item]) -> dict[str, di
             asked = [skills[row.prompt, row.seed] for row in own]
             methods[method] = summarize([(row.category, scores_of(row)) for row in own], asked)
     return {"geneval2": methods} if methods else {}
-
-
-def category_means(scores: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Mean score of every category."""
-    by: dict[str, list[float]] = {}
-    for category, score in scores:
-        by.setdefault(category, []).append(score)
-    return {category: float(np.mean(values)) for category, values in by.items()}

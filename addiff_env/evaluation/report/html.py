@@ -55,7 +55,7 @@ from addiff_env.evaluation.run.run_folder import (
     write_verdicts,
 )
 from addiff_env.evaluation.statistics.decide import decide
-from addiff_env.evaluation.statistics.decision import Decision, Rules
+from addiff_env.evaluation.statistics.decision import Decision
 from addiff_env.evaluation.statistics.families import agent_runs
 from addiff_env.evaluation.statistics.rules import configured_rules, read_rules
 from addiff_env.evaluation.statistics.speed import Speed
@@ -149,7 +149,7 @@ def render(
         verdicts=verdicts,
         tiers=[(tier.title, found) for tier, found in by_tier(verdicts)],
         claims={one.hypothesis: claims_of(rules).get(stated_name(one.hypothesis), "") for one in verdicts},
-        rules=_rules(rules),
+        rules={**asdict(rules), "alpha": f"{100 * rules.alpha:g}", "level": f"{100 * rules.level:g}"},  # in percent
         left_out=provenance.get(LEFT_OUT, []),
         subject=subject_of(rows),
         methods=main_section(rows),
@@ -169,11 +169,6 @@ def render(
         failures=cards.failures() if own else None,
         provenance=_provenance(folder, rows, provenance),
     )
-
-
-def _rules(rules: Rules) -> dict[str, Any]:
-    """The rules, the level of the tests in percent."""
-    return {**asdict(rules), "alpha": f"{100 * rules.alpha:g}", "level": f"{100 * rules.level:g}"}
 
 
 @cache

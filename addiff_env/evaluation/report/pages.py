@@ -105,7 +105,8 @@ def fill_pages(pages: Sequence[Path], run: Run) -> list[Path]:
             if owner != run.name:
                 return found[0]
             if part == "plot":
-                _copy(run.folder / f"{PLOT}.png", plot)
+                with replacing(plot) as partial:
+                    shutil.copyfile(run.folder / f"{PLOT}.png", partial)
                 written.append(plot)
             text = PARTS[part](run, rows, plot.relative_to(page.parent).as_posix())
             return f"<!-- results: {found['name']} -->\n{text.strip()}\n<!-- end: {found['name']} -->"
@@ -118,11 +119,6 @@ def fill_pages(pages: Sequence[Path], run: Run) -> list[Path]:
 def _pictures_of(page: Path) -> Path:
     """Where a page's pictures lie: beside it, or in ``docs`` below it."""
     return page.parent / "docs" if (page.parent / "docs").is_dir() else page.parent
-
-
-def _copy(source: Path, target: Path) -> None:
-    with replacing(target) as partial:
-        shutil.copyfile(source, partial)
 
 
 # --------------------------------------------------------------------------- parts
@@ -142,19 +138,8 @@ def _command(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
     return f"{_sample(run, rows, plot)} Making the pictures took {minutes:,.0f} min:\n\n```sh\n{run.command}\n```"
 
 
-def _table(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
-    """Every method by category, as the run prints it."""
-    return f"```text\n{summary_table(rows, notes_of(run.folder, rows))}\n```"
-
-
-def _seconds(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
-    """Pictures a second at equal quality, and where they were measured."""
-    return f"```text\n{speed_text(run.folder)}\n```"
-
-
-def _bars(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
-    """What is asked of one agent for every price."""
-    return f"```text\n{read_text(RunFolder(run.folder).bars).rstrip()}\n```"
+def _as_printed(text: str) -> str:
+    return "\n".join(filter(None, ["```text", text, "```"]))
 
 
 def _summary(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
@@ -214,11 +199,6 @@ def _p_value(p: float) -> str:
     return "-" if math.isnan(p) else "< .0001" if p < 1e-4 else f"{p:.2g}".removeprefix("0")
 
 
-def _verdicts(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
-    """The hypotheses with their parts."""
-    return "\n".join(["```text", *describe_tiers(read_verdicts(run.folder)).splitlines(), "```"])
-
-
 def _plot(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
     """Quality against compute."""
     number = len(by_method(rows))
@@ -230,10 +210,10 @@ def _plot(run: Run, rows: Sequence[ResultRow], plot: str) -> str:
 PARTS: dict[str, Callable[[Run, Sequence[ResultRow], str], str]] = {
     "summary": _summary,
     "command": _command,
-    "table": _table,
-    "seconds": _seconds,
+    "table": lambda run, rows, plot: _as_printed(summary_table(rows, notes_of(run.folder, rows))),
+    "seconds": lambda run, rows, plot: _as_printed(speed_text(run.folder)),
     "differences": _differences,
-    "verdicts": _verdicts,
+    "verdicts": lambda run, rows, plot: _as_printed(describe_tiers(read_verdicts(run.folder))),
     "plot": _plot,
-    "bars": _bars,
+    "bars": lambda run, rows, plot: _as_printed(read_text(RunFolder(run.folder).bars).rstrip()),
 }

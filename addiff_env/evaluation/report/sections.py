@@ -33,7 +33,6 @@ from addiff_env.evaluation.statistics.pairing import on_common_pictures
 from addiff_env.evaluation.statistics.speed import Speed
 from addiff_env.evaluation.statistics.summary import (
     NOT_AVAILABLE,
-    Estimate,
     by_method,
     by_num_requirements,
     categories_of,
@@ -217,12 +216,11 @@ def _judged_tables(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _pair_line(pair: Mapping[str, Any]) -> dict[str, Any]:
     """Two methods' line: shares of wins, ties and losses as cells."""
-    rates = [_rate(pair[outcome], pair["pairs"]) if outcome in pair else Shown("–") for outcome in OUTCOMES]
-    return {**pair, "rates": rates}
 
+    def rate(share: float, low: float, high: float) -> Shown:
+        return shown(Cell(100 * share, 1, 100 * low, 100 * high, level=share))
 
-def _rate(found: Mapping[str, float], number: int) -> Shown:
-    return shown(score_cell(Estimate(number, found["share"], 0.0, found["low"], found["high"]), True, number))
+    return {**pair, "rates": [rate(**pair[one]) if one in pair else Shown("–") for one in OUTCOMES]}
 
 
 def _ranking(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[Shown]]]:

@@ -137,16 +137,13 @@ def resampled_means(
     }
     chunks: dict[str, list[np.ndarray]] = {name: [] for name in values}
     for start, drawn in _weight_chunks(prompt_stream, number, draws):
-        weights = drawn if pictures is None else _normalised(drawn * pictures)
+        weights = drawn if pictures is None else drawn * pictures
+        if pictures is not None:
+            weights /= weights.sum(1, keepdims=True)
         for name, array in values.items():
             means = (weights @ array.reshape(-1, number).T).reshape(-1, *array.shape[:2])  # (D, measures, runs)
             chunks[name].append(_over_runs(means, run_weights.get(name), start))
     return {name: np.concatenate(parts) for name, parts in chunks.items()}
-
-
-def _normalised(weights: np.ndarray) -> np.ndarray:
-    """Rows (D, n) that add up to 1."""
-    return np.asarray(weights / weights.sum(1, keepdims=True))
 
 
 def _over_runs(means: np.ndarray, weights: np.ndarray | None, start: int) -> np.ndarray:

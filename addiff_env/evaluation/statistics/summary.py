@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -213,18 +212,24 @@ def summarise(rows: Sequence[ResultRow], shares: frozenset[str] | None = None) -
     """
     known = share_metrics(rows) if shares is None else shares
     return [
-        MethodSummary(method, len(group), _scores(group, known), _costs(group), action_shares(group))
+        MethodSummary(
+            method,
+            len(group),
+            _estimates(group, metric_names(group), score_value, known),
+            _estimates(group, [cost.name for cost in COSTS], cost_value, frozenset()),
+            action_shares(group),
+        )
         for method, group in by_method(rows).items()
     ]
 
 
-def _scores(group: Sequence[ResultRow], shares: frozenset[str]) -> dict[str, Estimate]:
-    found = {name: estimate_of(group, partial(score_value, name=name), name in shares) for name in metric_names(group)}
-    return {name: one for name, one in found.items() if one is not None}
-
-
-def _costs(group: Sequence[ResultRow]) -> dict[str, Estimate]:
-    found = {cost.name: estimate_of(group, partial(cost_value, name=cost.name)) for cost in COSTS}
+def _estimates(
+    group: Sequence[ResultRow],
+    names: Sequence[str],
+    value: Callable[[ResultRow, str], float | None],
+    shares: frozenset[str],
+) -> dict[str, Estimate]:
+    found = {name: estimate_of(group, lambda row: value(row, name), name in shares) for name in names}  # noqa: B023
     return {name: one for name, one in found.items() if one is not None}
 
 

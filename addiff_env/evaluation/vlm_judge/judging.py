@@ -121,10 +121,6 @@ def _share_ceiling(judges: Mapping[str, Judge], name: str, pairs: Sequence[Pair]
         judges[name].ceiling_usd = min(judges[name].settings.max_usd, max_usd - others)
 
 
-def _total_cost(judges: Mapping[str, Judge]) -> float:
-    return sum(judge.spent_usd for judge in judges.values())
-
-
 def ask_all(
     judges: Mapping[str, Judge], pairs: Sequence[Pair], max_usd: float | None = None
 ) -> dict[str, list[Preference]]:
@@ -202,7 +198,7 @@ def judgement(judges: Mapping[str, Judge], by_judge: Mapping[str, Sequence[Prefe
         "prompts": len({prompt for prompt, _ in places}),
         "pictures": len(places),
         "methods": list(dict.fromkeys(name for p in together for name in (p.method_a, p.method_b))),
-        "spent_usd": _total_cost(judges),
+        "spent_usd": sum(judge.spent_usd for judge in judges.values()),
         "judges": {
             name: {"model": judge.settings.model, "spent_usd": judge.spent_usd, **describe_judge(by_judge[name])}
             for name, judge in judges.items()
@@ -229,7 +225,9 @@ def describe(found: Mapping[str, Any]) -> str:
             lines.append(
                 f"  {pair['method_a']} against {pair['method_b']}: {rates or 'no answers'} ({pair['pairs']} pairs)"
             )
-    lines += [f"{' and '.join(a['judges'])}: kappa {_number(a['kappa'])}" for a in found["agreement"]]
+    for pair in found["agreement"]:
+        kappa = "undefined" if pair["kappa"] is None else f"{pair['kappa']:.3f}"
+        lines.append(f"{' and '.join(pair['judges'])}: kappa {kappa}")
     lines += ["Bradley-Terry log-strengths:"] if found["together"]["ranking"] else []
     for strength in found["together"]["ranking"]:
         low, high = strength["low"], strength["high"]
@@ -239,10 +237,6 @@ def describe(found: Mapping[str, Any]) -> str:
 
 
 _WORDS = (("a", "won"), ("tie", "tied"), ("b", "lost"))
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
 
 
 # --------------------------------------------------------------------------- the command
