@@ -211,6 +211,10 @@ def _measure(
     found = time_methods(
         methods, items, rounds, warm_up=size, seed=seed, before=forget_texts, kept=replace(kept, sessions=()), keep=keep
     )
+    there = read_timings(folder)
+    if not found.methods and there is not None and there.rounds:  # a device that is gone is no reason to forget them
+        why = "; ".join(f"{name}: {reason}" for name, reason in found.untimed.items())
+        raise ValueError(f"nothing can be timed any more; {there.rounds} rounds are kept in {folder} ({why})")
     found = with_session(found)
     write_timings(folder, found)
     return found

@@ -43,16 +43,6 @@ class MinDifference:
         """Upper bound that allows for the number of differences."""
         return self.ceiling(critical_value(self.differences.values(), (1 - self.level) / 2))
 
-    @property
-    def standard_error(self) -> float:
-        """Of the smallest difference."""
-        return self.differences[self.nearest].standard_error
-
-    @property
-    def run_error(self) -> float:
-        """Of the smallest difference."""
-        return self.differences[self.nearest].run_error
-
     def ceiling(self, critical: float) -> float:
         """Upper bound that holds together with others, see `critical_value`."""
         return min(one.ceiling(critical) for one in self.differences.values())

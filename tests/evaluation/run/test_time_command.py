@@ -108,6 +108,26 @@ def test_rounds_are_kept_and_other_settings_are_refused(run, still_clock):
     assert time_command.time_run(run, 1, prompts=3, batch_size=2, anew=True).rounds == 1
 
 
+def test_a_device_that_is_gone_costs_no_round(run, still_clock, monkeypatch):
+    time_command.time_run(run, rounds=1, prompts=2, batch_size=2)
+    before, left = (run / "timings.json").read_bytes(), [0]
+
+    def gone(method, items, make=timing._make):
+        left[0] -= 1
+        if left[0] < 0:
+            raise RuntimeError("CUDA error: device lost")
+        return make(method, items)
+
+    monkeypatch.setattr(timing, "_make", gone)
+    with pytest.raises(ValueError, match="1 rounds are kept in .*ddim-2: RuntimeError: CUDA error: device lost"):
+        time_command.time_run(run, rounds=2, prompts=2, batch_size=2)
+    assert (run / "timings.json").read_bytes() == before
+    left[0] = 2 * len([*METHODS, *CONTROLS])  # warm-up and one round more
+    with pytest.raises(ValueError, match="2 rounds are kept"):
+        time_command.time_run(run, rounds=3, prompts=2, batch_size=2)
+    assert read_timings(run).rounds == 2
+
+
 def test_ctrl_c_keeps_what_was_finished(run, monkeypatch, capsys):
     real = timing._round
     rounds = count()
