@@ -22,6 +22,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from addiff_env.agent import Agent
+from addiff_env.env.validation import preset_of
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.storage.commands import interruptible
 from addiff_env.storage.files import claim_file, told_when_full
@@ -226,6 +227,7 @@ def _record(options: argparse.Namespace) -> None:
     agent = Agent.from_pretrained(options.agent) if options.agent else None
     name, kwargs = agent.environment if agent else (options.env, {})
     paid = {"reward": agent.config["reward"]} if agent and "reward" in agent.config else {}  # as training left it
+    preset_of(name)
     modes = {"num_envs": options.num_envs, "autoreset_mode": AutoresetMode.DISABLED}
     env = gym.make_vec(name, **modes, **kwargs | paid).unwrapped
     assert isinstance(env, DiffusionDenoiseVectorEnv)

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
-import gymnasium as gym
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+import addiff_env
 from addiff_env.env.config import EnvConfig
 from addiff_env.env.training_settings import as_mapping
-from addiff_env.env.validation import at_least, checked
+from addiff_env.env.validation import at_least, checked, preset_of
 from addiff_env.loading.paths import configs_folder
 from addiff_env.storage.files import read_yaml
 
@@ -52,8 +52,7 @@ def read_chosen(words: Sequence[str]) -> Chosen:
     """The environment of the words.
 
     Raises:
-        ValueError: a word that is no setting or that cannot be read, or no such preset; gymnasium.error.Error: no such
-            id.
+        ValueError: a word that is no setting or that cannot be read, no such preset or id, or one of another kind.
     """
     given: dict[str, Any] = {}
     for word in words:
@@ -68,7 +67,7 @@ def read_chosen(words: Sequence[str]) -> Chosen:
             close = ", ".join(difflib.get_close_matches(name, [*known, "env", "num_envs"])) or "env, num_envs, device"
             raise ValueError(f"the environment has no setting {name!r}; close to it: {close}")
     overrides = preset | given
-    return Chosen(env_id, lanes, dict(gym.spec(env_id).kwargs) | overrides, overrides)
+    return Chosen(env_id, lanes, preset_of(env_id) | overrides, overrides)
 
 
 def _read_word(word: str) -> tuple[str, Any]:
@@ -92,9 +91,11 @@ def _preset(name: Any) -> tuple[str, dict[str, Any], int]:
         preset: Any = read_yaml(folder / f"{name}.yaml")
         return preset.env.id, as_mapping(preset.env.kwargs) | _reward_of(preset), preset.num_envs
     try:
-        gym.spec(str(name))
-    except gym.error.Error as error:
-        raise ValueError(f"env={name}: expected one of {', '.join(known)}, or a registered id: {error}") from error
+        preset_of(str(name))
+    except ValueError as error:
+        close = difflib.get_close_matches(str(name), [*known, *addiff_env.PRESETS])
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(f"env={name}: {hint}expected one of {', '.join(known)}, or an id: {error}") from error
     return str(name), {}, 1
 
 
@@ -103,5 +104,5 @@ def _reward_of(preset: Any) -> dict[str, Any]:
     group = as_mapping(preset.reward) if "reward" in preset else {}
     settings = {"price_range": group["price_range"]} if group.get("price_range") else {}
     if weights := group.get("weights"):
-        settings["reward"] = {**(gym.spec(preset.env.id).kwargs.get("reward") or {}), **weights}
+        settings["reward"] = {**(preset_of(preset.env.id).get("reward") or {}), **weights}
     return settings

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from addiff_env.diffusion.backbones import denoise, initial_noise
 from addiff_env.env.prompts import check_prompt, shorten
 from addiff_env.env.reward import RewardConfig, quality
-from addiff_env.env.validation import at_least, check_seed, checked
+from addiff_env.env.validation import at_least, check_seed, checked, preset_of
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.storage.commands import FAILED, command_line, interruptible, json_argument
@@ -299,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    preset_of(options.env)
     env = gym.make_vec(options.env, num_envs=1, **options.kwargs).unwrapped
     assert isinstance(env, DiffusionDenoiseVectorEnv)
     steps = env.config.num_inference_steps if options.steps is None else options.steps

@@ -21,11 +21,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import torch
 
 from addiff_env.diffusion.backbones import Backbone, count_flops, initial_noise, load_backbone
 from addiff_env.env.config import EnvConfig
+from addiff_env.env.validation import preset_of
 from addiff_env.loading.paths import resolve_model
 from addiff_env.loading.weights import resolve_device, resolve_dtype
 from addiff_env.perception.encoders import load_clip, load_dino
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(memory_table())
         return 0
-    settings = dict(gym.spec(options.id).kwargs) | dict(map(_read_setting, options.set))
+    settings = preset_of(options.id) | dict(map(_read_setting, options.set))
     config = _resolved(EnvConfig(**settings))
     lanes = min(16, config.batch_size) if options.lanes is None else options.lanes
     report = {

@@ -7,12 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any
 
-import gymnasium as gym
 from omegaconf import DictConfig, OmegaConf
 
 from addiff_env.env.prices import read_price_range
 from addiff_env.env.prompts import load_prompts
-from addiff_env.env.validation import Rule, above, at_least, at_most, below, checked
+from addiff_env.env.validation import Rule, above, at_least, at_most, below, checked, preset_of
 from addiff_env.stats import spread
 from addiff_env.storage.inputs import FILE_SETTINGS, differing, flatten
 
@@ -73,14 +72,14 @@ def env_settings(cfg: DictConfig) -> dict[str, Any]:
     if (prices := read_price_range(cfg.reward.get("price_range"))) is not None:  # earlier releases have none
         settings["price_range"] = list(prices)
     if weights := as_mapping(cfg.reward.weights):
-        preset = gym.spec(cfg.env.id).kwargs.get("reward") or {}
+        preset = preset_of(cfg.env.id).get("reward") or {}
         settings["reward"] = {**preset, **weights}
     return settings
 
 
 def env_inputs(cfg: DictConfig) -> dict[str, Any]:
     """The settings of the environment that may name files, by the names that the configuration has."""
-    settings = gym.spec(cfg.env.id).kwargs | env_settings(cfg)
+    settings = preset_of(cfg.env.id) | env_settings(cfg)
     named = {f"env.kwargs.{name}": settings.get(name) for name in FILE_SETTINGS}
     prompts = named.pop("env.kwargs.prompts")
     return {**named, "prompts.source": prompts}

@@ -16,7 +16,10 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+import gymnasium as gym
 import torch
+
+import addiff_env
 
 MOST_SHOWN = 200  # characters of a value in a message
 
@@ -26,6 +29,21 @@ class Rule(NamedTuple):
 
     text: str
     holds: Callable[[Any], bool]
+
+
+def preset_of(env_id: str) -> dict[str, Any]:
+    """The settings that an environment of this package is registered with.
+
+    Raises:
+        ValueError: no such id, or one of an environment of another kind.
+    """
+    known = f"known: {', '.join(sorted(addiff_env.PRESETS))}"
+    spec = gym.registry.get(env_id)
+    if spec is None:
+        raise ValueError(f"{env_id!r} is no registered environment; {known}")
+    if "model" not in spec.kwargs:
+        raise ValueError(f"{env_id!r} is an environment of another kind ({spec.entry_point}): no model; {known}")
+    return dict(spec.kwargs)
 
 
 def at_least(least: float) -> Rule:

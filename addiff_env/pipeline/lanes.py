@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 
-import addiff_env
 from addiff_env.agent import Agent, flat_observation
 from addiff_env.env.prices import check_price
 from addiff_env.env.reward import quality
+from addiff_env.env.validation import preset_of
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.types import Action, Generated
 
@@ -43,14 +43,9 @@ def make_agent_env(
 
 
 def require_registered(env_id: str | None) -> None:
-    """Check that there is an environment of this id; None passes. ValueError: there is none, or it denoises nothing."""
-    if env_id is None:
-        return
-    known = f"known: {', '.join(sorted(addiff_env.PRESETS))}"
-    if env_id not in gym.registry:
-        raise ValueError(f"{env_id!r} is no registered environment; {known}")
-    if "model" not in gym.spec(env_id).kwargs:
-        raise ValueError(f"{env_id!r} has no setting model: it denoises nothing; {known}")
+    """Check that there is an environment of this id; None passes. Raises as `preset_of`."""
+    if env_id is not None:
+        preset_of(env_id)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import gymnasium as gym
 from omegaconf import DictConfig, OmegaConf
 
 from addiff_env.env.reward import RewardConfig
@@ -22,7 +21,7 @@ from addiff_env.env.training_settings import (
     env_settings,
     resolved,
 )
-from addiff_env.env.validation import at_least
+from addiff_env.env.validation import at_least, preset_of
 from addiff_env.rllib import checkpoint
 from addiff_env.storage.commands import spelled
 from addiff_env.storage.files import read_json, read_yaml, write_whole
@@ -63,7 +62,7 @@ def check_settings(cfg: DictConfig) -> None:
     for name, (only, reason) in UNUSED.items():
         if (value := OmegaConf.select(cfg, name)) != only:
             raise ValueError(f"{name}={value}: RLlib's trainer {reason}; it takes {spelled(only)} alone")
-    reward = env_settings(cfg).get("reward") or gym.spec(cfg.env.id).kwargs.get("reward") or {}
+    reward = env_settings(cfg).get("reward") or preset_of(cfg.env.id).get("reward") or {}
     check_discount(cfg, RewardConfig.from_dict(reward).gamma)
 
 

@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from addiff_env.env.training_settings import env_settings, held_out_prompts
+from addiff_env.env.validation import preset_of
 from addiff_env.sb3.held_out import MetricFn
 from addiff_env.sb3.training import describe_kept, train
 from addiff_env.storage.commands import command_line, interruptible
@@ -42,7 +42,7 @@ def success_metric(cfg: DictConfig) -> MetricFn | None:
     """
     if not cfg.env.id.startswith("AdDiffusion-Tiny-"):
         return None
-    prompts, settings = held_out_prompts(cfg), gym.spec(cfg.env.id).kwargs | env_settings(cfg)
+    prompts, settings = held_out_prompts(cfg), preset_of(cfg.env.id) | env_settings(cfg)
     if reason := _beyond_the_checker(prompts, settings["height"], settings["width"]):
         warnings.warn(f"held-out pictures are not judged, there will be no held_out/success: {reason}", stacklevel=2)
         return None

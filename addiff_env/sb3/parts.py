@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 from omegaconf import DictConfig
 from stable_baselines3.common.vec_env import VecMonitor
 
@@ -22,6 +21,7 @@ from addiff_env.env.training_settings import (
     env_settings,
     held_out_prompts,
 )
+from addiff_env.env.validation import preset_of
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.sb3.callbacks import (
@@ -56,7 +56,7 @@ def check_settings(cfg: DictConfig) -> None:
     """
     check_numbers(cfg, {"reward.target_nfe": float | None, "algorithm.gae_lambda_end": Share | None})
     target = cfg.reward.target_nfe
-    price_range = (gym.spec(cfg.env.id).kwargs | env_settings(cfg)).get("price_range")
+    price_range = (preset_of(cfg.env.id) | env_settings(cfg)).get("price_range")
     if target is not None and read_price_range(price_range) is not None:
         one, many = f"reward.target_nfe={target:g} searches one price", f"reward.price_range={price_range} draws many"
         raise ValueError(f"{one}, {many}: set one of them")

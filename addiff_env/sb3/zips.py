@@ -17,6 +17,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecEnv
 
 from addiff_env.agent import Agent
+from addiff_env.env.validation import preset_of
 from addiff_env.loading.paths import looked_at
 from addiff_env.loading.weights import reason
 from addiff_env.sb3.policies import ALGORITHMS, DenoisePolicy
@@ -91,10 +92,12 @@ def _export(options: argparse.Namespace) -> None:
     agent = Agent.load(options.agent)
     name, kwargs = agent.environment
     export_zip(agent, make_vec_env(name, 1, **kwargs), options.zip)
-    print(f"agent {agent.fingerprint} -> {options.zip}")
+    written = options.zip if Path(options.zip).suffix else f"{options.zip}.zip"  # as Stable-Baselines3 names it
+    print(f"agent {agent.fingerprint} -> {written}")
 
 
 def _import(options: argparse.Namespace) -> None:
+    preset_of(options.env)
     config = {"env": {"id": options.env, "kwargs": {}}}
     agent = import_zip(options.zip, config, options.trust_pickle, options.algorithm)
     agent.save(options.agent)

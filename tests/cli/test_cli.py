@@ -37,6 +37,30 @@ def test_every_verb_is_a_program_that_names_itself(verb, capsys):
     )
 
 
+@pytest.mark.parametrize("verb", ["doctor", "selftest", "bench", "train", "baselines", "convert", "profile", "record"])
+@pytest.mark.parametrize(
+    ("env_id", "said"), [("CartPole-v1", "another kind"), ("AdDiffusion-Tiny-v9", "no registered")]
+)
+def test_an_environment_of_another_kind_is_called_so(
+    verb: str, env_id: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    (tmp_path / "agent.zip").touch()
+    words = {
+        "doctor": [f"env={env_id}"],
+        "selftest": [f"env={env_id}"],
+        "bench": [f"id={env_id}"],
+        "train": [f"env.id={env_id}", f"hydra.run.dir={tmp_path / 'run'}"],
+        "baselines": [str(tmp_path / "kept.jsonl"), "--env", env_id],
+        "convert": ["import", str(tmp_path / "agent.zip"), str(tmp_path / "agent"), "--env", env_id],
+        "profile": ["--id", env_id],
+        "record": ["some/data-v0", "--env", env_id],
+    }
+    assert cli.main([verb, *words[verb]]) == 1
+    told = capsys.readouterr().err
+    assert said in told and repr(env_id) in told and "AdDiffusion-Tiny-v0" in told
+
+
 @pytest.mark.parametrize("verb", [verb for verb in cli.VERBS if verb not in (*HYDRA, "world train")])
 def test_an_unknown_option_is_bad_usage(verb, capsys):
     with pytest.raises(SystemExit) as left:
