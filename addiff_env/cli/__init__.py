@@ -16,7 +16,7 @@ import gymnasium as gym
 
 import addiff_env
 from addiff_env.loading.paths import expand_home
-from addiff_env.storage.commands import is_out_of_memory
+from addiff_env.storage.commands import INTERRUPTED, is_out_of_memory
 
 VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does; a table, whose rows are meant to be alike
     "generate": ("addiff_env.cli.generate", "make pictures of prompts with a trained agent"),
@@ -118,7 +118,7 @@ def run(verb: str, argv: Sequence[str]) -> int:
     try:
         return import_module(VERBS[verb][0]).main(list(map(expand_home, argv)))
     except KeyboardInterrupt:
-        return 130  # as shells count signals: 128 + SIGINT
+        return INTERRUPTED
     except (*EXPECTED, MemoryError, RuntimeError) as error:
         expected = isinstance(error, EXPECTED) or is_out_of_memory(error)
         if os.environ.get("ADDIFF_TRACEBACK") or not expected:

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 
 from addiff_env.agent import Agent
-from addiff_env.cli.options import add_agent_options, overrides_of
+from addiff_env.cli.options import add_agent_options, number_in, overrides_of
 from addiff_env.env.prompts import BadRow, PromptRow, check_prompt, each_prompt, shorten
 from addiff_env.env.validation import check_seed
 from addiff_env.evaluation.benchmarks.items import item_of
-from addiff_env.evaluation.benchmarks.readers import Entry, entry_of
+from addiff_env.evaluation.benchmarks.readers import MAX_SEED, Entry, entry_of
 from addiff_env.evaluation.run.fingerprint import WEIGHTS, environment_of
 from addiff_env.evaluation.run.made_with import CONTENTS, keep_fingerprint, require_same
 from addiff_env.evaluation.run.rows import launched_shard, shard_path
@@ -37,7 +37,7 @@ from addiff_env.pipeline import SHIPPED_AGENT, AdaptivePipeline
 from addiff_env.pipeline.folder import PictureFolder, Task
 from addiff_env.pipeline.lanes import require_registered
 from addiff_env.stats import at_least_one
-from addiff_env.storage.commands import FAILED, interruptible
+from addiff_env.storage.commands import FAILED, described_parser, interruptible
 from addiff_env.storage.files import claim
 from addiff_env.storage.inputs import fingerprints
 
@@ -184,20 +184,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    described = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="addiff generate",
-        description=described[0],
-        epilog=described[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = described_parser("addiff generate", __doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("prompt", nargs="*", default=[], help="what to make pictures of, any number of prompts")
     source.add_argument("--prompts", metavar="FILE", help="a file of them: .txt, .csv, .tsv, .json or .jsonl")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where pictures and rows.jsonl go")
     parser.add_argument("--number", type=at_least_one, default=1, metavar="N", help="pictures of each prompt")
+    seeds = number_in(0, MAX_SEED)
     parser.add_argument(
-        "--seed", type=_seed, default=0, help="of the first picture; counts up, unless a row has a seed"
+        "--seed", type=seeds, default=0, help="of the first picture; counts up, unless a row has a seed"
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="for rows that have none of their own")
     parser.add_argument("--price", type=float, help="of an evaluation, for an agent trained with price_range")
@@ -207,10 +202,3 @@ def _parser() -> argparse.ArgumentParser:
     add_agent_options(parser, SHIPPED_AGENT)
     parser.add_argument("--num-envs", type=at_least_one, default=16, metavar="N", help="pictures denoised at once")
     return parser
-
-
-def _seed(text: str) -> int:
-    try:
-        return check_seed(int(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**63 - 1, got {text!r}") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from typing import Any
 
 _SETTINGS = ("model", "dtype", "device", "height", "width")  # of the environment
@@ -15,6 +17,22 @@ def add_agent_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--model", help="Hub id or folder of a diffusers pipeline")
     for name, kind in (("dtype", str), ("device", str), ("height", int), ("width", int)):
         parser.add_argument(f"--{name}", type=kind, help="setting of the environment")
+
+
+def number_in(low: float, high: float, kind: type[float] = int) -> Callable[[str], Any]:
+    """What reads a number of this ``kind`` from ``low`` to ``high``; for ``type=`` of `argparse`."""
+
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not low <= number <= high:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} from {low} to {high}, got {text!r}")
+        return number
+
+    return read
 
 
 def overrides_of(options: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,8 @@
     addiff selftest --out report.md              the embedded world; the report also as a file
 
 Each check passes, fails or is skipped with a reason, and one that fails keeps none from running. The report, in
-Markdown, can be pasted into an issue. Exit status 0: nothing failed; 1: something did.
+Markdown, can be pasted into an issue. Exit status 0: nothing failed; 1: something did;
+130: Ctrl-C was pressed, and the report is of the checks before.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -42,7 +43,7 @@ from addiff_env.loading.isolation import frozen, isolated
 from addiff_env.loading.memory import GIB
 from addiff_env.loading.weights import resolve_device, resolve_dtype
 from addiff_env.perception.scorers import load_scorer
-from addiff_env.storage.commands import command_line
+from addiff_env.storage.commands import INTERRUPTED, command_line
 from addiff_env.storage.files import write_whole
 from addiff_env.storage.pictures import read_picture
 
@@ -306,17 +307,18 @@ def check(subject: Subject, name: str) -> Result:
     return Result(title, outcome, " ".join(text.split()), time.perf_counter() - began)
 
 
-def run_checks(subject: Subject, names: Sequence[str]) -> list[Result]:
+def run_checks(subject: Subject, names: Sequence[str]) -> Iterator[Result]:
     """The results of the checks called so; where the model does not load, those that need it are skipped."""
-    results: dict[str, Result] = {}
-    for name in names:
+    loads = True
+    for name in dict.fromkeys(names):
         title = CHECKS[name][0]
-        if name != "imagereward" and "load" in results and results["load"].outcome == FAIL:
-            results[name] = Result(title, SKIPPED, "the model does not load")
+        if loads or name == "imagereward":
+            result = check(subject, name)
         else:
-            results[name] = check(subject, name)
-        print(f"{results[name].outcome:<8}{title}", file=sys.stderr, flush=True)
-    return list(results.values())
+            result = Result(title, SKIPPED, "the model does not load")
+        print(f"{result.outcome:<8}{title}", file=sys.stderr, flush=True)
+        yield result
+        loads = loads and not (name == "load" and result.outcome == FAIL)
 
 
 # --------------------------------------------------------------------------- the report
@@ -374,12 +376,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out:
         Path(options.out).touch()  # a place that cannot be written to is refused before anything is computed
     subject = Subject(chosen, _resolved(chosen.config))
-    results = run_checks(subject, names)
-    text = report(subject, results, command_line("addiff", "selftest", *options.settings))
+    results: list[Result] = []
+    status = 0
+    try:
+        for result in run_checks(subject, names):
+            results.append(result)
+            status |= result.outcome == FAIL
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        print(f"addiff selftest: interrupted after {len(results)} of {len(names)} checks", file=sys.stderr)
+    only = () if names == list(CHECKS) else ("--checks", options.checks)
+    text = report(subject, results, command_line("addiff", "selftest", *options.settings, *only))
     print(text)
     if options.out:
         write_whole(Path(options.out), text)
-    return int(any(result.outcome == FAIL for result in results))
+    return status
 
 
 def _resolved(config: EnvConfig) -> EnvConfig:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 from addiff_env.agent import Agent
-from addiff_env.cli.options import add_agent_options, overrides_of
+from addiff_env.cli.options import add_agent_options, number_in, overrides_of
 from addiff_env.env.prompts import load_prompts
 from addiff_env.pipeline import SHIPPED_AGENT, AdaptivePipeline
 from addiff_env.pipeline.lanes import require_registered
@@ -31,7 +31,7 @@ from addiff_env.serving.server import (
 )
 from addiff_env.serving.studio import Studio
 from addiff_env.stats import at_least_one
-from addiff_env.storage.commands import INTERRUPTED
+from addiff_env.storage.commands import INTERRUPTED, described_parser
 
 TOLD = "the tokenizer does not know|prompt truncated"  # warnings that the page itself shows to whom they concern
 
@@ -61,7 +61,7 @@ def _serve(options: argparse.Namespace, folder: str) -> int:
     prompts = None if options.prompts is None else load_prompts(options.prompts)
     print("loading ...", flush=True)
     studio = studio_of(options)
-    chosen = (studio.preset_prompts(options.presets) if prompts is None else prompts)[: options.presets]
+    chosen = studio.preset_prompts(options.presets) if prompts is None else prompts[: options.presets]
     from addiff_env.serving.page import build
 
     page = build(studio, studio.presets(chosen), options.queue_size, options.pace)
@@ -82,45 +82,27 @@ def _say(url: str, host: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    described = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="addiff web",
-        description=described[0],
-        epilog=described[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = described_parser("addiff web", __doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: this machine alone)")
-    parser.add_argument("--port", type=_port, default=7860, help="default: 7860")
+    parser.add_argument("--port", type=number_in(1, 65535), default=7860, help="default: 7860")
     parser.add_argument(
         "--queue-size", type=at_least_one, default=16, metavar="N", help="requests that may wait; more are turned away"
     )
     parser.add_argument("--steps", type=at_least_one, metavar="N", help="of the comparison (default: the id's)")
     parser.add_argument("--prompts", metavar="FILE", help="presets: .txt, .csv, .tsv, .json or .jsonl")
-    parser.add_argument("--presets", type=_count, default=6, metavar="N", help="how many are made at the start")
+    parser.add_argument(
+        "--presets", type=number_in(0, 1000), default=6, metavar="N", help="how many are made at the start"
+    )
     parser.add_argument(
         "--prompt-length", type=at_least_one, default=PROMPT_LENGTH, metavar="N", help="most characters of a prompt"
     )
     parser.add_argument(
-        "--pace", type=_seconds, default=0.1, metavar="SECONDS", help="between two steps that are shown, at least"
+        "--pace",
+        type=number_in(0, 60, float),
+        default=0.1,
+        metavar="SECONDS",
+        help="between two steps that are shown, at least",
     )
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
     add_agent_options(parser, SHIPPED_AGENT)
     return parser
-
-
-def _port(text: str) -> int:
-    if not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"must be from 1 to 65535, got {text}")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    if not 0 <= float(text) <= 60:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 60, got {text}")
-    return float(text)

@@ -15,7 +15,7 @@ from typing import Any
 
 from addiff_env.storage.files import DiskFullError
 
-INTERRUPTED = 130  # exit status of what Ctrl-C ended, as shells have it
+INTERRUPTED = 130  # exit status of what Ctrl-C ended, as shells count signals: 128 + SIGINT
 FAILED = 3  # exit status where some pictures could not be made, and the others were
 NO_WORDS = ("null", "true", "false", "inf", "nan")  # what Hydra reads as something else
 LAUNCHED = ("RANK", "WORLD_SIZE")  # set by accelerate and torchrun, one process each
@@ -47,6 +47,13 @@ def spelled(value: Any) -> str:
     if isinstance(value, str) and not (value.isidentifier() and value.isascii() and value.lower() not in NO_WORDS):
         return QuotedString(value, Quote.single).with_quotes()
     return str(value)
+
+
+def described_parser(prog: str, docstring: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with a docstring's first paragraph and ends with the others, as they stand."""
+    first, _, others = (docstring or "").partition("\n\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(prog=prog, description=first, epilog=others, formatter_class=raw)
 
 
 def json_argument(text: str) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_all_recipes_run_in_order_until_one_fails(monkeypatch):
     assert calls == [[recipe, "--seed", "1"] for recipe in RECIPES[: RECIPES.index("clip") + 1]]
 
 
-@pytest.mark.parametrize("words", [["nose"], ["--steps", "3"], ["--seed", "x"]])
+@pytest.mark.parametrize("words", [["nose"], ["--steps", "3"], ["--seed", "x"], ["--seed", "1", "clip"]])
 def test_what_not_every_recipe_takes_is_refused_before_the_first_runs(monkeypatch, capsys, words):
     monkeypatch.setattr(
         import_module("addiff_env.tiny.recipes.command").subprocess, "run", lambda *_: pytest.fail("ran")

@@ -126,6 +126,17 @@ def test_the_report_is_also_a_file(settings: Kwargs, capsys: pytest.CaptureFixtu
     assert status == 0 and out.read_text(encoding="utf-8").strip() == text.strip()
 
 
+def test_ctrl_c_leaves_the_report_of_what_was_checked(
+    settings: Kwargs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(subject: selftest.Subject) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(selftest.CHECKS, "parity", ("as diffusers' own pipeline", pressed))
+    status, text, outcomes = run(capsys, settings, "--checks", "load,parity,lanes")
+    assert status == 130 and outcomes == {"load": "pass"} and "--checks load,parity,lanes`" in text
+
+
 @pytest.mark.parametrize(
     ("options", "named"), [(["--checks", "paritee"], "paritee"), (["--out", "/nowhere/report.md"], "/nowhere")]
 )

@@ -62,6 +62,21 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
+    ("verb", "option", "value"),
+    [("web", "--port", "0"), ("web", "--port", "http"), ("web", "--presets", "-1"), ("web", "--presets", "x")]
+    + [("web", "--pace", "nan"), ("web", "--pace", "fast"), ("generate", "--seed", "1.5"), ("search", "--trials", "0")]
+    + [("world rules", "--number", "0"), ("world finishes", "--steps", "-1")],
+)
+def test_a_wrong_number_is_named_with_what_may_stand_there(
+    verb: str, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([*verb.split(), option, value])
+    told = capsys.readouterr().err
+    assert left.value.code == 2 and option in told and value in told and "must be" in told and "invalid _" not in told
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--agent", "no/such/folder"], "no/such/folder"),

@@ -66,6 +66,17 @@ def test_a_resumed_loop_starts_where_it_stopped(tmp_path: Path, capsys: pytest.C
     assert torch.equal(model.weight, before)
 
 
+@pytest.mark.parametrize(("name", "value"), [("seed", 4), ("batch", 16)])
+def test_a_training_with_other_settings_is_not_taken_for_this_one(tmp_path: Path, name: str, value: int) -> None:
+    args = argparse.Namespace(work=tmp_path, steps=1, seed=3, batch=8, device="cpu")
+    common.Loop("toy", args, {"model": nn.Linear(1, 1)}, lr=0.1).save()
+    args.steps = 2  # a longer one goes on
+    common.Loop("toy", args, {"model": nn.Linear(1, 1)}, lr=0.1).writer.close()
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=rf"toy\.pt.*{name} \d+, not {value}"):
+        common.Loop("toy", args, {"model": nn.Linear(1, 1)}, lr=0.1)
+
+
 def test_training_learns(tmp_path: Path) -> None:
     torch.manual_seed(0)
     start = (nn.Linear(4, 1).weight - 1).norm()
@@ -181,7 +192,7 @@ def test_the_preview_decoder_learns_what_the_autoencoder_decodes(
 ) -> None:
     monkeypatch.setattr(data, "_CHUNK", 16)
     captions, pictures = data.render_chunk((0, 0))
-    monkeypatch.setattr(data, "prepare", lambda work: None)
+    monkeypatch.setattr(data, "prepare", lambda work, seed: None)
     monkeypatch.setattr(data, "load", lambda work: (torch.from_numpy(pictures), captions))
     shutil.copytree(WEIGHTS / "pipeline" / "vae", tmp_path / "pipeline" / "vae")
     told = {}

@@ -1,6 +1,7 @@
 """What the verifier learns from, by hand: the record of how pictures end, the questions made of it, calibration."""
 
 import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -366,19 +367,30 @@ def test_a_group_passes_if_all_that_was_said_is_near(foretold: float | None, pai
 
 def test_all_lookers_are_made_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[list[str]] = []
-    monkeypatch.setattr(lookers.subprocess, "run", lambda words, check: made.append(words))
-    command_line(monkeypatch, "--work", str(tmp_path), "--out", str(tmp_path / "out"), "--seed", "3")
-    lookers.main()
+    statuses = dict.fromkeys(lookers.RECIPES, 0)
+
+    def run(words: list[str]) -> subprocess.CompletedProcess[bytes]:
+        made.append(words)
+        return subprocess.CompletedProcess(words, statuses[words[5]])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    folders = ["--work", str(tmp_path), "--out", str(tmp_path / "out")]
+    command_line(monkeypatch, *folders, "--seed", "3", "--device", "cpu:0")
+    assert lookers.main() == 0
     names = [words[5] for words in made]
     assert names == list(lookers.RECIPES) and names.index("endings") < names.index("verifier")
-    assert all(words[words.index("--seed") + 1] == "3" for words in made)
+    assert all(words[6:14] == [*folders, "--seed", "3", "--device", "cpu:0"] for words in made)
     assert set(json.loads((tmp_path / "lookers.json").read_text())) == set(names)
     made.clear()
     command_line(monkeypatch, "--work", str(tmp_path), "--only", "verifier,clip")
     lookers.main()
     assert [words[5] for words in made] == ["clip", "verifier"]
+    made.clear()
+    statuses["dino"] = 3
+    command_line(monkeypatch, "--work", str(tmp_path))
+    assert lookers.main() == 3 and [words[5] for words in made] == ["data", "generate", "clip", "dino"]
     command_line(monkeypatch, "--work", str(tmp_path), "--only", "nose")
-    with pytest.raises(SystemExit, match="nose"):
+    with pytest.raises(ValueError, match="nose"):
         lookers.main()
 
 

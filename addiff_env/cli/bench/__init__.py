@@ -26,12 +26,12 @@ from addiff_env.cli.bench.subject import AGENT, Subject
 from addiff_env.cli.chosen import Chosen, add_settings, read_chosen
 from addiff_env.evaluation.run.machine import load_average, machine, today
 from addiff_env.stats import at_least_one
+from addiff_env.storage.commands import INTERRUPTED
 from addiff_env.storage.files import write_whole
 
 COMPARISONS = ("diffusers", "mixed", "batched", "batching", "shares", "scaling", "quality")
 LANES = 16  # at most, unless they are named
 FAILURES = (RuntimeError, ValueError, TypeError, OSError, ImportError, MemoryError)  # of a comparison; others go on
-INTERRUPTED = 130  # exit status, as shells count signals: 128 + SIGINT
 Comparison = Callable[[Subject], Iterable[Figure]]
 
 
@@ -127,6 +127,8 @@ class Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status: 1 if a comparison failed, 130 after Ctrl-C."""
     options = parser().parse_intermixed_args(argv)
+    if options.json:
+        options.json.touch()  # a place that cannot be written to is refused before anything is measured
     reports: list[Report] = []
     going = True
     for chosen in chosen_variants(options.settings, options.variant):

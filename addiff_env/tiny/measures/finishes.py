@@ -16,6 +16,7 @@ import numpy as np
 import addiff_env
 from addiff_env.diffusion.backbones import to_uint8
 from addiff_env.env.config import EnvConfig
+from addiff_env.stats import at_least_one
 from addiff_env.tiny.checker import check_picture
 from addiff_env.tiny.prompt_splits import balanced, load_split
 from addiff_env.tiny.recipes.endings import FreeLanes
@@ -56,10 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit status."""
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="addiff world finishes", description=__doc__, formatter_class=defaults)
-    parser.add_argument("--number", type=int, default=192, help="dev items, categories in turn")
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 8, 7, 6], help="grids")
-    parser.add_argument("--finish", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of finishing steps")
-    parser.add_argument("--first", type=int, default=2, help="the first step to stop after")
+    parser.add_argument("--number", type=at_least_one, default=192, help="dev items, categories in turn")
+    parser.add_argument("--steps", type=at_least_one, nargs="+", default=[10, 8, 7, 6], help="grids")
+    parser.add_argument(
+        "--finish", type=at_least_one, nargs="+", default=[1, 2, 3, 4], help="numbers of finishing steps"
+    )
+    parser.add_argument("--first", type=at_least_one, default=2, help="the first step to stop after")
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args(argv)
     rows = balanced(load_split("dev"), args.number)

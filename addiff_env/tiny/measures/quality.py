@@ -28,7 +28,7 @@ from addiff_env.diffusion.backbones import Backbone, to_uint8
 from addiff_env.loading.weights import DTYPES, quiet_loading, resolve_dtype
 from addiff_env.perception.encoders import CLIPEncoder
 from addiff_env.stats import at_least_one, wilson_interval
-from addiff_env.storage.files import told_when_full
+from addiff_env.storage.files import write_whole
 from addiff_env.tiny.checker import check_picture
 from addiff_env.tiny.hard_negatives import hard_negative
 from addiff_env.tiny.measures.attention import PEAK_SLACK, attention_outcomes
@@ -286,13 +286,14 @@ def measure(measurements: Measurements) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; returns the exit status: 1 if a bar fails."""
     args = _parse(argv)
+    if args.json:
+        args.json.touch()  # a place that cannot be written to is refused before anything is measured
     print(f"DDIM-{args.steps} in {args.dtype}, guidance {args.guidance_sweep or args.guidance}, {args.split} split")
     measurements = Measurements(args)
     scales = args.guidance_sweep
     result: dict[str, Any] = {"sweep": sweep(measurements, scales)} if scales else measure(measurements)
     if args.json:
-        with told_when_full(args.json):
-            args.json.write_text(json.dumps(_conditions(args) | result, indent=2) + "\n")
+        write_whole(args.json, json.dumps(_conditions(args) | result, indent=2) + "\n")
     failed = [bar["name"] for bar in result.get("bars", []) if bar["passed"] is False]
     if failed:
         print(f"{len(failed)} bar(s) FAILED: {', '.join(failed)}")

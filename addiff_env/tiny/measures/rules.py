@@ -18,6 +18,7 @@ from gymnasium.vector import AutoresetMode
 
 import addiff_env
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.stats import at_least_one
 from addiff_env.tiny.checker import check_picture
 from addiff_env.tiny.measures.calibration import probability
 from addiff_env.tiny.prompt_splits import balanced, load_split
@@ -84,12 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit status."""
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="addiff world rules", description=__doc__, formatter_class=defaults)
-    parser.add_argument("--number", type=int, default=192, help="dev items, categories in turn")
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 8, 7, 6], help="grids")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--finish", type=int, default=2)
+    parser.add_argument("--number", type=at_least_one, default=192, help="dev items, categories in turn")
+    parser.add_argument("--steps", type=at_least_one, nargs="+", default=[10, 8, 7, 6], help="grids")
+    parser.add_argument("--warmup", type=at_least_one, default=2)
+    parser.add_argument("--finish", type=at_least_one, default=2)
     parser.add_argument("--scorer", default=str(WEIGHTS / "verifier"))
-    parser.add_argument("--num-envs", type=int, default=64)
+    parser.add_argument("--num-envs", type=at_least_one, default=64)
     parser.add_argument("--price", type=float, default=addiff_env.TINY["reward"]["efficiency"])
     args = parser.parse_args(argv)
     rows = balanced(load_split("dev"), args.number)

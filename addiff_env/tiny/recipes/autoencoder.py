@@ -49,7 +49,7 @@ def losses(model: AutoencoderTiny, pictures: torch.Tensor, noise: torch.Tensor) 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and export; returns the exit status."""
     args = common.arguments("world train autoencoder", __doc__ or "", argv, steps=2900, batch=32, lr=1.5e-3)
-    data.prepare(args.work)
+    data.prepare(args.work, seed=args.seed)
     pictures, _ = data.load(args.work)
     torch.manual_seed(args.seed)
     model = build().to(args.device, memory_format=torch.channels_last)

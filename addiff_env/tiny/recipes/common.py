@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from addiff_env.storage.files import replacing
+from addiff_env.storage.files import replacing, write_whole
 from addiff_env.tiny.world import WEIGHTS
 
 CHECKPOINT_SECONDS = 120
+SHARED = ("work", "out", "seed", "device")  # options that every recipe takes
+MAY_DIFFER = ("work", "out", "device", "steps", "compile")  # between a training and its continuation
 
 
 def arguments(verb: str, description: str, argv: Sequence[str] | None, **defaults: Any) -> argparse.Namespace:
@@ -74,12 +76,19 @@ class Loop:
         if not self.path.exists():
             return
         state = torch.load(self.path, map_location=self.args.device, weights_only=True)
+        settings, kept = self._settings(), state.get("settings", {})  # earlier releases kept none
+        if changed := [f"{name} {kept[name]}, not {settings[name]}" for name in kept if kept[name] != settings[name]]:
+            raise ValueError(f"{self.path} was trained with {'; '.join(changed)}: remove it to start anew")
         for key, module in self.modules.items():
             module.load_state_dict(state["modules"][key])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.seconds = state["step"], state["seconds"]
         print(f"{self.name}: resumed at step {self.step} of {self.args.steps}", flush=True)
+
+    def _settings(self) -> dict[str, Any]:
+        """What the weights depend on."""
+        return {name: value for name, value in vars(self.args).items() if name not in MAY_DIFFER}
 
     def save(self) -> None:
         """Write the checkpoint so that a kill at any moment leaves the old or the new one whole."""
@@ -89,6 +98,7 @@ class Loop:
             "scheduler": self.scheduler.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            "settings": self._settings(),
         }
         with replacing(self.path) as partial:
             torch.save(state, partial)
@@ -149,7 +159,7 @@ class EMA:
 
 def keep_result(args: argparse.Namespace, name: str, result: dict[str, float]) -> None:
     """Write what was measured of a model into ``<work>/<name>.json``, and print it."""
-    (args.work / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_whole(args.work / f"{name}.json", json.dumps(result, indent=2) + "\n")
     for key, value in result.items():
         print(f"  {key:20s} {value:.4f}")
     print(f"{name} -> {args.out / name}")
@@ -158,7 +168,7 @@ def keep_result(args: argparse.Namespace, name: str, result: dict[str, float]) -
 def edit_json(path: Path, **values: Any) -> None:
     """Set entries of a JSON file; None removes one."""
     content = {k: v for k, v in (json.loads(path.read_text()) | values).items() if v is not None or k not in values}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def batch_indices(generator: torch.Generator, number: int, batch: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from addiff_env.storage.commands import command_line
+from addiff_env.storage.files import write_whole
 from addiff_env.tiny.prompt_splits import sample_train_prompt
 from addiff_env.tiny.prompts import CATEGORIES
 from addiff_env.tiny.recipes import common
@@ -53,7 +54,7 @@ def prepare(work: Path, number: int = 80_000, seed: int = 0) -> None:
             pictures[chunk * _CHUNK : (chunk + 1) * _CHUNK] = block
             captions += texts
     pictures.flush()
-    (work / "captions.json").write_text(json.dumps(captions))  # written last: marks the set complete
+    write_whole(work / "captions.json", json.dumps(captions))  # written last: marks the set complete
 
 
 def load(work: Path) -> tuple[torch.Tensor, list[str]]:

@@ -188,7 +188,7 @@ class TrainingSet:
     """Latents with their captions' tokens and what these tell; `draw` makes a step's batch of them."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: CLIPTokenizer) -> None:
-        data.prepare(args.work)
+        data.prepare(args.work, seed=args.seed)
         pictures, captions = data.load(args.work)
         captions = captions[: args.pictures]
         vae = AutoencoderTiny.from_pretrained(args.out / "pipeline" / "vae", dtype=torch.float32)

@@ -299,5 +299,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         save_arrays(path, arrays, compress=False)
         rate = arrays["ending_satisfied"].mean()
         print(f"chunk {chunk}  {time.monotonic() - started:.0f} s  satisfied {rate:.3f}", flush=True)
-
     return 0

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from addiff_env.diffusion.backbones import Backbone, Prediction, denoise, initial_noise, load_backbone, to_uint8
 from addiff_env.diffusion.samplers import add_noise
-from addiff_env.storage.files import replacing
+from addiff_env.storage.files import replacing, write_whole
 from addiff_env.tiny.checker import check_picture
 from addiff_env.tiny.prompt_splits import sample_train_prompt
 from addiff_env.tiny.recipes import common, pairs
@@ -135,7 +135,7 @@ def hold_configuration(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.json"
     if not path.exists():
-        path.write_text(json.dumps(config, indent=2))
+        write_whole(path, json.dumps(config, indent=2))
     elif (held := json.loads(path.read_text())) != config:
         different = [key for key in config | held if held.get(key) != config.get(key)]
         raise ValueError(f"{folder} holds what was made with another {', '.join(different)}: remove it to start anew")

@@ -60,7 +60,7 @@ def psnr(model: AutoencoderTiny, teacher: AutoencoderTiny, pictures: torch.Tenso
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and export; returns the exit status."""
     args = common.arguments("world train preview", __doc__ or "", argv, steps=4000, batch=16, lr=2e-3)
-    data.prepare(args.work)
+    data.prepare(args.work, seed=args.seed)
     pictures, _ = data.load(args.work)
     torch.manual_seed(args.seed)
     teacher = AutoencoderTiny.from_pretrained(args.out / "pipeline" / "vae").float().to(args.device).eval()

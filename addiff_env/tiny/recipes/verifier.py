@@ -34,9 +34,7 @@ HELD_OUT = 12  # one in so many captions is held out, with all its trajectories
 FINISHED_SHARE = 0.25  # of a batch: endings, looked at as finished pictures
 STOPPED_SHARE = 0.4  # of a batch: states in which stopping was tried, too; what is left are states of all kinds
 EARLY = 4  # evaluations that a stop spared, from which on it is early; there verdicts differ most, and are drawn twice
-WRONG_CAPTIONS = (
-    0.05  # of the satisfied endings in a batch; more of them make finished pictures look worse than they are
-)
+WRONG_CAPTIONS = 0.05  # of the satisfied endings in a batch; more make finished pictures look worse than they are
 WARM_STARTS = ("reward", "verifier", "none")  # exported weights that training starts from
 UNASKED = -1.0  # label of a question that was not tried
 
@@ -319,5 +317,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = report(scale * logits + torch.where(finished, finished_bias, bias), held)
     model.save_pretrained(args.out / "verifier", build_tokenizer())
     common.keep_result(args, "verifier", result)
-
     return 0
