@@ -55,7 +55,7 @@ class Picture:
     seed: int
 
 
-Scores = dict[str, dict[str, float]]  # by a picture's file: scores by name
+Scores = Iterator[tuple[str, dict[str, float]]]  # a picture's file, and its scores by name
 
 
 # --------------------------------------------------------------------------- export
@@ -206,8 +206,8 @@ def bring_back(run: Path, results: Path, metric: str | None = None, replace: boo
 
     Raises:
         FileNotFoundError: no such file, or no export around it.
-        ValueError: a damaged file, a result of no picture of the export, a score that is no finite number, none at
-            all, or one that is there already; nothing is written then.
+        ValueError: a damaged file, a result of no picture of the export, two of one, a score that is no finite number,
+            none at all, or one that is there already; nothing is written then.
     """
     if not results.is_file():
         raise FileNotFoundError(f"no file {looked_at(results)}")
@@ -218,8 +218,7 @@ def bring_back(run: Path, results: Path, metric: str | None = None, replace: boo
     pictures = [Picture(**one) for one in index["pictures"]]
     place = results.absolute().parent.relative_to(out).as_posix()
     near = [one for one in pictures if place == one.group or place.startswith(f"{one.group}/")]
-    scores = LAYOUTS[index["layout"]].read(results, near or pictures, metric)
-    _check(scores, results)
+    scores = _checked(LAYOUTS[index["layout"]].read(results, near or pictures, metric), results)
     by_place = {(one.method, one.prompt, one.seed): scores[one.file] for one in pictures if one.file in scores}
     with claim(run, "the import"):
         reported = {row.key for row in reported_rows(run)}
@@ -248,24 +247,27 @@ def _add(
     return names, len(wanted)
 
 
-def _check(scores: Scores, results: Path) -> None:
-    if not scores:
-        raise ValueError(f"{looked_at(results)} holds no results")
-    for file, own in scores.items():
+def _checked(scores: Scores, results: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for file, own in scores:
+        if file in found:
+            raise ValueError(f"{looked_at(results)} holds two results of {file}")
         for name, value in own.items():
             if not math.isfinite(value):
                 raise ValueError(f"{looked_at(results)}: {name} of {file} is {value}")
+        found[file] = own
+    if not found:
+        raise ValueError(f"{looked_at(results)} holds no results")
+    return found
 
 
 def _read_geneval(results: Path, pictures: Sequence[Picture], metric: str | None) -> Scores:
-    found: Scores = {}
     for line, values in enumerate(read_objects(results), 1):
         place = f"{looked_at(results)}:{line}"
         if not isinstance(values.get("correct"), bool) or not isinstance(values.get("filename"), str):
             raise ValueError(f"{place}: expected filename and correct, got {', '.join(values) or 'nothing'}")
         picture = _of_file(values["filename"], pictures, place)
-        found[picture.file] = {metric or f"geneval{OFFICIAL}": float(values["correct"])}
-    return found
+        yield picture.file, {metric or f"geneval{OFFICIAL}": float(values["correct"])}
 
 
 def _of_file(name: str, pictures: Sequence[Picture], place: str) -> Picture:
@@ -281,13 +283,11 @@ def _read_t2i(results: Path, pictures: Sequence[Picture], metric: str | None) ->
     if len({one.group for one in pictures}) > 1:
         raise ValueError(f"{looked_at(results)} must lie below the folder of its method and category")
     numbers = {one.number: one.file for one in pictures}
-    found: Scores = {}
     for one in _listed(results):
         number = one.get("question_id") if isinstance(one, dict) else None
         if type(number) is not int or number not in numbers:
             raise ValueError(f"{looked_at(results)}: question_id {number!r} is no picture of {pictures[0].group}")
-        found[numbers[number]] = {metric or f"t2i_compbench{OFFICIAL}": _float(one.get("answer"), results)}
-    return found
+        yield numbers[number], {metric or f"t2i_compbench{OFFICIAL}": _float(one.get("answer"), results)}
 
 
 def _listed(results: Path) -> list[Any]:
@@ -308,13 +308,11 @@ def _read_geneval2(results: Path, pictures: Sequence[Picture], metric: str | Non
     if not isinstance(content, dict) or len(content) != len(pictures):
         raise ValueError(f"{looked_at(results)}: expected the atoms' scores of {len(pictures)} prompts")
     files = {one.prompt: one.file for one in pictures}
-    found: Scores = {}
     for prompt, atoms in content.items():
         if prompt not in files or not isinstance(atoms, list):
             raise ValueError(f"{looked_at(results)}: expected a list of scores of a prompt of the export: {prompt!r}")
         own = soft_tifa([_float(value, results) for value in atoms], ["object"] * len(atoms))
-        found[files[prompt]] = {f"{name}{OFFICIAL}": own[name] for name in (GM, AM)}
-    return found
+        yield files[prompt], {f"{name}{OFFICIAL}": own[name] for name in (GM, AM)}
 
 
 def _read_flat(results: Path, pictures: Sequence[Picture], metric: str | None) -> Scores:
@@ -323,15 +321,13 @@ def _read_flat(results: Path, pictures: Sequence[Picture], metric: str | None) -
             lines: list[dict[str, Any]] = list(csv.DictReader(file))
     else:
         lines = read_objects(results)
-    found: Scores = {}
     for number, values in enumerate(lines, 1):
         place = f"{looked_at(results)}: result {number}"
         name = values.pop("file", None)
         if not isinstance(name, str) or not values or (metric and len(values) > 1):
             raise ValueError(f"{place}: expected a file and {'one score' if metric else 'scores'}")
         own = {metric or key: _float(value, results) for key, value in values.items() if key not in ("prompt", "seed")}
-        found[_of_file(name, pictures, place).file] = own
-    return found
+        yield _of_file(name, pictures, place).file, own
 
 
 def _float(value: Any, results: Path) -> float:

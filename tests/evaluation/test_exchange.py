@@ -174,6 +174,7 @@ def test_flat_results_are_named_by_their_columns(run: Path, tmp_path: Path, kind
 @pytest.mark.parametrize(
     ("line", "words"),
     [
+        ({"file": "00000.png", "mine": 2}, "two results of agent/00000.png"),
         ({"file": "00009.png", "mine": 1}, "is no picture of the export"),
         ({"file": "00001.png", "mine": "high"}, "'high' is no number"),
         ({"file": "00001.png", "mine": None}, "None is no number"),

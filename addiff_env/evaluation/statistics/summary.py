@@ -200,7 +200,10 @@ def estimate_of(
 ) -> Estimate | None:
     """Mean of what ``value`` reads off the rows that have it; None where none has."""
     measured = [(number, row.prompt) for row in rows if (number := value(row)) is not None]
-    return estimate(*zip(*measured, strict=True), is_share) if measured else None
+    if not measured:
+        return None
+    numbers, prompts = zip(*measured, strict=True)
+    return estimate(numbers, prompts, is_share)
 
 
 def summarise(rows: Sequence[ResultRow], shares: frozenset[str] | None = None) -> list[MethodSummary]:
