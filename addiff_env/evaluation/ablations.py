@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from addiff_env.agent import Agent
-from addiff_env.evaluation.acceptance import difference
+from addiff_env.evaluation.acceptance import difference, in_words
 from addiff_env.evaluation.benchmarks.items import Item, id_list_hash, load_benchmark
 from addiff_env.evaluation.methods.registry import make_method
 from addiff_env.evaluation.prices import COLUMNS, earned, play
@@ -73,8 +73,7 @@ def line(ablation: Ablation, outcomes: np.ndarray, whole: np.ndarray, price: flo
     words = f"{ablation.name:<20}{len(ablation.runs):>6}{costs}{values.mean():>9.4f}"
     if ablation.name == WHOLE:
         return words
-    ahead = difference(values, earned(whole, price), prompts)
-    return words + f"  {ahead.estimate:+.4f} [{ahead.low:+.4f}, {ahead.high:+.4f}]"
+    return words + f"  {in_words(difference(values, earned(whole, price), prompts))}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

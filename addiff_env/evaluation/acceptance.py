@@ -100,13 +100,14 @@ def conditions(
     apart = [(difference(agent.values, other.values, prompts), other.name) for other in constant]
     nearest, name = min(apart, key=lambda pair: pair[0].estimate if math.isnan(pair[0].low) else pair[0].low)
     ahead = None if math.isnan(nearest.low) else nearest.low > 0
-    above = Condition(f"return above every constant, nearest {name}", "> 0", _words(nearest), ahead)
+    above = Condition(f"return above every constant, nearest {name}", "> 0", in_words(nearest), ahead)
     best = difference(agent.values, rule.values, prompts)
-    not_below = Condition(f"return not below {rule.name}", ">= 0", _words(best), best.estimate >= 0)
+    not_below = Condition(f"return not below {rule.name}", ">= 0", in_words(best), best.estimate >= 0)
     return [*used, varies, above, not_below]
 
 
-def _words(number: Interval) -> str:
+def in_words(number: Interval) -> str:
+    """A difference with the ends of its interval, or that a single prompt has none."""
     return _with_ends(number.estimate, *_ends(number))
 
 

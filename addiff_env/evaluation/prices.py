@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from addiff_env.agent import Agent
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
-from addiff_env.evaluation.acceptance import difference, tuning_items
+from addiff_env.evaluation.acceptance import difference, in_words, tuning_items
 from addiff_env.evaluation.benchmarks.items import Item, id_list_hash, load_benchmark
 from addiff_env.evaluation.methods.base import Method
 from addiff_env.evaluation.methods.registry import make_method
@@ -140,8 +140,7 @@ def line(
     values = earned(outcomes, price)
     words = f"{price:>6g}  {name:<46}{success:>8.3f}{evaluations:>7.2f}{flops / 1e9:>8.2f}{values.mean():>9.4f}"
     if rival is not None:
-        ahead = difference(values, earned(rival, price), prompts)
-        words += f"  {ahead.estimate:+.4f} [{ahead.low:+.4f}, {ahead.high:+.4f}]"
+        words += f"  {in_words(difference(values, earned(rival, price), prompts))}"
     return words
 
 

@@ -93,3 +93,8 @@ def test_rules_want_a_scorer_that_foretells(small_kwargs: dict[str, Any], verifi
     made.config["env"]["kwargs"]["reads"] = ["clip_image", "clip_text", "dino", "reward"]
     with pytest.raises(ValueError, match="reads latents"):
         prices.world_of(made, 1)
+
+
+def test_a_single_prompt_has_no_interval() -> None:
+    outcomes, rival = np.array([[1.0, 5, 1e9]]), np.array([[0.0, 4, 1e9]])
+    assert prices.line(0.002, "agent", outcomes, rival, ["p"]).endswith("+0.9980 [n/a: one prompt]")

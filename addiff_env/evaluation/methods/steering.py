@@ -63,6 +63,13 @@ class Verifier:
 class Steered(Batched):
     """What methods share that go along a solver's grid, each lane at its own point, with noise of its own.
 
+    Args:
+        env: whose model, noise and, where one is asked, reward model are used.
+        name: of the method.
+        solver: ``ddim``, or ``euler`` of flow models.
+        steps: of the grid.
+        max_nfe: evaluations of a picture at the most.
+
     Raises:
         ValueError: a solver without a stochastic step (known: ddim, euler), or no step.
     """
@@ -146,10 +153,8 @@ class FeynmanKac(Steered):
     distribution tilted by exp(scale * reward). The picture is the particle with the highest reward.
 
     Args:
-        env: whose model, noise and reward model are used.
+        env, solver, steps: as in `Steered`.
         particles: K; ``max_nfe`` is K times the number of steps.
-        solver: ``ddim``, or ``euler`` of flow models.
-        steps: of the grid.
         scale: lambda, per standard deviation of the reward model.
         looks: points at which rewards are read, the last one among them.
 
@@ -234,13 +239,7 @@ class RolloverBudgetForcing(Steered):
 
     Every step has the same quota of proposals. The first proposal whose clean prediction scores higher than the
     present one is taken, and what is left of the quota rolls over to the next step; where none does, the best of them
-    is. Pictures of a batch are at their own points of the grid.
-
-    Args:
-        env: whose model, noise and reward model are used.
-        max_nfe: evaluations of a picture at the most: the first, and all proposals.
-        solver: ``ddim``, or ``euler`` of flow models.
-        steps: of the grid.
+    is. Pictures of a batch are at their own points of the grid. The first evaluation counts, and all proposals do.
 
     Raises:
         ValueError: fewer evaluations than steps, and as `Steered`.
@@ -318,10 +317,7 @@ class Restart(Steered):
     often as ``max_nfe`` pays for. No verifier is asked.
 
     Args:
-        env: whose model and noise are used.
-        max_nfe: evaluations of a picture at the most.
-        solver: ``ddim``, or ``euler`` of flow models.
-        steps: of the grid.
+        env, max_nfe, solver, steps: as in `Steered`.
         t_min: end of the interval in sigma / alpha; the nearest points of the grid within it are taken.
         t_max: its beginning.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,7 @@ from addiff_env.evaluation.metrics.models import model_notes, models_of
 from addiff_env.evaluation.metrics.set_results import SetResults
 from addiff_env.evaluation.report.tables import (
     LATEX,
+    Entry,
     Table,
     category_tables,
     method_table,
@@ -82,7 +84,7 @@ def write_verdicts_csv(verdicts: Sequence[Decision], path: Path) -> None:
 
 def write_lines(path: Path, head: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
     """Write a CSV file at once; what is None is an empty cell."""
-    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as whole, whole.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([head, *lines])
 
 
@@ -132,12 +134,7 @@ def _speed_table(speeds: Table | None, caption: str) -> list[str]:
     """Pictures a second, of the ratio with its interval."""
     if speeds is None or not speeds.lines:
         return []
-    body = [
-        [latex_escape(method)]
-        + [latex_escape(entry) if isinstance(entry, str) else with_interval(entry, LATEX) for entry in entries]
-        for method, entries in speeds.lines
-    ]
-    return [*_float(_tabular(["method", *map(latex_escape, speeds.columns)], body), caption), ""]
+    return [*_float(_escaped(speeds, partial(with_interval, style=LATEX)), caption), ""]
 
 
 def _verdict_tables(verdicts: Sequence[Decision], caption: str) -> list[str]:
@@ -172,8 +169,11 @@ def _main_table(rows: Sequence[ResultRow]) -> list[str]:
     return _tabular([*head, *(latex_escape(cost.label) for cost in costs), "continue/stop/refine"], body)
 
 
-def _escaped(table: Table) -> list[str]:
-    body = [[latex_escape(method), *map(LATEX.value, entries)] for method, entries in table.lines]
+def _escaped(table: Table, show: Callable[[Entry], str] = LATEX.value) -> list[str]:
+    body = [
+        [latex_escape(method), *(latex_escape(one) if isinstance(one, str) else show(one) for one in entries)]
+        for method, entries in table.lines
+    ]
     return _tabular(["method", *map(latex_escape, table.columns)], body)
 
 
