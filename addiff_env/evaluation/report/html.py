@@ -82,7 +82,7 @@ def write_report(
         folder: the run, whose pictures, filmstrips, ``config.yaml``, ``provenance.json``, ``protocols.json``,
             ``set_metrics.json`` and ``judge.json`` are shown where they exist.
         rows: per-image rows of all methods.
-        items: the benchmark's items.
+        items: the benchmark's items; none of a run that was stopped before it kept them.
         verdicts: of both tiers; none where no agent was evaluated.
 
     Raises:
@@ -163,7 +163,7 @@ def render(
         judged=judge_tables(folder),
         plots=[inline_svg(quality_figure(rows, [name]), f"quality-{name}") for name in plotted_costs(rows)],
         actions=_actions(own),
-        complexity=complexity_table(own, num_requirements) if own else None,
+        complexity=complexity_table(own, num_requirements) if own and items else None,
         categories=category_section(rows),
         gallery=[cards.trajectory(strip) for strip in read_trajectories(folder)],
         failures=cards.failures() if own else None,
@@ -235,9 +235,12 @@ def decide_again(folder: Path) -> list[Decision]:
     """The verdicts anew from a finished run's rows, by the rules of its ``config.yaml``; kept in ``verdicts.json``.
 
     Raises:
+        FileNotFoundError: the run was stopped before its report, which keeps the items.
         ValueError: as `reported_rows` and `decide`.
     """
     rows, items = reported_rows(folder), read_items(folder)
+    if not items:
+        raise FileNotFoundError(f"no items.jsonl in {looked_at(folder)}: finish the evaluation first")
     rules = configured_rules(folder, headline_metric(rows))
     complexity = {(item.prompt, item.seed): float(item.num_requirements) for item in items}
     runs = agent_runs(by_method(rows))

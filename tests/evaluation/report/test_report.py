@@ -420,6 +420,17 @@ def test_a_run_keeps_what_its_report_needs(run):
             assert (a["mask"] is None) == (b["mask"] is None) and (b["mask"] is None or (a["mask"] == b["mask"]).all())
 
 
+def test_a_run_that_was_stopped_is_reported_as_far_as_it_came(tmp_path, capsys):
+    """Its rows are all there is: no item, verdict or provenance was kept."""
+    rows = rows_of()
+    append_rows(tmp_path / "rows.jsonl", rows[: len(rows) - 2])
+    assert main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(name in text for name in {row.method for row in rows}) and (tmp_path / "table.csv").exists()
+    with pytest.raises(FileNotFoundError, match="no items.jsonl"):
+        main([str(tmp_path), "--decide"])
+
+
 def test_rows_that_are_gone_are_named(run, tmp_path):
     append_rows(tmp_path / "rows.jsonl", rows_of()[1:])
     write_items(tmp_path, ITEMS)
