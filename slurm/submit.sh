@@ -19,11 +19,14 @@ set -euo pipefail
 
 usage() {
     sed -n '2,17p' "${BASH_SOURCE[0]}" | cut -c 3-
-    exit 2
+    exit "$1"
 }
-(($# >= 1)) || usage
-kind="$1"
-shift
+kind="${1:-}"
+case "$kind" in # before anything that only a job needs
+train | sweep | evaluate | ray) shift ;;
+-h | --help) usage 0 ;;
+*) usage 2 ;;
+esac
 
 ADDIFF_HOME="${ADDIFF_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
 export ADDIFF_HOME
@@ -78,14 +81,12 @@ evaluate)
     after=()
     if [[ "${ADDIFF_TEST_ONLY:-0}" != 1 ]]; then # a check queues nothing to wait for
         echo "$job"
-        after+=("--dependency=afterok:${job%%;*}") # sbatch answers "<job>" or "<job>;<cluster>"
+        # sbatch answers "<job>" or "<job>;<cluster>". Where a shard fails the merge goes, too: it would wait for ever.
+        after+=("--dependency=afterok:${job%%;*}" --kill-on-invalid-dep=yes)
     fi
     submit merge "${gpus[@]}" "${after[@]}" "--output=$ADDIFF_RUNS/logs/%x-%j.out" -- "${@:2}"
     ;;
 ray)
     submit ray "${gpus[@]}" "--nodes=${ADDIFF_NODES:-1}" "--output=$ADDIFF_RUNS/logs/%x-%j.out" -- "$@"
-    ;;
-*)
-    usage
     ;;
 esac

@@ -251,6 +251,9 @@ def test_wrong_commands_are_refused(cluster):
     assert cluster("sweep", check=False)[0].returncode == 2
     assert "got 'x'" in cluster("sweep", "x", check=False)[0].stderr
     usage = cluster("nothing", check=False)[0].stdout
+    for words, status in ((["--help"], 0), ([], 2), (["trian", "env=sd15"], 2)):
+        told = cluster(*words, check=False, ADDIFF_RUNS="", ADDIFF_PARTITION="")[0]  # which no help needs
+        assert told.stdout == usage and told.returncode == status and not told.stderr
     assert "slurm/submit.sh train" in usage and "ADDIFF_TRIALS" in usage
     assert usage.splitlines()[-1] == "  ADDIFF_TEST_ONLY  1: let sbatch check the job without queueing it"
 

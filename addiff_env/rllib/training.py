@@ -22,6 +22,7 @@ from addiff_env.rllib import checkpoint
 from addiff_env.rllib.lanes import Survey, make_lanes, survey
 from addiff_env.rllib.settings import check_settings, claim, share_gpus, train_batch_size
 from addiff_env.storage import files as storage
+from addiff_env.storage.jsonl import append_objects, read_objects
 
 ENV_NAME = "addiff"
 PROGRESS = "progress.jsonl"
@@ -169,7 +170,7 @@ def _train(cfg: DictConfig, run: Path) -> list[float]:
     surveyed = _survey(cfg, gpus)
     found = checkpoint.find(run)
     # RLlib does not save the lanes: with the old seed, every continuation would play the same episodes again.
-    done = len(_progress_lines(run)) if found else 0
+    done = len(read_objects(run / PROGRESS)) if found else 0
     algorithm = make_config(cfg, gpus, surveyed, cfg.seed + 1000 * done).build_algo()
     iterations = math.ceil(cfg.algorithm.total_timesteps / train_batch_size(cfg))
     try:
@@ -227,11 +228,6 @@ def describe_kept(folder: Path) -> str:
     return f"{kept} is the last checkpoint" if kept.exists() else f"no checkpoint yet in {folder}"
 
 
-def _progress_lines(folder: Path) -> list[str]:
-    path = folder / PROGRESS
-    return path.read_text().splitlines(keepends=True) if path.is_file() else []
-
-
 class Progress:
     """The run's numbers, as lines of ``progress.jsonl`` and for TensorBoard; those after ``iteration`` are dropped."""
 
@@ -239,14 +235,14 @@ class Progress:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / PROGRESS
-        self.path.write_text("".join(_progress_lines(folder)[:iteration]))
+        kept = read_objects(self.path)[:iteration]
+        storage.write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.writer = SummaryWriter(str(folder), purge_step=iteration + 1 if iteration else None)
 
     def add(self, iteration: int, means: Mapping[str, float]) -> dict[str, float]:
         """Write down the finite ones of ``means`` and return them."""
         row = {name: value for name, value in means.items() if math.isfinite(value)}
-        with self.path.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **row}) + "\n")
+        append_objects(self.path, [{"iteration": iteration, **row}])
         for name, value in row.items():
             self.writer.add_scalar(f"rollout/{name}", value, iteration)
         self.writer.flush()

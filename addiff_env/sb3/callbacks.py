@@ -38,6 +38,9 @@ def _count(actions: Any, taken: int) -> None:
 class StatefulCallback(BaseCallback):
     """A callback with a memory, which checkpoints carry: tensors, numbers and strings only."""
 
+    def _on_step(self) -> bool:
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         """The memory."""
         raise NotImplementedError
@@ -62,9 +65,6 @@ class Clock(StatefulCallback):
 
     def _on_training_start(self) -> None:
         self._began = time.monotonic()
-
-    def _on_step(self) -> bool:
-        return True
 
     def _on_training_end(self) -> None:
         self._before, self._began = self.seconds, None

@@ -56,9 +56,6 @@ class HeldOut(StatefulCallback):
         self.summary: dict[str, float] = {}
         self._rollouts = 0
 
-    def _on_step(self) -> bool:
-        return True
-
     def _on_rollout_end(self) -> None:
         self._rollouts += 1
         if self._rollouts % self.every == 0:

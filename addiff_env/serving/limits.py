@@ -103,24 +103,25 @@ def read_request(limits: Limits, prompt: Any, seed: Any, budget: Any, compare: A
     text = check_prompt(prompt.strip(), "The prompt")
     number = _whole("The seed", seed, 0, MAX_SEED)
     wanted = limits.budget
-    amount = _between("The budget", budget, wanted.low, wanted.high)
-    if wanted.name == "max_nfe":
-        amount = _whole("The budget", budget, wanted.low, wanted.high)
+    amount = (_whole if wanted.name == "max_nfe" else _between)("The budget", budget, wanted.low, wanted.high)
     chosen = _whole("The fixed number of steps", steps, 1, limits.most_steps) if compare else None
     return PictureRequest(text, number, amount, chosen)
 
 
 def _between(name: str, value: Any, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    if not _is_between(value, low, high):
         raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {_shown(value)}.")
     return value
 
 
 def _whole(name: str, value: Any, low: float, high: float) -> int:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or value != int(value):
+    if not _is_between(value, low, high) or value != int(value):
         raise ValueError(f"{name} must be a whole number from {low} to {high}, got {_shown(value)}.")
     return int(value)
+
+
+def _is_between(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def _shown(value: Any) -> str:
