@@ -297,8 +297,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=2, help="initial noises per prompt: seeds 0, 1, ...")
     parser.add_argument("--limit", type=int, default=None, help="only the first prompts")
     options = parser.parse_args(argv)
-    if options.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {options.seeds}")
+    for name in ("seeds", "limit"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            parser.error(f"--{name} must be at least 1, got {number}")
     preset_of(options.env)
     env = gym.make_vec(options.env, num_envs=1, **options.kwargs).unwrapped
     assert isinstance(env, DiffusionDenoiseVectorEnv)

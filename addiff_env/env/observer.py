@@ -156,7 +156,8 @@ class Observer:
     def previews(self, state: LaneState, lanes: np.ndarray) -> np.ndarray:
         """Decoded latest clean predictions of ``lanes``: uint8 (L, H, W, 3)."""
         parts = [state.x0[state.index(lanes[rows])] for rows in self.denoiser.chunks(len(lanes))]
-        return np.concatenate([to_uint8(_finite(self.previewer.decode(x0))) for x0 in parts])
+        pictures = [to_uint8(_finite(self.previewer.decode(x0))) for x0 in parts]
+        return np.concatenate([np.zeros((0, self.config.height, self.config.width, 3), np.uint8), *pictures])
 
     # ----------------------------------------------------------------- the observation
 

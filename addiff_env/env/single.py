@@ -23,7 +23,7 @@ class DiffusionDenoiseEnv(JsonableSpec, gym.Env):
     """One lane of `DiffusionDenoiseVectorEnv`, whose docstring is the specification.
 
     Arguments are the same but for ``num_envs`` and ``autoreset_mode``; ``reset(options={"prompt": str, "seed": int,
-    "negative_prompt": str, "price": float, "latents": (C, h, w) or (1, C, h, w)})``.
+    "negative_prompt": str, "price": float, "max_nfe": int, "latents": (C, h, w) or (1, C, h, w)})``.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}
@@ -59,7 +59,7 @@ class DiffusionDenoiseEnv(JsonableSpec, gym.Env):
         self.vector.close()
 
     def _one(self, name: str, value: Any) -> Any:
-        if name == "latents" and depth(value) == 4:
+        if name == "defer_warmup" or (name == "latents" and depth(value) == 4):
             return value
         return [check_prompt(value) if name == "prompt" else value]
 

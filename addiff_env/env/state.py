@@ -138,6 +138,22 @@ class LaneState(LaneFields):
                     raise ValueError(f"the state is that of another environment: {part} is {got} there, {wanted} here")
 
 
+def check_whole(saved: Mapping[str, Any], num_inference_steps: int) -> None:
+    """Refuse an environment's state without its own part, or whose lanes stand beyond the end of this schedule.
+
+    Raises:
+        ValueError: the message names what is missing, or shows both numbers of steps.
+    """
+    if missing := [name for name in ("stream", "started") if name not in saved]:
+        raise ValueError(f"the state has no {', '.join(missing)}: it is not that of an environment")
+    running, at = ~saved["done"].numpy(), saved["step_index"].numpy()
+    if (beyond := at[running & (at >= num_inference_steps)]).size:
+        raise ValueError(
+            f"the state is that of another environment: running lanes have made {beyond.tolist()} steps there, "
+            f"num_inference_steps is {num_inference_steps} here"
+        )
+
+
 def _saved_names() -> Iterator[str]:
     return (f.name for f in fields(LaneFields) if f.metadata.get("saved", True))
 

@@ -22,7 +22,7 @@ from addiff_env.env.prices import charged, check_saved, start_prices
 from addiff_env.env.prompts import load_prompts
 from addiff_env.env.reward import COLUMNS, RewardComponents, RewardConfig, quality, step_reward
 from addiff_env.env.spec import JsonableSpec, read_autoreset_mode, step_limit
-from addiff_env.env.state import LaneState
+from addiff_env.env.state import LaneState, check_whole
 from addiff_env.env.transition import is_warming, transition, warm_up
 from addiff_env.env.validation import at_least, checked
 from addiff_env.loading.isolation import isolated
@@ -187,9 +187,10 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
 
     @isolated()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`; raises as `LaneState.load_state_dict`, also for prices out of ``price_range``."""
+        """Go on from a `state_dict`; raises as `LaneState.load_state_dict`, `check_saved` and `check_whole`."""
         self.state.check(state)
         check_saved(state["lane_price"].numpy(), self.config.price_range)
+        check_whole(state, self.config.num_inference_steps)
         self.state.load_state_dict(state)
         self.denoiser.encode(self.state, np.arange(self.num_envs))
         self.np_random.bit_generator.state = state["stream"]
@@ -220,8 +221,8 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         given = reset_options.read_options(options, len(lanes), self.denoiser)
         self._reset_lanes(lanes, given, self._seed(seed))
         self._started = True
-        nothing = {name: np.zeros(self.num_envs) for name in COLUMNS}
-        return self.observer.observation(self.state), self._info(np.full(self.num_envs, -1), nothing)
+        nothing = np.full(self.num_envs, -1), dict.fromkeys(COLUMNS, np.zeros(self.num_envs))
+        return self.observer.observation(self.state), self._info(*nothing)
 
     def _seed(self, seed: int | Sequence[int | None] | None) -> list[np.random.Generator] | None:
         """Seed the environment's stream; a sequence gives each lane draws of its own."""
@@ -376,9 +377,9 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         """The final picture of a terminated lane: uint8 (H, W, 3).
 
         Raises:
-            RuntimeError: that lane has not ended.
+            RuntimeError: that lane has not ended. ValueError: there is no such lane.
         """
-        picture = self.pictures[lane]
+        picture = self.pictures[reset_options.lane_numbers([lane], self.num_envs)[0]]
         if picture is None:
             raise RuntimeError(f"lane {lane} has not ended, so it has no final picture")
         return picture.copy()

@@ -190,6 +190,16 @@ def test_a_missing_cache_names_the_command(tmp_path: Path, env: Any) -> None:
         BaselineCache.load(tmp_path / "nowhere.jsonl", env)
 
 
+@pytest.mark.parametrize("option", ["--limit", "--seeds"])
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_numbers_that_leave_nothing_are_shown(
+    tmp_path: Path, option: str, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        baseline_cache.main([str(tmp_path / "b.jsonl"), option, number])
+    assert f"{option} must be at least 1, got {number}" in capsys.readouterr().err
+
+
 def test_the_command(tmp_path: Path, small_kwargs: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--kwargs", json.dumps(small_kwargs | {"prompts": PROMPTS}), "--steps", "3", "--seeds", "1"]
     baseline_cache.main([str(tmp_path / "b.jsonl"), *options])

@@ -101,6 +101,13 @@ def test_a_refused_reset_leaves_the_episode_alone(env: DiffusionDenoiseEnv) -> N
     assert torch.equal(env.latents, before) and env.vector.prompt == ["a star"]
 
 
+def test_one_lane_may_defer_its_warm_up(env: DiffusionDenoiseEnv) -> None:
+    _, info = env.reset(options={"prompt": "a star", "defer_warmup": True})
+    assert info["nfe"] == 0
+    with pytest.raises(ValueError, match="defer_warmup must be True or False, got 'yes'"):
+        env.reset(options={"defer_warmup": "yes"})
+
+
 def test_empty_prompt_works(env: DiffusionDenoiseEnv) -> None:
     observation, info = env.reset(options={"prompt": "", "seed": 0})  # any warning would be an error here
     assert info["prompt"] == "" and np.isfinite(observation).all()

@@ -1,5 +1,6 @@
 """An environment's saved state: another one goes on from it exactly."""
 
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def change(value: Any) -> None:
         value[0] = "a cyan ring"
 
 
-@pytest.mark.parametrize("spoil", ["format_version", "missing", "size", "lanes", "features"])
+@pytest.mark.parametrize("spoil", ["format_version", "missing", "size", "lanes", "features", "stream", "end"])
 def test_a_refused_state_changes_nothing(small_kwargs: dict[str, Any], spoil: str) -> None:
     env = make(small_kwargs, 2, AutoresetMode.DISABLED)
     env.reset(seed=3)
@@ -132,6 +133,10 @@ def test_a_refused_state_changes_nothing(small_kwargs: dict[str, Any], spoil: st
         state["net_flops"] = state["net_flops"][:1]
     elif spoil == "lanes":
         state["generators"] = state["generators"][:1]
+    elif spoil == "stream":  # as of the lanes alone
+        del state["stream"]
+    elif spoil == "end":  # as of a longer schedule: an index beyond this one's end
+        state["step_index"][1] = env.config.num_inference_steps
     else:
         state["features"]["dino"] = state["features"]["dino"][:, :1]
     expected = {
@@ -140,6 +145,8 @@ def test_a_refused_state_changes_nothing(small_kwargs: dict[str, Any], spoil: st
         "size": r"net_flops is \(1,\) there, \(2,\) here",
         "lanes": r"generators is \(1,\) there, \(2,\) here",
         "features": r"features.dino is \(2, 1\) there",
+        "stream": "the state has no stream",
+        "end": r"have made \[\d+\] steps there, num_inference_steps is \d+ here",
     }
     with pytest.raises(ValueError, match=expected[spoil]):
         env.load_state_dict(state)
@@ -175,6 +182,21 @@ def test_lanes_are_parked_by_number_or_mask(small_kwargs: dict[str, Any], lanes:
     env.reset(seed=3)
     env.park(lanes)
     assert np.flatnonzero(env.done).tolist() == done
+
+
+@pytest.mark.parametrize("lanes", [[], np.zeros(3, bool)], ids=str)
+def test_no_lanes_have_no_previews(small_kwargs: dict[str, Any], lanes: Any) -> None:
+    env = make(small_kwargs)
+    env.reset(seed=3)
+    assert env.preview_images(lanes).shape == (0, 64, 64, 3)
+
+
+@pytest.mark.parametrize("lane", [3, -1, 0.5])
+def test_a_lane_that_there_is_not_has_no_picture(small_kwargs: dict[str, Any], lane: Any) -> None:
+    env = make(small_kwargs)
+    env.reset(seed=3)
+    with pytest.raises(ValueError, match=re.escape(f"numbers below 3, or 3 booleans, got [{lane}]")):
+        env.final_image(lane)
 
 
 @pytest.mark.parametrize("lanes", [[3], [-1], [0.5], [True], [[0]], 1, "0", None, np.ones(4, bool)], ids=str)
