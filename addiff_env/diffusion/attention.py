@@ -100,6 +100,8 @@ def _cross_hooks(attn: Any, record: AttentionRecord, lanes: slice) -> list[Any]:
 
     def see_key(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         query, key = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (queries.pop(), output[lanes]))
+        if attn.upcast_attention:  # as such models' own attention does: their scores overflow in float16
+            query, key = query.float(), key.float()
         scores = query * attn.scale @ key.transpose(-1, -2)  # (B, heads, queries, tokens)
         record.add(scores.float().softmax(-1).mean(1))
 

@@ -1,5 +1,7 @@
 """Reading cross-attention without changing the network, and masks from maps by hand."""
 
+import copy
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -84,6 +86,21 @@ def test_the_maps_are_diffusers_own(unet: UNet2DConditionModel, inputs: tuple[to
     assert len(seen) == len(layers) == 3 and maps.shape == (2, 7, 4, 4)
     torch.testing.assert_close(maps, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(maps.sum(1), torch.ones(2, 4, 4), rtol=0, atol=1e-5)
+
+
+def test_maps_are_finite_where_the_model_upcasts_its_attention(unet: UNet2DConditionModel) -> None:
+    """Scores beyond float16's range: Stable Diffusion 2.1 sets the flag because it has them."""
+    attn = copy.deepcopy(unet.get_submodule(cross_attention_layers(unet, BLOCKS)[0])).half()
+    attn.upcast_attention = True
+    for layer in (attn.to_q, attn.to_k):
+        layer.weight.fill_(16.0)
+    holder = torch.nn.ModuleDict({"attn2": attn})
+    with capture_cross_attention(holder, ["attn2"], slice(0, 1)) as record:
+        attn.to_q(torch.full((1, 16, 32), 8.0).half())
+        attn.to_k(torch.full((1, 7, 24), 8.0).half())
+    maps = record.maps(*SIZE)
+    assert torch.isfinite(maps).all()
+    torch.testing.assert_close(maps.sum(1), torch.ones(1, *SIZE))
 
 
 def test_nothing_is_left_behind_after_an_exception(unet: UNet2DConditionModel) -> None:
