@@ -19,7 +19,7 @@ from addiff_env.env.prompts import check_prompt
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.pipeline.lanes import LaneScheduler, LaneStep, Request, make_agent_env, price_of, require_fit
 from addiff_env.pipeline.output import AdaptivePipelineOutput, GeneratedImage, check_output_type, gathered
-from addiff_env.pipeline.requests import Generators, Seeds, read_requests, with_noise
+from addiff_env.pipeline.requests import Generators, Seeds, items_of, read_requests, with_noise
 
 SHIPPED_AGENT = "addiff_env:tiny/weights/agent_prices"
 CALLBACK_INPUTS = ("latents", "x0", "preview", "mask", "action_probabilities")
@@ -188,7 +188,7 @@ class AdaptivePipeline:
         price = price_of(env, self.agent, price, target_nfe)
         own = negative_prompt if negative_prompt is not None else self.negative_prompt
         if own is not None and not isinstance(own, str):
-            own = [self.negative_prompt if text is None else text for text in own]
+            own = [self.negative_prompt if text is None else text for text in items_of(own)]
         requests = read_requests(env, prompt, seeds, generator, own, num_images_per_prompt, max_nfe, price)
         watch, names = None, _tensor_inputs(callback_on_step_end_tensor_inputs)
         if callback_on_step_end is not None:

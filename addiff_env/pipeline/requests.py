@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, TypeAlias
 
@@ -53,10 +53,11 @@ def read_requests(
 
 
 def items_of(values: Any) -> list[Any]:
-    """What an iterable or an array yields; a single thing stands for itself."""
+    """What an iterable or an array yields; a single thing, or what has no order, stands for itself."""
     found = as_list(values)
     if found is None:
-        found = list(values) if isinstance(values, Iterator) else [values]
+        is_single = isinstance(values, (str, bytes, Mapping, set, frozenset)) or hasattr(values, "ndim")
+        found = [values] if is_single or not isinstance(values, Iterable) else list(values)
     return found
 
 
@@ -79,7 +80,7 @@ def _negatives(
     env: DiffusionDenoiseVectorEnv, given: str | Iterable[str | None] | None, number: int
 ) -> list[str | None]:
     """A negative prompt per prompt, None where it is the environment's; a wrong one is refused before any work."""
-    texts = [given] * number if given is None or isinstance(given, str) else list(given)
+    texts = [given] * number if given is None or isinstance(given, str) else items_of(given)
     if len(texts) != number:
         raise ValueError(f"{number} prompts but {len(texts)} negative prompts")
     for text in dict.fromkeys(text for text in texts if text is not None):

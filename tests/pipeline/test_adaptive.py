@@ -13,7 +13,7 @@ from PIL import Image
 
 from addiff_env.agent import Agent, PolicyNet
 from addiff_env.evaluation.methods.rule_policies import RefineAlways, StopAt, ThresholdRule
-from addiff_env.pipeline import AdaptivePipeline, make_agent_env
+from addiff_env.pipeline import AdaptivePipeline, LaneScheduler, make_agent_env
 
 ID = "AdDiffusion-Tiny-v0"
 Kwargs = dict[str, Any]
@@ -120,6 +120,21 @@ def test_a_generator_gives_the_noise_that_diffusers_draws(pipe: AdaptivePipeline
     assert np.abs(array(later.images[0]) - array(first.images[1])).max() > 1
 
 
+@pytest.mark.parametrize("wrap", [list, tuple, iter, np.array, lambda items: dict.fromkeys(items).keys()], ids=range(5))
+def test_prompts_come_in_any_ordered_form(pipe: AdaptivePipeline, monkeypatch: pytest.MonkeyPatch, wrap: Any) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(LaneScheduler, "run", lambda self, requests: asked.extend(requests) or [])
+    pipe(wrap(PROMPTS), wrap([3, 4]), wrap(["a", "b"]))
+    expected = list(zip(PROMPTS, [3, 4], ["a", "b"], strict=True))
+    assert [(one.prompt, one.seed, one.negative_prompt) for one in asked] == expected
+
+
+@pytest.mark.parametrize("prompts", [{"a", "b"}, {"a": 1}, 5, np.array(5)], ids=str)
+def test_what_has_no_order_is_no_list_of_prompts(pipe: AdaptivePipeline, prompts: Any) -> None:
+    with pytest.raises(TypeError, match="must be a string"):
+        pipe.stream(prompts)
+
+
 @pytest.mark.parametrize(
     ("given", "kind", "words"),
     [
@@ -133,6 +148,7 @@ def test_a_generator_gives_the_noise_that_diffusers_draws(pipe: AdaptivePipeline
         ({"height": 63}, ValueError, "height"),
         ({"negative_prompt": ["a"]}, ValueError, "2 prompts but 1 negative"),
         ({"negative_prompt": [1, 2]}, TypeError, "1"),
+        ({"negative_prompt": 5}, ValueError, "2 prompts but 1 negative"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, ValueError, "got 'noise'"),
     ],
 )
