@@ -105,7 +105,10 @@ class Observer:
             same[fresh] = 1
         numbers = torch.stack([features.clip_score, features.reward_score, same, sound]).double().cpu().numpy()
         state.clip_score[lanes], state.reward_score[lanes], state.similarity[lanes] = numbers[:3]
-        state.fault[lanes[finished & (numbers[3] == 0)]] = True
+        known = np.isfinite(numbers).all(0)
+        if len(rows := np.flatnonzero(~known)):
+            self._keep_before(state, lanes[rows], before.at(state.index(rows)))
+        state.fault[lanes[finished & ~(known & (numbers[3] == 1))]] = True
         # A finished lane pays for its decode only: nobody acts on the scores of a final picture.
         decode = self.denoiser.flops_per_call["decode"]
         state.net_flops[lanes] += np.where(finished, decode, self.flops_per_call["look"])
@@ -113,6 +116,15 @@ class Observer:
             kept = to_uint8(pictures[state.index(np.flatnonzero(finished))])
             for lane, picture in zip(lanes[finished], kept, strict=True):
                 state.pictures[lane] = picture
+
+    def _keep_before(self, state: LaneState, lanes: np.ndarray, before: Features) -> None:
+        """Leave what was seen of ``lanes`` as it was: an encoder's or the scorer's numbers are not finite."""
+        index, kept = state.index(lanes), Features(*(value.nan_to_num(0, 0, 0) for value in vars(before).values()))
+        state.features.put(index, kept)
+        state.previous_features.put(index, kept)
+        scores = torch.stack([kept.clip_score, kept.reward_score]).double().cpu().numpy()
+        state.clip_score[lanes], state.reward_score[lanes] = scores
+        state.similarity[lanes] = 1
 
     def latents_to_score(self, state: LaneState, lanes: np.ndarray) -> Latents | None:
         """What a scorer of latents is asked about ``lanes``; None for others."""

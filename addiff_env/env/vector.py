@@ -95,7 +95,8 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     draws such actions, and `action_masks` has the same as bool. ``action_taken`` is -1 where nothing was carried out.
     ``fault`` says that the lane's numbers stopped being finite: it is terminated with its last finite prediction (grey
     where the decoder's numbers did) and pays the reward's ``fault`` penalty. Where that happens in the warm-up,
-    ``reset`` says so in ``fault``, and the lane's first step ends it so, whatever the action.
+    ``reset`` says so in ``fault``, and the lane's first step ends it so, whatever the action. Where a look's numbers
+    are not finite, the lane shows what was seen before; a final picture's are a fault.
 
     Everything is a number but for ``prompt``, which ``info["prompt"]`` gives and iterating passes over: TorchRL,
     `NumpyToTorch` and Gymnasium's vector environments of single ones collect what is iterated over

@@ -173,3 +173,36 @@ def test_budgets_that_leave_no_decision_are_shown(envs: dict[int, DiffusionDenoi
 def test_what_is_no_switch_is_shown(envs: dict[int, DiffusionDenoiseVectorEnv]) -> None:
     with pytest.raises(ValueError, match="defer_warmup must be True or False, got 1"):
         envs[3].reset(options={"defer_warmup": 1})
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
+@pytest.mark.parametrize("looker", ["scorer", "clip", "dino"])
+def test_a_look_without_numbers_is_passed_over_and_a_final_one_is_a_fault(
+    small_kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch, looker: str, value: float
+) -> None:
+    """As half precision may give. Nothing that a learner sees is NaN, and the lane beside it does not notice."""
+    env = vector(small_kwargs, 2)
+    named = {"prompt": PROMPTS[:2], "seed": [7, 8]}
+    actions = [np.array([0, 0]), np.array([0, 2]), np.array([1, 1])]
+    env.reset(options=named)
+    expected = [env.step(action) for action in actions]
+    kind, method = type(getattr(env.perception, looker)), "score" if looker == "scorer" else "image_features"
+    whole = getattr(kind, method)
+
+    def spoiled(self: Any, pictures: Any, *prompts: Any) -> Any:
+        found = whole(self, pictures, *prompts)
+        found[-1] = value  # of both lanes, or of the one that is looked at alone
+        return found
+
+    first, info = env.reset(options=named)
+    monkeypatch.setattr(kind, method, spoiled)
+    for action, (observation, reward, terminated, _, _) in zip(actions, expected, strict=True):
+        now, paid, ended, _, info = env.step(action)
+        assert np.isfinite(now).all() and np.isfinite(paid).all() and np.isfinite(info["reward_components"]).all()
+        np.testing.assert_allclose(now[0], observation[0], atol=1e-4)
+        assert paid[0] == pytest.approx(reward[0], abs=1e-4) and ended[0] == terminated[0]
+        if looker == "scorer" and np.isnan(value):
+            assert info["reward_score"][1] == pytest.approx(first[1, -6], abs=1e-4)  # of the last look that had one
+    is_clamped = looker == "scorer" and np.isinf(value)  # a score beyond its limit is the limit
+    assert info["fault"].tolist() == [False, not is_clamped]
+    assert ended.all() and env.final_image(1).shape == (64, 64, 3)
