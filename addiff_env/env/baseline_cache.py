@@ -265,7 +265,8 @@ def _complete(
     wanted = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in seeds]
     missing = [pair for pair in wanted if pair not in cache.scores]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_lines(path, lines or [header])
+    # Written anew, which also removes an unfinished last line.
+    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines or [header]))
     with told_when_full(path), path.open("a", encoding="utf-8") as file:
         scored = score_fixed_steps(env, steps, missing)
         for prompt, seed, clip, reward in tqdm(scored, total=len(missing), desc=f"{steps} steps", unit="picture"):
@@ -277,11 +278,6 @@ def _complete(
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     return cache
-
-
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Write the file anew, which also removes an unfinished last line."""
-    write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from addiff_env.env.validation import preset_of
 from addiff_env.loading.paths import resolve_model
 from addiff_env.loading.weights import resolve_device, resolve_dtype
 from addiff_env.perception.encoders import load_clip, load_dino
-from addiff_env.perception.previews import PREVIEWS, make_previewer
+from addiff_env.perception.previews import PREVIEWS, Previewer, make_previewer
 from addiff_env.perception.scorers import load_scorer, reads_latents
 from addiff_env.storage.files import told_when_full
 
@@ -127,6 +127,9 @@ def _backbone_costs(meter: Meter, backbone: Backbone, config: EnvConfig) -> Iter
         levels = schedule.current.at(at)
         backbone.predict(latents[which], schedule.timesteps[at], levels, conditioning[which], config.guidance_scale)
 
+    def decode(previewer: Previewer, lanes: int) -> None:
+        previewer.decode(latents[:lanes])
+
     passes = backbone.passes(config.guidance_scale)
     yield meter.cost(STEP, config.model, "step", step, passes * backbone.flops("denoiser", shape))
     yield meter.text_cost(
@@ -137,11 +140,7 @@ def _backbone_costs(meter: Meter, backbone: Backbone, config: EnvConfig) -> Iter
             previewer = make_previewer(kind, backbone, config.preview_model)
             model = str(config.preview_model if kind == "taesd" else config.model)
             name = "full decode (preview vae)" if kind == "vae" else f"preview {kind}"
-            yield meter.cost(name, model, "picture", partial(_decode, previewer, latents), previewer.flops(shape))
-
-
-def _decode(previewer: Any, latents: torch.Tensor, lanes: int) -> None:
-    previewer.decode(latents[:lanes])
+            yield meter.cost(name, model, "picture", partial(decode, previewer), previewer.flops(shape))
 
 
 def _clip_costs(meter: Meter, setting: str, pictures: torch.Tensor) -> list[Cost]:

@@ -101,7 +101,11 @@ def read_prompts(path: str | os.PathLike[str]) -> list[PromptRow]:
         FileNotFoundError: no such file. ValueError: a kind of file that is not read, another encoding than UTF-8, no
             prompts, or a row without one, with its place.
     """
-    rows = [row if isinstance(row, PromptRow) else _refuse(row) for row in each_prompt(path)]
+    rows = []
+    for row in each_prompt(path):
+        if isinstance(row, BadRow):
+            raise ValueError(row.reason)
+        rows.append(row)
     if not rows:
         raise ValueError(f"no prompts in {looked_at(path)}")
     return rows
@@ -120,10 +124,6 @@ def each_prompt(path: str | os.PathLike[str]) -> Iterator[PromptRow | BadRow]:
             yield _row(index, where, value)
         except ValueError as error:
             yield BadRow(index, where, str(error))
-
-
-def _refuse(row: BadRow) -> PromptRow:
-    raise ValueError(row.reason)
 
 
 def _row(index: int, place: str, value: Any) -> PromptRow:
@@ -247,14 +247,6 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 _TSV_FIELD = re.compile(r'(?:"([^"]*(?:""[^"]*)*)"(?=[\t\r\n]|\Z)|([^\t\r\n]*))(\t|\r\n|\r|\n|\Z)')
 
 
-def _read_csv(path: Path) -> Iterator[Record]:
-    return _table(path, _csv_rows(read_utf8(path), path))
-
-
-def _read_tsv(path: Path) -> Iterator[Record]:
-    return _table(path, _tsv_rows(read_utf8(path)))
-
-
 def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
     """Rows with the number of their first line; empty lines are rows of nothing."""
     rows, line = csv.reader(io.StringIO(text, newline=""), strict=True), 1
@@ -307,8 +299,8 @@ def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Record
 
 READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".txt": _read_txt,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".csv": lambda path: _table(path, _csv_rows(read_utf8(path), path)),
+    ".tsv": lambda path: _table(path, _tsv_rows(read_utf8(path))),
     ".json": _read_json,
     ".jsonl": _read_jsonl,
 }

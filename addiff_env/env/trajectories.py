@@ -58,7 +58,11 @@ def record_trajectories(
             if info["action_taken"][lane] < 0:  # it broke down in its warm-up: nothing was decided
                 strips[lane].pop()
             else:
-                _note_action(strips[lane][-1], int(info["action_taken"][lane]), env.refine_mask[lane])
+                action = int(info["action_taken"][lane])
+                strips[lane][-1] |= {
+                    "action": action,
+                    "mask": env.refine_mask[lane] if action == Action.REFINE else None,
+                }
         running = ~terminated
     return [[*strips[lane], _frame(env.final_image(lane), info, lane)] for lane in lanes]
 
@@ -66,11 +70,6 @@ def record_trajectories(
 def _frame(picture: np.ndarray, info: dict[str, Any], lane: int) -> Frame:
     numbers = {"nfe": int(info["nfe"][lane]), "step": int(info["step_index"][lane])}
     return {"picture": picture, "action": None, "mask": None, **numbers, "score": float(info["reward_score"][lane])}
-
-
-def _note_action(frame: Frame, action: int, mask: np.ndarray) -> None:
-    frame["action"] = action
-    frame["mask"] = mask if action == Action.REFINE else None
 
 
 def overlay(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:

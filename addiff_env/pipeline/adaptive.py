@@ -201,17 +201,14 @@ class AdaptivePipeline:
     def _stream(
         self, scheduler: LaneScheduler, requests: list[Request], generator: Generators, output_type: str
     ) -> Iterator[GeneratedImage]:
-        nfe = 0
-        with self._turn(), self._progress_bar(len(requests)) as bar:
+        nfe, options = 0, {"total": len(requests), "unit": "image"} | self._progress_bar_config
+        with self._turn(), tqdm(**options) as bar:
             for group in scheduler.run(with_noise(scheduler.env, requests, generator)):
                 nfe += sum(made.nfe for _, made in group)
                 bar.update(len(group))
                 bar.set_postfix_str(f"mean NFE {nfe / bar.n if bar.n else 0:.1f}")
                 for index, made in group:
                     yield GeneratedImage.of(index, made, output_type)
-
-    def _progress_bar(self, total: int) -> tqdm:
-        return tqdm(**{"total": total, "unit": "image"} | self._progress_bar_config)
 
     def _called_back(self, callback: StepCallback, names: Sequence[str], step: LaneStep) -> bool:
         """Tell the callback of a lane's step; whether it asked that the lane stops."""

@@ -13,7 +13,6 @@ A picture is on the disk before its row is: what has a row is whole, and what ha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,15 +90,11 @@ class PictureFolder:
         """Put what all processes have made so far into ``rows.jsonl``, in order; returns those rows."""
         with alone_in(self.folder):
             rows = [row for _, row in sorted(self.read().items())]
-            _write_rows(self.folder / ROWS, rows)
+            with replacing(self.folder / ROWS, durable=True) as partial:
+                append_objects(partial, rows)
         return rows
 
 
 def _row(task: Task) -> dict[str, Any]:
     row = {"index": task.index, "prompt": task.prompt, "seed": task.seed, "error": ""}
     return row if task.negative_prompt is None else row | {"negative_prompt": task.negative_prompt}
-
-
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with replacing(path, durable=True) as partial:
-        append_objects(partial, rows)

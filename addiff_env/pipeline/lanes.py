@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
+from scipy.special import softmax
 
 from addiff_env.agent import Agent, flat_observation
 from addiff_env.env.prices import check_price
@@ -258,7 +259,8 @@ class LaneScheduler:
             mask, episodes = info["action_mask"][deciding], [running[lane] for lane in deciding]
             actions[deciding] = self._decide(seen, mask, episodes)
             if self.probabilities:
-                probabilities = dict(zip(deciding, _softmax(self.policy.logits(seen), mask), strict=True))
+                logits = np.where(mask.astype(bool), self.policy.logits(seen), -np.inf)
+                probabilities = dict(zip(deciding, softmax(logits, axis=1), strict=True))
         observation, reward, terminated, _, info = env.step(actions)
         share = (time.perf_counter() - began) / len(active)
         for lane in active:
@@ -368,10 +370,3 @@ class LaneScheduler:
         spared = self._spared
         text = spared["others' text" if episode.read else "text"]
         return (episode.unread + episode.fresh) * spared["look"] + episode.read * spared["rest"] + text
-
-
-def _softmax(logits: np.ndarray, action_mask: np.ndarray) -> np.ndarray:
-    """Probabilities (B, 3) of the admissible actions."""
-    logits = np.where(np.asarray(action_mask, bool), logits, -np.inf)
-    weights = np.exp(logits - logits.max(1, keepdims=True))
-    return weights / weights.sum(1, keepdims=True)

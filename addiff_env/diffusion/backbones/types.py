@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
@@ -20,32 +20,28 @@ class Conditioning:
 
     def __getitem__(self, lanes: torch.Tensor) -> Conditioning:
         """The conditioning of some lanes, by index."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return Conditioning(*(None if value is None else value[lanes] for value in values))
+        return Conditioning(*(None if value is None else value[lanes] for value in vars(self).values()))
 
     def put(self, lanes: torch.Tensor, other: Conditioning) -> None:
         """Overwrite some lanes."""
-        for f in fields(self):
-            value = getattr(self, f.name)
+        for name, value in vars(self).items():
             if value is not None:
-                value[lanes] = getattr(other, f.name)
+                value[lanes] = getattr(other, name)
 
     @classmethod
     def stack(cls, rows: Sequence[Conditioning]) -> Conditioning:
         """One batch of single-lane encodings, each without the lane dimension."""
-        columns = ([getattr(row, f.name) for row in rows] for f in fields(cls))
+        columns = zip(*(vars(row).values() for row in rows), strict=True)
         return cls(*(None if column[0] is None else torch.stack(column) for column in columns))
 
     def to(self, device: torch.device) -> Conditioning:
         """The same on ``device``."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return Conditioning(*(None if value is None else value.to(device) for value in values))
+        return Conditioning(*(None if value is None else value.to(device) for value in vars(self).values()))
 
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        values = (getattr(self, f.name) for f in fields(self))
-        return sum(value.nbytes for value in values if value is not None)
+        return sum(value.nbytes for value in vars(self).values() if value is not None)
 
 
 @dataclass

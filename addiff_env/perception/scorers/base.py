@@ -136,24 +136,18 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         ValueError: truncated, corrupted, holding other objects than tensors, or no state dict.
     """
     try:
-        loaded = load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
+        is_safe = path.suffix == ".safetensors"
+        loaded: Any = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise whatever its bytes lead to, IndexError among them
         size = path.stat().st_size
         raise ValueError(
             f"{path} is truncated, corrupted or no checkpoint of tensors alone ({size} bytes): {reason(error, 200)}"
         ) from error
     state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not state or not all(map(_is_entry, state.items())):
+    is_state = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+    if not is_state or not state or not all(isinstance(name, str) for name in state):
         raise ValueError(f"{path} holds no state dict of tensors but {str(loaded)[:80]!r}")
     return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def _is_entry(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
-
-
-def _read_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_exactly(

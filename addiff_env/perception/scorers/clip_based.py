@@ -144,11 +144,6 @@ class Aesthetic(nn.Module):
         return load_exactly(lambda: cls(encoder), state, found).to(device)
 
 
-def clip_score(clip: str, device: str = "cpu") -> CLIPScore:
-    """`CLIPScore` by the shared encoder of a CLIP setting; raises as `load_clip`."""
-    return CLIPScore(load_clip(resolve_model(clip), device))
-
-
 CLIP_BASED: dict[str, Any] = {
     "hps": HPSv2.from_checkpoint,
     "pickscore": PickScore.from_pretrained,

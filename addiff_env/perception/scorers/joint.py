@@ -162,7 +162,7 @@ class JointReader(nn.Module):
         tokenizer.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls: type[Reader], folder: str | Path, torch_dtype: torch.dtype = torch.float32) -> Reader:
+    def from_pretrained(cls: type[Reader], folder: str | Path) -> Reader:
         """Load a folder that `save_pretrained` wrote; frozen, in evaluation mode.
 
         Raises:
@@ -185,7 +185,7 @@ class JointReader(nn.Module):
         with cls._explained(folder / TOKENIZER):
             model.tokenizer = CLIPTokenizer.from_pretrained(folder)
             check_tokenizer(model.tokenizer, folder)
-        return model.to(torch_dtype)
+        return model
 
     @classmethod
     @contextmanager

@@ -19,8 +19,6 @@ from addiff_env.loading.weights import shared
 from addiff_env.perception.preprocessing import check_texts
 from addiff_env.perception.scorers.joint import JointReader, Residual, arguments_of
 
-MODEL_TYPE = "latent_text_reward"
-
 
 class LatentTextReward(JointReader):
     """A small verifier of latents: clean prediction, noise level, evaluations to come and prompt, to one logit.
@@ -39,7 +37,7 @@ class LatentTextReward(JointReader):
         scale, bias, finished_bias: calibration: the logit is scale * raw + bias, or + finished_bias at timestep 0.
     """
 
-    model_type = MODEL_TYPE
+    model_type = "latent_text_reward"
     recipe = "verifier"
 
     def __init__(

@@ -8,8 +8,9 @@ from typing import Any
 
 from addiff_env.loading.paths import looked_at, resolve_model
 from addiff_env.loading.weights import shared
+from addiff_env.perception.encoders import load_clip
 from addiff_env.perception.scorers.base import Scorer
-from addiff_env.perception.scorers.clip_based import CLIP_BASED, clip_score
+from addiff_env.perception.scorers.clip_based import CLIP_BASED, CLIPScore
 from addiff_env.perception.scorers.image_reward import ImageReward
 from addiff_env.perception.scorers.joint import stored_model_type
 from addiff_env.perception.scorers.latent_text import LatentTextReward, load_latent_text_reward
@@ -30,7 +31,7 @@ def load_scorer(setting: str, device: str = "cpu") -> Scorer:
     if name == "clipscore":
         if not rest:
             raise ValueError("'clipscore' needs a CLIP setting, e.g. 'clipscore:open_clip:ViT-L-14/openai'")
-        return clip_score(rest, device)
+        return CLIPScore(load_clip(resolve_model(rest), device))
     if name not in LOADERS:
         folder = resolve_model(setting)
         if not Path(folder).is_dir():

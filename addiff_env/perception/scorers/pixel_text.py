@@ -16,8 +16,6 @@ from addiff_env.loading.weights import shared
 from addiff_env.perception.preprocessing import check_pairs
 from addiff_env.perception.scorers.joint import JointReader, Residual, arguments_of
 
-MODEL_TYPE = "pixel_text_reward"
-
 
 class PixelTextReward(JointReader):
     """A small verifier: picture and prompt to one logit, high where the picture satisfies the prompt.
@@ -27,7 +25,7 @@ class PixelTextReward(JointReader):
     logit's statistics on held-out generated pictures, for the record.
     """
 
-    model_type = MODEL_TYPE
+    model_type = "pixel_text_reward"
     recipe = "reward"
 
     def __init__(
