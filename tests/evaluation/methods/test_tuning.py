@@ -215,5 +215,5 @@ def test_only_prompts_of_its_own_are_left_to_tune_on(tmp_path: Path) -> None:
     assert [item.prompt for item in tuning_items(str(tmp_path / "dev.txt"), 2, test)] == ["a cow"]
     with pytest.raises(ValueError, match="every prompt of .*test.txt.* name others"):
         tuning_items(str(tmp_path / "test.txt"), 2, test)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="tune.limit must be a whole number of at least 1.*got 0"):
         tuning_items(str(tmp_path / "dev.txt"), 0, test)
