@@ -201,7 +201,11 @@ def test_a_search_is_an_array_of_workers_on_one_study(cluster, tmp_path):
 def test_an_evaluation_is_sharded_and_merged(cluster, tmp_path):
     _, lines = cluster("evaluate", "2", "agent=a b")
     first, second = calls(lines, "sbatch")
-    assert "--array=0-1" in first and "--dependency=afterok:41 " in second and "--array" not in second
+    assert (
+        "--array=0-1" in first
+        and "--dependency=afterok:41 --kill-on-invalid-dep=yes " in second
+        and "--array" not in second
+    )
     folder = f"evaluate.py hydra.run.dir={tmp_path}/runs/evaluate/evaluate"
     assert calls(lines, "python") == [
         f"{folder} shard.index=0 shard.count=2 agent=a b",

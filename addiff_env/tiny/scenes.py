@@ -112,16 +112,16 @@ def _faces(relation: str, a: np.ndarray, b: np.ndarray) -> bool:
     return sides[0] > 0 > sides[1] and abs(a[1 - along] - b[1 - along]) <= _ACROSS
 
 
-def relation_holds(relation: str, a: Any, b: Any, margin: float = 0.0, slope: float = 0.5) -> bool:
+def relation_holds(relation: str, a: Any, b: Any) -> bool:
     """Whether ``a`` stands in ``relation`` to ``b``; (x, y) centres in pixels, y downwards.
 
-    As in GenEval, the displacement along the relation's axis must exceed ``margin`` and half (``slope``)
-    of the displacement across it, so that a diagonal arrangement may satisfy two relations at once.
+    As in GenEval, the displacement along the relation's axis must exceed 0 and half of the displacement
+    across it, so that a diagonal arrangement may satisfy two relations at once.
     """
     dx, dy = float(a[0] - b[0]), float(a[1] - b[1])
     along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
     across = abs(dy) if relation in ("left of", "right of") else abs(dx)
-    return along > margin and along > slope * across
+    return along > 0 and along > 0.5 * across
 
 
 def _jitter(rng: np.random.Generator, rgb: tuple[int, int, int]) -> tuple[float, float, float]:
@@ -183,12 +183,12 @@ def _polygon_distance(points: np.ndarray, outline: np.ndarray) -> np.ndarray:
     return np.where(winding != 0, -distance, distance)
 
 
-def shape_coverage(shape: str, x: float, y: float, radius: float, size: int = SIZE) -> np.ndarray:
-    """Anti-aliased coverage (size, size) in [0, 1] of one shape; centre and radius in pixels."""
-    coverage = np.zeros((size, size))
+def shape_coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
+    """Anti-aliased coverage (64, 64) in [0, 1] of one shape; centre and radius in pixels."""
+    coverage = np.zeros((SIZE, SIZE))
     reach = radius * EXTENT[shape] + 1.5
-    x0, x1 = max(0, int(x - reach)), min(size, int(x + reach) + 2)
-    y0, y1 = max(0, int(y - reach)), min(size, int(y + reach) + 2)
+    x0, x1 = max(0, int(x - reach)), min(SIZE, int(x + reach) + 2)
+    y0, y1 = max(0, int(y - reach)), min(SIZE, int(y + reach) + 2)
     if x0 >= x1 or y0 >= y1:
         return coverage
     gx, gy = np.meshgrid(np.arange(x0, x1) + 0.5 - x, np.arange(y0, y1) + 0.5 - y)

@@ -347,6 +347,15 @@ def test_what_was_measured_is_kept_when_a_comparison_fails_or_is_interrupted(
     assert "2.500" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("option", "place"), [("--run", "no/such/run"), ("--json", "no/such/folder/b.json")])
+def test_a_place_that_is_not_there_is_named_before_anything_is_measured(
+    option: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "Subject", lambda *given: pytest.fail("loaded"))
+    assert cli.main(["bench", option, str(tmp_path / place)]) == 1
+    assert place in capsys.readouterr().err
+
+
 def test_a_trainings_lanes_are_not_taken_over() -> None:
     (few,), (named,) = (bench.chosen_variants(given, []) for given in (["env=tiny"], ["env=tiny", "num_envs=64"]))
     assert (few.num_envs, named.num_envs) == (16, 64)

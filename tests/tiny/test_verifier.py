@@ -309,6 +309,9 @@ def test_the_whole_recipe_and_its_measurement(
     command_line(monkeypatch, *options, "--record", str(tmp_path / "kept.npz"), "--number", "4")
     with pytest.raises(ValueError, match="8 other prompts"):
         auc_command.main()
+    command_line(monkeypatch, *options, "--record", str(tmp_path / "kept.npz"), "--steps", "5")
+    with pytest.raises(ValueError, match="num_inference_steps 4, not 5"):
+        auc_command.main()
 
 
 # ------------------------------------------------------------------ calibration

@@ -129,6 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_intermixed_args(argv)
     if options.json:
         options.json.touch()  # a place that cannot be written to is refused before anything is measured
+    if options.run:
+        quality.families_of(quality.evaluated(options.run))  # likewise: it is read after minutes of measuring
     reports: list[Report] = []
     going = True
     for chosen in chosen_variants(options.settings, options.variant):

@@ -108,8 +108,10 @@ def agent_runs(subject: Subject) -> tuple[str, ...]:
 
 
 def evaluated(folder: Path) -> dict[str, float]:
-    """Mean quality of each method of a finished evaluation, by its headline metric."""
+    """Mean quality of each method of a finished evaluation, by its headline metric; ValueError: there is none."""
     rows = reported_rows(folder)
+    if not rows:
+        raise ValueError(f"no finished evaluation in {str(folder)!r}")
     metric = headline_metric(rows)
     scores = {name: [score_value(row, metric) for row in group] for name, group in by_method(rows).items()}
     return {name: float(np.mean([value for value in values if value is not None])) for name, values in scores.items()}

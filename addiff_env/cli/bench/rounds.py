@@ -56,15 +56,13 @@ class Rounds:
     Args:
         number: how often each side is measured.
         device: what is waited for before and after.
-        progress: whether a bar is shown; None: on terminals.
 
     Attributes:
         interrupted: Ctrl-C was pressed: nothing more is timed.
     """
 
-    def __init__(self, number: int, device: torch.device, progress: bool | None = None) -> None:
+    def __init__(self, number: int, device: torch.device) -> None:
         self.number, self.device, self.interrupted = number, device, False
-        self._hidden = None if progress is None else not progress
 
     def seconds(self, side: Side) -> float:
         """How long one run of a side takes."""
@@ -103,7 +101,7 @@ class Rounds:
             raise KeyboardInterrupt
         beginning = list(sides)
         total = len(beginning) + sum(map(len, turns))
-        with tqdm(total=total, desc=label, unit="run", leave=False, disable=self._hidden) as bar:
+        with tqdm(total=total, desc=label, unit="run", leave=False, disable=None) as bar:
             try:
                 for side in beginning:
                     side.begin()

@@ -7,6 +7,7 @@ clean prediction that a lane stops at; *paid* what it says of the picture that c
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from addiff_env.env.config import EnvConfig
 from addiff_env.perception.scorers import LatentScorer
+from addiff_env.storage.inputs import fingerprint
 from addiff_env.tiny.prompts import CATEGORIES
 from addiff_env.tiny.recipes.endings import FreeLanes, Recorder, evaluations_spared
 from addiff_env.tiny.recipes.generate import save_arrays
@@ -25,6 +27,7 @@ STOPS = (3, 4, 5, 7, 9)  # steps after which pictures are stopped at
 TOLERANCE = 0.03  # between mean probability and success
 REFINED = (0.4, 1.0)  # of the recorded trajectories that end satisfied and of those that fail, how many are refined
 BATCH = 64
+MADE_WITH = "made_with"  # of a file: the settings, as JSON
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Group:
         return all(abs(p - self.satisfied) <= TOLERANCE for p in known)
 
 
-def record(config: EnvConfig, rows: Sequence[dict[str, Any]], seed: int = 0) -> dict[str, np.ndarray]:
+def record(config: EnvConfig, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """What comes of a split's ``rows`` stopped after every step, and refined up to three times, as one table.
 
     Columns as `addiff_env.tiny.recipes.endings.Record` has them; rows, states and endings are numbered through.
@@ -54,7 +57,7 @@ def record(config: EnvConfig, rows: Sequence[dict[str, Any]], seed: int = 0) -> 
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         prompts, seeds = [row["prompt"] for row in part], [row["seed"] for row in part]
-        rng = np.random.default_rng((seed, start))
+        rng = np.random.default_rng((0, start))
         lanes = FreeLanes(config, len(part))
         arrays = Recorder(lanes, prompts, seeds, rng, 0, finishes, REFINED).run().arrays()
         parts.append({"prompt": np.asarray(prompts), **arrays})
@@ -80,15 +83,21 @@ def load_or_record(path: Path | None, config: EnvConfig, rows: Sequence[dict[str
     """`record`, kept in the file ``path`` if there is one.
 
     Raises:
-        ValueError: the file holds other prompts.
+        ValueError: the file holds other prompts, or was made with other settings or weights.
     """
+    settings = {name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale", "finish_steps")}
+    settings |= {"weights": fingerprint(config.model)}
     if path is None or not path.exists():
         table = record(config, rows)
         if path is not None:
-            save_arrays(path, table, compress=False)
+            save_arrays(path, table | {MADE_WITH: np.asarray(json.dumps(settings))}, compress=False)
         return table
     with np.load(path) as archive:
         table = dict(archive)
+    held = json.loads(str(table.pop(MADE_WITH, "{}")))  # earlier releases kept none
+    held.setdefault("num_inference_steps", int(table["state_step_index"].max()))
+    if changed := [f"{name} {value}, not {settings[name]}" for name, value in held.items() if value != settings[name]]:
+        raise ValueError(f"{path} was made with {'; '.join(changed)}: remove it to make it anew")
     if table["prompt"].tolist() != [row["prompt"] for row in rows]:
         raise ValueError(f"{path} holds the record of {len(table['prompt'])} other prompts: remove it to make it anew")
     return table
@@ -163,12 +172,12 @@ def _mean(values: np.ndarray) -> float | None:
     return float(known.mean()) if len(known) else None
 
 
-def reliability(probabilities: np.ndarray, satisfied: np.ndarray, bins: int = 10) -> list[tuple[float, float, int]]:
-    """Mean probability, share satisfied and number of pictures in each of ``bins`` equal parts of [0, 1]."""
-    which = np.minimum((probabilities * bins).astype(int), bins - 1)
+def reliability(probabilities: np.ndarray, satisfied: np.ndarray) -> list[tuple[float, float, int]]:
+    """Mean probability, share satisfied and number of pictures in each of ten equal parts of [0, 1]."""
+    which = np.minimum((probabilities * 10).astype(int), 9)
     return [
         (float(probabilities[which == b].mean()), float(satisfied[which == b].mean()), int((which == b).sum()))
-        for b in range(bins)
+        for b in range(10)
         if (which == b).any()
     ]
 

@@ -75,11 +75,11 @@ class Walks:
         return replace(self, **kept | {"source": np.where(kept["source"] >= 0, place[kept["source"]], -1)})
 
 
-def walks_of(table: dict[str, np.ndarray], scorer: LatentScorer, finish_steps: int = 2) -> Walks:
+def walks_of(table: dict[str, np.ndarray], scorer: LatentScorer) -> Walks:
     """The trajectories of a record, with what ``scorer`` says along them."""
     step, length = table["state_step_index"], int(table["state_step_index"].max())
     left = foretold_of_states(scorer, table, np.asarray(length - step, np.int64))
-    stopping = foretold_of_states(scorer, table, np.full(len(step), finish_steps, np.int64))
+    stopping = foretold_of_states(scorer, table, np.full(len(step), Walks.finish_steps, np.int64))
     names, which = np.unique(table["state_trajectory"], return_inverse=True)
     blank = np.full((len(names), length), np.nan)
     stop, go_on, stopped = blank.copy(), blank.copy(), blank.copy()
@@ -93,10 +93,8 @@ def walks_of(table: dict[str, np.ndarray], scorer: LatentScorer, finish_steps: i
     ended = table["ending_satisfied"][table["state_goes_on"][first_state]]
     by_name = {(r, n): trajectory for trajectory, (r, n) in enumerate(zip(row, refines, strict=True))}
     source = np.array([by_name.get((r, n - 1), -1) for r, n in zip(row, refines, strict=True)])
-    first = int(step[state].min())
-    return Walks(
-        row, refines, stop, go_on, stopped, ended, source, table["state_left_at"][first_state], finish_steps, first
-    )
+    left_at, first = table["state_left_at"][first_state], int(step[state].min())
+    return Walks(row, refines, stop, go_on, stopped, ended, source, left_at, first=first)
 
 
 def _fit(features: np.ndarray, values: np.ndarray) -> np.ndarray:

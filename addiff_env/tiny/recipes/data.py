@@ -74,4 +74,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make them; returns the exit status."""
     args: argparse.Namespace = common.arguments("world data", __doc__ or "", argv, number=80_000)
     prepare(args.work, args.number, args.seed)
+    print(f"{len(load(args.work)[1])} scenes in {args.work}")  # which may have been there, more or fewer than asked for
     return 0

@@ -154,10 +154,10 @@ def load_samples(work: Path) -> Samples:
 # --------------------------------------------------------------------------- augmentation and targets
 
 
-def shift_and_mirror(pairs: Pairs, generator: torch.Generator, reach: int = 2) -> Pairs:
-    """Shift whole pictures by up to ``reach`` pixels and mirror half of those that no caption word contradicts."""
+def shift_and_mirror(pairs: Pairs, generator: torch.Generator) -> Pairs:
+    """Shift whole pictures by up to two pixels and mirror half of those that no caption word contradicts."""
     batch = len(pairs.captions)
-    shift = torch.randint(-reach, reach + 1, (batch, 2), generator=generator)  # x, y
+    shift = torch.randint(-2, 3, (batch, 2), generator=generator)  # x, y
     sided = torch.tensor([" left of " in caption or " right of " in caption for caption in pairs.captions])
     mirror = (torch.rand(batch, generator=generator) < 0.5) & ~sided
     place = torch.arange(SIZE)

@@ -262,10 +262,10 @@ def _to_input(latents: torch.Tensor, device: str) -> torch.Tensor:
 # --------------------------------------------------------------------------- calibration and report
 
 
-def logits_of(model: LatentTextReward, questions: Questions, batch: int = 256) -> torch.Tensor:
+def logits_of(model: LatentTextReward, questions: Questions) -> torch.Tensor:
     """Logits (N, 2) of all questions."""
     parts = []
-    for rows in torch.arange(len(questions)).split(batch):
+    for rows in torch.arange(len(questions)).split(256):
         part = questions.take(rows)
         parts.append(
             model.score_latents(part.latents.float(), list(part.captions), part.timesteps, part.evaluations).cpu()
