@@ -24,6 +24,7 @@ from gymnasium.vector import AutoresetMode
 from addiff_env.agent import Agent
 from addiff_env.env.validation import preset_of
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.stats import at_least_one
 from addiff_env.storage.commands import interruptible
 from addiff_env.storage.files import claim_file, told_when_full
 
@@ -206,8 +207,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("name", help="<namespace>/<dataset>-v<N>")
     parser.add_argument("--env", default="AdDiffusion-Tiny-v0", help="environment id, where no agent is given")
     parser.add_argument("--agent", default=None, help="folder of an agent bundle; without one actions are random")
-    parser.add_argument("--episodes", type=int, default=100)
-    parser.add_argument("--num-envs", type=int, default=16, help="lanes denoised in one batch")
+    parser.add_argument("--episodes", type=at_least_one, default=100)
+    parser.add_argument("--num-envs", type=at_least_one, default=16, help="lanes denoised in one batch")
     parser.add_argument("--seed", type=int, default=0, help="of prompts, initial noises and random actions")
     options = parser.parse_args(argv)
     check_free(options.name)

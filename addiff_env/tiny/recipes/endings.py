@@ -27,7 +27,7 @@ from addiff_env.tiny.checker import check_picture
 from addiff_env.tiny.prompt_splits import sample_train_prompt
 from addiff_env.tiny.prompts import CATEGORIES
 from addiff_env.tiny.recipes import common, pairs
-from addiff_env.tiny.recipes.generate import hold_configuration, save_arrays, unet_fingerprint
+from addiff_env.tiny.recipes.generate import hold_configuration, missing_chunks, save_arrays, unet_fingerprint
 
 FIRST_SEED = 700_000_000  # far from the evaluation splits' seeds and from those of `generate`
 MASKS = ("neglected_token", "full", "low_attention")
@@ -291,10 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {name: getattr(args, name) for name in ("batch", "stops", "dense_every", "seed")}
     hold_configuration(folder, settings | {"unet_sha256": unet_fingerprint(args)})
     started = time.monotonic()
-    for chunk in range(-(-args.number // args.batch)):
-        path = folder / f"chunk_{chunk:05d}.npz"
-        if path.exists():
-            continue
+    for chunk, path in missing_chunks(folder, -(-args.number // args.batch)):
         arrays = make_chunk(args, lanes[chunk_grid(chunk)], chunk)
         save_arrays(path, arrays, compress=False)
         rate = arrays["ending_satisfied"].mean()

@@ -10,7 +10,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +108,21 @@ def samples(args: argparse.Namespace, model: Backbone) -> None:
     hold_configuration(folder, _configuration(args))
     started, made, satisfied = time.monotonic(), 0, 0
     total = -(-args.number // args.batch)
-    for chunk in range(total):
-        path = folder / f"chunk_{chunk:05d}.npz"
-        if path.exists():
-            continue
+    for chunk, path in missing_chunks(folder, total):
         arrays = make_chunk(args, model, chunk)
         save_arrays(path, arrays)
         made, satisfied = made + args.batch, satisfied + int(arrays["satisfied"].sum())
         if made % (10 * args.batch) == 0 or chunk == total - 1:
             seconds = time.monotonic() - started
             print(f"samples {chunk + 1}/{total}  {seconds:.0f} s  satisfied {satisfied / made:.3f}", flush=True)
+
+
+def missing_chunks(folder: Path, total: int) -> Iterator[tuple[int, Path]]:
+    """Number and file of each of ``total`` chunks that ``folder`` does not hold."""
+    for chunk in range(total):
+        path = folder / f"chunk_{chunk:05d}.npz"
+        if not path.exists():
+            yield chunk, path
 
 
 def unet_fingerprint(args: argparse.Namespace) -> str:

@@ -37,12 +37,6 @@ _NOUNS = {ObjectSpec(shape, count=count).phrase().split()[-1] for shape in SHAPE
 _CLASSES = (1 + len(_SHAPE_NAMES), len(COLORS), 2)  # classes of shape (0: nothing centred here), color, size
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an .npy file whole or not at all."""
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.save(file, array)
-
-
 def describe(objects: Scene | tuple[Found, ...]) -> np.ndarray:
     """Rows (6, 5) of a scene's drawn objects or of those the checker found."""
     rows = np.full((MAX_OBJECTS, 5), -1, np.float32)
@@ -70,7 +64,8 @@ def scene_objects(work: Path, captions: list[str], seed: int) -> torch.Tensor:
             if prompt.caption != captions[row]:
                 raise ValueError(f"picture {row} of {work} is {captions[row]!r}, seed {seed} gives {prompt.caption!r}")
             rows[row] = describe(sample_scene(rng, prompt))
-    save_array(path, rows)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.save(file, rows)
     return torch.from_numpy(rows)
 
 
