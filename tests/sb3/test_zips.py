@@ -93,8 +93,10 @@ def test_the_command_line_goes_both_ways(small_kwargs, tmp_path, capsys):
     config = {"env": {"id": "AdDiffusion-Tiny-v0", "kwargs": small_kwargs}, "observation": parts, "hidden": 16}
     agent = Agent(PolicyNet(parts, hidden=16), config)
     agent.save(tmp_path / "agent")
-    zips.main(["export", str(tmp_path / "agent"), str(tmp_path / "agent.zip")])
+    zips.main(["export", str(tmp_path / "agent"), str(tmp_path / "written")])  # as Stable-Baselines3 completes it
+    written = Path(capsys.readouterr().out.rpartition(" -> ")[2].strip())
+    assert written.is_file()
     options = ["--env", "AdDiffusion-Tiny-v0", "--trust-pickle"]
-    zips.main(["import", str(tmp_path / "agent.zip"), str(tmp_path / "again"), *options])
+    zips.main(["import", str(written), str(tmp_path / "again"), *options])
     assert Agent.load(tmp_path / "again").fingerprint == agent.fingerprint
-    assert capsys.readouterr().out.count(agent.fingerprint) == 2
+    assert agent.fingerprint in capsys.readouterr().out
