@@ -46,12 +46,12 @@ class PartNorm(nn.Module):
         Raises:
             ValueError: a gain of a part that there is not, or one that is not positive.
         """
-        gains = {name: gain for name, gain in (gains or {}).items() if gain is not None}
-        if wrong := {name: gain for name, gain in gains.items() if name not in self.parts or not gain > 0}:
+        given = {name: gain for name, gain in (gains or {}).items() if gain is not None}
+        if wrong := {name: gain for name, gain in given.items() if name not in self.parts or not gain > 0}:
             raise ValueError(f"gains must be positive numbers of the parts {list(self.parts)}, got {wrong}")
         varies = std > 1e-6
         self.mean.copy_(mean)
-        gain = torch.cat([torch.full((n,), float(gains.get(name, 1.0))) for name, n in self.parts.items()]).to(std)
+        gain = torch.cat([torch.full((n,), float(given.get(name, 1.0))) for name, n in self.parts.items()]).to(std)
         scale = gain * PART_NORM / (std.clamp_min(1e-6) * self.root_widths)
         self.scale.copy_(torch.where(varies, scale, torch.zeros_like(std)))
 
