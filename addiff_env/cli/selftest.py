@@ -5,8 +5,7 @@
     addiff selftest --out report.md              the embedded world; the report also as a file
 
 Each check passes, fails or is skipped with a reason, and one that fails keeps none from running. The report, in
-Markdown, can be pasted into an issue. Exit status 0: nothing failed; 1: something did;
-130: Ctrl-C was pressed, and the report is of the checks before.
+Markdown, can be pasted into an issue. Exit status 1: something failed; 130: Ctrl-C, the report is of the checks before.
 """
 
 from __future__ import annotations
@@ -53,11 +52,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "open_clip_torc
 # may show. They round in other places, and a schedule carries that on: over 50 steps of the embedded world 2e-3 in
 # float16, 2e-2 in bfloat16. In float32 it is 1e-6 on a CPU; convolutions of a GPU may be in TF32, which has ten bits.
 TOLERANCE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "dpmpp_2m": DPMSolverMultistepScheduler,
-    "euler": FlowMatchEulerDiscreteScheduler,
-}
+SCHEDULERS = dict(ddim=DDIMScheduler, dpmpp_2m=DPMSolverMultistepScheduler, euler=FlowMatchEulerDiscreteScheduler)
 ASSETS, CHECKPOINT = "ADDIFF_IMAGEREWARD_ASSETS", "ADDIFF_IMAGEREWARD"
 # Of the README of ImageReward's repository: the scores of assets/images/1.webp to 4.webp for this prompt.
 README_PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"

@@ -90,13 +90,12 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     ## Info
     ``prompt, seed, price, step_index, nfe, forward_passes, net_flops, action_mask, action_taken, clip_score,
     reward_score, fault, reward_components``; one array over lanes each. ``reward_components`` (B, 6) is a
-    `addiff_env.env.reward.RewardComponents`: ``info["reward_components"]["terminal"]`` (B,).
-    ``action_mask`` (B, 3) int8 is 1 where an action is admissible: ``action_space.sample(tuple(info["action_mask"]))``
-    draws such actions, and `action_masks` has the same as bool. ``action_taken`` is -1 where nothing was carried out.
+    `addiff_env.env.reward.RewardComponents`: ``info["reward_components"]["terminal"]`` (B,). Of ``action_mask`` (B, 3)
+    int8, 1 is an action that is admissible: ``action_space.sample(tuple(info["action_mask"]))`` draws such actions, and
+    `action_masks` has the same as bool. ``action_taken`` is -1 where nothing was carried out.
     ``fault`` says that the lane's numbers stopped being finite: it is terminated with its last finite prediction (grey
-    where the decoder's numbers did) and pays the reward's ``fault`` penalty. Where that happens in the warm-up,
-    ``reset`` says so in ``fault``, and the lane's first step ends it so, whatever the action. Where a look's numbers
-    are not finite, the lane shows what was seen before; a final picture's are a fault.
+    where the decoder's numbers did) and pays the reward's ``fault`` penalty. Of the warm-up ``reset`` says so, and the
+    first step ends the lane. A look that is not finite is passed over.
 
     Everything is a number but for ``prompt``, which ``info["prompt"]`` gives and iterating passes over: TorchRL,
     `NumpyToTorch` and Gymnasium's vector environments of single ones collect what is iterated over
@@ -222,8 +221,8 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         given = reset_options.read_options(options, len(lanes), self.denoiser)
         self._reset_lanes(lanes, given, self._seed(seed))
         self._started = True
-        nothing = np.full(self.num_envs, -1), dict.fromkeys(COLUMNS, np.zeros(self.num_envs))
-        return self.observer.observation(self.state), self._info(*nothing)
+        nothing = {name: np.zeros(self.num_envs) for name in COLUMNS}
+        return self.observer.observation(self.state), self._info(np.full(self.num_envs, -1), nothing)
 
     def _seed(self, seed: int | Sequence[int | None] | None) -> list[np.random.Generator] | None:
         """Seed the environment's stream; a sequence gives each lane draws of its own."""

@@ -36,7 +36,6 @@ from addiff_env.sb3.checkpoint import FILE
 from addiff_env.sb3.held_out import HeldOut
 from addiff_env.sb3.parts import input_settings
 from addiff_env.sb3.training import COSMETIC, Result, train
-from addiff_env.stats import at_least_one
 from addiff_env.storage.commands import command_line, interruptible, override, spelled
 from addiff_env.storage.files import claim, read_yaml
 from addiff_env.storage.inputs import fingerprints
@@ -264,13 +263,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one worker; returns the exit status."""
     parser = argparse.ArgumentParser(prog="addiff search", description="One worker of a hyperparameter search.")
     parser.add_argument("folder", type=Path, help="the study's folder; workers that name the same one share the study")
-    parser.add_argument("--trials", type=at_least_one, default=20, help="trainings that this worker runs")
+    parser.add_argument(
+        "--trials", type=int, default=20, help="trainings that this worker runs; 0: only say which was best"
+    )
     parser.add_argument("--space", default="addiff_env:configs/search/ppo.yaml", help="file of what may vary")
     parser.add_argument("--configs", default="addiff_env:configs", help="folder of the Hydra configuration")
     parser.add_argument("--price", type=float, default=0.002, help="quality that one evaluation has to be worth")
     parser.add_argument("--seed", type=int, help="of this worker's draws, and its name: all differ")
     parser.add_argument("overrides", nargs="*", help="as for train_sb3.py, for every trial")
     options = parser.parse_intermixed_args(argv)
+    if options.trials < 0:
+        parser.error(f"--trials must be at least 0, got {options.trials}")
     configs = _find_configs(options.configs)
 
     def configure(drawn: list[str]) -> DictConfig:
