@@ -90,12 +90,12 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     ## Info
     ``prompt, seed, price, step_index, nfe, forward_passes, net_flops, action_mask, action_taken, clip_score,
     reward_score, fault, reward_components``; one array over lanes each. ``reward_components`` (B, 6) is a
-    `addiff_env.env.reward.RewardComponents`: ``info["reward_components"]["terminal"]`` (B,). Of ``action_mask`` (B, 3)
-    int8, 1 is an action that is admissible: ``action_space.sample(tuple(info["action_mask"]))`` draws such actions, and
-    `action_masks` has the same as bool. ``action_taken`` is -1 where nothing was carried out.
-    ``fault`` says that the lane's numbers stopped being finite: it is terminated with its last finite prediction (grey
-    where the decoder's numbers did) and pays the reward's ``fault`` penalty. Of the warm-up ``reset`` says so, and the
-    first step ends the lane. A look that is not finite is passed over.
+    `addiff_env.env.reward.RewardComponents`: ``info["reward_components"]["terminal"]`` (B,). ``action_mask`` (B, 3) is
+    1 where an action is admissible (int8, for ``action_space.sample(tuple(info["action_mask"]))``; `action_masks`:
+    bool). ``action_taken`` is -1 where nothing was carried out. ``fault`` says that the lane's numbers stopped being
+    finite: it is terminated with its last finite prediction (grey where the decoder's numbers did) and pays the
+    reward's ``fault`` penalty. Of the warm-up ``reset`` says so, and the first step ends the lane. A look that is not
+    finite is passed over.
 
     Everything is a number but for ``prompt``, which ``info["prompt"]`` gives and iterating passes over: TorchRL,
     `NumpyToTorch` and Gymnasium's vector environments of single ones collect what is iterated over
