@@ -94,8 +94,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     1 where an action is admissible (int8, for ``action_space.sample(tuple(info["action_mask"]))``; `action_masks`:
     bool). ``action_taken`` is -1 where nothing was carried out. ``fault`` says that the lane's numbers stopped being
     finite: it is terminated with its last finite prediction (grey where the decoder's numbers did) and pays the
-    reward's ``fault`` penalty. Of the warm-up ``reset`` says so, and the first step ends the lane. A look that is not
-    finite is passed over.
+    reward's ``fault`` penalty; of the warm-up ``reset`` says so. A look that is not finite is passed over.
 
     Everything is a number but for ``prompt``, which ``info["prompt"]`` gives and iterating passes over: TorchRL,
     `NumpyToTorch` and Gymnasium's vector environments of single ones collect what is iterated over
