@@ -129,7 +129,7 @@ def test_prompts_come_in_any_ordered_form(pipe: AdaptivePipeline, monkeypatch: p
     assert [(one.prompt, one.seed, one.negative_prompt) for one in asked] == expected
 
 
-@pytest.mark.parametrize("prompts", [{"a", "b"}, {"a": 1}, 5, np.array(5)], ids=str)
+@pytest.mark.parametrize("prompts", [{"a", "b"}, {"a": 1}, 5, np.array(5)], ids=["set", "dict", "number", "array"])
 def test_what_has_no_order_is_no_list_of_prompts(pipe: AdaptivePipeline, prompts: Any) -> None:
     with pytest.raises(TypeError, match="must be a string"):
         pipe.stream(prompts)
