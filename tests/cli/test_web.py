@@ -64,7 +64,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("verb", "option", "value"),
     [("web", "--port", "0"), ("web", "--port", "http"), ("web", "--presets", "-1"), ("web", "--presets", "x")]
-    + [("web", "--pace", "nan"), ("web", "--pace", "fast"), ("generate", "--seed", "1.5"), ("search", "--trials", "0")]
+    + [("web", "--pace", "nan"), ("web", "--pace", "fast"), ("generate", "--seed", "1.5")]
     + [("record", "--episodes", "0"), ("record", "--num-envs", "x")]
     + [("world rules", "--number", "0"), ("world finishes", "--steps", "-1")],
 )

@@ -348,3 +348,9 @@ def test_the_agents_of_a_sweep_can_be_named_to_an_evaluation(swept):
         several = compose("evaluate", [f"agents=[{agent},runs/b/agent]"])
         single = compose("evaluate", [f"agent={agent}"])
     assert list(several.agents) == [agent, "runs/b/agent"] and single.agent == agent
+
+
+def test_a_worker_runs_no_fewer_than_no_trainings(capsys):
+    with pytest.raises(SystemExit):
+        search.main(["study", "--trials", "-1"])
+    assert "-1" in capsys.readouterr().err
