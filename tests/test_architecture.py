@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import grimp
@@ -41,3 +42,11 @@ def test_a_folder_loads_nothing_by_itself(package: str) -> None:
     code = f"import sys, addiff_env.{package}; print([name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "package", ["agent", "diffusion.backbones", "env", "perception.scorers", "pipeline", "sb3", "scorers"]
+)
+def test_every_name_that_a_package_offers_is_there(package: str) -> None:
+    module = import_module(f"addiff_env.{package}")
+    assert module.__all__ and all(hasattr(module, name) for name in module.__all__)

@@ -93,8 +93,8 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     `addiff_env.env.reward.RewardComponents`: ``info["reward_components"]["terminal"]`` (B,). ``action_mask`` (B, 3) is
     1 where an action is admissible (int8, for ``action_space.sample(tuple(info["action_mask"]))``; `action_masks`:
     bool). ``action_taken`` is -1 where nothing was carried out. ``fault`` says that the lane's numbers stopped being
-    finite: it is terminated with its last finite prediction (grey where the decoder's numbers did) and pays the
-    reward's ``fault`` penalty; of the warm-up ``reset`` says so. A look that is not finite is passed over.
+    finite: it ends with its last finite prediction (grey where the decoder's numbers did) and pays the ``fault``
+    penalty; after a warm-up its first step does so. A look that is not finite is passed over, the last one a fault.
 
     Everything is a number but for ``prompt``, which ``info["prompt"]`` gives and iterating passes over: TorchRL,
     `NumpyToTorch` and Gymnasium's vector environments of single ones collect what is iterated over

@@ -21,7 +21,8 @@ from addiff_env.agent import Agent
 from addiff_env.evaluation.acceptance import difference, in_words
 from addiff_env.evaluation.benchmarks.items import Item, id_list_hash, load_benchmark
 from addiff_env.evaluation.methods.registry import make_method
-from addiff_env.evaluation.prices import COLUMNS, earned, play
+from addiff_env.evaluation.prices import earned, play
+from addiff_env.evaluation.run.version import code_version
 from addiff_env.evaluation.statistics.families import at_price
 from addiff_env.pipeline import make_agent_env
 from addiff_env.stats import at_least_one
@@ -54,9 +55,9 @@ def found_in(folder: Path) -> list[Ablation]:
 
 
 def outcomes_of(run: Path, items: Sequence[Item], price: float) -> np.ndarray:
-    """`COLUMNS` (N, 3) of the pictures that the agent of ``run`` makes, as its folder has kept them or made now."""
+    """What `play` says of the pictures that the agent of ``run`` makes, kept in its folder or made now."""
     agent, kept = Agent.load(run / "agent"), run / "ablation.json"
-    made_of = {"agent": agent.fingerprint, "price": price, "pictures": id_list_hash(items), "columns": list(COLUMNS)}
+    made_of = {"agent": agent.fingerprint, "price": price, "pictures": id_list_hash(items), "code": code_version()}
     if kept.exists() and {**(found := read_json(kept)), "outcomes": None} == {**made_of, "outcomes": None}:
         return np.array(found["outcomes"])
     env = make_agent_env(agent, min(64, len(items)))
@@ -66,7 +67,7 @@ def outcomes_of(run: Path, items: Sequence[Item], price: float) -> np.ndarray:
 
 
 def line(ablation: Ablation, outcomes: np.ndarray, whole: np.ndarray, price: float, prompts: Sequence[str]) -> str:
-    """One row of the table, of means over seeds of `COLUMNS` (N, 3)."""
+    """One row of the table, of `play`'s outcomes, means over seeds."""
     success, evaluations, flops = outcomes.mean(0)
     values = earned(outcomes, price)
     costs = f"{success:>9.3f}{evaluations:>7.2f}{flops / 1e9:>8.2f}"

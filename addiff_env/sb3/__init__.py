@@ -32,11 +32,25 @@ __all__ = [
     "observation_parts",
     "prompt_complexity",
 ]
-_PARTS = {
-    "callbacks": ("CollapseAlarm", "CollapseWarning", "EpisodeLog", "RunningNormalisation", "TargetNFE"),
-    "episodes": ("PromptOrder", "Stage", "prompt_complexity"),
-    "held_out": ("HeldOut"),
-    "policies": ("DenoisePolicy", "MaskableDenoisePolicy", "PartNormExtractor", "calibrate"),
-    "vec_env": ("DenoiseVecEnv", "make_lanes", "make_vec_env", "observation_parts"),
-}
-__getattr__ = lazy_attributes(__name__, {name: module for module, names in _PARTS.items() for name in names})
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "CollapseAlarm": "callbacks",
+        "CollapseWarning": "callbacks",
+        "DenoisePolicy": "policies",
+        "DenoiseVecEnv": "vec_env",
+        "EpisodeLog": "callbacks",
+        "HeldOut": "held_out",
+        "MaskableDenoisePolicy": "policies",
+        "PartNormExtractor": "policies",
+        "PromptOrder": "episodes",
+        "RunningNormalisation": "callbacks",
+        "Stage": "episodes",
+        "TargetNFE": "callbacks",
+        "calibrate": "policies",
+        "make_lanes": "vec_env",
+        "make_vec_env": "vec_env",
+        "observation_parts": "vec_env",
+        "prompt_complexity": "episodes",
+    },
+)

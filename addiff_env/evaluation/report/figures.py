@@ -92,6 +92,7 @@ def quality_figure(rows: Sequence[ResultRow], costs: Sequence[str], size: tuple[
     metric, shares = headline_metric(rows), share_metrics(rows)
     scale = 100.0 if metric in shares else 1.0
     seeds = len({found[0] for method in by_method(rows) if (found := run_and_price(method))})
+    legend = {AGENT: f"{AGENT}, {seeds} training seeds"} if seeds > 1 else {}
     summaries = {summary.method: summary for summary in summarise(_seeds_together(rows), shares)}
     with _figure(*size, len(costs)) as (figure, axes):
         for axis, name in zip(axes, costs, strict=True):
@@ -102,10 +103,10 @@ def quality_figure(rows: Sequence[ResultRow], costs: Sequence[str], size: tuple[
             _draw_front(axis, drawn, metric, name, cost.unit, scale)
             for label, members, color, marker in _series(list(summaries)):
                 points = [drawn[member] for member in members if member in drawn]
-                if label == AGENT and seeds > 1:
-                    label += f", {seeds} training seeds"  # noqa: PLW2901 (for the legend)
                 if points:
-                    _draw_points(axis, points, (metric, scale), (name, cost.unit), label, color, marker)
+                    _draw_points(
+                        axis, points, (metric, scale), (name, cost.unit), legend.get(label, label), color, marker
+                    )
             if not drawn:
                 axis.text(0.5, 0.5, f"no picture has {metric}", transform=axis.transAxes, ha="center", color=INK)
             axis.set_xlabel(f"{cost.label} per picture")

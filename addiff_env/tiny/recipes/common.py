@@ -76,8 +76,10 @@ class Loop:
         if not self.path.exists():
             return
         state = torch.load(self.path, map_location=self.args.device, weights_only=True)
-        settings, kept = self._settings(), state.get("settings", {})  # earlier releases kept none
-        if changed := [f"{name} {kept[name]}, not {settings[name]}" for name in kept if kept[name] != settings[name]]:
+        settings = self._settings()
+        kept = state.get("settings", {}).items()  # earlier releases kept none
+        changed = [f"{name} {value}, not {settings.get(name)}" for name, value in kept if value != settings.get(name)]
+        if changed:
             raise ValueError(f"{self.path} was trained with {'; '.join(changed)}: remove it to start anew")
         for key, module in self.modules.items():
             module.load_state_dict(state["modules"][key])

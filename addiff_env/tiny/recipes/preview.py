@@ -15,7 +15,6 @@ from diffusers import AutoencoderTiny
 from addiff_env.tiny.recipes import autoencoder, common, data
 
 MOST_NOISE = 0.5  # standard deviations of a latent; clean predictions of early steps are not quite of pictures
-
 UNSEEN = 10_000  # a part of the scenes that no training set has
 
 
@@ -34,10 +33,7 @@ def losses(
     with torch.no_grad():
         latents = teacher.encoder(pictures * 2 - 1).float() + amount * noise
         wanted = (teacher.decoder(latents).float() + 1) / 2
-    error = (model.decoder(latents).float() + 1) / 2 - wanted
-    chroma = wanted.amax(1, keepdim=True) - wanted.amin(1, keepdim=True)
-    weight = 1 + 4 * (F.max_pool2d(chroma, 3, 1, 1) > 0.15)  # objects cover a small part of a picture
-    l1, l2 = (weight * error.abs()).mean(), (weight * error**2).mean()
+    l1, l2 = autoencoder.weighted_errors((model.decoder(latents).float() + 1) / 2, wanted)
     return {"loss": l1 + 5 * l2, "l1": l1, "l2": l2}
 
 
