@@ -223,4 +223,8 @@ class Perception:
         return self._reading_flops(reader) if reader else 0.0
 
     def _reading_flops(self, reader: Any) -> float:
-        return count_flops(partial(reader.encode_text, ""), self.device)
+        """Counted once, without a lock: who counts waits for those who compute, and they may ask for the same."""
+        key = ("text", id(reader))
+        if key not in self._flops:
+            self._flops[key] = count_flops(partial(reader.encode_text, ""), self.device)
+        return self._flops[key]

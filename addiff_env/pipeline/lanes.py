@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -353,7 +352,7 @@ class LaneScheduler:
         """Whether the policy says which looks it reads."""
         return hasattr(self.policy, "sees")
 
-    @cached_property
+    @property
     def _spared(self) -> dict[str, float]:
         """FLOPs of what is charged and not used: a look, the rest of one that was read, texts."""
         flops, perception = self.env.flops_per_call, self.env.perception

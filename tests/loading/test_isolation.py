@@ -472,3 +472,29 @@ def test_exclusive_is_alone() -> None:
 
     together([compute, load, load, compute])
     assert set(most) == {0} and len(most) == 20
+
+
+def test_costs_are_asked_for_by_threads_that_compute(small_kwargs: dict[str, Any]) -> None:
+    """Python 3.11's `functools.cached_property` locks one attribute of all objects: who counts would wait for ever."""
+    env = gym.make_vec(ID, 1, **small_kwargs).unwrapped
+    inside, counting = threading.Event(), threading.Event()
+    found: list[float] = []
+
+    def computes() -> None:
+        with isolated():
+            inside.set()
+            counting.wait(5)
+            time.sleep(0.2)  # the other thread waits for this one
+            found.append(make_method("ddim-3", env).total_flops(6))
+
+    def counts() -> None:
+        inside.wait(5)
+        counting.set()
+        found.append(make_method("ddim-3", env).total_flops(6))
+
+    threads = [threading.Thread(target=one, daemon=True) for one in (computes, counts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(found) == 2 and found[0] == found[1] > 0

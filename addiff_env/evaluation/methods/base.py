@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -88,11 +87,7 @@ class Batched:
         """
         flops_per_call, perception, config = self.env.flops_per_call, self.env.perception, self.env.config
         flops = passes * flops_per_call["denoiser"] + decodes * flops_per_call["decode"]
-        flops += flops_per_call["start"] - self._text_flops
+        flops += flops_per_call["start"] - perception.text_flops()
         if not verdicts:
             return flops
         return flops + verdicts * perception.scorer_flops(config.height, config.width) + perception.scorer_text_flops()
-
-    @cached_property
-    def _text_flops(self) -> float:
-        return self.env.perception.text_flops()
