@@ -5,7 +5,7 @@ No policy, reward or Gymnasium here: `addiff_env.env.refine` adds RegionRefine, 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,8 @@ class Evaluation:
         return cls(lanes, torch.cat([part.timesteps for part in parts]), level, any(part.capture for part in parts))
 
 
-Work = Generator[Evaluation, None, None]  # what an action does: goes on when an evaluation that it asked for was made
+# What an action does: goes on when an evaluation that it asked for was made, returns the lanes that it leaves running
+Work = Generator[Evaluation, None, np.ndarray]
 
 
 class Denoiser:
@@ -130,11 +131,17 @@ class Denoiser:
         Side by side the evaluations that they ask for at a time are made in one batch.
         """
         for group in [works] if self.joint else [[work] for work in works]:
-            asked = _ask(group)
+            asked = ask(group)
             while asked:
-                one = Evaluation.together(list(asked.values())) if len(asked) > 1 else next(iter(asked.values()))
-                self.evaluate(state, one.lanes, one.timesteps, one.level, one.capture)
-                asked = _ask(asked)
+                asked = self.advance(state, asked)
+
+    def advance(self, state: LaneState, asked: Mapping[Work, Evaluation]) -> dict[Work, Evaluation]:
+        """Make the evaluations that works ``asked`` for, in one batch; returns what those that go on ask for next."""
+        if not asked:
+            return {}
+        one = Evaluation.together(list(asked.values())) if len(asked) > 1 else next(iter(asked.values()))
+        self.evaluate(state, one.lanes, one.timesteps, one.level, one.capture)
+        return ask(asked)
 
     def evaluate(
         self, state: LaneState, lanes: np.ndarray, timesteps: torch.Tensor, level: Level, capture: bool = True
@@ -171,7 +178,7 @@ class Denoiser:
     def stepping(self, state: LaneState, lanes: np.ndarray, capture: bool = True) -> Work:
         """What `step` does."""
         if len(lanes) == 0:
-            return
+            return lanes
         index, at = state.index(lanes), state.index(state.step_index[lanes])
         before = state.x0[index].clone() if self.schedule.multistep else None
         yield Evaluation(lanes, self.schedule.timesteps[at], self.schedule.current.at(at), capture)
@@ -181,6 +188,7 @@ class Denoiser:
         state.has_previous[index] = True
         state.step_index[lanes] += 1
         state.done[lanes[state.step_index[lanes] == self.schedule.num_inference_steps]] = True
+        return lanes[~state.done[lanes]]
 
     def finish(self, state: LaneState, lanes: np.ndarray, steps: int | None = None) -> None:
         """End ``lanes`` where they are: x0 is the result, or that of ``steps`` coarse steps (None: the setting)."""
@@ -189,7 +197,7 @@ class Denoiser:
     def finishing(self, state: LaneState, lanes: np.ndarray, steps: int | None = None) -> Work:
         """What `finish` does."""
         if len(lanes) == 0:
-            return
+            return lanes
         index, steps = state.index(lanes), self.config.finish_steps if steps is None else steps
         if steps == 0:
             state.latents[index] = state.x0[index]
@@ -199,6 +207,7 @@ class Denoiser:
             for j, (timesteps, current, next_level) in enumerate(path):
                 yield from self.coarse_step(state, lanes, timesteps, current, next_level, capture=j + 1 == steps)
         state.done[lanes] = True
+        return lanes[:0]
 
     def settle_nonfinite(self, state: LaneState, lanes: np.ndarray) -> None:
         """Mark those of ``lanes`` whose numbers stopped being finite; what they show is their last finite x0."""
@@ -217,7 +226,7 @@ class Denoiser:
         current: Level,
         next_level: Level,
         capture: bool,
-    ) -> Work:
+    ) -> Iterator[Evaluation]:
         """Evaluate at the ``current`` level and go to the ``next_level`` by DDIM with eta 0."""
         index = state.index(lanes)
         yield Evaluation(lanes, timesteps, current, capture)
@@ -246,7 +255,7 @@ class Denoiser:
         return self.schedule.training_timesteps[nearest], self.schedule.training.at(nearest)
 
 
-def _ask(works: Iterable[Work]) -> dict[Work, Evaluation]:
+def ask(works: Iterable[Work]) -> dict[Work, Evaluation]:
     """Let each go on until it asks for an evaluation; those that have ended ask for none."""
     asked = {work: next(work, None) for work in works}
     return {work: evaluation for work, evaluation in asked.items() if evaluation is not None}

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils._pytree import register_pytree_node
+
+from addiff_env.env.reward import RewardComponents
+
+if TYPE_CHECKING:
+    from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 
 
 class Info(dict[str, Any]):
@@ -48,14 +53,29 @@ class Info(dict[str, Any]):
         return self.of({**self, **other}, self.texts | getattr(other, "texts", {}))
 
 
-def lane_info(values: dict[str, Any], texts: dict[str, Any], num_envs: int, list_texts: bool) -> Info:
-    """``values`` and ``texts`` (B,) of all lanes, each with the mask (B,) of the lanes that have it: all."""
+def step_info(env: DiffusionDenoiseVectorEnv, taken: np.ndarray, reward: dict[str, np.ndarray]) -> Info:
+    """What a step that carried out ``taken`` (B,) tells of all lanes; a mask (B,) beside each value: all have it."""
+    values: dict[str, Any] = {
+        "seed": env.seed.copy(),
+        "price": env.price,
+        "step_index": env.step_index.copy(),
+        "nfe": env.nfe.copy(),
+        "forward_passes": env.nfe * env.passes_per_nfe,
+        "net_flops": env.net_flops.copy(),
+        "action_mask": env.action_masks().astype(np.int8),  # what a space's sample(mask) wants
+        "action_taken": taken,
+        "clip_score": env.clip_score.copy(),
+        "reward_score": env.reward_score.copy(),
+        "fault": env.fault.copy(),
+        "reward_components": RewardComponents.stack(reward),
+    }
+    texts = {"prompt": np.array(env.prompt, dtype=object)}
+    listed, hidden = (values | texts, {}) if env.config.text_info else (values, texts)
+    return Info.of(_with_presence(listed, env.num_envs), _with_presence(hidden, env.num_envs))
 
-    def with_presence(columns: dict[str, Any]) -> dict[str, Any]:
-        return columns | {f"_{name}": np.ones(num_envs, bool) for name in columns}
 
-    listed, hidden = (values | texts, {}) if list_texts else (values, texts)
-    return Info.of(with_presence(listed), with_presence(hidden))
+def _with_presence(columns: dict[str, Any], num_envs: int) -> dict[str, Any]:
+    return columns | {f"_{name}": np.ones(num_envs, bool) for name in columns}
 
 
 def final_info(info: Info, final_obs: np.ndarray, ended: np.ndarray) -> dict[str, Any]:

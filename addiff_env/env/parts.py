@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from addiff_env.env.state import LaneFields
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from addiff_env.diffusion.backbones import Backbone
     from addiff_env.diffusion.samplers import Schedule
     from addiff_env.perception.features import Perception
     from addiff_env.perception.previews import Previewer
 
     class ReadableParts(LaneFields):
-        """What a ``denoiser``, a ``state`` and an ``observer`` hold; see `Denoiser`, `LaneState` and `Observer`."""
+        """What an environment's parts hold; see `Denoiser`, `LaneState`, `Observer` and `UnderWay`."""
 
         backbone: Backbone
         schedule: Schedule
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
         perception: Perception
         previewer: Previewer
         parts: dict[str, int]
+        busy: np.ndarray
 
 else:
 
@@ -41,6 +44,7 @@ else:
     _PARTS = {
         "denoiser": ("backbone", "schedule", "latent_shape", "passes_per_nfe"),
         "observer": ("perception", "previewer", "parts"),
+        "under_way": ("busy",),
         "state": [field.name for field in fields(LaneFields)],
     }
     ReadableParts = type(

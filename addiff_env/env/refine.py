@@ -24,13 +24,14 @@ def refine(denoiser: Denoiser, state: LaneState, lanes: np.ndarray, masks: torch
 def refining(denoiser: Denoiser, state: LaneState, lanes: np.ndarray, masks: torch.Tensor | None = None) -> Work:
     """What `refine` does."""
     if len(lanes) == 0:
-        return
+        return lanes
     state.refine_masks[state.index(lanes)] = make_masks(denoiser, state, lanes) if masks is None else masks
     state.refines[lanes] += 1
     reset_solver_history(state, lanes)
     refine_lanes = _rewind if denoiser.config.refine_mode == "rewind" else _refine_in_place
-    yield from refine_lanes(denoiser, state, lanes)
-    reset_solver_history(state, lanes)
+    left = yield from refine_lanes(denoiser, state, lanes)
+    reset_solver_history(state, left)
+    return left
 
 
 def make_masks(denoiser: Denoiser, state: LaneState, lanes: np.ndarray, kind: str | None = None) -> torch.Tensor:
@@ -72,6 +73,7 @@ def _rewind(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) -> Work:
         _hold_latents(state, going, old[rows], noise[rows], reached)
         _hold_x0(state, going, old[rows])
         running &= ~state.done[lanes]
+    return lanes[running]
 
 
 def _refine_in_place(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) -> Work:
@@ -89,6 +91,7 @@ def _refine_in_place(denoiser: Denoiser, state: LaneState, lanes: np.ndarray) ->
     _hold_x0(state, lanes, old)
     present = schedule.current.at(state.index(state.step_index[lanes]))
     state.latents[index] = add_noise(state.x0[index], noise, present)
+    return lanes
 
 
 def _hold_latents(state: LaneState, lanes: np.ndarray, old: torch.Tensor, noise: torch.Tensor, level: Level) -> None:

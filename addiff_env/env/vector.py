@@ -15,15 +15,15 @@ from addiff_env.env import reset_options
 from addiff_env.env.config import EnvConfig, check_names
 from addiff_env.env.decisions import action_masks, read_actions
 from addiff_env.env.denoiser import Denoiser
-from addiff_env.env.info import Info, final_info, lane_info
+from addiff_env.env.info import Info, final_info, step_info
 from addiff_env.env.observer import Observer, observation_of
 from addiff_env.env.parts import ReadableParts
 from addiff_env.env.prices import charged, check_saved, start_prices
 from addiff_env.env.prompts import load_prompts
-from addiff_env.env.reward import COLUMNS, RewardComponents, RewardConfig, quality, step_reward
+from addiff_env.env.reward import COLUMNS, RewardConfig, quality, step_reward
 from addiff_env.env.spec import JsonableSpec, read_autoreset_mode, step_limit
 from addiff_env.env.state import LaneState, check_whole
-from addiff_env.env.transition import is_warming, transition, warm_up
+from addiff_env.env.transition import UnderWay, is_warming, transition, warm_up
 from addiff_env.env.validation import at_least, checked
 from addiff_env.loading.isolation import isolated
 from addiff_env.types import Action
@@ -123,9 +123,6 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     the other, so threads save nothing of the denoiser's own time: lanes of one vector environment do. While a model is
     loaded, no environment steps. The caller's default dtype and device, autocast, inference mode and gradient mode
     change no result (`addiff_env.loading.isolation`); what changes arithmetic (TF32, threads of an operation) is his.
-
-    ## Version history
-    v0: first version.
     """
 
     metadata: dict[str, Any] = {
@@ -170,6 +167,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         self.state = LaneState.empty(self.num_envs, self.denoiser.backbone, *sizes)
         self.state.lane_price[:] = start_prices(self.seed.tolist(), None, c.price_range)
         self.state.budget[:] = c.nfe_budget
+        self.under_way = UnderWay(self.num_envs)
 
     def set_reward(self, config: RewardConfig) -> None:
         """Pay by other weights and scales from the next step on."""
@@ -181,7 +179,11 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
 
         `load_state_dict` of an environment with the same settings then continues exactly as this one would. What can be
         computed again (encoded prompts) is left out.
+
+        Raises:
+            RuntimeError: lanes are in the middle of an action, see `share_batches`.
         """
+        self.under_way.require_free(np.arange(self.num_envs))
         return self.state.state_dict() | {"stream": self.np_random.bit_generator.state, "started": self._started}
 
     @isolated()
@@ -221,7 +223,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         self._reset_lanes(lanes, given, self._seed(seed))
         self._started = True
         nothing = {name: np.zeros(self.num_envs) for name in COLUMNS}
-        return self.observer.observation(self.state), self._info(np.full(self.num_envs, -1), nothing)
+        return self.observer.observation(self.state), step_info(self, np.full(self.num_envs, -1), nothing)
 
     def _seed(self, seed: int | Sequence[int | None] | None) -> list[np.random.Generator] | None:
         """Seed the environment's stream; a sequence gives each lane draws of its own."""
@@ -240,6 +242,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         self, lanes: np.ndarray, given: dict[str, Any], streams: list[np.random.Generator] | None = None
     ) -> None:
         """Start ``lanes``; ``given`` is what `read_options` made of the options."""
+        self.under_way.require_free(lanes)
         prompts, seeds = [], []
         for row, lane in enumerate(lanes):
             stream = self.np_random if streams is None else streams[lane]
@@ -276,7 +279,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
             raise gym.error.ResetNeeded("every lane has ended: call reset() before step()")
         taken, reward = self._act(lanes, actions)
         terminated, truncated = self.done.copy(), self._out_of_steps()
-        observation, info = self.observer.observation(self.state), self._info(taken, reward)
+        observation, info = self.observer.observation(self.state), step_info(self, taken, reward)
         finished = np.flatnonzero(terminated | truncated)
         if self.autoreset_mode == AutoresetMode.SAME_STEP and len(finished):
             observation, info = self._reset_finished(finished, observation, info)
@@ -287,31 +290,39 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
 
         Raises:
             ValueError: lanes that restart by themselves (autoreset other than DISABLED), or that there are not.
+            RuntimeError: lanes in the middle of an action, see `share_batches`.
         """
         if self.autoreset_mode != AutoresetMode.DISABLED:
             raise ValueError(f"lanes wait with autoreset_mode DISABLED only, got {self.autoreset_mode}")
-        self.state.done[reset_options.lane_numbers(lanes, self.num_envs)] = True
+        numbers = reset_options.lane_numbers(lanes, self.num_envs)
+        self.under_way.require_free(numbers)
+        self.state.done[numbers] = True
 
-    def share_batches(self, shared: bool = True) -> None:
-        """Evaluate lanes of different actions in one batch from now on: the same pictures, up to rounding, sooner."""
-        self.denoiser.joint = shared
+    def share_batches(self, shared: bool = True, overlap: bool = False) -> None:
+        """Evaluate lanes of different actions in one batch from now on: the same pictures, up to rounding, sooner.
+
+        With ``overlap``, an action of several evaluations makes one in each step, beside those of the other lanes:
+        `deciding` tells whose actions the next step heeds; ``info["action_taken"]`` and a new look come in the step
+        that ends the action. What is under way when this is called is given up.
+        """
+        self.denoiser.joint, self.under_way = shared, UnderWay(self.num_envs, overlap)
 
     def _out_of_steps(self) -> np.ndarray:
         """Which lanes (B,) bool have made all the decisions that an episode may have."""
         if self.max_episode_steps is None:
             return np.zeros(self.num_envs, bool)
-        return self.decisions >= self.max_episode_steps
+        return (self.decisions >= self.max_episode_steps) & ~self.under_way.busy
 
     def _act(self, lanes: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Apply the actions of ``lanes``; returns what was carried out (B,; -1 for the others) and the reward."""
         state, potential, cost = self.state, self._potential(), self._cost()
-        taken, deciding, looked = transition(self.denoiser, self.observer, state, lanes, actions)
+        taken, acting, looked = transition(self.denoiser, self.observer, state, lanes, actions, self.under_way)
         similarity = np.ones(self.num_envs)  # without a new look there is no new picture to compare
         similarity[looked] = state.similarity[looked]
         paid = self._cost() - cost
         after, ended = self._potential(), (state.done, state.fault)
         parts = step_reward(self.reward_config, potential, after, similarity, paid, *ended, self.price)
-        idle = ~np.isin(np.arange(self.num_envs), deciding)
+        idle = ~np.isin(np.arange(self.num_envs), acting)
         return taken, {name: np.where(idle, 0.0, value) for name, value in parts.items()}
 
     def _potential(self) -> np.ndarray:
@@ -334,27 +345,14 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         """Which lanes (B,) bool have mandatory steps before their first decision, after ``defer_warmup``."""
         return is_warming(self.denoiser, self.state)
 
+    @property
+    def deciding(self) -> np.ndarray:
+        """Which lanes (B,) bool heed their action in the next step: not those that wait, are warming or are busy."""
+        return ~(self.done | self._out_of_steps() | self.warming | self.under_way.busy)
+
     def action_masks(self) -> np.ndarray:
         """Which actions are admissible now: (B, 3) bool; continue always is, stop once there is a prediction."""
         return action_masks(self.config, self.state)
-
-    def _info(self, taken: np.ndarray, reward: dict[str, np.ndarray]) -> Info:
-        values: dict[str, Any] = {
-            "seed": self.seed.copy(),
-            "price": self.price,
-            "step_index": self.step_index.copy(),
-            "nfe": self.nfe.copy(),
-            "forward_passes": self.nfe * self.passes_per_nfe,
-            "net_flops": self.net_flops.copy(),
-            "action_mask": self.action_masks().astype(np.int8),  # what a space's sample(mask) wants
-            "action_taken": taken,
-            "clip_score": self.clip_score.copy(),
-            "reward_score": self.reward_score.copy(),
-            "fault": self.fault.copy(),
-            "reward_components": RewardComponents.stack(reward),
-        }
-        texts = {"prompt": np.array(self.prompt, dtype=object)}
-        return lane_info(values, texts, self.num_envs, self.config.text_info)
 
     def _reset_finished(self, lanes: np.ndarray, observation: Any, info: Info) -> tuple[Any, Info]:
         """SAME_STEP: restart ``lanes`` now; the last observation and info move to ``final_obs`` and ``final_info``."""
@@ -363,7 +361,9 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         for lane in lanes:
             final_obs[lane] = observation_of(observation, lane)
         self._reset_lanes(lanes, {})
-        fresh = self._info(info["action_taken"].copy(), {name: info["reward_components"][name] for name in COLUMNS})
+        fresh = step_info(
+            self, info["action_taken"].copy(), {name: info["reward_components"][name] for name in COLUMNS}
+        )
         return self.observer.observation(self.state), fresh | final_info(info, final_obs, ended)
 
     @isolated()

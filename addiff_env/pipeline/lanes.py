@@ -69,6 +69,7 @@ class Episode:
     made: Generated
     fresh: bool = False  # the latest look has not been read yet
     stopping: bool = False  # somebody asked that it stops at its next decision
+    probabilities: np.ndarray | None = None  # (3,) of the actions at the latest decision, where they are asked for
     read: int = 0
     unread: int = 0
 
@@ -166,7 +167,8 @@ class LaneScheduler:
         env: with lanes that wait when they have ended.
         policy: an agent, or anything with its ``act`` and ``flops``.
         defer_warmup: lanes that start make their mandatory steps in one batch with those that run, and evaluations of
-            different actions share a batch. Pictures are the same up to rounding, and the batch stays full.
+            different actions share batches, also over several steps (`DiffusionDenoiseVectorEnv.share_batches`).
+            Pictures are the same up to rounding, and the batch stays full.
         watch: sees every step of every lane; True asks that this lane stops at its next decision.
         previews, masks: keep a preview before each decision, and the mask of each refinement.
         probabilities: tell ``watch`` the probabilities of the actions.
@@ -198,7 +200,7 @@ class LaneScheduler:
         waiting, running = iter(requests), dict[int, Episode]()  # by lane
         observation, info = None, None
         self._park()
-        self.env.share_batches(self.defer_warmup)
+        self.env.share_batches(self.defer_warmup, overlap=self.defer_warmup)
         try:
             while True:
                 free = [lane for lane in range(self.env.num_envs) if lane not in running]
@@ -210,9 +212,9 @@ class LaneScheduler:
                 if ended:
                     yield ended
         finally:
-            self._park()
             if "denoiser" in vars(self.env):  # else it was closed meanwhile
                 self.env.share_batches(False)
+            self._park()
 
     def _park(self) -> None:
         if "state" in vars(self.env):
@@ -242,34 +244,32 @@ class LaneScheduler:
         for lane, request in zip(lanes, requests, strict=True):
             made = Generated(request.prompt, request.seed, np.zeros(0, np.uint8), seconds=share, price=request.price)
             running[lane] = Episode(request, made)
-        warming = self.env.warming
-        self._decision_ahead([lane for lane in lanes if not warming[lane]], running)
+        deciding = self.env.deciding
+        self._decision_ahead([lane for lane in lanes if deciding[lane]], running)
         return result
 
     def _step(
         self, observation: Any, info: Any, running: dict[int, Episode]
     ) -> tuple[Any, Any, list[tuple[int, Generated]]]:
         env, began, active = self.env, time.perf_counter(), sorted(running)
-        warming = env.warming
-        deciding = [lane for lane in active if not warming[lane]]
-        actions, probabilities = np.zeros(env.num_envs, np.int64), {}
+        warming, heeding = env.warming, env.deciding
+        deciding = [lane for lane in active if heeding[lane]]
+        actions = np.zeros(env.num_envs, np.int64)
         if deciding:
             seen = flat_observation(observation, env.parts)[deciding]
             mask, episodes = info["action_mask"][deciding], [running[lane] for lane in deciding]
             actions[deciding] = self._decide(seen, mask, episodes)
-            if self.probabilities:
-                logits = np.where(mask.astype(bool), self.policy.logits(seen), -np.inf)
-                probabilities = dict(zip(deciding, softmax(logits, axis=1), strict=True))
         observation, reward, terminated, _, info = env.step(actions)
         share = (time.perf_counter() - began) / len(active)
         for lane in active:
             self._account(running[lane].made, lane, float(reward[lane]), share, info)
-        for lane in deciding:
-            if not terminated[lane] and len(running[lane].made.actions) % env.config.observe_every == 0:
+        heeding, busy = env.deciding, env.busy
+        ahead, settled = [lane for lane in active if heeding[lane]], [lane for lane in active if not busy[lane]]
+        for lane in ahead:
+            if not warming[lane] and len(running[lane].made.actions) % env.config.observe_every == 0:
                 running[lane].look()
-        waiting = terminated | env.warming
-        self._decision_ahead([lane for lane in active if not waiting[lane]], running, warming)
-        self._tell(active, running, info, terminated, probabilities)
+        self._decision_ahead(ahead, running, warming)
+        self._tell(settled, running, info, terminated)
         ended = [lane for lane in active if terminated[lane]]
         return observation, info, [self._finish(running.pop(lane), lane, info) for lane in ended]
 
@@ -297,6 +297,10 @@ class LaneScheduler:
         if self._selective:
             for episode, sees in zip(episodes, self.policy.sees(observation), strict=True):
                 episode.decide(bool(sees))
+        if self.probabilities:
+            logits = np.where(action_mask.astype(bool), self.policy.logits(observation), -np.inf)
+            for episode, probabilities in zip(episodes, softmax(logits, axis=1), strict=True):
+                episode.probabilities = probabilities
         draw = getattr(self.policy, "act_in", None)
         if draw is None:
             actions = self.policy.act(observation, action_mask)
@@ -310,9 +314,8 @@ class LaneScheduler:
         running: dict[int, Episode],
         info: Any,
         finished: np.ndarray,
-        probabilities: dict[int, np.ndarray],
     ) -> None:
-        """Let the watcher see what was done to ``lanes``."""
+        """Let the watcher see what was done to ``lanes``, which are in the middle of nothing."""
         if self.watch is None:
             return
         grid = self.env.denoiser.timesteps
@@ -328,7 +331,7 @@ class LaneScheduler:
                 int(info["nfe"][lane]),
                 float(info["reward_score"][lane]),
                 bool(finished[lane]),
-                probabilities.get(lane),
+                None if action < 0 else running[lane].probabilities,
             )
             running[lane].stopping |= self.watch(step)
 
