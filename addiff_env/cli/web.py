@@ -13,10 +13,14 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from addiff_env.agent import Agent
 from addiff_env.cli.options import add_agent_options, number_in, overrides_of
 from addiff_env.env.prompts import load_prompts
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+from addiff_env.evaluation.benchmarks.items import Item
+from addiff_env.evaluation.methods.samplers import FixedSteps
 from addiff_env.pipeline import SHIPPED_AGENT, AdaptivePipeline
 from addiff_env.pipeline.lanes import require_registered
 from addiff_env.serving.limits import PROMPT_LENGTH, Limits
@@ -32,6 +36,7 @@ from addiff_env.serving.server import (
 from addiff_env.serving.studio import Studio
 from addiff_env.stats import at_least_one
 from addiff_env.storage.commands import INTERRUPTED, described_parser
+from addiff_env.types import Generated
 
 TOLD = "the tokenizer does not know|prompt truncated"  # warnings that the page itself shows to whom they concern
 
@@ -44,7 +49,13 @@ def studio_of(options: argparse.Namespace) -> Studio:
         overrides["negative_prompt"] = options.negative_prompt
     agent = Agent.from_pretrained(options.agent)
     pipe = AdaptivePipeline.from_pretrained(agent, 1, env_id=options.env, **overrides)
-    return Studio(pipe, Limits.of(pipe, options.steps, options.prompt_length))
+    return Studio(pipe, fixed_picture, Limits.of(pipe, options.steps, options.prompt_length))
+
+
+def fixed_picture(env: DiffusionDenoiseVectorEnv, prompt: str, seed: int, steps: int, watch: Any) -> Generated:
+    """What the evaluation's `FixedSteps` makes of one prompt."""
+    (((_, made),),) = FixedSteps(env, steps, watch=watch).make([Item(prompt, seed, "page")])
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:

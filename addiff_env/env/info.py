@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch.utils._pytree import register_pytree_node
 
+from addiff_env.env.config import EnvConfig
+from addiff_env.env.decisions import action_masks
 from addiff_env.env.reward import RewardComponents
+from addiff_env.env.state import LaneState
 
-if TYPE_CHECKING:
-    from addiff_env.env.vector import DiffusionDenoiseVectorEnv
+Rewards = Mapping[str, np.ndarray]  # components and total (B,) each
 
 
 class Info(dict[str, Any]):
@@ -53,25 +55,30 @@ class Info(dict[str, Any]):
         return self.of({**self, **other}, self.texts | getattr(other, "texts", {}))
 
 
-def step_info(env: DiffusionDenoiseVectorEnv, taken: np.ndarray, reward: dict[str, np.ndarray]) -> Info:
-    """What a step that carried out ``taken`` (B,) tells of all lanes; a mask (B,) beside each value: all have it."""
+def step_info(
+    state: LaneState, config: EnvConfig, price: np.ndarray, passes_per_nfe: int, taken: np.ndarray, reward: Rewards
+) -> Info:
+    """What a step that carried out ``taken`` (B,) tells of all lanes; a mask (B,) beside each value: all have it.
+
+    ``price`` (B,) is what an evaluation costs, ``reward`` what `addiff_env.env.reward.step_reward` gives.
+    """
     values: dict[str, Any] = {
-        "seed": env.seed.copy(),
-        "price": env.price,
-        "step_index": env.step_index.copy(),
-        "nfe": env.nfe.copy(),
-        "forward_passes": env.nfe * env.passes_per_nfe,
-        "net_flops": env.net_flops.copy(),
-        "action_mask": env.action_masks().astype(np.int8),  # what a space's sample(mask) wants
+        "seed": state.seed.copy(),
+        "price": price,
+        "step_index": state.step_index.copy(),
+        "nfe": state.nfe.copy(),
+        "forward_passes": state.nfe * passes_per_nfe,
+        "net_flops": state.net_flops.copy(),
+        "action_mask": action_masks(config, state).astype(np.int8),  # what a space's sample(mask) wants
         "action_taken": taken,
-        "clip_score": env.clip_score.copy(),
-        "reward_score": env.reward_score.copy(),
-        "fault": env.fault.copy(),
+        "clip_score": state.clip_score.copy(),
+        "reward_score": state.reward_score.copy(),
+        "fault": state.fault.copy(),
         "reward_components": RewardComponents.stack(reward),
     }
-    texts = {"prompt": np.array(env.prompt, dtype=object)}
-    listed, hidden = (values | texts, {}) if env.config.text_info else (values, texts)
-    return Info.of(_with_presence(listed, env.num_envs), _with_presence(hidden, env.num_envs))
+    texts = {"prompt": np.array(state.prompt, dtype=object)}
+    listed, hidden = (values | texts, {}) if config.text_info else (values, texts)
+    return Info.of(_with_presence(listed, state.num_envs), _with_presence(hidden, state.num_envs))
 
 
 def _with_presence(columns: dict[str, Any], num_envs: int) -> dict[str, Any]:

@@ -178,10 +178,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         """All lanes (`LaneState.state_dict`), and the stream that new episodes are drawn from.
 
         `load_state_dict` of an environment with the same settings then continues exactly as this one would. What can be
-        computed again (encoded prompts) is left out.
-
-        Raises:
-            RuntimeError: lanes are in the middle of an action, see `share_batches`.
+        computed again (encoded prompts) is left out. RuntimeError: a lane is in the middle of an action.
         """
         self.under_way.require_free(np.arange(self.num_envs))
         return self.state.state_dict() | {"stream": self.np_random.bit_generator.state, "started": self._started}
@@ -223,7 +220,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         self._reset_lanes(lanes, given, self._seed(seed))
         self._started = True
         nothing = {name: np.zeros(self.num_envs) for name in COLUMNS}
-        return self.observer.observation(self.state), step_info(self, np.full(self.num_envs, -1), nothing)
+        return self.observer.observation(self.state), self._info(np.full(self.num_envs, -1), nothing)
 
     def _seed(self, seed: int | Sequence[int | None] | None) -> list[np.random.Generator] | None:
         """Seed the environment's stream; a sequence gives each lane draws of its own."""
@@ -279,7 +276,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
             raise gym.error.ResetNeeded("every lane has ended: call reset() before step()")
         taken, reward = self._act(lanes, actions)
         terminated, truncated = self.done.copy(), self._out_of_steps()
-        observation, info = self.observer.observation(self.state), step_info(self, taken, reward)
+        observation, info = self.observer.observation(self.state), self._info(taken, reward)
         finished = np.flatnonzero(terminated | truncated)
         if self.autoreset_mode == AutoresetMode.SAME_STEP and len(finished):
             observation, info = self._reset_finished(finished, observation, info)
@@ -354,6 +351,9 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         """Which actions are admissible now: (B, 3) bool; continue always is, stop once there is a prediction."""
         return action_masks(self.config, self.state)
 
+    def _info(self, taken: np.ndarray, reward: dict[str, np.ndarray]) -> Info:
+        return step_info(self.state, self.config, self.price, self.passes_per_nfe, taken, reward)
+
     def _reset_finished(self, lanes: np.ndarray, observation: Any, info: Info) -> tuple[Any, Info]:
         """SAME_STEP: restart ``lanes`` now; the last observation and info move to ``final_obs`` and ``final_info``."""
         ended = np.isin(np.arange(self.num_envs), lanes)
@@ -361,9 +361,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         for lane in lanes:
             final_obs[lane] = observation_of(observation, lane)
         self._reset_lanes(lanes, {})
-        fresh = step_info(
-            self, info["action_taken"].copy(), {name: info["reward_components"][name] for name in COLUMNS}
-        )
+        fresh = self._info(info["action_taken"].copy(), {name: info["reward_components"][name] for name in COLUMNS})
         return self.observer.observation(self.state), fresh | final_info(info, final_obs, ended)
 
     @isolated()

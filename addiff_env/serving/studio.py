@@ -8,22 +8,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 import addiff_env
-from addiff_env.diffusion.backbones import to_uint8
+from addiff_env.diffusion.backbones import decode_finite, to_uint8
 from addiff_env.diffusion.backbones.tokens import spelled_out_words, truncated_words
-from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.methods.base import decode_finite
-from addiff_env.evaluation.methods.samplers import FixedSteps
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.pipeline import AdaptivePipeline, GeneratedImage
 from addiff_env.serving.limits import Limits, PictureRequest
 from addiff_env.serving.pushed import pushed
 from addiff_env.tiny.checker import check_picture
-from addiff_env.types import Action
+from addiff_env.types import Action, Generated
 
 Method = Literal["agent", "fixed"]
 TINY_PRESETS = (
@@ -80,16 +78,26 @@ class Preset:
 Emit = Callable[[Frame | Result], None]
 
 
+class FixedPicture(Protocol):
+    """How the picture beside the agent's is made: by a number of ``steps`` that is fixed beforehand."""
+
+    def __call__(
+        self, env: DiffusionDenoiseVectorEnv, prompt: str, seed: int, steps: int, watch: Callable[[int, Any, Any], None]
+    ) -> Generated:
+        """``watch`` sees every evaluation, as `addiff_env.diffusion.backbones.denoise` says."""
+
+
 class Studio:
     """Makes what visitors ask for, one picture after the other.
 
     Attributes:
         pipe: with any number of lanes, of which a picture takes one.
+        fixed: makes the picture beside it.
         limits: of a request.
     """
 
-    def __init__(self, pipe: AdaptivePipeline, limits: Limits | None = None) -> None:
-        self.pipe, self.limits = pipe, limits or Limits.of(pipe)
+    def __init__(self, pipe: AdaptivePipeline, fixed: FixedPicture, limits: Limits | None = None) -> None:
+        self.pipe, self.fixed, self.limits = pipe, fixed, limits or Limits.of(pipe)
         self._closing = threading.Event()
         pipe.set_progress_bar_config(disable=True)
 
@@ -172,11 +180,9 @@ class Studio:
                 (picture,) = to_uint8(decode_finite(env.observer.previewer, now.x0)[0])
                 emit(Frame("fixed", picture, index + 1, steps, index + 1, seconds))
 
-        item = Item(request.prompt, request.seed, "page")
-        for group in FixedSteps(env, steps, watch=watch).make([item]):
-            for _, made in group:
-                with clock.stopped() as seconds:
-                    emit(self._result("fixed", made, made.picture, seconds))
+        made = self.fixed(env, request.prompt, request.seed, steps, watch)
+        with clock.stopped() as seconds:
+            emit(self._result("fixed", made, made.picture, seconds))
 
     def _result(self, method: Method, made: Any, picture: np.ndarray, seconds: float) -> Result:
         satisfied, reason = self._check(picture, made.prompt)

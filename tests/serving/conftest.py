@@ -4,6 +4,7 @@ import pytest
 from serving_agents import small_agent
 
 from addiff_env.agent import Agent
+from addiff_env.cli.web import fixed_picture
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
 from addiff_env.serving.studio import Studio
 
@@ -20,4 +21,4 @@ def pipe(agent: Agent) -> AdaptivePipeline:
 
 @pytest.fixture
 def studio(pipe: AdaptivePipeline) -> Studio:
-    return Studio(pipe)
+    return Studio(pipe, fixed_picture)

@@ -21,6 +21,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from serving_agents import collect_event_loops, free_port
 
+from addiff_env.cli.web import fixed_picture
 from addiff_env.pipeline import AdaptivePipeline
 from addiff_env.serving.page import build
 from addiff_env.serving.server import served, temporary_files
@@ -67,7 +68,7 @@ def event_loops() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def url(pipe: AdaptivePipeline) -> Iterator[str]:
-    studio = Studio(pipe)
+    studio = Studio(pipe, fixed_picture)
     with temporary_files() as folder:
         page = build(studio, studio.presets(["a star", "a red circle"]), queue_size=1, pace=0)
         with served(page, studio, "127.0.0.1", free_port(), folder) as address:

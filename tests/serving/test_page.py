@@ -16,6 +16,7 @@ pytest.importorskip("gradio")
 
 from serving_agents import collect_event_loops, free_port
 
+from addiff_env.cli.web import fixed_picture
 from addiff_env.pipeline import AdaptivePipeline, make_agent_env
 from addiff_env.serving.page import build, make_picture
 from addiff_env.serving.server import check_address, served, temporary_files
@@ -82,7 +83,7 @@ def test_a_failure_is_told_and_logged(
 
 
 def test_a_visitor_who_leaves_ends_the_lane(pipe: AdaptivePipeline) -> None:
-    studio = Studio(AdaptivePipeline(make_agent_env(pipe.agent, 1, price_range=None), _Endless()))
+    studio = Studio(AdaptivePipeline(make_agent_env(pipe.agent, 1, price_range=None), _Endless()), fixed_picture)
     shown = make_picture(studio, 0, "a star", 3, studio.limits.budget.high, False, 4)
     next(shown), next(shown)
     shown.close()  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from addiff_env.cli.web import fixed_picture
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.evaluation.methods.rule_policies import RefineAlways, ThresholdRule
 from addiff_env.evaluation.methods.samplers import FixedSteps
@@ -46,7 +47,9 @@ def test_without_a_comparison_nothing_else_is_made(studio: Studio) -> None:
 
 
 def test_a_refinement_shows_where(pipe: AdaptivePipeline) -> None:
-    studio = Studio(AdaptivePipeline(make_agent_env(pipe.agent, 1, price_range=None), ThresholdRule(4, 100.0, 6)))
+    studio = Studio(
+        AdaptivePipeline(make_agent_env(pipe.agent, 1, price_range=None), ThresholdRule(4, 100.0, 6)), fixed_picture
+    )
     frames = [one for one in studio.run(PictureRequest("a star", 0, 12, None)) if isinstance(one, Frame)]
     refined = [one for one in frames if one.action == Action.REFINE]
     assert refined and all(one.mask is not None and one.mask.shape == (16, 16) for one in refined)
@@ -56,7 +59,7 @@ def test_a_refinement_shows_where(pipe: AdaptivePipeline) -> None:
 
 def test_a_visitor_who_leaves_frees_the_lane(pipe: AdaptivePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     endless = AdaptivePipeline(make_agent_env(pipe.agent, 1, price_range=None, max_nfe=10_000), RefineAlways())
-    studio, evaluated, real = Studio(endless), list[float](), endless.env.backbone.predict
+    studio, evaluated, real = Studio(endless, fixed_picture), list[float](), endless.env.backbone.predict
 
     def predict(*args: object, **kwargs: object) -> object:
         evaluated.append(time.monotonic())
@@ -74,7 +77,7 @@ def test_a_visitor_who_leaves_frees_the_lane(pipe: AdaptivePipeline, monkeypatch
 
 def test_closing_the_studio_ends_what_runs(pipe: AdaptivePipeline) -> None:
     endless = AdaptivePipeline(make_agent_env(pipe.agent, 1, price_range=None, max_nfe=10_000), RefineAlways())
-    studio = Studio(endless)
+    studio = Studio(endless, fixed_picture)
     events = studio.run(PictureRequest("a star", 0, 10_000, None))
     next(events)
     studio.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from addiff_env.diffusion.backbones.base import Backbone, denoise, draw_noise, initial_noise, to_uint8
+from addiff_env.diffusion.backbones.base import Backbone, decode_finite, denoise, draw_noise, initial_noise, to_uint8
 from addiff_env.diffusion.backbones.flux import FluxBackbone
 from addiff_env.diffusion.backbones.offload import check_offload
 from addiff_env.diffusion.backbones.open import open_pipeline
@@ -21,6 +21,7 @@ __all__ = [
     "Prediction",
     "StableDiffusionBackbone",
     "count_flops",
+    "decode_finite",
     "denoise",
     "draw_noise",
     "initial_noise",

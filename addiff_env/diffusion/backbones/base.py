@@ -7,7 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -285,6 +285,20 @@ def denoise(
 def to_uint8(pictures: torch.Tensor) -> np.ndarray:
     """Pictures (B, 3, H, W) in [0, 1] to uint8 (B, H, W, 3)."""
     return (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+class Decoder(Protocol):
+    """What makes pictures (B, 3, H, W) of latents (B, C, h, w): a backbone, or a previewer."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """In [0, 1], float32."""
+
+
+def decode_finite(decoder: Decoder, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures (B, 3, H, W) of latents (B, C, h, w), grey where not finite; and which (B,) bool are finite."""
+    pictures = decoder.decode(latents)
+    finite = torch.isfinite(pictures).flatten(1).all(1)
+    return torch.where(finite[:, None, None, None], pictures, 0.5), finite
 
 
 # --------------------------------------------------------------------------- for the subclasses

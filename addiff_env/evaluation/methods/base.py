@@ -13,17 +13,9 @@ from addiff_env.diffusion.backbones import Backbone, initial_noise
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
 from addiff_env.loading.isolation import isolated
-from addiff_env.perception.previews import Previewer
 from addiff_env.types import Generated
 
 NOT_FINITE = "the model's numbers stopped being finite: the picture is grey"  # of a row
-
-
-def decode_finite(decoder: Backbone | Previewer, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (B, 3, H, W) of latents (B, C, h, w), grey where not finite; and which (B,) bool are finite."""
-    pictures = decoder.decode(latents)
-    finite = torch.isfinite(pictures).flatten(1).all(1)
-    return torch.where(finite[:, None, None, None], pictures, 0.5), finite
 
 
 class Method(Protocol):

@@ -29,10 +29,17 @@ from diffusers import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from addiff_env.diffusion.backbones import Backbone, StableDiffusionBackbone, draw_noise, load_backbone, to_uint8
+from addiff_env.diffusion.backbones import (
+    Backbone,
+    StableDiffusionBackbone,
+    decode_finite,
+    draw_noise,
+    load_backbone,
+    to_uint8,
+)
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.methods.base import NOT_FINITE, Batched, decode_finite
+from addiff_env.evaluation.methods.base import NOT_FINITE, Batched
 from addiff_env.evaluation.metrics.phrases import NounPhrase, noun_phrases
 from addiff_env.loading.isolation import frozen, isolated
 from addiff_env.types import Generated

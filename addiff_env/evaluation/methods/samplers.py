@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from addiff_env.diffusion.backbones import denoise, to_uint8
+from addiff_env.diffusion.backbones import decode_finite, denoise, to_uint8
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.methods.base import Batched, decode_finite
+from addiff_env.evaluation.methods.base import Batched
 from addiff_env.types import Generated
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from addiff_env.diffusion.backbones import Prediction, to_uint8
+from addiff_env.diffusion.backbones import Prediction, decode_finite, to_uint8
 from addiff_env.diffusion.samplers import ddim_between
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.methods.base import Batched, decode_finite
+from addiff_env.evaluation.methods.base import Batched
 from addiff_env.evaluation.methods.samplers import FixedSteps
 from addiff_env.evaluation.metrics.registry import SCORERS, reward_score
 from addiff_env.perception.scorers import load_scorer

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from addiff_env.diffusion.backbones import Conditioning, draw_noise, to_uint8
+from addiff_env.diffusion.backbones import Conditioning, decode_finite, draw_noise, to_uint8
 from addiff_env.diffusion.samplers import ancestral_between, ddim_between, renoise_between
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.benchmarks.items import Item
-from addiff_env.evaluation.methods.base import Batched, decode_finite
+from addiff_env.evaluation.methods.base import Batched
 from addiff_env.evaluation.methods.search import SEED_STRIDE
 from addiff_env.evaluation.metrics.registry import reward_score
 from addiff_env.types import Generated
