@@ -21,7 +21,7 @@ def content_tokens(tokenizer: Any, tokens: torch.Tensor) -> torch.Tensor:
 def truncated_words(tokenizer: Any, prompt: str, limit: int) -> str:
     """The end of ``prompt`` that does not fit into ``limit`` tokens, special ones included; "" if it fits."""
     special = tokenizer.num_special_tokens_to_add()
-    pieces = tokenizer.tokenize(prompt)
+    pieces = tokenizer.tokenize(prompt, verbose=False)  # which else warns that a model would fail on so many
     if len(pieces) <= limit - special:
         return ""
     return tokenizer.convert_tokens_to_string(pieces[limit - special :]).replace("</w>", " ").strip()
