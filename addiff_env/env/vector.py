@@ -198,7 +198,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         """Let go of the models; the last environment that held them frees their memory."""
         for name in ("denoiser", "observer"):
             self.__dict__.pop(name, None)
-        self._started = False
+        self._started, self.under_way = False, UnderWay(self.num_envs)
 
     # ----------------------------------------------------------------- reset
 

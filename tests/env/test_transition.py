@@ -1,5 +1,7 @@
 """Mandatory steps that are deferred, and budgets of single lanes."""
 
+import gc
+import weakref
 from typing import Any
 
 import gymnasium as gym
@@ -187,6 +189,18 @@ def test_a_lane_in_the_middle_of_an_action_is_left_alone_until_it_has_ended_it(s
     env.share_batches(False)  # gives up what is under way
     env.park([0, 1])
     env.state_dict()
+
+
+def test_closing_gives_up_what_is_under_way_and_lets_go_of_the_model(small_kwargs: Kwargs) -> None:
+    env = vector(small_kwargs, 2, finish_steps=2, num_inference_steps=6, max_nfe=12)
+    env.share_batches(True, overlap=True)
+    env.reset(options={"prompt": PROMPTS[:2], "seed": [0, 1]})
+    env.step([2, 1])
+    assert env.busy.all()
+    held = weakref.ref(env.denoiser)
+    env.close()
+    gc.collect()
+    assert held() is None and not env.busy.any()
 
 
 def test_without_a_warm_up_there_is_nothing_to_defer(small_kwargs: Kwargs) -> None:
