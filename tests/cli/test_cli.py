@@ -260,19 +260,19 @@ def test_the_wheel_has_every_file_of_the_package(wheel):
 @pytest.mark.slow
 def test_an_installed_wheel_trains_evaluates_and_reports(wheel, tmp_path):
     """From another folder, without the repository, in a package folder that nobody may write to."""
+    unset = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "ADDIFF_DATA")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     lookup = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(subprocess.run([python, "-c", lookup], capture_output=True, text=True, check=True).stdout.strip())
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(wheel)]
-    subprocess.run(install, check=True)
+    subprocess.run(install, check=True, env=environment)
     (site / "zz_libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")  # what the package depends on
     installed, elsewhere = site / "addiff_env", tmp_path / "else where"
     elsewhere.mkdir()
     before = contents(installed)
     subprocess.run(["chmod", "-R", "a-w", str(installed)], check=True)
-    unset = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "ADDIFF_DATA")
-    environment = {name: value for name, value in os.environ.items() if name not in unset}
 
     def run(*words):
         result = subprocess.run(words, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=900)
