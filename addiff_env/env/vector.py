@@ -190,6 +190,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
         check_saved(state["lane_price"].numpy(), self.config.price_range)
         check_whole(state, self.config.num_inference_steps)
         self.state.load_state_dict(state)
+        self.under_way = UnderWay(self.num_envs, self.under_way.overlap)
         self.denoiser.encode(self.state, np.arange(self.num_envs))
         self.np_random.bit_generator.state = state["stream"]
         self._started = state["started"]

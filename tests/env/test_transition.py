@@ -188,7 +188,12 @@ def test_a_lane_in_the_middle_of_an_action_is_left_alone_until_it_has_ended_it(s
     env.step([2, 1])
     env.share_batches(False)  # gives up what is under way
     env.park([0, 1])
-    env.state_dict()
+    whole = env.state_dict()
+    env.share_batches(True, overlap=True)
+    env.reset(options={"prompt": PROMPTS[:2], "seed": [0, 1]})
+    env.step([2, 1])
+    env.load_state_dict(whole)  # as does this
+    assert env.done.all() and not env.busy.any()
 
 
 def test_closing_gives_up_what_is_under_way_and_lets_go_of_the_model(small_kwargs: Kwargs) -> None:
