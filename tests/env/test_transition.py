@@ -1,4 +1,4 @@
-"""Mandatory steps that are deferred, and budgets of single lanes."""
+"""Mandatory steps that are deferred, actions that share batches and overlap, and budgets of single lanes."""
 
 import gc
 import weakref
@@ -93,11 +93,8 @@ def test_lanes_that_warm_up_and_act_beside_others_show_what_they_show_alone(
             assert one[2:] == other[2:]
 
 
-@pytest.mark.parametrize("more", [{}, {"refine_mode": "in_place"}, {"solver": "dpmpp_2m"}, {"eta": 0.5}])
-def test_lanes_of_different_actions_share_a_batch_where_they_may(
-    small_kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch, more: Kwargs
-) -> None:
-    env = vector(small_kwargs, 5, finish_steps=2, num_inference_steps=8, max_nfe=20, **more)
+def batch_sizes(env: DiffusionDenoiseVectorEnv, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many lanes each call of the denoiser is about, from now on."""
     sizes: list[int] = []
     predict = env.backbone.predict
 
@@ -106,6 +103,15 @@ def test_lanes_of_different_actions_share_a_batch_where_they_may(
         return predict(latents, *args)
 
     monkeypatch.setattr(env.backbone, "predict", spy)
+    return sizes
+
+
+@pytest.mark.parametrize("more", [{}, {"refine_mode": "in_place"}, {"solver": "dpmpp_2m"}, {"eta": 0.5}])
+def test_lanes_of_different_actions_share_a_batch_where_they_may(
+    small_kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch, more: Kwargs
+) -> None:
+    env = vector(small_kwargs, 5, finish_steps=2, num_inference_steps=8, max_nfe=20, **more)
+    sizes = batch_sizes(env, monkeypatch)
     shown = []
     for shared, expected in ((False, [2, 2, 2, 1, 1]), (True, [5, 3]), (False, [2, 2, 2, 1, 1])):
         env.share_batches(shared)
@@ -132,14 +138,7 @@ def test_actions_that_overlap_keep_the_batch_full_and_change_no_lane(
     env = vector(small_kwargs, 5, finish_steps=2, num_inference_steps=6, max_nfe=12, **more)
     rng = np.random.default_rng(0)
     chosen = rng.choice(3, (5, 12), p=[0.5, 0.1, 0.4])
-    sizes: list[int] = []
-    predict = env.backbone.predict
-
-    def spy(latents: Any, *args: Any) -> Any:
-        sizes.append(len(latents))
-        return predict(latents, *args)
-
-    monkeypatch.setattr(env.backbone, "predict", spy)
+    sizes = batch_sizes(env, monkeypatch)
     ends = []
     for overlap in (False, True):
         env.share_batches(True, overlap)
