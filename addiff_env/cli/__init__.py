@@ -63,6 +63,7 @@ VERBS: dict[str, tuple[str, str]] = {  # verb: its module, and what it does; a t
     "world ablations": ("addiff_env.evaluation.ablations", "say what each part of an agent's training is worth"),
     "world bars": ("addiff_env.evaluation.budget_bars", "hold an evaluation at several prices against what is asked"),
     "world optimal": ("addiff_env.tiny.measures.optimal_stopping", "say what dynamic programming earns on a record"),
+    "world replay": ("addiff_env.evaluation.replay", "say what is left to learn, in recorded attempts"),
     "world repair": ("addiff_env.tiny.measures.repair", "measure what a refinement repairs, for each kind of mask"),
 }
 BARS = ("acceptance", "world quality", "world auc", "world bars")  # their status 1 says that a bar is missed

@@ -232,8 +232,7 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
             self._np_random, self._np_random_seed = seeding.np_random(seeds)
             return None
         if any(value is not None for value in seeds):
-            entropy = [0 if value is None else value + 1 for value in seeds]
-            self._np_random = np.random.default_rng(entropy)  # of later episodes
+            self._np_random = np.random.default_rng([0 if one is None else one + 1 for one in seeds])  # of later ones
         return reset_options.lane_streams(seeds, self.np_random)
 
     def _reset_lanes(
@@ -299,10 +298,12 @@ class DiffusionDenoiseVectorEnv(JsonableSpec, ReadableParts, VectorEnv):
     def share_batches(self, shared: bool = True, overlap: bool = False) -> None:
         """Evaluate lanes of different actions in one batch from now on: the same pictures, up to rounding, sooner.
 
-        With ``overlap``, an action of several evaluations makes one in each step, beside those of the other lanes:
+        With ``overlap`` (ValueError: alone), an action of several evaluations makes one a step, beside those of others:
         `deciding` tells whose actions the next step heeds; ``info["action_taken"]`` and a new look come in the step
         that ends the action. What is under way when this is called is given up.
         """
+        if overlap and not shared:
+            raise ValueError("actions overlap in shared batches only, got shared False and overlap True")
         self.denoiser.joint, self.under_way = shared, UnderWay(self.num_envs, overlap)
 
     def _out_of_steps(self) -> np.ndarray:

@@ -166,7 +166,7 @@ class LaneScheduler:
     Args:
         env: with lanes that wait when they have ended.
         policy: an agent, or anything with its ``act`` and ``flops``.
-        defer_warmup: lanes that start make their mandatory steps in one batch with those that run, and evaluations of
+        full_batches: lanes that start make their mandatory steps in one batch with those that run, and evaluations of
             different actions share batches, also over several steps (`DiffusionDenoiseVectorEnv.share_batches`).
             Pictures are the same up to rounding, and the batch stays full.
         watch: sees every step of every lane; True asks that this lane stops at its next decision.
@@ -181,14 +181,14 @@ class LaneScheduler:
         self,
         env: DiffusionDenoiseVectorEnv,
         policy: Any,
-        defer_warmup: bool = False,
+        full_batches: bool = False,
         watch: Callable[[LaneStep], bool] | None = None,
         previews: bool = False,
         masks: bool = False,
         probabilities: bool = False,
     ) -> None:
         require_fit(env, policy)
-        self.env, self.policy, self.defer_warmup, self.watch = env, policy, defer_warmup, watch
+        self.env, self.policy, self.full_batches, self.watch = env, policy, full_batches, watch
         self.previews, self.masks = previews, masks
         self.probabilities = probabilities and hasattr(policy, "logits")
 
@@ -200,7 +200,7 @@ class LaneScheduler:
         waiting, running = iter(requests), dict[int, Episode]()  # by lane
         observation, info = None, None
         self._park()
-        self.env.share_batches(self.defer_warmup, overlap=self.defer_warmup)
+        self.env.share_batches(self.full_batches, overlap=self.full_batches)
         try:
             while True:
                 free = [lane for lane in range(self.env.num_envs) if lane not in running]
@@ -239,7 +239,7 @@ class LaneScheduler:
         latents = [request.latents.cpu() for request in requests if request.latents is not None]
         options |= {"latents": torch.stack(latents)} if latents else {}
         mask = np.isin(np.arange(self.env.num_envs), lanes)
-        result = self.env.reset(options=options | {"reset_mask": mask, "defer_warmup": self.defer_warmup})
+        result = self.env.reset(options=options | {"reset_mask": mask, "defer_warmup": self.full_batches})
         share = (time.perf_counter() - began) / len(lanes)
         for lane, request in zip(lanes, requests, strict=True):
             made = Generated(request.prompt, request.seed, np.zeros(0, np.uint8), seconds=share, price=request.price)

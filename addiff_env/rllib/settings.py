@@ -45,6 +45,7 @@ UNUSED: dict[str, tuple[Any, str]] = {
     "reward.target_nfe": (None, "searches no price for a number of evaluations"),
     "reward.dual_rate": (None, "searches no price for a number of evaluations"),
     "reward.baselines": (None, "counts no reward from baselines"),
+    "attempts.folder": (None, "replays no recorded attempts"),
     "prompts.stages": ([], "has no curriculum"),
     "prompts.held_out.source": (None, "looks at no held-out prompts"),
     "prompts.held_out.number": (None, "looks at no held-out prompts"),

@@ -13,6 +13,8 @@ from addiff_env.env.baseline_cache import BaselineCache
 from addiff_env.env.prices import read_price_range
 from addiff_env.env.reward import check_undiscounted
 from addiff_env.env.training_settings import (
+    Count,
+    NotNegative,
     Share,
     as_mapping,
     check_discount,
@@ -24,6 +26,7 @@ from addiff_env.env.training_settings import (
 from addiff_env.env.validation import preset_of
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.loading.paths import looked_at, resolve_model
+from addiff_env.sb3.attempts import RecordedVecEnv
 from addiff_env.sb3.callbacks import (
     Clock,
     CollapseAlarm,
@@ -45,7 +48,7 @@ def input_settings(cfg: DictConfig) -> dict[str, Any]:
     held_out = cfg.prompts.held_out.source
     looks = bool(held_out and cfg.logging.held_out_every)
     more = {"prompts.held_out.source": held_out if looks else None, "reward.baselines": cfg.reward.baselines}
-    return {**env_inputs(cfg), **more}
+    return {**env_inputs(cfg), **more, "attempts.folder": cfg.attempts.folder}
 
 
 def check_settings(cfg: DictConfig) -> None:
@@ -54,7 +57,16 @@ def check_settings(cfg: DictConfig) -> None:
     Raises:
         ValueError: as `check_numbers`, or a target beside a range of prices.
     """
-    check_numbers(cfg, {"reward.target_nfe": float | None, "algorithm.gae_lambda_end": Share | None})
+    _check_attempts(cfg)
+    check_numbers(
+        cfg,
+        {
+            "reward.target_nfe": float | None,
+            "algorithm.gae_lambda_end": Share | None,
+            "attempts.number": Count | None,
+            "attempts.jitter": NotNegative | None,
+        },
+    )
     target = cfg.reward.target_nfe
     price_range = (preset_of(cfg.env.id) | env_settings(cfg)).get("price_range")
     if target is not None and read_price_range(price_range) is not None:
@@ -62,13 +74,25 @@ def check_settings(cfg: DictConfig) -> None:
         raise ValueError(f"{one}, {many}: set one of them")
 
 
+def _check_attempts(cfg: DictConfig) -> None:
+    chosen = {"prompts.source": cfg.prompts.source, "prompts.stages": cfg.prompts.stages}
+    chosen["reward.baselines"] = cfg.reward.baselines
+    folder = cfg.attempts.folder
+    if folder is not None and (given := [f"{name}={value}" for name, value in chosen.items() if value]):
+        raise ValueError(f"attempts.folder={folder}: its prompts are recorded, so leave out {', '.join(given)}")
+
+
 def build_env(cfg: DictConfig) -> DenoiseVecEnv:
     """The lanes with their prompt order, curriculum and baselines.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_baselines`.
+        FileNotFoundError, ValueError: as `load_baselines`, or as `RecordedVecEnv`.
     """
     lanes = make_lanes(cfg.env.id, cfg.num_envs, **env_settings(cfg))
+    if cfg.attempts.folder is not None:
+        return RecordedVecEnv(
+            lanes, resolve_model(cfg.attempts.folder), cfg.attempts.number, cfg.attempts.jitter or 0.0
+        )
     baselines = load_baselines(cfg, lanes) if cfg.reward.baselines else None
     stages = [Stage(**stage) for stage in cfg.prompts.stages]
     order = PromptOrder(lanes.prompts, stages, baselines.seeds if baselines else None, lanes.config.price_range)

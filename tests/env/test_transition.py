@@ -106,6 +106,11 @@ def batch_sizes(env: DiffusionDenoiseVectorEnv, monkeypatch: pytest.MonkeyPatch)
     return sizes
 
 
+def test_actions_do_not_overlap_in_batches_of_their_own(small_kwargs: Kwargs) -> None:
+    with pytest.raises(ValueError, match="shared False and overlap True"):
+        vector(small_kwargs, 1).share_batches(False, overlap=True)
+
+
 @pytest.mark.parametrize("more", [{}, {"refine_mode": "in_place"}, {"solver": "dpmpp_2m"}, {"eta": 0.5}])
 def test_lanes_of_different_actions_share_a_batch_where_they_may(
     small_kwargs: Kwargs, monkeypatch: pytest.MonkeyPatch, more: Kwargs

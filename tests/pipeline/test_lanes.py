@@ -64,7 +64,7 @@ def lanes(agent):
 
 @pytest.mark.parametrize("defer", [False, True])
 def test_lanes_that_refill_give_what_one_lane_gives(agent, lanes, defer):
-    results = play(lanes[2], agent, defer_warmup=defer)
+    results = play(lanes[2], agent, full_batches=defer)
     for result, prompt, seed in zip(results, PROMPTS, SEEDS, strict=True):
         actions, nfe, picture, flops = by_hand(agent, lanes[1], prompt, seed)
         assert (result.prompt, result.seed, result.actions, result.nfe) == (prompt, seed, actions, nfe)
@@ -93,7 +93,7 @@ def alone(agent, lanes):
 def test_neither_neighbours_nor_the_number_of_lanes_change_a_picture(agent, lanes, alone, data):
     number, defer = data.draw(st.sampled_from([1, 2, 3, 4])), data.draw(st.booleans())
     pairs = data.draw(st.lists(st.tuples(st.sampled_from(PROMPTS), st.integers(0, 2)), min_size=1, max_size=6))
-    results = play(lanes[number], agent, *zip(*pairs, strict=True), defer_warmup=defer)
+    results = play(lanes[number], agent, *zip(*pairs, strict=True), full_batches=defer)
     for result, pair in zip(results, pairs, strict=True):
         expected = alone(*pair)
         assert (result.actions, result.nfe, result.net_flops) == (expected.actions, expected.nfe, expected.net_flops)
@@ -112,10 +112,10 @@ def test_starting_lanes_share_the_batch_of_those_that_run(agent, monkeypatch):
         return predict(latents, *args, **kwargs)
 
     monkeypatch.setattr(env.backbone, "predict", counted)
-    play(env, StopAt(4, 6), PROMPTS[:4], SEEDS[:4], defer_warmup=True)
+    play(env, StopAt(4, 6), PROMPTS[:4], SEEDS[:4], full_batches=True)
     assert sizes == [2] * 8
     sizes.clear()
-    play(env, StopAtWords(), ["a star", "a red star"] * 2, range(4), defer_warmup=True)
+    play(env, StopAtWords(), ["a star", "a red star"] * 2, range(4), full_batches=True)
     # The lanes evaluate 3 and 4 times in turn, and stop in a step of their own, in which the other one is alone.
     assert sizes == [2, 2, 2, 1, 1, 2, 2, 1, 1]
 
@@ -174,7 +174,7 @@ def test_whoever_watches_sees_each_step_and_may_stop_a_lane(agent):
         return step.episode.request.index == 1 and step.step_index == 1
 
     grid = env.denoiser.timesteps
-    results = play(env, agent, watch=watch, defer_warmup=True, probabilities=True)
+    results = play(env, agent, watch=watch, full_batches=True, probabilities=True)
     for index, result in enumerate(results):
         assert [action for action, *_ in seen[index]] == [None, None, *result.actions]
         assert [step[4] for step in seen[index]] == [False] * (len(seen[index]) - 1) + [True]
@@ -187,7 +187,7 @@ def test_whoever_watches_sees_each_step_and_may_stop_a_lane(agent):
 
 def test_previews_are_those_that_were_decided_at_and_masks_those_of_refinements(agent):
     for defer in (False, True):
-        for made in play(make_agent_env(agent, 2), agent, previews=True, masks=True, defer_warmup=defer):
+        for made in play(make_agent_env(agent, 2), agent, previews=True, masks=True, full_batches=defer):
             assert len(made.previews) == len(made.actions) and len(made.masks) == made.actions.count(2)
             assert all(preview.shape == (64, 64, 3) and preview.dtype == np.uint8 for preview in made.previews)
             assert all(mask.shape == (16, 16) and 0 <= mask.min() and mask.max() <= 1 for mask in made.masks)
@@ -220,7 +220,7 @@ def test_a_lane_that_breaks_down_is_alone_in_it(agent, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(env.denoiser, "evaluate", broken)
-            results = play(env, StopAt(5, 6), defer_warmup=True)
+            results = play(env, StopAt(5, 6), full_batches=True)
         assert [made.fault for made in results] == [prompt == bad for prompt in PROMPTS]
         assert "finite" in results[1].note and results[1].picture.shape == (64, 64, 3)
         for index in (0, 2, 3, 4):
@@ -273,9 +273,9 @@ def test_rules_pay_for_the_looks_that_they_read(agent):
     for rule in (StopAt(5, 6), RefineAlways(), RandomPolicy([0.6, 0.1, 0.3])):
         for made in play(env, rule):
             assert made.net_flops == pytest.approx(bill(env, made, 0)), rule.fingerprint
-    for made in play(env, ThresholdRule(4, -100.0, 6), defer_warmup=True):
+    for made in play(env, ThresholdRule(4, -100.0, 6), full_batches=True):
         assert made.actions == [0, 0, 1] and made.net_flops == pytest.approx(bill(env, made, 1))
-    (made,) = play(env, Noted(4, 100.0, 6), PROMPTS[:1], SEEDS[:1], defer_warmup=True)
+    (made,) = play(env, Noted(4, 100.0, 6), PROMPTS[:1], SEEDS[:1], full_batches=True)
     assert 1 < Noted.read < len(made.actions)  # a refinement rewinds to before its look, whence it goes on blindly
     assert made.net_flops == pytest.approx(bill(env, made, Noted.read))
 

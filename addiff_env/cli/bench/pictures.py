@@ -24,7 +24,7 @@ def batching(subject: Subject) -> list[Figure]:
     made: dict[str, list[Generated]] = {}
 
     def play(name: str, defer: bool, together: int, number: int) -> None:
-        lanes, requests = LaneScheduler(subject.acting, subject.agent, defer_warmup=defer), subject.requests(number)
+        lanes, requests = LaneScheduler(subject.acting, subject.agent, full_batches=defer), subject.requests(number)
         parts = [requests[at : at + together] for at in range(0, number, together)]
         made[name] = [one for part in parts for group in lanes.run(part) for _, one in group]
 

@@ -140,7 +140,7 @@ def _method(spec: str, env: DiffusionDenoiseVectorEnv, subject: Subject, items: 
     """A method on the agent's environment; policies refill their lanes as the pipeline does."""
     method = make_method(spec, env, subject.agent, benchmark=items)
     if isinstance(method, PolicyMethod):
-        method.lanes.defer_warmup = True
+        method.lanes.full_batches = True
     return method
 
 

@@ -104,7 +104,7 @@ def _make(run: EvaluationRun, env: DiffusionDenoiseVectorEnv, name: str) -> Meth
     if made.name != name:
         raise ValueError(f"what is called {name!r} in the rows is now {made.name!r}")
     if isinstance(made, PolicyMethod):
-        made.lanes.defer_warmup = True  # lanes are refilled as the pipeline does: the same pictures, in full batches
+        made.lanes.full_batches = True  # lanes are refilled as the pipeline does: the same pictures, in full batches
     return made
 
 

@@ -64,6 +64,17 @@ class Walks:
         bends = [np.maximum(0, p - knot) for p in (s, g) for knot in KNOTS]
         return np.stack([np.ones_like(s), s, g, s * g, *bends], 1)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Walks], rows: Sequence[int]) -> Walks:
+        """Several records as one; ``rows`` are the numbers of their prompts."""
+        first_row, first = np.cumsum([0, *rows]), np.cumsum([0, *map(len, parts)])
+        arrays = [name for name, value in vars(parts[0]).items() if isinstance(value, np.ndarray)]
+        values: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
+        values["row"] += np.repeat(first_row[:-1], [len(part) for part in parts])
+        shift = np.repeat(first[:-1], [len(part) for part in parts])
+        values["source"] = np.where(values["source"] >= 0, values["source"] + shift, -1)
+        return replace(parts[0], **values)
+
     def of_prompts(self, rows: np.ndarray) -> Walks:
         """The trajectories of some prompts."""
         keep = np.flatnonzero(np.isin(self.row, rows))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,9 +98,10 @@ class Record:
     """What happened to a chunk of prompts, as two tables.
 
     A row of ``states`` is a lane after a step: ``row`` of its prompt, ``trajectory`` in the chunk, ``step_index``, the
-    ``timestep`` it stands at (0: the end), ``refines`` so far, the ``mask`` (an index into `MASKS`, -1) of the latest
-    and the step of the trajectory before at which that one was left (``left_at``, -1), ``nfe``, ``x0`` and ``latents``
-    (C, h, w), and the ending that going on leads to (``goes_on``). A row of ``endings`` is a picture: ``row``, the
+    ``timestep`` it stands at (0: the end), ``refines`` so far, the ``mask`` of the latest (its number among the
+    recorder's, -1) and the step of the trajectory before at which that one was left (``left_at``, -1), ``nfe``, ``x0``
+    and ``latents`` (C, h, w), and the ending that going on leads to (``goes_on``). A row of ``endings``
+    is a picture: ``row``, the
     ``state`` it was stopped in (-1: it ran to the end), the ``evaluations`` that followed, its ``final`` latents
     (C, h, w), the checker's ``satisfied`` and ``score``, and the ``objects`` (6, 5).
     """
@@ -128,6 +129,8 @@ class Recorder:
         stops: how many states of a trajectory are stopped at; 0 means all that a policy may stop at.
         finishes: shares of stops that are finished by 1, 2, ... steps.
         refined: of the trajectories that end satisfied and of those that fail, the shares that are refined.
+        most_refines: refinements in a row; None: `MAX_REFINES`.
+        masks: kinds of mask and their shares of the refinements; None: `MASKS`.
     """
 
     def __init__(
@@ -139,9 +142,13 @@ class Recorder:
         stops: int,
         finishes: Sequence[float],
         refined: tuple[float, float] = REFINE_SHARES,
+        most_refines: int | None = None,
+        masks: Mapping[str, float] | None = None,
     ) -> None:
         self.lanes, self.captions, self.rng, self.stops, self.finishes = lanes, captions, rng, stops, finishes
         self.refined = refined
+        self.most_refines = MAX_REFINES if most_refines is None else most_refines
+        self.masks = dict(zip(MASKS, MASK_SHARES, strict=True)) if masks is None else dict(masks)
         self.record = Record()
         self.length, first = lanes.config.num_inference_steps, lanes.config.warmup_steps
         self.timesteps = np.append(lanes.schedule.timesteps.cpu().numpy(), 0)
@@ -151,10 +158,10 @@ class Recorder:
         lanes.start(captions, seeds)
 
     def run(self) -> Record:
-        """All trajectories: the plain one of every prompt, then up to `MAX_REFINES` refinements in a row of some."""
+        """All trajectories: the plain one of every prompt, then refinements in a row of some."""
         running = np.arange(len(self.captions))
         ends = self._to_the_end(running)
-        for _ in range(MAX_REFINES):
+        for _ in range(self.most_refines):
             satisfied = np.array([self.record.endings[ending]["satisfied"] for ending in ends])
             running = running[self.rng.random(len(running)) < np.where(satisfied, *self.refined)]
             if len(running) == 0:
@@ -244,8 +251,9 @@ class Recorder:
 
     def _refine(self, running: np.ndarray) -> None:
         """Refine ``running`` lanes, each where it was kept and with a mask of its own kind."""
-        self.mask[running] = self.rng.choice(len(MASKS), len(running), p=MASK_SHARES)
-        self.lanes.mask_kinds = [MASKS[kind] for kind in self.mask]
+        kinds, shares = list(self.masks), list(self.masks.values())
+        self.mask[running] = self.rng.choice(len(kinds), len(running), p=shares)
+        self.lanes.mask_kinds = [kinds[kind] for kind in self.mask]
         kept = [self.kept[lane] for lane in running]
         state = {name: torch.stack([held[name] for _, held in kept]) for name in STATE}
         self.left_at[running] = [at for at, _ in kept]
