@@ -70,6 +70,11 @@ def test_runners_draw_prices_and_the_policy_reads_them(small_kwargs):
 # --------------------------------------------------------------------------- settings
 
 
+def test_rllib_refuses_recorded_attempts():
+    with pytest.raises(ValueError, match="attempts.folder=runs/tiny/attempts: .* replays no recorded attempts"):
+        check_settings(rllib_config("env=tiny_attempts"))
+
+
 @pytest.mark.parametrize("env", ["tiny", "tiny_prices", "sd15", "sdxl", "flux_schnell"])
 @pytest.mark.parametrize("group", ["env", "num_envs", "policy", "algorithm", "reward", "prompts", "seed"])
 def test_both_trainers_take_the_same_groups(env, group):

@@ -40,6 +40,7 @@ from addiff_env.sb3.training import CONFIG_FILE, train, weights_and_biases
 from addiff_env.sb3.vec_env import make_lanes
 from addiff_env.stats import spread
 from addiff_env.storage.files import FolderBusyError, claim
+from addiff_env.storage.inputs import flatten
 
 # Everything that has a memory at once.
 EVERYTHING = [
@@ -559,10 +560,14 @@ def test_every_preset_trains(env, kind, tmp_path):
     assert EventAccumulator(str(tmp_path / "run")).Reload().Tags()["images"] == ["held_out/filmstrips"]
 
 
-@pytest.mark.parametrize("env", ["tiny", "tiny_prices", "sd15", "sdxl", "flux_schnell"])
-def test_every_preset_resolves(env):
+@pytest.mark.parametrize("env", sorted(path.stem for path in (ROOT / "configs" / "env").glob("*.yaml")))
+def test_every_preset_resolves_to_its_own_values(env):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         cfg = compose("train", [f"env={env}"])
+    own = OmegaConf.load(ROOT / "configs" / "env" / f"{env}.yaml")
+    for name, value in flatten(OmegaConf.to_container(own)).items():
+        if not name.startswith("defaults"):  # what train.yaml says itself would win over the preset
+            assert OmegaConf.select(cfg, name) == value, name
     assert cfg.env.id.startswith("AdDiffusion-") and "???" not in OmegaConf.to_yaml(cfg, resolve=True)
     assert cfg.num_envs * cfg.algorithm.n_steps % cfg.algorithm.batch_size == 0  # no truncated mini-batch
 
