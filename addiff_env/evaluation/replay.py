@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from addiff_env.agent import Agent
+from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.acceptance import difference, in_words
 from addiff_env.evaluation.prices import rules, world_of
 from addiff_env.stats import at_least_one
@@ -85,10 +86,14 @@ def earned(outcome: np.ndarray, price: float) -> np.ndarray:
 
 
 def table(
-    agents: dict[str, Agent], parts: dict[str, Walks], prompts: np.ndarray, prices: Sequence[float], repeats: int
+    env: DiffusionDenoiseVectorEnv,
+    agents: dict[str, Agent],
+    parts: dict[str, Walks],
+    prompts: np.ndarray,
+    prices: Sequence[float],
+    repeats: int,
 ) -> str:
     """All policies at all prices, on each of the ``parts`` of a record; the first is what agents learned from."""
-    env = world_of(next(iter(agents.values())), 1)
     lanes = {name: RecordedLanes(env, walks, repeats * int((walks.source < 0).sum())) for name, walks in parts.items()}
     learned = next(iter(lanes.values()))
     tried = {name: by_rule(rule) for kind in rules(learned.walks).values() for name, rule in kind.items()}
@@ -123,14 +128,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--prices", type=float, nargs="+", default=list(PRICES))
     add("--repeats", type=at_least_one, default=4, help="times that each picture is played (4)")
     args = parser.parse_args(argv)
-    walks, prompts = load_walks(args.attempts)
+    agents = {str(folder): Agent.load(folder) for folder in args.agent}
+    env = world_of(next(iter(agents.values())), 1)
+    walks, prompts = load_walks(args.attempts, env.config)
     if args.number >= len(prompts):
         parser.error(
             f"--number {args.number}: {args.attempts} holds {len(prompts)} pictures, and some are to be held out"
         )
     rows = np.arange(len(prompts))
     parts = {"learned": walks.of_prompts(rows[: args.number]), "held out": walks.of_prompts(rows[args.number :])}
-    agents = {str(folder): Agent.load(folder) for folder in args.agent}
     print(f"{args.number} pictures that agents learned from, {len(prompts) - args.number} others")
-    print(table(agents, parts, prompts, args.prices, args.repeats))
+    print(table(env, agents, parts, prompts, args.prices, args.repeats))
     return 0

@@ -44,7 +44,7 @@ class RecordedVecEnv(DenoiseVecEnv):
         for name in ("clip_weight", "instability"):
             if value := getattr(self.reward_config, name):
                 raise ValueError(f"reward.weights.{name}={value:g}: the attempts hold no pictures; set it to 0")
-        walks, self.prompts = load_walks(Path(folder))
+        walks, self.prompts = load_walks(Path(folder), env.config)
         if number is not None:
             if number > len(self.prompts):
                 raise ValueError(f"attempts.number={number}, but {folder} holds {len(self.prompts)} pictures")

@@ -9,17 +9,24 @@ How early a lane was left does not enter, so that this is a model of the environ
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import logit
 
+from addiff_env.env.config import EnvConfig
 from addiff_env.env.prices import position
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.perception.features import QUALITY, timestep_embedding
+from addiff_env.storage.files import read_json
 from addiff_env.tiny.measures.optimal_stopping import REFINE_K, Walks
 from addiff_env.types import Action
 
+ENVIRONMENT = (  # settings that decide what was recorded
+    *("solver", "eta", "num_inference_steps", "guidance_scale", "height", "width", "warmup_steps", "finish_steps"),
+    *("refine_k", "refine_mode", "mask", "mask_threshold", "blur_sigma", "renoise", "negative_prompt"),
+)
 EDGE = 1e-9  # recorded probabilities are this far from 0 and 1
 
 
@@ -60,12 +67,12 @@ class RecordedLanes:
         price: (B,) of an evaluation; the caller sets it.
 
     Raises:
-        ValueError: attempts on another grid than the environment's, or without refinements.
+        ValueError: attempts without refinements, or a setting of the environment that they do not show.
     """
 
     def __init__(self, env: DiffusionDenoiseVectorEnv, walks: Walks, num_envs: int) -> None:
         self.env, self.config, self.walks, self.num_envs = env, env.config, walks, num_envs
-        self._check_grid()
+        self._check()
         self.successors, self.plain = Successors(walks), np.flatnonzero(walks.source < 0)
         self._begins = (~np.isnan(walks.stop)).argmax(1)  # the step of an attempt's first decision
         self._stop, self._go_on = (logit(p.clip(EDGE, 1 - EDGE)) for p in (walks.stop, walks.go_on))
@@ -75,13 +82,16 @@ class RecordedLanes:
         self.before = np.zeros(num_envs)  # the score of the look before
         self.begin(np.arange(num_envs), np.resize(self.plain, num_envs))
 
-    def _check_grid(self) -> None:
-        config, walks = self.config, self.walks
-        ours = (config.num_inference_steps, config.warmup_steps, config.finish_steps, config.refine_k)
-        recorded = (walks.steps, walks.first, walks.finish_steps, REFINE_K)
-        if ours != recorded:
-            names = "num_inference_steps, warmup_steps, finish_steps, refine_k"
-            raise ValueError(f"the attempts were recorded with {names} {recorded}, the environment has {ours}")
+    def _check(self) -> None:
+        config = self.config
+        shown: dict[str, tuple[Any, Any]] = {
+            "max_refines": (config.max_refines, None),
+            "observe_every": (config.observe_every, 1),
+        }
+        shown["reward.efficiency_unit"] = (self.env.reward_config.efficiency_unit, "nfe")
+        for name, (value, only) in shown.items():
+            if value != only:
+                raise ValueError(f"{name}={value}: recorded attempts take {only} alone")
 
     def begin(self, lanes: np.ndarray, attempts: np.ndarray) -> None:
         """Put ``lanes`` (L,) at the first decision of plain ``attempts`` (L,)."""
@@ -151,20 +161,32 @@ class RecordedLanes:
         return np.concatenate([parts.get(name, nothing) for name, nothing in blank], 1).astype(np.float32)
 
 
-def load_walks(folder: Path) -> tuple[Walks, np.ndarray]:
+def environment_of(config: EnvConfig) -> dict[str, Any]:
+    """The settings that a record is made with."""
+    return {name: getattr(config, name) for name in ENVIRONMENT}
+
+
+def load_walks(folder: Path, config: EnvConfig) -> tuple[Walks, np.ndarray]:
     """All attempts that ``addiff world train attempts`` recorded in ``folder``, rows numbered through, and the prompts.
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: they were recorded with other settings than ``config``'s; the message names them.
     """
     chunks: list[Walks] = []
     prompts: list[np.ndarray] = []
-    for path in sorted(folder.glob("chunk_*.npz")):
+    paths = sorted(folder.glob("chunk_*.npz"))
+    if not paths:
+        raise FileNotFoundError(f"no attempts in {folder}; record them with: addiff world train attempts")
+    recorded, ours = read_json(folder / "config.json")["environment"], environment_of(config)
+    if changed := [
+        f"{name} {recorded.get(name)}, not {value}" for name, value in ours.items() if recorded.get(name) != value
+    ]:
+        raise ValueError(f"the attempts in {folder} were recorded with {'; '.join(changed)}")
+    for path in paths:
         with np.load(path) as archive:
             held = {name: archive[name] for name in archive.files}
         prompts.append(held.pop("prompt"))
         del held["seed"]
         chunks.append(Walks(**{name: value if value.ndim else value.item() for name, value in held.items()}))
-    if not chunks:
-        raise FileNotFoundError(f"no attempts in {folder}; record them with: addiff world train attempts")
     return Walks.joined(chunks, [len(part) for part in prompts]), np.concatenate(prompts)

@@ -1,5 +1,6 @@
 """What is left to learn in recorded attempts: attempts written by hand, whose outcomes can be counted."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from addiff_env.agent import Agent, PolicyNet
 from addiff_env.evaluation import replay
 from addiff_env.perception.scorers import LatentTextReward
-from addiff_env.tiny.attempts import RecordedLanes
+from addiff_env.tiny.attempts import RecordedLanes, environment_of
 from addiff_env.tiny.measures.optimal_stopping import Walks, two_step
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 from addiff_env.types import Action
@@ -88,6 +89,7 @@ def test_the_table_sets_agents_beside_the_best_rule(
     Agent(net, config).save(tmp_path / "agent")
     folder = tmp_path / "attempts"
     folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"environment": environment_of(env.config)}))
     for chunk in range(2):
         np.savez(folder / f"chunk_{chunk:05d}.npz", prompt=np.array(["a", "b"]), seed=np.zeros(2), **vars(attempts()))
     options = ["--attempts", str(folder), "--agent", str(tmp_path / "agent"), "--prices", "0.004"]

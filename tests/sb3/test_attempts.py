@@ -21,7 +21,7 @@ from addiff_env.sb3.attempts import RecordedVecEnv
 from addiff_env.sb3.checkpoint import FILE
 from addiff_env.sb3.training import train
 from addiff_env.sb3.vec_env import make_lanes
-from addiff_env.tiny.attempts import load_walks
+from addiff_env.tiny.attempts import environment_of, load_walks
 from addiff_env.tiny.recipes import attempts, endings
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
 from addiff_env.types import Action
@@ -62,7 +62,9 @@ def kwargs(small_kwargs: dict[str, Any], tmp_path_factory: pytest.TempPathFactor
 def recorded(kwargs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two chunks of attempts at `PROMPTS`."""
     folder = tmp_path_factory.mktemp("attempts")
-    lanes = endings.FreeLanes(EnvConfig(**addiff_env.TINY | kwargs), LANES)
+    config = EnvConfig(**addiff_env.TINY | kwargs)
+    (folder / "config.json").write_text(json.dumps({"environment": environment_of(config)}))
+    lanes = endings.FreeLanes(config, LANES)
     verifier = LatentTextReward.from_pretrained(kwargs["scorer"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(endings, "check_picture", verdict)
@@ -155,8 +157,11 @@ def test_whatever_is_done_keeps_to_the_budget_and_to_the_picture(
 ENVS: dict[Path, RecordedVecEnv] = {}  # one for all examples
 
 
-def test_the_record_is_joined_and_each_attempt_follows_one_of_its_picture(recorded: Path) -> None:
-    walks, prompts = load_walks(recorded)
+def test_the_record_is_joined_and_each_attempt_follows_one_of_its_picture(
+    kwargs: dict[str, Any], recorded: Path
+) -> None:
+    config = EnvConfig(**addiff_env.TINY | kwargs)
+    walks, prompts = load_walks(recorded, config)
     sizes = [len(np.load(path)["ended"]) for path in sorted(recorded.glob("chunk_*.npz"))]
     assert len(walks) == sum(sizes) and len(prompts) == 2 * LANES and set(prompts) <= set(PROMPTS)
     again = walks.source >= 0
@@ -164,14 +169,17 @@ def test_the_record_is_joined_and_each_attempt_follows_one_of_its_picture(record
     assert (walks.refines[again] == walks.refines[walks.source[again]] + 1).all()
     assert walks.row.max() == 2 * LANES - 1 and (np.bincount(walks.row[~again]) == 1).all()
     with pytest.raises(FileNotFoundError, match="addiff world train attempts"):
-        load_walks(recorded / "elsewhere")
+        load_walks(recorded / "elsewhere", config)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"num_inference_steps": 5}, "num_inference_steps"),
-        ({"finish_steps": 1}, "finish_steps"),
+        ({"mask": "full"}, "mask neglected_token, not full"),
+        ({"max_refines": 3}, "max_refines=3"),
+        ({"observe_every": 2}, "observe_every=2"),
+        ({"reward": CHEAP["reward"] | {"efficiency_unit": "step_flops"}}, "efficiency_unit=step_flops"),
         (
             {"reward": {"clip_weight": 0.2, "instability": 0}, "reads": ["clip_image", "clip_text", "reward"]},
             "clip_weight",
@@ -188,7 +196,7 @@ def test_what_was_not_recorded_is_refused(
 def test_the_first_pictures_of_a_record_are_used_alone(kwargs: dict[str, Any], recorded: Path) -> None:
     lanes = make_lanes("AdDiffusion-Tiny-v0", 1, **kwargs)
     some = RecordedVecEnv(lanes, recorded, 3).lanes.walks
-    assert set(some.row) == {0, 1, 2} and len(some) == int((load_walks(recorded)[0].row < 3).sum())
+    assert set(some.row) == {0, 1, 2} and len(some) == int((load_walks(recorded, lanes.config)[0].row < 3).sum())
     with pytest.raises(ValueError, match="attempts.number=9"):
         RecordedVecEnv(lanes, recorded, 9)
 

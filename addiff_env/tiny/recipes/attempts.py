@@ -20,6 +20,7 @@ from addiff_env.env.config import EnvConfig
 from addiff_env.env.prompts import load_prompts
 from addiff_env.perception.scorers import LatentTextReward, load_latent_text_reward
 from addiff_env.storage.inputs import fingerprint
+from addiff_env.tiny.attempts import environment_of
 from addiff_env.tiny.measures.optimal_stopping import walks_of
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.endings import FreeLanes, Recorder
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lanes, verifier = _parts(args)
     folder, prompts = args.work / "attempts", load_prompts(lanes.config.prompts)
     settings: dict[str, Any] = {"batch": args.batch, "seed": args.seed, "unet_sha256": unet_fingerprint(args)}
+    settings["environment"] = environment_of(lanes.config)
     hold_configuration(folder, settings | {"verifier": fingerprint(args.out / "verifier")})
     started = time.monotonic()
     for chunk, path in missing_chunks(folder, -(-args.number // args.batch)):
