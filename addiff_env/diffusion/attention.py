@@ -181,8 +181,8 @@ def refinement_mask(
     ``neglected_token``: where the least-attended content token would go, above the
     (1 - ``threshold``) quantile of its map; ``neglected_object``: the objects that words point to whose attention is
     below ``threshold`` times the best one's, and ``unattended``: everything but the others, both without cutting an
-    object, see `addiff_env.diffusion.objects.object_mask`; ``random``: above the quantile of smooth ``noise``
-    (B, 1, h', w'); ``grid``: a checkerboard; ``full``: everything.
+    object (`addiff_env.diffusion.objects.object_mask`), and empty where nothing is neglected; ``random``: above the
+    quantile of smooth ``noise`` (B, 1, h', w'); ``grid``: a checkerboard; ``full``: everything.
 
     Raises:
         ValueError: unknown kind.

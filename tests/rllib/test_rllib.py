@@ -114,6 +114,7 @@ OTHERWISE = {
     "reward.target_nfe": 15,
     "reward.dual_rate": 0.3,
     "reward.baselines": "b.jsonl",
+    "attempts.folder": "runs/tiny/attempts",
     "prompts.stages": [{"name": "simple", "until": 0.2, "most": 1}],
     "prompts.held_out.source": "p.txt",
     "prompts.held_out.number": 8,
