@@ -3,8 +3,9 @@
 ``addiff world replay --attempts runs/tiny/attempts --number 3072 --agent ...`` plays agents that were trained on the
 first 3,072 recorded pictures (``addiff train env=tiny_attempts attempts.number=3072``) on these and on the rest. The
 rule of each price is the best on the same first pictures, of all that ``addiff world prices`` tries. On what it learned
-from a policy earns more than the best policy does in the long run, on the rest less; so if it is hardly ahead of
-the rule where it learned, no policy that sees the same is ahead by much. *foresight* knows how every attempt ends, and
+from a policy that fits the record earns more than the best policy does in the long run, on the rest less; so if it is
+hardly ahead of the rule where it learned, that speaks against policies which are (as far as PPO finds what can be
+fitted, and the record is the environment). *foresight* knows how every attempt ends, and
 what stopping gives: what is between it and the rule is the verifier's to earn, not the policy's.
 
 A picture is worth 1 if the checker is satisfied, each evaluation costs the price; looks are left out. Each picture is
@@ -18,12 +19,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from addiff_env.agent import Agent
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.evaluation.acceptance import difference, in_words
-from addiff_env.evaluation.prices import rules, world_of
+from addiff_env.evaluation.prices import earned, rules, world_of
 from addiff_env.stats import at_least_one
 from addiff_env.tiny.attempts import RecordedLanes, load_walks
 from addiff_env.tiny.measures.optimal_stopping import PRICES, Policy, Walks
@@ -47,11 +47,10 @@ def by_rule(policy: Policy) -> Act:
 
 
 def by_agent(agent: Agent) -> Act:
-    """The agent's most likely actions."""
+    """The agent's most likely admissible actions."""
 
     def act(lanes: RecordedLanes) -> np.ndarray:
-        with torch.no_grad():
-            return agent.policy(torch.from_numpy(lanes.observation())).argmax(1).numpy()
+        return agent.act(lanes.observation(), lanes.action_masks())
 
     return act
 
@@ -78,11 +77,6 @@ def outcomes(lanes: RecordedLanes, act: Act, price: float, repeats: int) -> np.n
         again = np.flatnonzero(done)  # wait somewhere
         lanes.begin(again, np.full(len(again), lanes.plain[0]))
     return result.reshape(repeats, -1, 2).mean(0)
-
-
-def earned(outcome: np.ndarray, price: float) -> np.ndarray:
-    """Return (N,) of `outcomes`."""
-    return np.asarray(outcome @ [1.0, -price])
 
 
 def table(

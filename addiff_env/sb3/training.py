@@ -210,6 +210,10 @@ class Training:
                 "held_out": {name: round(value, 4) for name, value in self.held_out_summary.items()},
             },
         }
+        if self.cfg.attempts.folder is not None:
+            record = {"contents": self.inputs.get("attempts.folder")}
+            record |= {name: self.cfg.attempts[name] for name in ("number", "jitter")}
+            config["training"]["attempts"] = record
         return Agent(self.model.policy.export(), config)
 
 

@@ -20,6 +20,7 @@ from addiff_env.env.prices import position
 from addiff_env.env.vector import DiffusionDenoiseVectorEnv
 from addiff_env.perception.features import QUALITY, timestep_embedding
 from addiff_env.storage.files import read_json
+from addiff_env.storage.inputs import fingerprint
 from addiff_env.tiny.measures.optimal_stopping import REFINE_K, Walks
 from addiff_env.types import Action
 
@@ -83,12 +84,12 @@ class RecordedLanes:
         self.begin(np.arange(num_envs), np.resize(self.plain, num_envs))
 
     def _check(self) -> None:
-        config = self.config
+        unit = self.env.reward_config.efficiency_unit
         shown: dict[str, tuple[Any, Any]] = {
-            "max_refines": (config.max_refines, None),
-            "observe_every": (config.observe_every, 1),
+            "max_refines": (self.config.max_refines, None),
+            "observe_every": (self.config.observe_every, 1),
+            "reward.efficiency_unit": (unit, "nfe"),
         }
-        shown["reward.efficiency_unit"] = (self.env.reward_config.efficiency_unit, "nfe")
         for name, (value, only) in shown.items():
             if value != only:
                 raise ValueError(f"{name}={value}: recorded attempts take {only} alone")
@@ -162,8 +163,9 @@ class RecordedLanes:
 
 
 def environment_of(config: EnvConfig) -> dict[str, Any]:
-    """The settings that a record is made with."""
-    return {name: getattr(config, name) for name in ENVIRONMENT}
+    """The settings that a record is made with, and the contents of model and verifier."""
+    weights = {name: fingerprint(getattr(config, name)) for name in ("model", "scorer")}
+    return {name: getattr(config, name) for name in ENVIRONMENT} | weights
 
 
 def load_walks(folder: Path, config: EnvConfig) -> tuple[Walks, np.ndarray]:
@@ -171,14 +173,16 @@ def load_walks(folder: Path, config: EnvConfig) -> tuple[Walks, np.ndarray]:
 
     Raises:
         FileNotFoundError: there are none.
-        ValueError: they were recorded with other settings than ``config``'s; the message names them.
+        ValueError: they were recorded with other settings or weights than ``config``'s; the message names them.
     """
     chunks: list[Walks] = []
     prompts: list[np.ndarray] = []
     paths = sorted(folder.glob("chunk_*.npz"))
     if not paths:
         raise FileNotFoundError(f"no attempts in {folder}; record them with: addiff world train attempts")
-    recorded, ours = read_json(folder / "config.json")["environment"], environment_of(config)
+    recorded, ours = read_json(folder / "config.json").get("environment"), environment_of(config)
+    if recorded is None:
+        raise ValueError(f"{folder} holds no attempts, but what another recipe made")
     if changed := [
         f"{name} {recorded.get(name)}, not {value}" for name, value in ours.items() if recorded.get(name) != value
     ]:

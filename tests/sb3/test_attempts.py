@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trainings import LITTLE, KillAt, Killed, configure
+from trainings import KillAt, Killed, configure
 
 import addiff_env
 from addiff_env.agent import Agent
@@ -21,6 +21,7 @@ from addiff_env.sb3.attempts import RecordedVecEnv
 from addiff_env.sb3.checkpoint import FILE
 from addiff_env.sb3.training import train
 from addiff_env.sb3.vec_env import make_lanes
+from addiff_env.storage.inputs import fingerprint
 from addiff_env.tiny.attempts import environment_of, load_walks
 from addiff_env.tiny.recipes import attempts, endings
 from addiff_env.tiny.tokenizer import MAX_LENGTH, build_tokenizer
@@ -193,6 +194,18 @@ def test_what_was_not_recorded_is_refused(
         RecordedVecEnv(make_lanes("AdDiffusion-Tiny-v0", 1, **kwargs | change), recorded)
 
 
+def test_another_verifier_and_another_recipes_chunks_are_refused(
+    kwargs: dict[str, Any], recorded: Path, small_looks: dict[str, str], tmp_path: Path
+) -> None:
+    config = EnvConfig(**addiff_env.TINY | kwargs | {"scorer": small_looks["scorer"]})
+    with pytest.raises(ValueError, match="scorer [0-9a-f]+, not [0-9a-f]+"):
+        load_walks(recorded, config)
+    (tmp_path / "chunk_00000.npz").touch()
+    (tmp_path / "config.json").write_text('{"batch": 3}')
+    with pytest.raises(ValueError, match="holds no attempts"):
+        load_walks(tmp_path, config)
+
+
 def test_the_first_pictures_of_a_record_are_used_alone(kwargs: dict[str, Any], recorded: Path) -> None:
     lanes = make_lanes("AdDiffusion-Tiny-v0", 1, **kwargs)
     some = RecordedVecEnv(lanes, recorded, 3).lanes.walks
@@ -206,9 +219,7 @@ def test_the_first_pictures_of_a_record_are_used_alone(kwargs: dict[str, Any], r
 
 def configured(kwargs: dict[str, Any], folder: Path, *overrides: str) -> Any:
     kept = {name: value for name, value in kwargs.items() if name not in ("price_range", "reward")}
-    cfg = configure(
-        kept, "env=tiny_prices", *LITTLE, f"attempts.folder={folder}", "logging.held_out_every=0", *overrides
-    )
+    cfg = configure(kept, "env=tiny_prices", f"attempts.folder={folder}", "logging.held_out_every=0", *overrides)
     cfg.prompts.source = None
     return cfg
 
@@ -224,7 +235,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     train(cfg, tmp_path / "killed")
     one, other = (torch.load(tmp_path / name / FILE, weights_only=True)["policy"] for name in ("whole", "killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    norm = Agent.load(tmp_path / "whole" / "agent").policy.norm
+    agent = Agent.load(tmp_path / "whole" / "agent")
+    assert agent.config["training"]["attempts"] == {"contents": fingerprint(recorded), "number": None, "jitter": None}
+    norm = agent.policy.norm
     names = [name for name, width in norm.parts.items() for _ in range(width)]
     read = {name for name, scale in zip(names, norm.scale.tolist(), strict=True) if scale}
     assert read == {"timestep", "outlook", "price", "quality"}  # what was not recorded is not read
@@ -250,7 +263,6 @@ def test_the_recipe_goes_on_and_refuses_another_record(
     verifier = LatentTextReward.from_pretrained(kwargs["scorer"])
     monkeypatch.setattr(endings, "check_picture", verdict)
     monkeypatch.setattr(attempts, "_parts", lambda args: (lanes, verifier))
-    monkeypatch.setattr(attempts, "unet_fingerprint", lambda args: "weights")
     options = ["--work", str(tmp_path), "--out", str(tmp_path / "out"), "--batch", "3", "--number", "6"]
     assert attempts.main(options) == 0
     folder = tmp_path / "attempts"

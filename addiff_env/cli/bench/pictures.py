@@ -23,15 +23,15 @@ def batching(subject: Subject) -> list[Figure]:
     """Lanes that refill at once against batches that end together, and against full batches of such steps."""
     made: dict[str, list[Generated]] = {}
 
-    def play(name: str, defer: bool, together: int, number: int) -> None:
-        lanes, requests = LaneScheduler(subject.acting, subject.agent, full_batches=defer), subject.requests(number)
+    def play(name: str, full: bool, together: int, number: int) -> None:
+        lanes, requests = LaneScheduler(subject.acting, subject.agent, full_batches=full), subject.requests(number)
         parts = [requests[at : at + together] for at in range(0, number, together)]
         made[name] = [one for part in parts for group in lanes.run(part) for _, one in group]
 
-    def side(name: str, defer: bool, together: int) -> Side:
+    def side(name: str, full: bool, together: int) -> Side:
         few = min(subject.lanes, subject.prompts)
         return Side(
-            partial(play, name, defer, together, subject.prompts), first=partial(play, name, defer, together, few)
+            partial(play, name, full, together, subject.prompts), first=partial(play, name, full, together, few)
         )
 
     sides = {

@@ -3,7 +3,8 @@
 ``addiff world train attempts`` denoises prompts of the environment, refines them, denoises them again, and so on. In
 each of these attempts every state that a policy may stop in is stopped at, from a copy, and what comes of it is judged
 by the exact checker. ``<work>/attempts/chunk_*.npz`` hold a `Walks` each, as its fields, and the prompts with their
-seeds; ``addiff train attempts=<work>/attempts`` trains on them. A killed run continues at the first missing chunk.
+seeds; ``addiff train env=tiny_attempts attempts.folder=<work>/attempts`` trains on them. A killed run continues at the
+first missing chunk.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ import addiff_env
 from addiff_env.env.config import EnvConfig
 from addiff_env.env.prompts import load_prompts
 from addiff_env.perception.scorers import LatentTextReward, load_latent_text_reward
-from addiff_env.storage.inputs import fingerprint
 from addiff_env.tiny.attempts import environment_of
 from addiff_env.tiny.measures.optimal_stopping import walks_of
 from addiff_env.tiny.recipes import common, pairs
 from addiff_env.tiny.recipes.endings import FreeLanes, Recorder
-from addiff_env.tiny.recipes.generate import hold_configuration, missing_chunks, save_arrays, unet_fingerprint
+from addiff_env.tiny.recipes.generate import hold_configuration, missing_chunks, save_arrays
 
 FIRST_SEED = 2_000_000_000  # far from the evaluation splits' seeds
 STREAM = 4242  # of a recipe's seed
@@ -52,9 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs.needs(args, "pipeline/vae", "pipeline/unet", "verifier")
     lanes, verifier = _parts(args)
     folder, prompts = args.work / "attempts", load_prompts(lanes.config.prompts)
-    settings: dict[str, Any] = {"batch": args.batch, "seed": args.seed, "unet_sha256": unet_fingerprint(args)}
-    settings["environment"] = environment_of(lanes.config)
-    hold_configuration(folder, settings | {"verifier": fingerprint(args.out / "verifier")})
+    settings = {"batch": args.batch, "seed": args.seed, "environment": environment_of(lanes.config)}
+    hold_configuration(folder, settings)
     started = time.monotonic()
     for chunk, path in missing_chunks(folder, -(-args.number // args.batch)):
         arrays = make_chunk(lanes, prompts, verifier, args.seed, chunk)
@@ -66,5 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parts(args: argparse.Namespace) -> tuple[FreeLanes, LatentTextReward]:
     """Lanes as the embedded id has them, and the verifier that looks at them."""
-    model = {"model": str(args.out / "pipeline"), "device": args.device, "dtype": args.dtype}
-    return FreeLanes(EnvConfig(**addiff_env.TINY | model), args.batch), load_latent_text_reward(args.out / "verifier")
+    weights = {"model": str(args.out / "pipeline"), "scorer": str(args.out / "verifier")}
+    config = EnvConfig(**addiff_env.TINY | weights | {"device": args.device, "dtype": args.dtype})
+    return FreeLanes(config, args.batch), load_latent_text_reward(config.scorer)

@@ -100,10 +100,9 @@ class Record:
     A row of ``states`` is a lane after a step: ``row`` of its prompt, ``trajectory`` in the chunk, ``step_index``, the
     ``timestep`` it stands at (0: the end), ``refines`` so far, the ``mask`` of the latest (its number among the
     recorder's, -1) and the step of the trajectory before at which that one was left (``left_at``, -1), ``nfe``, ``x0``
-    and ``latents`` (C, h, w), and the ending that going on leads to (``goes_on``). A row of ``endings``
-    is a picture: ``row``, the
-    ``state`` it was stopped in (-1: it ran to the end), the ``evaluations`` that followed, its ``final`` latents
-    (C, h, w), the checker's ``satisfied`` and ``score``, and the ``objects`` (6, 5).
+    and ``latents`` (C, h, w), and the ending that going on leads to (``goes_on``). A row of ``endings`` is a picture:
+    ``row``, the ``state`` it was stopped in (-1: it ran to the end), the ``evaluations`` that followed, its ``final``
+    latents (C, h, w), the checker's ``satisfied`` and ``score``, and the ``objects`` (6, 5).
     """
 
     states: list[dict[str, Any]] = field(default_factory=list)
